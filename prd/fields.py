@@ -1,0 +1,50 @@
+"""Fields: what every generator makes and every renderer, exporter and metric takes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Field(Protocol):
+    """A batch of B shapes with colour, defined in the cube [-1, 1]^3.
+
+    points [B, N, 3] in scene units; the signed distance is positive outside.
+    """
+
+    def sdf(self, points: Tensor) -> Tensor:
+        """Signed distance [B, N, 1], scene units, positive outside."""
+        ...
+
+    def rgb(self, points: Tensor) -> Tensor:
+        """Colour [B, N, 3] in [0, 1]."""
+        ...
+
+    def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Signed distance [B, N, 1] and the offset of an isosurface grid's vertices [B, N, 3] in cells (or None)."""
+        ...
+
+    def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Signed distance [B, N, 1] and its gradient d sdf / d point [B, N, 3], differentiable if grad is enabled."""
+        ...
+
+
+class AutogradGradient:
+    """The gradient of `sdf` by automatic differentiation, for fields without a cheaper one."""
+
+    def sdf(self, points: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Signed distance [B, N, 1] and its gradient [B, N, 3]; twice differentiable while grad mode is on."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            points = points if points.requires_grad else points.detach().requires_grad_(True)
+            sdf = self.sdf(points)
+            (gradient,) = torch.autograd.grad(sdf.sum(), points, create_graph=create_graph)
+        return (sdf, gradient) if create_graph else (sdf.detach(), gradient)
+
+    def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.sdf(points), None
