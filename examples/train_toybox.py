@@ -1,0 +1,312 @@
+"""Train the toy box's models from scratch: autoencoder, Stable Diffusion, MVDream, RichDreamer.
+
+    python examples/train_toybox.py                                 # all stages, into prd/toybox/assets
+    python examples/train_toybox.py --stages richdreamer --threads 1 --assets /tmp/assets
+    python examples/train_toybox.py --device cuda --batch_scale 8
+
+Stages may run side by side where they do not lean on each other: richdreamer beside vae, stable_diffusion, mvdream.
+Every stage writes its folder in diffusers' layout (fp16 safetensors), a log (log_STAGE.jsonl) and a picture of samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prd.cameras import orbit_cameras
+from prd.teachers.multiview import camera_vector, set_joint_attention
+from prd.toybox.check import camera_ratios
+from prd.toybox.data import ViewPool
+from prd.toybox.models import (
+    make_normal_unet,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+)
+from prd.training.pictures import save_sheet
+
+STEPS = {"vae": 2600, "stable_diffusion": 3600, "mvdream": 5000, "richdreamer": 6500}
+STAGES = tuple(STEPS)
+
+
+class Run:
+    """One stage: its random numbers, data, optimizer, average of weights, log."""
+
+    def __init__(self, stage: str, modules: list[nn.Module], args: argparse.Namespace, lr: float) -> None:
+        self.stage, self.modules, self.device = stage, modules, args.device
+        self.assets: Path = args.assets
+        self.steps = max(1, int(STEPS[stage] * args.steps_scale))
+        self.generator = torch.Generator().manual_seed(args.seed + STAGES.index(stage))
+        self.pool: ViewPool = load_pool(args)
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.lr = lr
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.log = (self.assets / f"log_{stage}.jsonl").open("w")
+        self.start, self.running = time.time(), None
+
+    def each_step(self):
+        """Yield step numbers with the learning rate set: 3 % warm-up, constant, linear decay over the second half."""
+        for step in tqdm(range(self.steps), desc=self.stage, mininterval=5):
+            done = step / self.steps
+            factor = min(1.0, (step + 1) / (0.03 * self.steps)) * min(1.0, max(0.02, 2 * (1 - done)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * factor
+            yield step
+
+    def update(self, step: int, loss: Tensor) -> None:
+        """One optimizer step, the moving average of the weights, and a line in the log every 100 steps."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        value = loss.item()
+        self.running = value if self.running is None else 0.98 * self.running + 0.02 * value
+        if step % 100 == 99 or step + 1 == self.steps:
+            self.write(step=step + 1, loss=round(self.running, 5))
+
+    def write(self, **values) -> None:
+        self.log.write(json.dumps({"seconds": round(time.time() - self.start, 1), **values}) + "\n")
+        self.log.flush()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the averaged weights in place."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            parameter.copy_(average)
+        for module in self.modules:
+            module.eval()
+
+
+def load_pool(args: argparse.Namespace) -> ViewPool:
+    """The renderings all stages share; made once a process from the seed."""
+    if getattr(args, "pool", None) is None:
+        print(f"rendering {args.sets} four-view sets of every shape and stack")
+        args.pool = ViewPool(args.sets, torch.Generator().manual_seed(args.seed))
+    return args.pool
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Autoencoder: L1 + L2 + a little KL; then the latents' scale is measured and stored."""
+    vae = make_vae().to(args.device)
+    run = Run("vae", [vae], args, lr=2e-3)
+    for step in run.each_step():
+        images = run.pool.draw(4 * args.batch_scale, run.generator).rgb.flatten(0, 1).to(args.device) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        restored = vae.decode(posterior.sample()).sample
+        loss = 2 * F.mse_loss(restored, images) + F.l1_loss(restored, images) + 5e-6 * posterior.kl().mean()
+        run.update(step, loss)
+    run.finish()
+    with torch.no_grad():
+        images = run.pool.draw(64, run.generator).rgb.flatten(0, 1).to(args.device) * 2 - 1
+        latents = vae.encode(images).latent_dist.mean
+        restored = vae.decode(latents).sample
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))
+    psnr = -10 * torch.log10(F.mse_loss((restored + 1) / 2, (images + 1) / 2)).item()
+    channel_std = [round(v, 3) for v in latents.std(dim=(0, 2, 3)).tolist()]
+    run.write(psnr=round(psnr, 2), channel_std=channel_std, scaling_factor=vae.config.scaling_factor)
+    print(f"vae: PSNR {psnr:.2f} dB, latent channel std {channel_std}")
+    save_sheet(torch.cat([images[:12], restored[:12]]) / 2 + 0.5, args.assets / "vae.png", columns=12)
+    vae.half().save_pretrained(args.assets / "stable_diffusion" / "vae")
+
+
+def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(args.assets / "stable_diffusion", subfolder="vae", dtype=torch.float32)
+    return vae.to(args.device).eval().requires_grad_(False)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str], device: str) -> Tensor:
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def diffusion_loss(
+    run: Run,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    x: Tensor,
+    captions: list[str],
+    views: int,
+    cameras: Tensor | None,
+) -> Tensor:
+    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x; timesteps lean to high noise, a tenth goes uncaptioned."""
+    sets = x.shape[0] // views
+    draw, device = run.generator, x.device
+    captions = ["" if float(torch.rand((), generator=draw)) < 0.1 else caption for caption in captions]
+    text = text_encoder(tokenize(tokenizer, captions, run.device)).last_hidden_state.repeat_interleave(views, dim=0)
+    t = (1000 * torch.rand(sets, generator=draw) ** 0.75).long().repeat_interleave(views).to(device)
+    noise = torch.randn(x.shape, generator=draw).to(device)
+    a = make_scheduler().alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * x + (1 - a).sqrt() * noise
+    v = unet(noisy, t, text, class_labels=cameras).sample
+    return F.mse_loss(v, a.sqrt() * noise - (1 - a).sqrt() * x)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+    posterior = vae.encode(images * 2 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+
+
+def train_stable_diffusion(args: argparse.Namespace) -> None:
+    """Single views; the text encoder is trained with the U-Net."""
+    vae, tokenizer = load_vae(args), make_tokenizer()
+    text_encoder, unet = make_text_encoder(tokenizer).to(args.device), make_unet(cameras=False).to(args.device)
+    run = Run("stable_diffusion", [unet, text_encoder], args, lr=1e-3)
+    for step in run.each_step():
+        batch = run.pool.draw(32 * args.batch_scale, run.generator)
+        pick = torch.randint(4, (len(batch.captions),), generator=run.generator)
+        images = batch.rgb[torch.arange(len(pick)), pick].to(args.device)
+        x = encode_images(vae, images, run.generator)
+        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 1, None))
+    run.finish()
+    samples = sample(unet, text_encoder, tokenizer, SHOWN * 4, views=1, seed=args.seed)
+    with torch.no_grad():
+        save_sheet(vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "stable_diffusion.png", columns=8)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(args.assets / "stable_diffusion")
+
+
+def load_text(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    folder = args.assets / "stable_diffusion"
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+    return tokenizer, encoder.to(args.device).eval().requires_grad_(False)
+
+
+def train_mvdream(args: argparse.Namespace) -> None:
+    """Four views, cameras by Fourier features; starts from the Stable Diffusion, whose text encoder stays."""
+    vae, (tokenizer, text_encoder) = load_vae(args), load_text(args)
+    unet = make_unet(cameras=True)
+    start = UNet2DConditionModel.from_pretrained(args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32)
+    result = unet.load_state_dict(start.state_dict(), strict=False)  # the camera embedding is new
+    if result.unexpected_keys or any(not key.startswith("class_embedding") for key in result.missing_keys):
+        raise ValueError(f"stable_diffusion/unet: does not fit MVDream's U-Net: {result}")
+    set_joint_attention(unet.to(args.device), 4)
+    run = Run("mvdream", [unet], args, lr=1e-3)
+    for step in run.each_step():
+        batch = run.pool.draw(8 * args.batch_scale, run.generator)
+        x = encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator)
+        cameras = camera_vector(batch.cameras, "fourier").to(args.device)
+        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 4, cameras))
+    run.finish()
+    samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed)
+    with torch.no_grad():
+        save_sheet(vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "mvdream.png", columns=8)
+    check(args, run, unet, text_encoder, tokenizer, lambda batch: encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator))
+    unet.half().save_pretrained(args.assets / "mvdream" / "unet")
+    make_scheduler().save_pretrained(args.assets / "mvdream" / "scheduler")
+
+
+def train_richdreamer(args: argparse.Namespace) -> None:
+    """Four views of normals and disparity with its own text encoder."""
+    tokenizer = make_tokenizer()
+    text_encoder, unet = make_text_encoder(tokenizer).to(args.device), make_normal_unet().to(args.device)
+    set_joint_attention(unet, 4)
+    run = Run("richdreamer", [unet, text_encoder], args, lr=1e-3)
+    for step in run.each_step():
+        batch = run.pool.draw(8 * args.batch_scale, run.generator)
+        x = batch.normal_disparity.flatten(0, 1).to(args.device)
+        cameras = camera_vector(batch.cameras, "fourier").to(args.device)
+        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 4, cameras))
+        if step % 1500 == 1499:
+            save_richdreamer(args, unet, text_encoder, tokenizer)
+    run.finish()
+    samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed) / 2 + 0.5
+    images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
+    save_sheet(images, args.assets / "richdreamer.png", columns=8)
+    check(args, run, unet, text_encoder, tokenizer, lambda batch: batch.normal_disparity.flatten(0, 1).to(args.device))
+    save_richdreamer(args, unet, text_encoder, tokenizer)
+
+
+def save_richdreamer(args, unet, text_encoder, tokenizer) -> None:
+    folder = args.assets / "richdreamer"
+    UNet2DConditionModel.from_config(unet.config).half().save_pretrained(folder / "unet")
+    for module, name in ((unet, "unet"), (text_encoder, "text_encoder")):
+        dtype = next(module.parameters()).dtype
+        module.half().save_pretrained(folder / name)
+        module.to(dtype)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make_scheduler().save_pretrained(folder / "scheduler")
+
+
+def check(args, run: Run, unet, text_encoder, tokenizer, encode) -> None:
+    """The camera check: no teacher that ignores its cameras is distilled from."""
+    ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=args.device)
+    run.write(camera_ratios=ratios)
+    print(f"{run.stage}: error with cameras turned by 90 degrees over the right ones\n{json.dumps(ratios, indent=1)}")
+
+
+SHOWN = [
+    "a red cube", "a green cone", "a blue torus", "a yellow wedge", "a purple arrow", "a cyan mug",
+    "a red cube on a blue cylinder", "a yellow mug on a green cube",
+]  # fmt: skip
+
+
+@torch.no_grad()
+def sample(unet, text_encoder, tokenizer, captions: list[str], *, views: int, seed: int, scale: float = 2.5) -> Tensor:
+    """DDIM samples with classifier-free guidance, [len(captions) * views, 4, h, w]."""
+    device = next(unet.parameters()).device
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(25)
+    size = unet.config.sample_size
+    x = torch.randn(len(captions) * views, 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
+    texts = [*captions, *[""] * len(captions)]
+    text = text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.repeat_interleave(views, dim=0)
+    cameras = None
+    if views > 1:
+        azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]]).expand(len(captions), -1)
+        orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
+        cameras = camera_vector(orbit, "fourier").repeat(2, 1).to(device)
+    for t in scheduler.timesteps:
+        v, v_empty = unet(torch.cat([x, x]), t, text, class_labels=cameras).sample.chunk(2)
+        x = scheduler.step(v_empty + scale * (v - v_empty), t, x).prev_sample
+    return x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parent.parent / "prd" / "toybox" / "assets"
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--assets", type=Path, default=default, help="folder that receives the models")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sets", type=int, default=96, help="four-view sets rendered of every shape and stack")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: every core)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch_scale", type=int, default=1, help="multiplies every batch size")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="multiplies every number of steps")
+    args = parser.parse_args()
+    print(json.dumps({k: str(v) for k, v in vars(args).items()}))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.assets.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        torch.manual_seed(args.seed)
+        globals()[f"train_{stage}"](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Training images of the toy box's teachers: four-view sets of every shape, coloured when drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prd.cameras import HALF_DIAGONAL, Cameras, CameraSampling
+from prd.rendering.sphere_trace import SphereTracer
+from prd.toybox.models import IMAGE_SIZE, NORMAL_SIZE
+from prd.toybox.world import (
+    BASES,
+    COLORS,
+    FORMS,
+    SHAPES,
+    ExactField,
+    light,
+    parse_caption,
+    scene_normal,
+)
+
+BACKGROUND = 0.5
+CAMERAS = CameraSampling(views=4, elevation=(-30.0, 60.0), relative_distance=(1.12, 1.12), fovy=50.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Four-view sets: rgb [n, 4, 3, H, W] in [0, 1], normal_disparity [n, 4, 4, h, w] in [-1, 1], and their texts."""
+
+    rgb: Tensor
+    normal_disparity: Tensor
+    captions: list[str]
+    cameras: Cameras
+
+
+class ViewPool:
+    """Renderings of every shape and stack from `sets` random four-view orbits each, as layers that colours mix.
+
+    A layer image holds, the coverage, the shade of each of two parts, the tint, camera normal (x negated) and
+    disparity: [configuration, set, view, 10, H, W] in half precision.
+    """
+
+    def __init__(self, sets: int, generator: torch.Generator, configurations: list[tuple] | None = None) -> None:
+        singles = [(shape, form) for shape in SHAPES for form in range(FORMS.get(shape, 1))]
+        stacks = [(shape, base) for shape in SHAPES for base in BASES]
+        self.configurations: list[tuple] = configurations or [*singles, *stacks]
+        self.cameras: list[Cameras] = []
+        layers = []
+        for configuration in self.configurations:
+            cameras = CAMERAS.sample(torch.rand(sets, 3, generator=generator))
+            self.cameras.append(cameras)
+            layers.append(torch.cat([_layers(configuration, _rows(cameras, i, 8)) for i in range(0, sets, 8)]))
+        self.layers = torch.stack(layers)
+
+    def draw(
+        self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None
+    ) -> Batch:
+        """`count` four-view sets; `stacks` is the share of stacks, `only` one configuration."""
+        singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
+        pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]
+        # a word is drawn before its form, so that families are no more frequent than other words
+        weights = torch.tensor([1.0 / FORMS.get(self.configurations[i][0], 1) for i in singles])
+        names, colors = list(COLORS), torch.tensor(list(COLORS.values()))
+
+        def integer(high: int) -> int:
+            return int(torch.randint(high, (), generator=generator))
+
+        rows, albedo, captions, matrices, angles = [], [], [], [], []
+        for _ in range(count):
+            if only is not None:
+                c = self.configurations.index(only)
+            elif pairs and float(torch.rand((), generator=generator)) < stacks:
+                c = pairs[integer(len(pairs))]
+            else:
+                c = singles[int(torch.multinomial(weights, 1, generator=generator))]
+            shape, second = self.configurations[c]
+            upper = integer(len(names))
+            lower = (upper + 1 + integer(len(names) - 1)) % len(names)
+            s = integer(self.layers.shape[1])
+            rows.append(self.layers[c, s])
+            matrices.append(self.cameras[c].camera_to_world[s])
+            angles.append(self.cameras[c].fovy[s])
+            albedo.append(colors[[upper, lower]])
+            text = f"a {names[upper]} {shape}"
+            captions.append(text if isinstance(second, int) else f"{text} on a {names[lower]} {second}")
+        layers = torch.stack(rows).float()  # [n, 4, 10, H, W]
+        rgb, normal_disparity = compose(layers, torch.stack(albedo))
+        return Batch(rgb, normal_disparity, captions, Cameras(torch.stack(matrices), torch.stack(angles)))
+
+
+def compose(layers: Tensor, albedo: Tensor) -> tuple[Tensor, Tensor]:
+    """RGB [n, V, 3, H, W] and normal + disparity [n, V, 4, h, w] from layers [n, V, 10, H, W], albedo [n, 2, 3]."""
+    coverage, shade, tint = layers[:, :, 0], layers[:, :, 1:3], layers[:, :, 3:6]
+    lit = torch.einsum("nvphw,npc->nvchw", shade, albedo) + tint
+    rgb = (lit + (1 - coverage[:, :, None]) * BACKGROUND).clamp(0, 1)
+    packed = torch.cat([layers[:, :, 6:9], layers[:, :, 9:10] * 2 - 1], dim=2)
+    small = F.adaptive_avg_pool2d(packed.flatten(0, 1), NORMAL_SIZE).unflatten(0, packed.shape[:2])
+    return rgb, small
+
+
+def _rows(cameras: Cameras, start: int, count: int) -> Cameras:
+    return Cameras(cameras.camera_to_world[start : start + count], cameras.fovy[start : start + count])
+
+
+@torch.no_grad()
+def _layers(configuration: tuple, cameras: Cameras) -> Tensor:
+    """Layer images [n, V, 10, H, W] of one configuration from n x V cameras, averaged from 2x2 rays a pixel."""
+    shape, second = configuration
+    text = f"a red {shape}" if isinstance(second, int) else f"a red {shape} on a blue {second}"
+    scene = parse_caption(text).parts(second if isinstance(second, int) else 0)
+    field = ExactField([text], [second if isinstance(second, int) else 0])
+    size = 2 * IMAGE_SIZE
+    origins, directions = cameras.rays(size, size)
+    o, d = origins.reshape(1, -1, 3), directions.reshape(1, -1, 3)
+    distance, hit = SphereTracer().trace(field, o, d)
+    points = (o + distance * d)[0]
+    normal = scene_normal(scene, points)
+    shade, tint = light(normal)
+    nearest = torch.stack([part.sdf(points) for part in scene]).argmin(dim=0)
+    owner = F.one_hot(nearest, 2).float()  # [N, 2]
+    count, views = cameras.batch, cameras.views
+    world_to_camera = cameras.camera_to_world[..., :3, :3].transpose(-1, -2)
+    in_camera = torch.einsum("bvij,bvnj->bvni", world_to_camera, normal.view(count, views, -1, 3)).reshape(-1, 3)
+    in_camera = in_camera * in_camera.new_tensor([-1.0, 1.0, 1.0])
+    forward = -cameras.camera_to_world[..., :3, 2]
+    cosine = (directions * forward[:, :, None, None]).sum(-1).reshape(-1, 1)
+    near, far = cameras.near_far
+    far_ray = far[:, :, None].expand(-1, -1, size * size).reshape(-1, 1)
+    disparity = ((far_ray - distance[0] * cosine) / (2 * HALF_DIAGONAL)).clamp(0, 1)
+    solid = hit[0].float()
+    stacked = torch.cat([torch.ones_like(shade), owner * shade, tint, in_camera, disparity], dim=1) * solid
+    images = stacked.view(count * views, size, size, -1).permute(0, 3, 1, 2)
+    return F.avg_pool2d(images, 2).view(count, views, -1, IMAGE_SIZE, IMAGE_SIZE).half()

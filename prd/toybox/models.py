@@ -1,0 +1,134 @@
+"""The toy box's networks: every one of the class that the real model has, small.
+
+A tiny Stable Diffusion (CLIP text encoder, autoencoder of factor 4, U-Net on 8x8 latents), a four-view MVDream of the
+same U-Net with cameras, and a four-view RichDreamer on 16x16 normal and disparity images.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.toybox.world import COLORS, SHAPES
+
+IMAGE_SIZE = 32
+TEXT_LENGTH = 16
+TEXT_WIDTH = 64
+NORMAL_SIZE = 16
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    merges: list[str] = []
+    for word in ("a", "on", *COLORS, *SHAPES):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merge, joined = f"{symbols[0]} {symbols[1]}", symbols[0] + symbols[1]
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append(joined)
+            symbols = [joined, *symbols[2:]]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"vocab.json": json.dumps({token: i for i, token in enumerate(tokens)})}
+        files["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+        files["tokenizer_config.json"] = json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "pad_token": "<|endoftext|>"}
+        )
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers of width 64."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=TEXT_WIDTH,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_vae() -> AutoencoderKL:
+    """Images [B, 3, 32, 32] in [-1, 1] to latents [B, 4, 8, 8] and back."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def make_unet(*, cameras: bool) -> UNet2DConditionModel:
+    """The U-Net of Stable Diffusion, or with `cameras` of MVDream, on latents [B, 4, 8, 8]."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        block_out_channels=(48, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        **_camera_embedding(cameras),
+    )
+
+
+def make_normal_unet() -> UNet2DConditionModel:
+    """The U-Net of RichDreamer: normals and disparity [B, 4, 16, 16] in [-1, 1], with cameras."""
+    return UNet2DConditionModel(
+        sample_size=NORMAL_SIZE,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        **_camera_embedding(True),
+    )
+
+
+def _camera_embedding(cameras: bool) -> dict:
+    return (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
+        if cameras
+        else {}
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule with v-prediction (an epsilon loss leaves cameras unheeded at high noise)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
