@@ -83,9 +83,11 @@ def shape_sdf(shape: str, form: int, p: Tensor) -> Tensor:
         q = _length(y, z)
         shaft = _disc(q, x + 0.28, 0.2, 0.46)
         return torch.minimum(shaft, _cone(q, x - 0.42, 0.48, 0.76))
-    if shape == "mug":  # handle to the left of the front (+Y)
-        body = torch.maximum(_disc(r, z, 0.5, 0.5), -_disc(r, z - 0.34, 0.36, 0.5))
-        handle = _length(_length(y - 0.52, z) - 0.27, x) - 0.1
+    if shape == "mug":  # handle to the left of the front (+Y); body and handle together are centred
+        y = y + 0.2
+        r = _length(x, y)
+        body = torch.maximum(_disc(r, z, 0.5, 0.42), -_disc(r, z - 0.37, 0.36, 0.42))
+        handle = _length(_length(y - 0.54, z) - 0.28, x) - 0.12
         return torch.minimum(body, torch.maximum(handle, 0.43 - r))
     raise ValueError(f"shape={shape!r}: must be one of {', '.join(SHAPES)}")
 
@@ -98,7 +100,7 @@ LOWEST = {  # z of each shape's lowest point, by form
     "torus": (-0.2,),
     "wedge": (-0.5,),
     "arrow": (-0.48,),
-    "mug": (-0.5,),
+    "mug": (-0.42,),
 }
 
 
