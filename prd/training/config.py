@@ -59,7 +59,7 @@ class PromptsConfig:
     """What is asked of the student."""
 
     source: str = "toybox"  # "toybox", or a .txt (a prompt a line) or .json (a list of strings) file
-    held_out: tuple[str, ...] = ()  # prompts never trained on
+    held_out: tuple[str, ...] = ()  # never trained on; nor is a stack with one of them as a part
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 
@@ -145,11 +145,12 @@ class DistillationConfig:
     """Asynchronous score distillation, paper Eq. 1-2."""
 
     t_min: Timestep | tuple[Timestep, Timestep] = (500.0, 20.0)  # smallest teacher timestep, of 1000
-    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # largest teacher timestep, of 1000
+    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
     weighting: Literal["dmd", "uniform", "sds", "sqrt"] = "dmd"  # w(t); "dmd" is Eq. 2
     delta: Positive = 0.1  # added to the denominator of Eq. 2
     x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
-    average_over: Literal["views", "image"] = "views"  # the mean of Eq. 2: the paper's, or the published code's
+    average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
+    reference: Literal["shifted", "noise"] = "shifted"  # subtracted: the shifted prediction (ASD), or the noise (SDS)
 
     @model_validator(mode="after")
     def _check(self) -> DistillationConfig:
