@@ -1,0 +1,216 @@
+"""PETA: what is added to Stable Diffusion so that it denoises and decodes six planes (TriplaneTurbo, section 3.3).
+
+The U-Net's self-attention gets plane-wise LoRA, six A/B pairs a projection; its cross-attention and its convolutions,
+and the VAE decoder's attention and convolutions, get ordinary LoRA; the decoder gets a new last convolution. Nothing
+is scaled by alpha / rank. Everything is one peft adapter around one module, so peft's own files and functions apply.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
+
+CONV_OUT = "decoder.conv_out"
+SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
+
+
+class PlaneLora(LoraLinear):
+    """peft's LoRA of a linear layer with one pair of factors a plane; input [B * P, L, in]."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        assert isinstance(config, PetaConfig)
+        if config.use_dora:
+            raise ValueError("use_dora=True: DoRA is not defined for plane-wise LoRA; set plane_wise=False")
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        bias = config.plane_bias and kwargs["target_name"].endswith("to_out.0")
+        down = PlaneLinear(config.num_planes, self.in_features, r)
+        up = PlaneLinear(config.num_planes, r, self.out_features, bias=bias)
+        nn.init.normal_(down.weight, std=1 / r)
+        nn.init.zeros_(up.weight)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError("six planes cannot be merged into one weight")
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the weight for each plane, [P, out, in]."""
+        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+
+
+@dataclass
+class PetaConfig(LoraConfig):
+    """What is adapted and by how much; plain JSON fields, saved as peft's adapter_config.json.
+
+    `r` is the rank everywhere, `rank_pattern` (peft's: regex -> rank) overrides it for some modules. Plane-wise LoRA
+    against basic LoRA of the same parameter count is `plane_wise=False, rank_pattern={SELF_ATTENTION.pattern: 6 * r}`.
+    `target_modules` is found by module type when the adapter is attached and need not be given.
+    """
+
+    r: int = field(default=16)
+    num_planes: int = field(default=NUM_PLANES)
+    plane_channels: int = field(default=32)  # C of the decoded planes; the new conv_out has 2C channels
+    plane_wise: bool = field(default=True)  # False: one A/B pair shared by the planes in self-attention
+    plane_bias: bool = field(default=False)  # a bias a plane on to_out, as the folded published weights need
+    self_attention: bool = field(default=True)  # attn1 of the U-Net
+    cross_attention: bool = field(default=True)  # attn2 of the U-Net
+    convolutions: bool = field(default=True)  # ResNet, down- and upsampling (and conv projections) of the U-Net
+    decoder_attention: bool = field(default=True)
+    decoder_convolutions: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        for name in ("r", "num_planes", "plane_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a positive integer")
+        if self.num_planes % 2:
+            raise ValueError(f"num_planes={self.num_planes}: must be even, geometry planes and as many texture planes")
+        if self.init_lora_weights is True:
+            self.init_lora_weights = "gaussian"  # A ~ N(0, 1 / r) as a standard deviation, B = 0
+        self.lora_alpha = self.r  # peft scales by alpha / r; here by 1
+        self.alpha_pattern = dict(self.rank_pattern or {})
+        self.modules_to_save = [CONV_OUT]
+        super().__post_init__()
+        if self.plane_wise:
+            self._register_custom_module({nn.Linear: self._linear})  # type: ignore[dict-item]
+
+    def _linear(self, target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> LoraLayer:
+        plane_wise = SELF_ATTENTION.fullmatch(kwargs["target_name"]) and kwargs["target_name"].startswith("unet.")
+        return (PlaneLora if plane_wise else LoraLinear)(target, adapter_name, config=config, **kwargs)
+
+    # The registered mapping holds a bound method: it is rebuilt, not copied, when peft copies or pickles the config.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_custom_modules"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PetaConfig:
+        """peft's constructor for a config file: this class, whatever peft_type says."""
+        return cls(**{name: value for name, value in kwargs.items() if name != "peft_type"})
+
+
+class SixPlaneBackbone(nn.Module):
+    """The U-Net and the VAE decoder of a Stable Diffusion, as the one module that PETA adapts.
+
+    The modules are new, the weights are the base's own tensors (frozen here): a teacher may use the same base, and it
+    stays unadapted. The decoder's last convolution is replaced by a fresh `PlaneConvOut`.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, config: PetaConfig) -> None:
+        super().__init__()
+        if not isinstance(unet, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
+            raise TypeError(
+                f"base is {type(unet).__name__} + {type(vae).__name__}: PETA adapts UNet2DConditionModel + "
+                "AutoencoderKL, that is Stable Diffusion 1.x, 2.x and their fine-tunes"
+            )
+        parts: Any = vae
+        self.unet: Any = shared_copy(unet)
+        self.decoder: Any = shared_copy(parts.decoder)
+        self.post_quant_conv = nn.Identity() if parts.post_quant_conv is None else shared_copy(parts.post_quant_conv)
+        self.requires_grad_(False)
+        old = self.decoder.conv_out
+        conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
+        self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
+        for module in self.unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.attn1.set_processor(PlaneAttention(config.num_planes))
+                module.attn2.set_processor(PlaneAttention(config.num_planes))
+
+    def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
+        return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def shared_copy(module: Any) -> Any:
+    """A copy of the module tree that shares every parameter and buffer with the original."""
+    shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, shared)
+
+
+def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str, list[str]]:
+    """The names of the modules that PETA adapts in this base, by group, found by type.
+
+    Raises ValueError if a group that every Stable Diffusion has is empty, or a block is not of a known form.
+    """
+    groups: dict[str, list[str]] = {
+        "self_attention": [],
+        "cross_attention": [],
+        "convolutions": [],
+        "decoder_attention": [],
+        "decoder_convolutions": [],
+    }
+
+    def convolutions(name: str, module: nn.Module) -> list[str]:
+        children: tuple[str, ...] = ()
+        if isinstance(module, ResnetBlock2D):
+            children = ("conv1", "conv2", "conv_shortcut")
+        elif isinstance(module, Downsample2D | Upsample2D):
+            children = ("conv",)
+        elif isinstance(module, Transformer2DModel):
+            children = ("proj_in", "proj_out")
+        return [f"{name}.{child}" for child in children if isinstance(getattr(module, child, None), nn.Conv2d)]
+
+    linears = ("to_q", "to_k", "to_v", "to_out.0")
+    for name, module in backbone.unet.named_modules(prefix="unet"):
+        groups["convolutions"] += convolutions(name, module)
+        if isinstance(module, BasicTransformerBlock):
+            if module.attn1 is None or module.attn2 is None or module.only_cross_attention:
+                raise ValueError(f"{name}: PETA needs one self- and one cross-attention in each transformer block")
+            groups["self_attention"] += [f"{name}.attn1.{linear}" for linear in linears]
+            groups["cross_attention"] += [f"{name}.attn2.{linear}" for linear in linears]
+    for name, module in backbone.decoder.named_modules(prefix="decoder"):
+        groups["decoder_convolutions"] += convolutions(name, module)
+        if isinstance(module, Attention):
+            groups["decoder_attention"] += [f"{name}.{linear}" for linear in linears]
+    empty = [group for group, names in groups.items() if not names]
+    if empty:
+        raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion 1.x or 2.x")
+    return {group: names for group, names in groups.items() if getattr(config, group)}
+
+
+def attach_peta(backbone: SixPlaneBackbone, config: PetaConfig) -> PeftModel:
+    """Add the adapter to the backbone and count that every expected module got it, of the right kind.
+
+    Only the adapter and the new conv_out require gradients. Raises ValueError naming what is missing or extra.
+    """
+    groups = expected_modules(backbone, config)
+    expected = {name for names in groups.values() for name in names}
+    if not expected:
+        raise ValueError("PetaConfig adapts nothing: switch on at least one of self_attention, ..., decoder_attention")
+    config.target_modules = sorted(expected)
+    peft_model = get_peft_model(backbone, config)
+    found = {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)}
+    plane_wise = {name for name, module in found.items() if isinstance(module, PlaneLora)}
+    _compare("adapted modules", set(found), expected)
+    _compare("plane-wise modules", plane_wise, set(groups.get("self_attention", ())) if config.plane_wise else set())
+    return peft_model
+
+
+def _compare(what: str, found: set[str], expected: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        raise ValueError(f"{what}: {len(found)} found, {len(expected)} expected; missing {missing}, extra {extra}")

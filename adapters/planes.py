@@ -1,0 +1,88 @@
+"""Six planes of one sample in one U-Net: their order, and the attention in which they see each other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+PLANES = ("xy geometry", "xz geometry", "yz geometry", "xy texture", "xz texture", "yz texture")
+NUM_PLANES = len(PLANES)
+
+
+class PlaneAttention:
+    """Attention processor of a U-Net whose batch holds the planes of a sample side by side.
+
+    hidden_states [B * P, L, C]. Self-attention joins the P * L tokens of a sample, planes on the slow axis.
+    Cross-attention takes the text once a sample [B, 77, Ct], shared by its planes, or once a plane [B * P, 77, Ct]:
+    queries are independent of each other, so sharing changes the cost and not the result.
+    """
+
+    def __init__(self, num_planes: int = NUM_PLANES) -> None:
+        self.num_planes = num_planes
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rows = hidden_states.shape[0]
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        groups = rows // self.num_planes if encoder_hidden_states is None else source.shape[0]
+        if rows % self.num_planes or rows % groups:
+            raise ValueError(
+                f"hidden_states={tuple(hidden_states.shape)}, encoder_hidden_states={tuple(source.shape)}: the batch "
+                f"must be {self.num_planes} planes a sample, and the text given once a sample or once a plane"
+            )
+        if attention_mask is not None:
+            raise ValueError("attention_mask: six-plane attention takes none; pass embeddings padded to 77 tokens")
+        query, key, value = (
+            tokens.view(groups, -1, attn.heads, tokens.shape[-1] // attn.heads).transpose(1, 2)  # [B, heads, P L, d]
+            for tokens in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        mixed = mixed.reshape(rows, hidden_states.shape[1], -1)  # [B P, L, C]
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+
+class PlaneLinear(nn.Module):
+    """P linear maps as one batched weight: plane p's tokens meet weight[p].
+
+    weight [P, out, in], bias [P, out] or None; forward [B * P, L, in] -> [B * P, L, out].
+    """
+
+    def __init__(self, num_planes: int, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_planes, out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        planes, out_features, in_features = self.weight.shape
+        y = torch.matmul(x.view(-1, planes, x.shape[1], in_features), self.weight.transpose(1, 2))  # [B, P, L, out]
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        return y.view(*x.shape[:-1], out_features)
+
+
+class PlaneConvOut(nn.Conv2d):
+    """The decoder's last convolution: 2C channels, the first C for geometry planes, the last C for texture planes.
+
+    forward [B * P, in, H, W] -> [B * P, C, H, W]; only the half each plane keeps is computed.
+    """
+
+    def __init__(self, in_channels: int, plane_channels: int, num_planes: int = NUM_PLANES) -> None:
+        super().__init__(in_channels, 2 * plane_channels, kernel_size=3, padding=1)
+        self.num_planes = num_planes
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels, half = self.out_channels // 2, self.num_planes // 2
+        grouped = input.unflatten(0, (-1, 2, half))  # [B, 2, P/2, in, H, W]
+        biases = (None, None) if self.bias is None else self.bias.split(channels)
+        kinds = [
+            F.conv2d(grouped[:, kind].flatten(0, 1), weight, biases[kind], padding=1)  # [B P/2, C, H, W]
+            for kind, weight in enumerate(self.weight.split(channels))
+        ]
+        return torch.stack([kind.unflatten(0, (-1, half)) for kind in kinds], dim=1).flatten(0, 2)

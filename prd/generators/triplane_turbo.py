@@ -1,0 +1,343 @@
+"""TriplaneTurbo's student: a frozen Stable Diffusion that denoises and decodes six planes (TriplaneTurbo, section 3.3).
+
+noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta
+from prd.triplane import TriplaneField, TriplaneHeads
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
+HASHED_AS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student is besides its adapter; saved as config.json."""
+
+    base: str = ""  # id or path of the Stable Diffusion it is built on
+    latent_size: int = 32  # h = w of the latents that `generate` draws
+    latent_scale: float | None = None  # divide latents by this before the decoder; None: as published, taken raw
+    head_width: int = 64  # of the three MLPs
+    bias_radius: float = 0.5  # sdf = MLP + |p| - bias_radius, scene units
+    sdf_init_scale: float = 1.0  # of the sdf head's last layer at initialisation; 0.3 starts near the sphere
+    num_inference_steps: int = 4  # K of the training rollout
+
+
+class AdapterMismatch(ValueError):
+    """A saved adapter does not fit this base or this configuration."""
+
+
+class TriplaneTurboGenerator(nn.Module):
+    """Frozen base, trainable PETA, conv_out and heads.
+
+    unet, vae: the base; their weights are shared, frozen and never changed, their modules stay unadapted.
+    scheduler: any diffusers scheduler; its `alphas_cumprod` and `prediction_type` (epsilon or v_prediction) are read.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: Any,
+        peta: PetaConfig | None = None,
+        config: StudentConfig | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.peta = peta or PetaConfig()
+        self.config = config or StudentConfig()
+        if self.peta.num_planes != 6:
+            raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
+        self.prediction_type: str = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={self.prediction_type!r}: the base must predict epsilon or v_prediction")
+        backbone = SixPlaneBackbone(unet, vae, self.peta)
+        backbone.__dict__["name_or_path"] = self.config.base  # where peft looks for the name it records
+        self.peft = attach_peta(backbone, self.peta)
+        self.heads = TriplaneHeads(self.peta.plane_channels, self.config.head_width, self.config.sdf_init_scale)
+        self.heads.to(self.device)
+        alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
+        self.register_buffer("alphas_cumprod", alphas.to(self.device), persistent=False)
+        self.alphas_cumprod: Tensor
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.backbone.unet.enable_gradient_checkpointing()
+        self._base_hash: dict[str, str] | None = None
+        self.eval()
+
+    @property
+    def backbone(self) -> SixPlaneBackbone:
+        """The adapted U-Net and decoder."""
+        adapted: Any = self.peft
+        return adapted.base_model.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.decoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base; latents and planes are computed in it, the field in float32."""
+        return self.backbone.decoder.conv_in.weight.dtype
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """LoRA factors, the new conv_out and the heads."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def predict(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
+        """The U-Net's own prediction (epsilon or v) [B, 6, 4, h, w].
+
+        latents [B, 6, 4, h, w]; timestep an integer or [B] in [0, T); prompt_embeds [B, 77, Ct], or [B, 6, 77, Ct]
+        for a text of its own for each plane.
+        """
+        batch = self._check_latents(latents)
+        if prompt_embeds.ndim not in (3, 4) or prompt_embeds.shape[0] != batch:
+            raise ValueError(
+                f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct]"
+            )
+        t = torch.as_tensor(timestep, device=latents.device)
+        text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
+        rows = t.repeat_interleave(6) if t.ndim else t
+        prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
+        return prediction.view(latents.shape).to(latents.dtype)
+
+    def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
+        """One step of the student: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
+        prediction = self.predict(latents, timestep, prompt_embeds)
+        alpha, sigma = self._alpha_sigma(timestep, latents)
+        if self.prediction_type == "epsilon":
+            return (latents - sigma * prediction) / alpha
+        return alpha * latents - sigma * prediction
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """sqrt(a_t) x0 + sqrt(1 - a_t) noise, all [B, 6, 4, h, w]."""
+        alpha, sigma = self._alpha_sigma(timestep, x0)
+        return alpha * x0 + sigma * noise
+
+    def decode(self, latents: Tensor) -> TriplaneField:
+        """The field of latents [B, 6, 4, h, w].
+
+        The decoder takes them raw, not divided by the VAE's scaling factor, as the published adapter was trained;
+        `latent_scale` in the config divides them.
+        """
+        return TriplaneField(self.decode_planes(latents), self.heads, self.config.bias_radius)
+
+    def decode_planes(self, latents: Tensor) -> Tensor:
+        """Planes [B, 6, C, H, W] (xy, xz, yz geometry, then texture) of latents [B, 6, 4, h, w]."""
+        self._check_latents(latents)
+        scale = self.config.latent_scale
+        flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            planes = checkpoint(self.backbone.decode, flat, use_reentrant=False)
+        else:
+            planes = self.backbone.decode(flat)
+        return planes.unflatten(0, (-1, 6))
+
+    def timesteps(self, num_inference_steps: int) -> list[int]:
+        """K timesteps from T - 1 down in equal strides: 4 -> [999, 749, 499, 249]."""
+        total, trained, k = len(self.alphas_cumprod), self.config.num_inference_steps, num_inference_steps
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1 or total % k:
+            raise ValueError(
+                f"num_inference_steps={k}: must be a positive divisor of {total} "
+                f"(this adapter was trained for {trained}); try {trained}"
+            )
+        return [total - 1 - step * (total // k) for step in range(k)]
+
+    def draw_latents(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one a sample (then independent of B)."""
+        shape = (6, self.backbone.unet.config["in_channels"], self.config.latent_size, self.config.latent_size)
+        if generator is None or isinstance(generator, torch.Generator):
+            source = self.device if generator is None else generator.device
+            return torch.randn(batch, *shape, generator=generator, device=source).to(self.device)
+        if len(generator) != batch:
+            raise ValueError(f"generator: {len(generator)} generators for {batch} prompts; give one a prompt")
+        return torch.stack([torch.randn(shape, generator=g, device=g.device).to(self.device) for g in generator])
+
+    def ddim_step(self, latents: Tensor, x0: Tensor, timestep: int, previous: int) -> Tensor:
+        """DDIM with eta 0 (Song et al. 2021, Eq. 12) from `timestep` to `previous` (below 0: the schedule's first)."""
+        alpha, sigma = self._alpha_sigma(timestep, latents)
+        return self.add_noise(x0, (latents - alpha * x0) / sigma, max(previous, 0))
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompt_embeds: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 4,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The last x0 [B, 6, 4, h, w] of K DDIM steps from `latents` (drawn if None); no classifier-free guidance."""
+        timesteps = self.timesteps(num_inference_steps)
+        x = self.draw_latents(len(prompt_embeds), generator) if latents is None else latents
+        for t, previous in zip(timesteps, [*timesteps[1:], None], strict=True):
+            x0 = self.denoise(x, t, prompt_embeds)
+            x = x0 if previous is None else self.ddim_step(x, x0, t, previous)
+        return x
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_embeds: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 4,
+        latents: Tensor | None = None,
+    ) -> TriplaneField:
+        """The field of each prompt. prompt_embeds [B, 77, Ct]; K in {1, 2, 4, ...}; latents [B, 6, 4, h, w] or None.
+
+        Raises ValueError for a K that does not divide the schedule, and for tensors of another shape.
+        """
+        return self.decode(self.sample_latents(prompt_embeds, generator, num_inference_steps, latents))
+
+    def _check_latents(self, latents: Tensor) -> int:
+        channels = self.backbone.unet.config["in_channels"]
+        if latents.ndim != 5 or latents.shape[1:3] != (6, channels):
+            raise ValueError(f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w]")
+        return latents.shape[0]
+
+    def _alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.alphas_cumprod[torch.as_tensor(timestep, device=self.alphas_cumprod.device)].to(like.dtype)
+        a = a.view(-1, 1, 1, 1, 1)
+        return a.sqrt(), (1 - a).sqrt()
+
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
+        state = get_peft_model_state_dict(self.peft)
+        return {**state, **{f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}}
+
+    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load `adapter_state_dict`; AdapterMismatch if a key is missing or extra or a shape differs."""
+        own = self.adapter_state_dict()
+        problems = [f"missing {sorted(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
+        problems += [f"extra {sorted(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
+        problems += [
+            f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if own[name].shape != state[name].shape
+        ]
+        if problems:
+            raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
+        heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
+        self.heads.load_state_dict(heads, strict=True)
+        set_peft_model_state_dict(self.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
+
+    @torch.no_grad()
+    def base_hash(self) -> dict[str, str]:
+        """SHA-256 of the base's weights as the adapter uses them, rounded to each half precision.
+
+        A base loaded in, or saved from, half precision agrees with its float32 original in one of the two.
+        """
+        if self._base_hash is None:
+            state = self.backbone.state_dict()
+            frozen = {
+                name.replace(".base_layer.", "."): tensor
+                for name, tensor in state.items()
+                if ".lora_" not in name and not name.startswith("decoder.conv_out.")
+            }
+            self._base_hash = {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HASHED_AS}
+        return self._base_hash
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_state_dict().items()}
+        heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
+        record = {**asdict(self.config), "base_hash": self.base_hash()}
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            new = Path(temporary)
+            self.peta.target_modules = sorted(self.peta.target_modules or ())
+            self.peta.save_pretrained(str(new))
+            save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})
+            (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG):
+                os.replace(new / name, folder / name)
+
+    def load_adapter(self, folder: str | Path, *, allow_other_base: bool = False) -> None:
+        """Load what `save_adapter` wrote.
+
+        Raises FileNotFoundError for a missing file, and AdapterMismatch, before anything is changed, for a damaged
+        file, keys or shapes that differ, or another base (unless allow_other_base=True).
+        """
+        folder = Path(folder)
+        _, record = read_configs(folder)
+        recorded, own = record["base_hash"], self.base_hash()
+        if not allow_other_base and not any(recorded.get(name) == digest for name, digest in own.items()):
+            raise AdapterMismatch(
+                f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded "
+                f"({self.config.base!r}); load that base, or pass allow_other_base=True"
+            )
+        state = _read_tensors(folder / ADAPTER_WEIGHTS)
+        heads = _read_tensors(folder / HEADS_WEIGHTS)
+        self.load_adapter_state_dict({**state, **{f"heads.{name}": tensor for name, tensor in heads.items()}})
+
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | Path,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: Any,
+        *,
+        allow_other_base: bool = False,
+    ) -> TriplaneTurboGenerator:
+        """A student built as the configs in `folder` say, on this base, with the saved adapter loaded."""
+        peta, record = read_configs(Path(folder))
+        config = StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+        student = cls(unet, vae, scheduler, peta, config)
+        student.load_adapter(folder, allow_other_base=allow_other_base)
+        return student
+
+
+def read_configs(folder: Path) -> tuple[PetaConfig, dict]:
+    """The adapter's PetaConfig and the contents of config.json; AdapterMismatch if a field is missing or unknown."""
+    record = json.loads((folder / STUDENT_CONFIG).read_text())
+    known = {field.name for field in fields(StudentConfig)} | {"base_hash"}
+    if record.keys() != known:
+        raise AdapterMismatch(
+            f"{folder / STUDENT_CONFIG}: missing {sorted(known - record.keys())}, extra {sorted(record.keys() - known)}"
+        )
+    peta = PetaConfig.from_pretrained(str(folder))
+    peta.inference_mode = False
+    return peta, record
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise AdapterMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _digest(tensors: dict[str, Tensor], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().to("cpu", dtype).contiguous()
+        digest.update(f"{name} {list(values.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

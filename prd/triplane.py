@@ -1,0 +1,186 @@
+"""A Field from six feature planes: three for geometry, three for texture, read by small MLPs (TriplaneTurbo, 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prd.fields import AutogradGradient
+
+GRID_SAMPLE_TWICE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+POINTS_A_SLAB = 1 << 15  # nodes a pass of the dense grid without gradients: its activations stay in the cache
+
+
+def plane_coordinates(points: Tensor) -> Tensor:
+    """Where points [B, N, 3] fall on the planes xy, xz, yz: (column, row) in [-1, 1], [B, 3, N, 2]."""
+    x, y, z = points.unbind(-1)
+    return torch.stack(
+        [torch.stack([y, x], dim=-1), torch.stack([-x, -z], dim=-1), torch.stack([y, -z], dim=-1)], dim=1
+    )
+
+
+def sample_planes(planes: Tensor, coordinates: Tensor) -> Tensor:
+    """Bilinear, texel centres at half-integers, zero outside; differentiable twice in both arguments.
+
+    planes [M, C, H, W]; coordinates [M, N, 2] (column, row) in [-1, 1]. Returns [M, N, C].
+    """
+    if GRID_SAMPLE_TWICE:
+        sampled = F.grid_sample(planes, coordinates[:, None], "bilinear", "zeros", align_corners=False)
+        return sampled[:, :, 0].transpose(1, 2)
+    return gather_planes(planes, coordinates)
+
+
+def gather_planes(planes: Tensor, coordinates: Tensor) -> Tensor:
+    """`sample_planes` from elementary operations: F.grid_sample has no second derivative before torch 2.13."""
+    channels, height, width = planes.shape[1:]
+    size = coordinates.new_tensor([width, height])
+    texel = (coordinates + 1) * size / 2 - 0.5
+    corner = texel.detach().floor()
+    fraction = texel - corner
+    flat = planes.flatten(2).transpose(1, 2)  # [M, H W, C]
+    total = flat.new_zeros(())
+    for dx in (0, 1):
+        for dy in (0, 1):
+            column, row = corner[..., 0] + dx, corner[..., 1] + dy
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = (fraction[..., 0] if dx else 1 - fraction[..., 0]) * (
+                fraction[..., 1] if dy else 1 - fraction[..., 1]
+            )
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            texels = flat.gather(1, index.long()[..., None].expand(-1, -1, channels))
+            total = total + texels * (weight * inside)[..., None]
+    return total
+
+
+def resampling_matrix(nodes: Tensor, size: int) -> Tensor:
+    """Bilinear weights [R, size] of the texels of one axis at coordinates `nodes` [R]; zero outside."""
+    texel = (nodes[:, None] + 1) * size / 2 - 0.5
+    return (1 - (texel - torch.arange(size, device=nodes.device, dtype=nodes.dtype)).abs()).clamp_min(0)
+
+
+class TriplaneHeads(nn.Module):
+    """Three MLPs (Linear-ReLU-Linear-ReLU-Linear, no bias) from plane features to signed distance, deformation, colour.
+
+    Geometry features are the sum of three planes [C], texture features their concatenation [3C].
+    `sdf_init_scale` scales the last layer of the sdf head at initialisation: below 1 training starts near the sphere.
+    """
+
+    def __init__(self, channels: int = 32, width: int = 64, sdf_init_scale: float = 1.0) -> None:
+        super().__init__()
+        self.channels, self.width = channels, width
+        self.sdf = _mlp(channels, width, 1)
+        self.deformation = _mlp(channels, width, 3)
+        self.rgb = _mlp(3 * channels, width, 3)
+        with torch.no_grad():
+            self.sdf[-1].weight.mul_(sdf_init_scale)
+
+
+def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, outputs, bias=False),
+    )
+
+
+def colour_from_features(features: Tensor) -> Tensor:
+    """sigmoid(f) * 1.002 - 0.001: reaches 0 and 1 at finite f (mip-NeRF, supplement); leaves [0, 1] by 0.001."""
+    return torch.sigmoid(features) * 1.002 - 0.001
+
+
+class TriplaneField(AutogradGradient):
+    """B shapes as planes [B, 6, C, H, W] (xy, xz, yz for geometry, then xy, xz, yz for texture) and their heads.
+
+    sdf = MLP(sum of the geometry planes) + |p| - bias_radius. A plane fades to 0 within half a texel beyond its border.
+    Planes are kept in float32: F.grid_sample in half precision is wrong on CPUs.
+    """
+
+    def __init__(self, planes: Tensor, heads: TriplaneHeads, bias_radius: float = 0.5) -> None:
+        if planes.ndim != 5 or planes.shape[1] != 6 or planes.shape[2] != heads.channels:
+            raise ValueError(f"planes={tuple(planes.shape)}: expected [B, 6, {heads.channels}, H, W]")
+        self.planes = planes.float()
+        self.heads = heads
+        self.bias_radius = bias_radius
+
+    def geometry_features(self, points: Tensor) -> Tensor:
+        """Sum of the geometry planes at points [B, N, 3]: [B, N, C]."""
+        return self._lookup(self.planes[:, :3], points).sum(dim=1)
+
+    def texture_features(self, points: Tensor) -> Tensor:
+        """Concatenation of the texture planes (xy, xz, yz) at points [B, N, 3]: [B, N, 3C]."""
+        return self._lookup(self.planes[:, 3:], points).transpose(1, 2).flatten(2)
+
+    def _lookup(self, planes: Tensor, points: Tensor) -> Tensor:
+        if points.ndim != 3 or points.shape[0] != planes.shape[0] or points.shape[2] != 3:
+            raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {planes.shape[0]}")
+        sampled = sample_planes(planes.flatten(0, 1), plane_coordinates(points).flatten(0, 1))
+        return sampled.unflatten(0, (-1, 3))  # [B, 3, N, C]
+
+    def _bias(self, points: Tensor) -> Tensor:
+        return points.norm(dim=-1, keepdim=True) - self.bias_radius
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return self.heads.sdf(self.geometry_features(points)) + self._bias(points)
+
+    def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.geometry_features(points)
+        return self.heads.sdf(features) + self._bias(points), self.heads.deformation(features)
+
+    def colour_features(self, points: Tensor) -> Tensor:
+        """The colour head's raw output [B, N, 3], before the sigmoid."""
+        return self.heads.rgb(self.texture_features(points))
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return colour_from_features(self.colour_features(points)).clamp(0, 1)
+
+    def grid(
+        self, resolution: int, *, rgb: bool = True, deformation: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The field at the nodes linspace(-1, 1, R) of the cube, indexed [x, y, z], as the pointwise queries give it.
+
+        Returns sdf [B, R, R, R], rgb [B, R, R, R, 3] and deformation [B, R, R, R, 3]; None for what is switched off.
+        Each plane is resampled once on the R x R lattice of its two coordinates and goes through its share of the
+        first linear layer there; only the sum over planes is made at R^3 nodes.
+        """
+        if resolution < 2:
+            raise ValueError(f"resolution={resolution}: must be at least 2")
+        nodes = torch.linspace(-1, 1, resolution, device=self.planes.device)
+        lattices = self._lattices(nodes)
+        squares = nodes**2
+        radius = (squares[:, None, None] + squares[:, None] + squares).sqrt() - self.bias_radius
+        sdf = self._dense(self.heads.sdf, lattices[:3])[..., 0] + radius
+        offset = self._dense(self.heads.deformation, lattices[:3]) if deformation else None
+        colour = colour_from_features(self._dense(self.heads.rgb, lattices[3:])).clamp(0, 1) if rgb else None
+        return sdf, colour, offset
+
+    def _lattices(self, nodes: Tensor) -> list[Tensor]:
+        """The six planes at the nodes of their two axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
+        rows, columns = self.planes.shape[-2:]
+        down, up = resampling_matrix(nodes, rows), resampling_matrix(-nodes, rows)
+        right, left = resampling_matrix(nodes, columns), resampling_matrix(-nodes, columns)
+        lattices = []
+        for kind in (self.planes[:, :3], self.planes[:, 3:]):
+            xy, xz, yz = kind.unbind(1)  # [B, C, H, W] each
+            lattices += [
+                (down @ xy @ right.T).permute(0, 2, 3, 1),  # row x, column y
+                (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
+                (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
+            ]
+        return lattices
+
+    def _dense(self, head: nn.Sequential, lattices: list[Tensor]) -> Tensor:
+        """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
+        first: Tensor = head[0].weight
+        shares = first.split(self.heads.channels, dim=1) if first.shape[1] > self.heads.channels else (first,) * 3
+        xy, xz, yz = (F.linear(lattice, share) for lattice, share in zip(lattices, shares, strict=True))
+        resolution = xy.shape[1]
+        slab = resolution if torch.is_grad_enabled() else max(1, POINTS_A_SLAB // (len(xy) * resolution**2))
+        parts = []
+        for start in range(0, resolution, slab):
+            x = slice(start, start + slab)
+            hidden = (xy[:, x, :, None] + xz[:, x, None]).add_(yz[:, None])  # [B, x, y, z, width]
+            parts.append(head[2:](F.relu_(hidden)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
