@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from trimesh.exchange.obj import export_obj
-from trimesh.visual import TextureVisuals
+from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import PBRMaterial, SimpleMaterial
 
 from prd.fields import Field
+from prd.rendering.isosurface import extract_isosurface
 from prd.texture import paint, texel_points, to_bytes, unwrap
 
 SUFFIXES = (".glb", ".obj", ".ply")
@@ -93,25 +94,24 @@ class Mesh:
         """V - E + F of the surface, texture cuts closed: 2 for a sphere, 0 for a torus."""
         return int(self._welded.euler_number)
 
-    def to_trimesh(self, *, y_up: bool = False) -> trimesh.Trimesh:
-        """The mesh in trimesh, in the scene's axes or glTF's (y_up), with its texture or else its vertex colours."""
-        axes = TO_Y_UP if y_up else [0, 1, 2]
+    def to_trimesh(self) -> trimesh.Trimesh:
+        """The mesh in trimesh, in the scene's axes, with its texture in a PBR material or else its vertex colours."""
+        return self._trimesh(self._visual(), [0, 1, 2])
+
+    def _visual(self) -> ColorVisuals | TextureVisuals:
         if self.uv is None or self.texture is None:
-            visual = {"vertex_colors": to_bytes(self.vertex_colors)}
-        else:
-            material = PBRMaterial(
-                name="surface",
-                baseColorTexture=Image.fromarray(self.texture),  # sRGB by glTF's definition: stored as it is
-                metallicFactor=0.0,
-                roughnessFactor=1.0,
-            )
-            visual = {"visual": TextureVisuals(uv=self.uv, material=material)}
+            return ColorVisuals(vertex_colors=to_bytes(self.vertex_colors))
+        picture = Image.fromarray(self.texture)  # sRGB by glTF's definition of a base colour: stored as it is
+        material = PBRMaterial(name="surface", baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
+        return TextureVisuals(uv=self.uv, material=material)
+
+    def _trimesh(self, visual: ColorVisuals | TextureVisuals, axes: list[int]) -> trimesh.Trimesh:
         return trimesh.Trimesh(
             self.vertices[:, axes],
             self.faces,
             vertex_normals=self.vertex_normals[:, axes],
+            visual=visual,
             process=False,
-            **visual,
         )
 
     def export(self, path: str | os.PathLike[str]) -> Path:
@@ -141,21 +141,25 @@ class Mesh:
         return path
 
     def _glb(self) -> bytes:
-        out = self.to_trimesh(y_up=True)
-        if self.texture is None:
-            out.visual.vertex_colors = to_bytes(srgb_to_linear(self.vertex_colors))  # COLOR_0 is linear in glTF
-        return out.export(file_type="glb", include_normals=True)
+        visual = self._visual()
+        if self.texture is None:  # COLOR_0 is linear in glTF
+            visual = ColorVisuals(vertex_colors=to_bytes(srgb_to_linear(self.vertex_colors)))
+        return _bytes(self._trimesh(visual, TO_Y_UP).export(file_type="glb", include_normals=True))
 
     def _obj(self, stem: str) -> tuple[bytes, dict[str, bytes]]:
-        out = self.to_trimesh(y_up=True)
-        if self.texture is not None:
-            white = [255, 255, 255, 255]  # factors of the picture, which takes its file name from the material
-            picture = Image.fromarray(self.texture)
-            out.visual.material = SimpleMaterial(
-                picture, name=stem, diffuse=white, ambient=white, specular=[0, 0, 0, 255]
+        """The text and, by file name, what lies beside it."""
+        visual = self._visual()
+        if isinstance(visual, TextureVisuals) and self.texture is not None:
+            white = [255, 255, 255, 255]  # the factors of the picture, which takes its file name from the material
+            visual.material = SimpleMaterial(
+                Image.fromarray(self.texture), name=stem, diffuse=white, ambient=white, specular=[0, 0, 0, 255]
             )
         text, beside = export_obj(
-            out, include_normals=True, return_texture=True, mtl_name=f"{stem}.mtl", header="prd: +Y up, front +Z"
+            self._trimesh(visual, TO_Y_UP),
+            include_normals=True,
+            return_texture=True,
+            mtl_name=f"{stem}.mtl",
+            header="prd: +Y up, front +Z",
         )
         return text.encode(), beside
 
@@ -168,7 +172,32 @@ class Mesh:
             vertex_colors=to_bytes(self.vertex_colors[first]),
             process=False,
         )
-        return out.export(file_type="ply", vertex_normal=True)
+        return _bytes(out.export(file_type="ply", vertex_normal=True))
+
+
+def extract_mesh(
+    field: Field,
+    resolution: int = 96,
+    *,
+    target_faces: int | None = 10_000,
+    texture_size: int | None = 1024,
+    keep: Literal["largest", "all"] = "largest",
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> list[Mesh]:
+    """The coloured meshes of a field's B samples, zero level of its signed distance.
+
+    resolution     nodes an axis of the grid over the scene's cube, at least 2
+    batch, device  of a field that does not tell by itself, as in `extract_isosurface`
+    the others     as in `build_meshes`
+
+    Raises EmptySurfaceError where a sample has no surface, ValueError for arguments out of range or a field that is
+    not finite.
+    """
+    _check(target_faces, texture_size, keep)  # before the costly part
+    with torch.no_grad():
+        surfaces = extract_isosurface(field, resolution, batch=batch, device=device)
+    return build_meshes(field, surfaces, target_faces=target_faces, texture_size=texture_size, keep=keep)
 
 
 def build_meshes(
@@ -188,12 +217,7 @@ def build_meshes(
 
     Raises ValueError for arguments out of range and for a field whose colours are not finite.
     """
-    if keep not in ("largest", "all"):
-        raise ValueError(f"keep={keep!r}: must be 'largest' or 'all'")
-    if target_faces is not None and target_faces < 4:
-        raise ValueError(f"target_faces={target_faces}: must be at least 4, or None to keep every triangle")
-    if texture_size is not None and not 16 <= texture_size <= 8192:
-        raise ValueError(f"texture_size={texture_size}: must lie in 16..8192, or be None for vertex colours alone")
+    _check(target_faces, texture_size, keep)
     device = surfaces[0][0].device
     cleaned = [clean(_numpy(vertices), _numpy(faces), keep) for vertices, faces in surfaces]
     if target_faces is not None:
@@ -288,6 +312,15 @@ def srgb_to_linear(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
+def _check(target_faces: int | None, texture_size: int | None, keep: str) -> None:
+    if keep not in ("largest", "all"):
+        raise ValueError(f"keep={keep!r}: must be 'largest' or 'all'")
+    if target_faces is not None and target_faces < 4:
+        raise ValueError(f"target_faces={target_faces}: must be at least 4, or None to keep every triangle")
+    if texture_size is not None and not 16 <= texture_size <= 8192:
+        raise ValueError(f"texture_size={texture_size}: must lie in 16..8192, or be None for vertex colours alone")
+
+
 def _numpy(tensor: Tensor) -> NDArray:
     return tensor.detach().cpu().numpy()
 
@@ -301,6 +334,12 @@ def _compact(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Surface
     """Drop the vertices that no face uses."""
     used, inverse = np.unique(faces, return_inverse=True)
     return vertices[used], inverse.reshape(faces.shape)
+
+
+def _bytes(exported: object) -> bytes:
+    """Binary formats come out of trimesh as bytes; its signature promises less."""
+    assert isinstance(exported, bytes)
+    return exported
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ UV coordinates have their origin at the lower left (v up), as in OBJ; row 0 of a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,30 +92,41 @@ def to_bytes(rgb: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.round(rgb * 255).astype(np.uint8)
 
 
-def _cover(triangles: NDArray[np.float64], size: int):
+def _cover(triangles: NDArray[np.float64], size: int) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
     """Texels whose centre lies in each triangle [F, 3, 2] (column, row in texels), some faces at a time.
 
-    Yields texel index [T], face [T], barycentric weights [T, 3].
+    Yields texel index [T], face [T], barycentric weights [T, 3]. A triangle without area covers nothing.
     """
     low = np.clip(np.ceil(triangles.min(1) - 0.5), 0, size).astype(np.int64)  # [F, 2] first centre inside the box
     high = np.clip(np.floor(triangles.max(1) - 0.5) + 1, low, size).astype(np.int64)  # one past the last
     extent = high - low
-    counts = extent.prod(1)
+    start, slope = _edge_functions(triangles, low + 0.5)
+    counts = np.where(np.isfinite(slope).all((1, 2)), extent.prod(1), 0)  # candidates: the texels of the box
     for faces in np.split(np.arange(len(triangles)), np.flatnonzero(np.diff(counts.cumsum() // CHUNK)) + 1):
         count = counts[faces]
         face = np.repeat(faces, count)
         local = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        column = low[face, 0] + local % extent[face, 0]
-        row = low[face, 1] + local // extent[face, 0]
-        centre = np.stack([column, row], axis=1) + 0.5
-        a, b, c = (triangles[face, k] for k in range(3))
-        area = _cross(b - a, c - a)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a triangle without area covers nothing: NaN >= 0 fails
-            weights = np.stack([_cross(b - centre, c - centre), _cross(c - centre, a - centre)], axis=1) / area[:, None]
-        weights = np.concatenate([weights, 1 - weights.sum(1, keepdims=True)], axis=1)
-        inside = (weights >= -EDGE).all(1)
-        yield (row * size + column)[inside], face[inside], weights[inside]
+        row, column = np.divmod(local, extent[face, 0])
+        first, second = (start[face, k] + slope[face, k, 0] * column + slope[face, k, 1] * row for k in range(2))
+        inside = (first >= -EDGE) & (second >= -EDGE) & (first + second <= 1 + EDGE)
+        face, first, second = face[inside], first[inside], second[inside]
+        index = (row[inside] + low[face, 1]) * size + column[inside] + low[face, 0]
+        yield index, face, np.stack([first, second, 1 - first - second], axis=1)
 
 
-def _cross(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+def _edge_functions(
+    triangles: NDArray[np.float64], origin: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The first two barycentric weights as affine functions of the offset from `origin` [F, 2].
+
+    Returns their values at the origin [F, 2] and slopes [F, 2, 2] per column and row; not finite without area.
+    """
+    a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
+    (bx, by), (cx, cy) = (b - a).T, (c - a).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        area = (bx * cy - by * cx)[:, None]
+        slope_b = np.stack([cy, -cx], axis=1) / area
+        slope_c = np.stack([-by, bx], axis=1) / area
+        slope = np.stack([-slope_b - slope_c, slope_b], axis=1)
+        start = (slope * (origin - a)[:, None]).sum(2) + np.array([1.0, 0.0])
+    return start, slope

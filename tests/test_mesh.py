@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from prd.fields import AutogradGradient
-from prd.mesh import Mesh, build_meshes, clean, decimate, srgb_to_linear, weld
+from prd.mesh import Mesh, build_meshes, clean, decimate, extract_mesh, srgb_to_linear, weld
+from prd.rendering.isosurface import EmptySurfaceError
 
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.2, 0.8)
 
@@ -29,6 +30,22 @@ class Halves(AutogradGradient):
     def rgb(self, points: Tensor) -> Tensor:
         positive = torch.stack([points[b, :, a] > 0 for b, a in enumerate(self.axes)])[..., None]
         return torch.where(positive, points.new_tensor(RED), points.new_tensor(BLUE))
+
+
+class Stack(AutogradGradient):
+    """A red sphere on a blue box that reaches further forward (+X) than back; it stands at z = -0.7."""
+
+    def parts(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        outside = (points - points.new_tensor([0.1, 0.0, -0.4])).abs() - points.new_tensor([0.5, 0.35, 0.3])
+        box = outside.clamp(min=0).norm(dim=-1, keepdim=True) + outside.amax(-1, keepdim=True).clamp(max=0)
+        return (points - points.new_tensor([0.0, 0.0, 0.2])).norm(dim=-1, keepdim=True) - 0.35, box
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return torch.minimum(*self.parts(points))
+
+    def rgb(self, points: Tensor) -> Tensor:
+        ball, box = self.parts(points)
+        return torch.where(ball < box, points.new_tensor(RED), points.new_tensor(BLUE))
 
 
 def surface(mesh: trimesh.Trimesh) -> tuple[Tensor, Tensor]:
@@ -76,6 +93,41 @@ def test_y_up_files_open_upright_front_forward_in_colour(textured: Mesh, tmp_pat
     points, colors = sample(loaded)
     clear = np.abs(points[:, 2]) > 0.03  # the scene's front +X is the file's +Z; two texels are 0.02
     np.testing.assert_allclose(colors[clear], np.where(points[clear, 2:] > 0, RED, BLUE), atol=0.51 / 255)
+
+
+def test_a_stack_of_two_colours_from_field_to_file(tmp_path: Path) -> None:
+    (mesh,) = extract_mesh(Stack(), 64, target_faces=4000, texture_size=512)
+    loaded = trimesh.load(mesh.export(tmp_path / "stack.glb"), force="mesh", process=False)
+    closed = trimesh.Trimesh(loaded.vertices, loaded.faces, process=False)
+    closed.merge_vertices()
+    assert closed.is_watertight and closed.body_count == 1 and closed.euler_number == 2
+    # x of the file is the scene's y, its y (up) the scene's z, its z (front) the scene's x
+    np.testing.assert_allclose(closed.bounds, [[-0.35, -0.7, -0.4], [0.35, 0.55, 0.6]], atol=0.02)
+    assert closed.volume == pytest.approx(1.0 * 0.7 * 0.6 + 4 / 3 * np.pi * 0.35**3, rel=0.04)  # they overlap a little
+    points, colors = sample(loaded)
+    ball, box = Stack().parts(torch.tensor(points[:, [2, 0, 1]]))
+    clear = (ball - box).abs()[:, 0].numpy() > 0.03
+    np.testing.assert_allclose(colors[clear], np.where((ball < box).numpy(), RED, BLUE)[clear], atol=0.51 / 255)
+    assert (colors[points[:, 1] > 0][:, 0] > 0.8).all()  # red is up
+
+
+def test_a_box_on_the_nodes_of_the_grid_closes() -> None:
+    class Box(Halves):
+        def sdf(self, points: Tensor) -> Tensor:
+            return (points.abs() - 0.5).amax(-1, keepdim=True)  # zero on whole layers of nodes
+
+    (mesh,) = extract_mesh(Box(0), 65, target_faces=None, texture_size=None)
+    assert mesh.is_watertight and mesh.euler_number == 2
+    assert mesh.volume == pytest.approx(1, rel=0.01)  # marching cubes bevels the edges
+
+
+def test_a_field_without_surface_is_an_error() -> None:
+    class Nothing(Halves):
+        def sdf(self, points: Tensor) -> Tensor:
+            return points.norm(dim=-1, keepdim=True) + 0.1
+
+    with pytest.raises(EmptySurfaceError):
+        extract_mesh(Nothing(0), 16)
 
 
 def test_axes_of_each_format(tmp_path: Path) -> None:
