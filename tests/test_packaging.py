@@ -1,0 +1,100 @@
+"""What is installed: the packages, their data, and nothing beside `prd`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory):
+    """Names of the files in a wheel built from this tree, without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    copy = folder / "source"
+    _copy_tracked(copy)
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=copy, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def _copy_tracked(target: Path) -> None:
+    """The files of the working tree that git does not ignore, so that no stale build folder is picked up."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    for name in listed.stdout.splitlines():
+        source, copy = ROOT / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            copy.symlink_to(os.readlink(source))
+        elif source.exists():
+            shutil.copyfile(source, copy)
+
+
+def test_the_wheel_holds_every_module_and_recipe(wheel_files):
+    for folder in ("prd", "teachers", "adapters"):
+        prefix = "" if folder == "prd" else "prd/"
+        modules = {prefix + str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        assert modules and modules <= wheel_files
+    assert "prd/py.typed" in wheel_files
+    assert {f"prd/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= wheel_files
+
+
+def test_the_wheel_holds_the_toy_box_models(wheel_files):
+    assets = ROOT / "prd" / "toybox" / "assets"
+    files = {str(path.relative_to(ROOT)) for path in assets.rglob("*") if path.is_file()}
+    if not files:
+        pytest.skip("the toy box's models are not trained yet")
+    assert files <= wheel_files
+
+
+def test_the_wheel_claims_no_other_name(wheel_files):
+    assert {name.split("/")[0] for name in wheel_files if ".dist-info/" not in name} == {"prd"}
+
+
+def test_installed_package_finds_its_data_from_another_folder(tmp_path):
+    code = (
+        "from prd.training.config import load_config, shipped_recipes\n"
+        "import prd.teachers, prd.adapters\n"
+        "print(load_config('toybox').model.base, *shipped_recipes())"
+    )
+    environment = {**os.environ, "PYTHONPATH": "" if _installed() else str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["toybox", "toybox", "triplane_turbo_sd21"]
+
+
+def _installed() -> bool:
+    try:
+        metadata.version("prd")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_the_constraints_satisfy_the_ranges():
+    packaging = pytest.importorskip("packaging.requirements")
+    pins = dict(
+        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    lines = (ROOT / "setup.cfg").read_text().split("install_requires =\n")[1].split("\n\n")[0].splitlines()
+    requirements = [packaging.Requirement(line) for line in lines if not line.strip().startswith("#")]
+    assert len(requirements) > 10
+    for requirement in requirements:
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_py_typed_is_package_data():
+    assert (resources.files("prd") / "py.typed").is_file()
