@@ -1,0 +1,295 @@
+"""Asynchronous score distillation, once, for every teacher (PRD, supplement B, Eq. 1-2; ScaleDreamer, 2407.02040).
+
+`asd_loss` is the loss: pure, every draw an argument. `distill` draws for it and selects the views a teacher sees. Score
+distillation of other names is a setting of the same expression:
+
+    ASD   reference="shifted", t_plus > t
+    CSD   reference="shifted", t_plus=None: (s - 1)(eps(text) - eps(negative)), the direction of guidance alone
+    SDS   reference="noise"; with x0_from="noisy" the second estimate is then x itself, (x - x0_cfg) / (mean|.| + delta)
+    VSD   reference=a noise prediction [n, C, h, w] of a model of the renderings themselves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prd.rendering.views import Views
+from prd.teachers.base import Condition, Teacher
+
+Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
+
+
+class NonFinitePrediction(FloatingPointError):
+    """A teacher predicted NaN or infinity; the step must be skipped and counted."""
+
+
+@dataclass(frozen=True)
+class AsdResult:
+    """What one teacher says about B prompts, n = B * num_views images.
+
+    loss       [B] one value a prompt; its gradient with respect to x is `gradient`. Prompts are averaged by the caller.
+    gradient   [n, C, h, w] d loss / d x
+    weight     [n] the denominator mean|x - x0_cfg| of Eq. 2 before delta ("dmd"), or the factor of other weightings
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    weight: Tensor
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of each prompt's gradient, [B]."""
+        return self.gradient.reshape(len(self.loss), -1).norm(dim=1)
+
+
+def asd_loss(
+    teacher: Teacher,
+    x: Tensor,
+    condition: Condition,
+    *,
+    t: Tensor,
+    noise: Tensor,
+    t_plus: Tensor | None = None,
+    guidance_scale: float,
+    weighting: Weighting = "dmd",
+    delta: float = 0.1,
+    x0_from: Literal["noisy", "clean"] = "noisy",
+    average_over: Literal["prompt", "image"] = "prompt",
+    reference: Literal["shifted", "noise"] | Tensor = "shifted",
+    mean_over_views: bool = True,
+    grad_clip: float | None = None,
+) -> AsdResult:
+    """Score distillation whose gradient at x is w(t) (x0_reference - x0_cfg), Eq. 1-2.
+
+    x         [n, C, h, w] from `teacher.encode`, n = B * teacher.num_views, prompt by prompt
+    t         [B] or [n] integer timesteps in [0, T); t_plus the same for the second prediction, None for t itself
+    noise     [n, C, h, w] standard normal, shared by x_t and x_{t+}
+    weighting "dmd": the difference of the two estimates of x over mean|x - x0_cfg| + delta (Eq. 2);
+              "uniform", "sds", "sqrt": the difference of the two noises times 1, 1 - a_t, sqrt(1 - a_t)
+    x0_from   "noisy": x0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), each term at its own timestep (the paper);
+              "clean": x in the place of x_t, and t for both terms (the published code)
+    average_over     the dmd mean over all views of a prompt (the paper) or over each image (the published code)
+    mean_over_views  divide a prompt's sum over elements by num_views (as published), or leave the sum
+    grad_clip        clamp every element of the gradient to [-grad_clip, grad_clip], before that division
+
+    Conditional, unconditional and shifted predictions are one call of the teacher; there is no third without t_plus.
+    Raises ValueError for shapes or timesteps out of range, NonFinitePrediction for NaN or infinite predictions.
+    """
+    _check_choice("weighting", weighting, ("dmd", "uniform", "sds", "sqrt"))
+    _check_choice("x0_from", x0_from, ("noisy", "clean"))
+    _check_choice("average_over", average_over, ("prompt", "image"))
+    if not isinstance(reference, Tensor):
+        _check_choice("reference", reference, ("shifted", "noise"))
+    views = teacher.num_views
+    t = _timesteps("t", t, len(x), teacher)
+    if noise.shape != x.shape:
+        raise ValueError(f"noise={tuple(noise.shape)}: must have the shape of x, {tuple(x.shape)}")
+    with torch.no_grad():
+        clean, noise = x.detach().float(), noise.to(x.device, torch.float32)
+        schedule = teacher.alphas_cumprod.to(x.device)
+        a = a_plus = schedule[t].view(-1, 1, 1, 1)
+        x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
+        passes = [(x_t, t, condition), (x_t, t, condition.negative())]
+        if t_plus is not None and not isinstance(reference, Tensor) and reference == "shifted":
+            t_plus = _timesteps("t_plus", t_plus, len(x), teacher)
+            a_plus = schedule[t_plus].view(-1, 1, 1, 1)
+            x_plus = a_plus.sqrt() * clean + (1 - a_plus).sqrt() * noise
+            passes.append((x_plus, t_plus, condition))
+        text, negative, *shifted = _predict(teacher, passes)
+        guided = negative + guidance_scale * (text - negative)
+        if isinstance(reference, Tensor):
+            second = reference.to(guided)
+        else:
+            second = noise if reference == "noise" else (shifted or [text])[0]
+
+        if weighting == "dmd":
+            if x0_from == "clean":
+                x_t, x_plus, a_plus = clean, clean, a
+            x0_cfg = (x_t - (1 - a).sqrt() * guided) / a.sqrt()
+            x0_reference = (x_plus - (1 - a_plus).sqrt() * second) / a_plus.sqrt()
+            weight = (clean - x0_cfg).abs().flatten(1).mean(dim=1)  # [n], Eq. 2
+            if average_over == "prompt":
+                weight = weight.view(-1, views).mean(dim=1).repeat_interleave(views)
+            gradient = (x0_reference - x0_cfg) / (weight.view(-1, 1, 1, 1) + delta)  # Eq. 1
+        else:
+            weight = _noise_weight(weighting, a.flatten())
+            gradient = weight.view(-1, 1, 1, 1) * (guided - second)
+        if grad_clip is not None:
+            gradient = gradient.clamp(-grad_clip, grad_clip)
+    return _surrogate(x, gradient, weight, views, mean_over_views)
+
+
+def _surrogate(x: Tensor, gradient: Tensor, weight: Tensor, views: int, mean_over_views: bool) -> AsdResult:
+    """A loss [B] of value sum(gradient^2) / 2 and, at x, exactly that gradient, both over num_views if asked."""
+    divisor = views if mean_over_views else 1
+    value = 0.5 * gradient.square().reshape(len(x) // views, -1).sum(dim=1) / divisor
+    gradient = gradient / divisor
+    linear = (x.float() * gradient).reshape(len(value), -1).sum(dim=1)
+    return AsdResult(linear - linear.detach() + value, gradient, weight)
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def _timesteps(name: str, t: Tensor, images: int, teacher: Teacher) -> Tensor:
+    """Timesteps [n] from [n] or one a prompt [B]."""
+    views, steps = teacher.num_views, len(teacher.alphas_cumprod)
+    if images % views:
+        raise ValueError(f"x: {images} images; {teacher.name} takes a multiple of its {views} views")
+    if t.shape == (images // views,):
+        t = t.repeat_interleave(views)
+    if t.shape != (images,) or t.is_floating_point():
+        raise ValueError(
+            f"{name}={tuple(t.shape)} {t.dtype}: must be integers, one for each of {images // views} prompts or "
+            f"{images} images"
+        )
+    if bool((t < 0).any()) or bool((t >= steps).any()):
+        raise ValueError(f"{name}={t.tolist()}: must lie in 0..{steps - 1}")
+    return t
+
+
+def _predict(teacher: Teacher, passes: Sequence[tuple[Tensor, Tensor, Condition]]) -> list[Tensor]:
+    """The noise predictions of several passes from one call of the teacher."""
+    x_t, t, condition = zip(*passes, strict=True)
+    predicted = teacher.predict_noise(torch.cat(x_t), torch.cat(t), Condition.cat(condition))
+    if not bool(torch.isfinite(predicted).all()):
+        rows = (~torch.isfinite(predicted)).flatten(1).any(dim=1).view(len(passes), -1).any(dim=0)
+        prompts = sorted({int(row) // teacher.num_views for row in rows.nonzero()})
+        raise NonFinitePrediction(
+            f"teacher={teacher.name}: non-finite noise prediction for prompts {prompts} at t={t[0].tolist()}; skip the "
+            "step, or run the teacher in bfloat16 or float32"
+        )
+    return list(predicted.chunk(len(passes)))
+
+
+def _noise_weight(weighting: str, a: Tensor) -> Tensor:
+    """Factor [n] on the difference of two noises, from the schedule a [n] at each image's timestep."""
+    power = {"uniform": 0.0, "sqrt": 0.5, "sds": 1.0}[weighting]
+    return (1 - a) ** power
+
+
+def sample_timesteps(uniforms: Tensor, t_min: int, t_max: int) -> Tensor:
+    """Timesteps uniform in [t_min, t_max), t_max excluded as published, from uniforms in [0, 1) of any shape."""
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"t_min={t_min}, t_max={t_max}: must satisfy 0 <= t_min < t_max")
+    return (t_min + (uniforms * (t_max - t_min)).floor().long()).clamp(max=t_max - 1)
+
+
+def shifted_timesteps(t: Tensor, uniforms: Tensor, eta: float, t_min: int, *, last: int = 999) -> Tensor:
+    """t + dt with dt uniform in [0, eta (t - t_min)], kept in 1..last (supplement B, under Eq. 1)."""
+    if eta < 0:
+        raise ValueError(f"eta={eta}: must not be negative")
+    reach = (eta * (t - t_min)).clamp(min=0).minimum(last - t)
+    return (t + (uniforms * reach).floor().long()).clamp(1, last)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How one teacher is asked; schedules replace t_min and guidance_scale as training goes on."""
+
+    guidance_scale: float  # classifier-free guidance
+    t_min: int = 20  # first timestep drawn; the recipe anneals it from 500 to 20
+    t_max: int = 980  # end of the timesteps drawn, excluded
+    eta: float = 0.0  # timestep shift of the second prediction, as a fraction of t - t_min; 0 saves its pass
+    weighting: Weighting = "dmd"  # Eq. 2, or a factor on the difference of two noises
+    delta: float = 0.1  # added to the dmd denominator
+    x0_from: Literal["noisy", "clean"] = "noisy"  # the paper's Eq. 1, or the published code's
+    average_over: Literal["prompt", "image"] = "prompt"  # the paper's Eq. 2, or the published code's
+    reference: Literal["shifted", "noise"] = "shifted"  # ASD (and CSD at eta 0), or SDS
+    grad_clip: float | None = None  # bound on each element of the gradient
+    negative_prompt: str = ""  # what guidance moves away from
+
+
+def distill(
+    teacher: Teacher, views: Views, prompts: Sequence[str], guidance: Guidance, generator: torch.Generator
+) -> AsdResult:
+    """`asd_loss` of renderings of B prompts, differentiable in the views.
+
+    A teacher of single images sees one random view a prompt; other teachers need exactly their `num_views`. Everything
+    random comes from `generator`, on its device, in this order: view, encoder noise, timestep, shift, noise.
+    """
+    device = views.rgb.device
+
+    def uniforms() -> Tensor:
+        return torch.rand(len(prompts), generator=generator, device=generator.device).to(device)
+
+    if teacher.num_views == 1 and views.cameras.views > 1:
+        index = (uniforms() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
+        views = select_views(views, index[:, None])
+    x = teacher.encode(views, generator=generator)
+    condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
+    t = sample_timesteps(uniforms(), guidance.t_min, guidance.t_max)
+    t_plus = None
+    if guidance.eta > 0:
+        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=len(teacher.alphas_cumprod) - 1)
+    noise = torch.randn(x.shape, generator=generator, device=generator.device).to(device)
+    return asd_loss(
+        teacher,
+        x,
+        condition,
+        t=t,
+        noise=noise,
+        t_plus=t_plus,
+        guidance_scale=guidance.guidance_scale,
+        weighting=guidance.weighting,
+        delta=guidance.delta,
+        x0_from=guidance.x0_from,
+        average_over=guidance.average_over,
+        reference=guidance.reference,
+        grad_clip=guidance.grad_clip,
+    )
+
+
+def _tensors(views: Views) -> dict[str, Tensor]:
+    """The tensors of a rendering by name, without its cameras."""
+    return {field.name: getattr(views, field.name) for field in fields(views) if field.name != "cameras"}
+
+
+def select_views(views: Views, indices: Tensor) -> Views:
+    """The views indices [B, n] of a rendering."""
+    rows = torch.arange(len(indices), device=indices.device)[:, None]
+    chosen = {name: tensor[rows, indices] for name, tensor in _tensors(views).items()}
+    return Views(**chosen, cameras=views.cameras.select(indices))
+
+
+def leaf_views(views: Views) -> Views:
+    """The same renderings cut from their renderer, ready to receive gradients.
+
+    Each teacher's gradient is taken here and its graph freed before the next teacher is asked; then
+    `rendering_loss(views, total).backward()` goes through the renderer once.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in _tensors(views).items()}
+    return Views(**leaves, cameras=views.cameras)
+
+
+def rendering_gradient(loss: Tensor, leaves: Views) -> dict[str, Tensor]:
+    """d loss / d rendering by name (rgb, normal, disparity, opacity), for the renderings the loss depends on."""
+    tensors = _tensors(leaves)
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(tensors, found, strict=True) if gradient is not None}
+
+
+def rendering_loss(views: Views, gradient: Mapping[str, Tensor]) -> Tensor:
+    """A scalar whose gradient with respect to the renderings is `gradient`."""
+    tensors = _tensors(views)
+    return torch.stack([(tensors[name] * g.detach()).sum() for name, g in gradient.items()]).sum()
+
+
+def gradient_cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+    """Cosine of the angle between two teachers' gradients at the rendering, over the renderings both depend on.
+
+    A scalar in [-1, 1]; NaN where they share none (an RGB teacher and a normal one do not pull on the same pixels).
+    """
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return torch.tensor(float("nan"))
+    a, b = (torch.cat([gradient[name].flatten() for name in shared]) for gradient in (first, second))
+    return F.cosine_similarity(a, b, dim=0)

@@ -1,0 +1,74 @@
+"""MVDream as a teacher: four views of a prompt together, each with its camera (arXiv 2308.16512)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prd.cameras import Cameras
+from prd.teachers.base import read_config, shared_folder
+from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
+from prd.teachers.stable_diffusion import StableDiffusionTeacher, load_vae
+
+NEGATIVE_PROMPT = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
+    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
+    "bad proportions"
+)  # of the published recipe, for MVDream and RichDreamer
+
+
+@dataclass(frozen=True)
+class MVDreamConfig:
+    """Settings of a multi-view colour model, in `teacher_config.json`; the defaults are MVDream's."""
+
+    num_views: int = 4  # views that attend to each other
+    camera_encoding: CameraEncoding = "mvdream"  # how a camera becomes the U-Net's class_labels
+    base: str | None = None  # the Stable Diffusion whose text encoder and VAE it shares: "../folder" or a Hub id
+
+
+class MVDreamTeacher(StableDiffusionTeacher):
+    """A Stable Diffusion whose self-attention spans `num_views` views and whose U-Net is told each view's camera.
+
+    x is the VAE latents of the colours [B*V, 4, h, w] (256 pixels, 32 latents for MVDream).
+    """
+
+    name = "mvdream"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        config: MVDreamConfig,
+        *,
+        checkpoint_vae: bool = False,
+    ) -> None:
+        super().__init__(unet, vae, scheduler, tokenizer, text_encoder, checkpoint_vae=checkpoint_vae)
+        self.config, self.num_views = config, config.num_views
+        set_joint_attention(unet, config.num_views)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        checkpoint_vae: bool = False,
+        config: MVDreamConfig | None = None,
+    ) -> MVDreamTeacher:
+        """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
+        config = config or read_config(str(folder), MVDreamConfig)
+        base = shared_folder(str(folder), config.base)
+        parts = cls.load_parts(str(folder), torch_dtype, base)
+        vae = load_vae(base or str(folder), torch_dtype)
+        return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
+
+    def camera_input(self, cameras: Cameras) -> Tensor:
+        """Camera vectors [B*V, 16]."""
+        return camera_vector(cameras, self.config.camera_encoding)

@@ -1,0 +1,73 @@
+"""RichDreamer's normal-depth model as a teacher: four views of geometry together (arXiv 2311.16918)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prd.cameras import Cameras
+from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
+from prd.teachers.base import Resize, UNetTeacher, read_config, to_images
+from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
+
+
+@dataclass(frozen=True)
+class RichDreamerConfig:
+    """Settings of a normal-depth model, in `teacher_config.json`; the defaults are RichDreamer's own.
+
+    The published TriplaneTurbo feeds the same model image_range (0, 1) and resize "area".
+    """
+
+    num_views: int = 4  # views that attend to each other
+    camera_encoding: CameraEncoding = "richdreamer"  # how a camera becomes the U-Net's class_labels
+    image_range: tuple[float, float] = (-1.0, 1.0)  # what 0 and 1 of the packed normal and the disparity become
+    normal_background: tuple[float, float, float] = RICHDREAMER_BACKGROUND  # packed normal of an empty pixel, in [0, 1]
+    resize: Resize = "bilinear"  # from the rendering to the U-Net's sample_size
+
+
+class RichDreamerTeacher(UNetTeacher):
+    """A multi-view diffusion model of camera-space normals and disparity, without a VAE.
+
+    x is the packed normal (x negated) and the disparity, [B*V, 4, h, w], resized to the U-Net's sample_size
+    (32 for RichDreamer) and mapped to `config.image_range`.
+    """
+
+    name = "richdreamer"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        config: RichDreamerConfig,
+    ) -> None:
+        super().__init__(unet, scheduler, tokenizer, text_encoder)
+        if unet.config.in_channels != 4:
+            raise ValueError(f"unet: in_channels={unet.config.in_channels}; normal and disparity are 4 channels")
+        self.config, self.num_views = config, config.num_views
+        set_joint_attention(unet, config.num_views)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str, *, torch_dtype: torch.dtype = torch.float32, config: RichDreamerConfig | None = None
+    ) -> RichDreamerTeacher:
+        """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
+        config = config or read_config(str(folder), RichDreamerConfig)
+        return cls(config=config, **cls.load_parts(str(folder), torch_dtype))
+
+    def camera_input(self, cameras: Cameras) -> Tensor:
+        """Camera vectors [B*V, 16]."""
+        return camera_vector(cameras, self.config.camera_encoding)
+
+    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Normal and disparity [B*V, 4, h, w]; nothing is drawn, so `generator` and `noise` do not matter."""
+        self.check_views(views.cameras.views)
+        packed = views.packed_normal(self.config.normal_background)
+        pixels = torch.cat([packed, views.disparity], dim=-1)
+        low, high = self.config.image_range
+        return to_images(pixels, self.image_size, self.config.resize) * (high - low) + low

@@ -1,0 +1,92 @@
+"""Stable Diffusion as a teacher: one view of a prompt, seen as a picture."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prd.rendering.views import Views
+from prd.teachers.base import UNetTeacher, to_images
+
+
+class StableDiffusionTeacher(UNetTeacher):
+    """Any Stable Diffusion in the diffusers layout, epsilon or v prediction.
+
+    x is the VAE latent of the rendering's colours, [B, 4, h, w], times the VAE's scaling factor; renderings are resized
+    bilinearly to the pixels the U-Net's latents stand for (512 for Stable Diffusion 2.1-base). `checkpoint_vae`
+    recomputes the encoder in the backward pass instead of keeping its activations.
+    """
+
+    name = "stable_diffusion"
+    num_views = 1
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        *,
+        checkpoint_vae: bool = False,
+    ) -> None:
+        super().__init__(unet, scheduler, tokenizer, text_encoder)
+        if vae.config.latent_channels != unet.config.in_channels:
+            raise ValueError(
+                f"vae: its {vae.config.latent_channels} latent channels are not the U-Net's "
+                f"{unet.config.in_channels} input channels; load both from the same folder"
+            )
+        self.vae, self.checkpoint_vae = vae, checkpoint_vae
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str, *, torch_dtype: torch.dtype = torch.float32, checkpoint_vae: bool = False
+    ) -> StableDiffusionTeacher:
+        """Load a Stable Diffusion pipeline's folder or Hub id."""
+        parts = cls.load_parts(str(folder), torch_dtype)
+        vae = load_vae(str(folder), torch_dtype)
+        return cls(vae=vae, checkpoint_vae=checkpoint_vae, **parts)
+
+    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Latents [B*V, 4, h, w] of the colours; see `Teacher.encode`."""
+        self.check_views(views.cameras.views)
+        pixels = self.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        images = to_images(views.rgb, pixels) * 2 - 1
+        return encode_latents(self.vae, images, generator=generator, noise=noise, recompute=self.checkpoint_vae)
+
+
+def load_vae(folder: str, torch_dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a folder or Hub id in the diffusers layout."""
+    return AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch_dtype, use_safetensors=True)
+
+
+def encode_latents(
+    vae: AutoencoderKL,
+    images: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Scaled latents [n, C, h, w], float32, of images [n, 3, H, W] in [-1, 1], differentiable in the images.
+
+    A draw of the posterior with `noise` (standard normal [n, C, h, w]) or `generator` (on the CPU, so that the draw is
+    the same on every device), its mean with neither.
+    """
+
+    def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    mean, std = checkpoint(moments, images, use_reentrant=False) if recompute else moments(images)
+    if noise is None and generator is not None:
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+    if noise is not None:
+        if noise.shape != mean.shape:
+            raise ValueError(f"noise={tuple(noise.shape)}: must have the latents' shape {tuple(mean.shape)}")
+        mean = mean + std * noise.to(mean)
+    return mean * vae.config.scaling_factor

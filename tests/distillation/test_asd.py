@@ -1,0 +1,221 @@
+"""Asynchronous score distillation: the gradient is the formula, and every setting of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prd.distillation.asd import (
+    Guidance,
+    NonFinitePrediction,
+    asd_loss,
+    distill,
+    gradient_cosine,
+    leaf_views,
+    rendering_gradient,
+    rendering_loss,
+    sample_timesteps,
+    select_views,
+    shifted_timesteps,
+)
+from prd.teachers.base import Condition
+from tests.teachers.tiny import random_views, tiny_teacher
+
+B, V = 2, 4
+
+
+class LinearTeacher:
+    """Noise = x_t * text + t / 1000: every prediction can be written down. Counts its calls and rows."""
+
+    name, num_views = "linear", V
+
+    def __init__(self):
+        self.alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+        self.rows = []
+
+    def predict_noise(self, x_t, t, condition):
+        self.rows.append(len(x_t))
+        return x_t * condition.prompt_embeds.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000
+
+
+@pytest.fixture
+def case():
+    g = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(B * V, 4, 3, 3, generator=g) for _ in range(2))
+    text, negative = torch.rand(B * V, 1, 1, generator=g), torch.rand(B * V, 1, 1, generator=g)
+    t, t_plus = torch.tensor([300, 700]), torch.tensor([340, 750])
+    return SimpleNamespace(
+        teacher=LinearTeacher(),
+        x=x.requires_grad_(),
+        noise=noise,
+        t=t,
+        t_plus=t_plus,
+        condition=Condition(text, negative),
+    )
+
+
+def call(case, **settings):
+    settings = {"guidance_scale": 7.5, "t_plus": case.t_plus, **settings}
+    result = asd_loss(case.teacher, case.x, case.condition, t=case.t, noise=case.noise, **settings)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), case.x)
+    return result, gradient
+
+
+def predictions(case, scale=7.5):
+    """x_t, x_{t+}, the guided and the shifted prediction, and the schedule at both, written out."""
+
+    def at(t):
+        a = case.teacher.alphas_cumprod[t.repeat_interleave(V)].view(-1, 1, 1, 1)
+        return a, a.sqrt() * case.x.detach() + (1 - a).sqrt() * case.noise
+
+    def epsilon(x_t, t, embeds):
+        return x_t * embeds.view(-1, 1, 1, 1) + t.repeat_interleave(V).view(-1, 1, 1, 1) / 1000
+
+    a, x_t = at(case.t)
+    b, x_plus = at(case.t_plus)
+    text = epsilon(x_t, case.t, case.condition.prompt_embeds)
+    negative = epsilon(x_t, case.t, case.condition.negative_prompt_embeds)
+    second = epsilon(x_plus, case.t_plus, case.condition.prompt_embeds)
+    return a, x_t, b, x_plus, negative + scale * (text - negative), second, text
+
+
+def test_gradient_is_the_papers_equation(case):
+    a, x_t, b, x_plus, guided, second, _ = predictions(case)
+    first_x0 = (x_t - (1 - a).sqrt() * guided) / a.sqrt()
+    second_x0 = (x_plus - (1 - b).sqrt() * second) / b.sqrt()
+    mean = (case.x.detach() - first_x0).abs().view(B, -1).mean(1)  # Eq. 2: over all views
+    expected = (second_x0 - first_x0) / (mean.repeat_interleave(V).view(-1, 1, 1, 1) + 0.1)
+    result, gradient = call(case)
+    torch.testing.assert_close(gradient, expected / V)
+    torch.testing.assert_close(gradient, result.gradient, atol=0, rtol=0)
+    torch.testing.assert_close(result.weight, mean.repeat_interleave(V))
+    torch.testing.assert_close(result.loss.detach(), 0.5 * expected.square().view(B, -1).sum(1) / V)
+    torch.testing.assert_close(result.gradient_norm, gradient.view(B, -1).norm(dim=1))
+    torch.testing.assert_close(call(case, mean_over_views=False)[1], expected)
+
+
+def test_clean_latent_and_mean_over_each_image(case):
+    a, _, _, _, guided, second, _ = predictions(case)
+    clean = case.x.detach()
+    first_x0, second_x0 = ((clean - (1 - a).sqrt() * e) / a.sqrt() for e in (guided, second))
+    weight = (clean - first_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
+    _, gradient = call(case, x0_from="clean", average_over="image", delta=0.2)
+    torch.testing.assert_close(gradient, (second_x0 - first_x0) / (weight + 0.2) / V)
+
+
+@pytest.mark.parametrize("weighting, power", [("uniform", 0.0), ("sds", 1.0), ("sqrt", 0.5)])
+def test_weights_on_the_difference_of_noises(case, weighting, power):
+    a, _, _, _, guided, second, _ = predictions(case)
+    _, gradient = call(case, weighting=weighting)
+    torch.testing.assert_close(gradient, (1 - a) ** power * (guided - second) / V)
+
+
+def test_sds_from_noisy_estimates_is_x_against_its_denoised_self(case):
+    a, x_t, _, _, guided, _, _ = predictions(case)
+    x0 = (x_t - (1 - a).sqrt() * guided) / a.sqrt()
+    difference = case.x.detach() - x0
+    weight = difference.abs().view(B, -1).mean(1).repeat_interleave(V).view(-1, 1, 1, 1)
+    _, gradient = call(case, reference="noise", t_plus=None)
+    torch.testing.assert_close(gradient, difference / (weight + 0.1) / V, atol=1e-5, rtol=1e-4)
+
+
+def test_no_shift_is_the_direction_of_guidance_and_saves_a_pass(case):
+    a, *_, guided, _, text = predictions(case)
+    _, gradient = call(case, t_plus=None, weighting="uniform")
+    torch.testing.assert_close(gradient, (guided - text) / V)
+    _, same = call(case, t_plus=case.t, weighting="uniform")
+    torch.testing.assert_close(gradient, same)
+    assert case.teacher.rows == [2 * B * V, 3 * B * V]
+
+
+def test_reference_of_another_model(case):
+    *_, guided, _, _ = predictions(case)
+    other = torch.full_like(guided, 0.3)
+    result, gradient = call(case, reference=other, weighting="uniform")
+    torch.testing.assert_close(gradient, (guided - 0.3) / V)
+    assert case.teacher.rows == [2 * B * V]
+
+
+def test_gradient_clip(case):
+    _, free = call(case)
+    _, clipped = call(case, grad_clip=0.05)
+    torch.testing.assert_close(clipped, free.clamp(-0.05 / V, 0.05 / V))
+    assert (clipped != free).any()
+
+
+def test_bad_input_is_named(case):
+    with pytest.raises(ValueError, match="t=.*0..999"):
+        asd_loss(case.teacher, case.x, case.condition, t=torch.tensor([3, 1000]), noise=case.noise, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="t=\\(3,\\)"):
+        asd_loss(case.teacher, case.x, case.condition, t=torch.ones(3).long(), noise=case.noise, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="noise="):
+        asd_loss(case.teacher, case.x, case.condition, t=case.t, noise=case.noise[:1], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="multiple of its 4 views"):
+        asd_loss(case.teacher, case.x[:3], case.condition, t=case.t, noise=case.noise[:3], guidance_scale=1.0)
+    for name in ("weighting", "reference", "x0_from", "average_over"):
+        with pytest.raises(ValueError, match=f"{name}='nothing'"):
+            call(case, **{name: "nothing"})
+    case.condition.prompt_embeds[5] = float("nan")
+    with pytest.raises(NonFinitePrediction, match="teacher=linear.*prompts \\[1\\]"):
+        call(case)
+
+
+def test_timesteps():
+    u = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    assert sample_timesteps(u, 20, 980).tolist() == [20, 500, 979]
+    t = torch.tensor([20, 500, 979])
+    assert shifted_timesteps(t, torch.full((3,), 0.999), 0.1, 20).tolist() == [20, 547, 998]
+    assert shifted_timesteps(t, torch.rand(3), 0.0, 20).equal(t)
+    assert shifted_timesteps(torch.tensor([10]), torch.tensor([0.9]), 0.5, 20).item() == 10
+    with pytest.raises(ValueError, match="t_min=5, t_max=5"):
+        sample_timesteps(u, 5, 5)
+    with pytest.raises(ValueError, match="eta=-1"):
+        shifted_timesteps(t, u, -1, 20)
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "mvdream", "richdreamer"])
+def test_distill_moves_what_the_teacher_sees_and_repeats_itself(tmp_path, kind):
+    teacher = tiny_teacher(tmp_path, kind, "v_prediction")
+    guidance = Guidance(guidance_scale=3.0, eta=0.1, negative_prompt="e")
+    leaves = leaf_views(random_views(B, V))
+    gradients = []
+    for _ in range(2):
+        result = distill(teacher, leaves, ["a", "b"], guidance, torch.Generator().manual_seed(5))
+        gradients.append(rendering_gradient(result.loss.sum(), leaves))
+    assert sorted(gradients[0]) == (["disparity", "normal", "opacity"] if kind == "richdreamer" else ["rgb"])
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]) and gradient.isfinite().all()
+        seen = (gradient.abs().flatten(2).amax(2) > 0).sum(1)  # views of each prompt that are pulled
+        assert seen.tolist() == [teacher.num_views] * B
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_gradient_taken_at_the_rendering_is_that_through_it(tmp_path):
+    teacher = tiny_teacher(tmp_path, "mvdream")
+    colour = torch.full((3,), 0.5, requires_grad=True)
+    views = random_views(1, V)
+    object.__setattr__(views, "rgb", views.rgb * colour)
+    guidance = Guidance(guidance_scale=3.0)
+    through = distill(teacher, views, ["a"], guidance, torch.Generator().manual_seed(5)).loss.sum()
+    (expected,) = torch.autograd.grad(through, colour, retain_graph=True)
+    leaves = leaf_views(views)
+    gradient = rendering_gradient(
+        distill(teacher, leaves, ["a"], guidance, torch.Generator().manual_seed(5)).loss.sum(), leaves
+    )
+    rendering_loss(views, gradient).backward()
+    torch.testing.assert_close(colour.grad, expected)
+
+
+def test_select_views_keeps_cameras_and_pixels_together():
+    views = random_views(B, V)
+    chosen = select_views(views, torch.tensor([[2], [0]]))
+    torch.testing.assert_close(chosen.rgb[0, 0], views.rgb[0, 2])
+    torch.testing.assert_close(chosen.opacity[1, 0], views.opacity[1, 0])
+    torch.testing.assert_close(chosen.cameras.azimuth[:, 0], views.cameras.azimuth[[0, 1], [2, 0]])
+
+
+def test_gradient_cosine():
+    g = {"rgb": torch.tensor([1.0, 0.0]), "opacity": torch.tensor([1.0])}
+    assert gradient_cosine(g, {"rgb": torch.tensor([2.0, 0.0])}).item() == pytest.approx(1)
+    assert gradient_cosine(g, {"rgb": torch.tensor([0.0, 2.0])}).item() == pytest.approx(0)
+    assert gradient_cosine(g, {"normal": torch.tensor([1.0])}).isnan()

@@ -1,0 +1,193 @@
+"""Teachers: what they see, that they are frozen, and that bad input is named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prd.teachers import Condition, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher
+from prd.teachers.base import epsilon_from, to_images
+from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_encode_reaches_the_rendering_and_prediction_does_not(tmp_path, kind):
+    teacher = tiny_teacher(tmp_path, kind)
+    views = random_views(2, teacher.num_views)
+    views = replace(views, rgb=views.rgb.requires_grad_(), normal=views.normal.requires_grad_())
+    x = teacher.encode(views)
+    assert x.shape == (2 * teacher.num_views, 4, 8, 8) and x.dtype == torch.float32
+    used, unused = (views.normal, views.rgb) if kind == "richdreamer" else (views.rgb, views.normal)
+    (gradient,) = torch.autograd.grad(x.square().sum(), used)
+    assert gradient.abs().max() > 0 and not unused.grad
+    condition = teacher.condition(["a b", "c"], views.cameras, "d")
+    epsilon = teacher.predict_noise(x, torch.full((len(x),), 500), condition)
+    assert epsilon.shape == x.shape and not epsilon.requires_grad and epsilon.std() > 0
+    other = teacher.predict_noise(x, torch.full((len(x),), 500), condition.negative())
+    assert not torch.allclose(epsilon, other)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_frozen_and_always_in_evaluation_mode(tmp_path, kind):
+    teacher = tiny_teacher(tmp_path, kind)
+    torch.nn.ModuleList([teacher]).train()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+
+
+@pytest.mark.parametrize("kind", ["mvdream", "richdreamer"])
+def test_views_of_a_prompt_see_each_other_and_their_cameras_only(tmp_path, kind):
+    teacher = tiny_teacher(tmp_path, kind)
+    views = random_views(2, 4)
+    x, t = draw(8, 4, 8, 8), torch.full((8,), 300)
+    condition = teacher.condition(["a", "b"], views.cameras)
+    before = teacher.predict_noise(x, t, condition)
+    moved = x.clone()
+    moved[1] += 1
+    changed = (teacher.predict_noise(moved, t, condition) - before).abs().flatten(1).amax(1) > 1e-6
+    assert changed.tolist() == [True] * 4 + [False] * 4
+    turned = replace(condition, camera=condition.camera.roll(1, 0))
+    assert not torch.allclose(teacher.predict_noise(x, t, turned), before, atol=1e-5)
+
+
+def test_passes_in_one_call_equal_single_calls(tmp_path):
+    teacher = tiny_teacher(tmp_path, "mvdream")
+    condition = teacher.condition(["a"], random_views(1, 4).cameras, "b")
+    x, t = draw(4, 4, 8, 8), torch.full((4,), 300)
+    both = teacher.predict_noise(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, condition.negative()]))
+    torch.testing.assert_close(both[:4], teacher.predict_noise(x, t, condition), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(both[4:], teacher.predict_noise(x, t, condition.negative()), atol=1e-6, rtol=1e-5)
+
+
+def test_epsilon_from_every_parameterisation():
+    x, noise, a = draw(2, 4, 3, 3), draw(2, 4, 3, 3, seed=1), torch.tensor([0.9, 0.2])
+    b = a.view(-1, 1, 1, 1)
+    x_t = b.sqrt() * x + (1 - b).sqrt() * noise
+    v = b.sqrt() * noise - (1 - b).sqrt() * x
+    for predicted, kind in ((noise, "epsilon"), (v, "v_prediction"), (x, "sample")):
+        torch.testing.assert_close(epsilon_from(predicted, x_t, a, kind), noise)
+    with pytest.raises(ValueError, match="prediction_type='flow'"):
+        epsilon_from(noise, x_t, a, "flow")
+
+
+def test_v_prediction_is_read_from_the_folder(tmp_path):
+    as_epsilon = tiny_teacher(tmp_path / "e", "stable_diffusion")
+    as_v = tiny_teacher(tmp_path / "v", "stable_diffusion", "v_prediction")
+    condition = as_v.condition(["a"], random_views(1, 1).cameras)
+    x, t = draw(1, 4, 8, 8), torch.tensor([700])
+    a = as_v.alphas_cumprod[700]
+    expected = a.sqrt() * as_epsilon.predict_noise(x, t, condition) + (1 - a).sqrt() * x
+    torch.testing.assert_close(as_v.predict_noise(x, t, condition), expected)
+
+
+def test_vae_posterior_mean_draw_and_injected_noise(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    views = random_views(2, 1)
+    mean = teacher.encode(views)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    drawn = teacher.encode(views, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, teacher.encode(views, noise=noise))
+    torch.testing.assert_close(2 * mean - drawn, teacher.encode(views, noise=-noise))
+    assert not torch.allclose(drawn, mean)
+    recomputed = tmp_path
+    checkpointed = TEACHERS["stable_diffusion"].from_pretrained(recomputed, checkpoint_vae=True)
+    gradients = []
+    for each in (teacher, checkpointed):
+        rgb = views.rgb.clone().requires_grad_()
+        gradients += torch.autograd.grad(each.encode(replace(views, rgb=rgb), noise=noise).square().sum(), rgb)
+    torch.testing.assert_close(*gradients)
+
+
+def test_richdreamer_range_and_background(tmp_path):
+    views = random_views(1, 4, size=8)
+    empty = replace(views, normal=views.normal * 0, opacity=views.opacity * 0, disparity=views.disparity * 0)
+    own = tiny_teacher(tmp_path, "richdreamer")
+    x = own.encode(empty)
+    torch.testing.assert_close(x[:, :, 0, 0], torch.tensor([0.0, 0.0, 1.0, -1.0]).expand(4, -1))
+    published = RichDreamerTeacher.from_pretrained(
+        tmp_path, config=RichDreamerConfig(image_range=(0.0, 1.0), resize="area")
+    )
+    torch.testing.assert_close(published.encode(empty), (x + 1) / 2)
+    full = replace(views, opacity=torch.ones_like(views.opacity), normal=torch.zeros_like(views.normal))
+    full.normal[..., :] = full.cameras.camera_to_world[0, :, :3, 0][None, :, None, None]  # the cameras' right
+    torch.testing.assert_close(
+        own.encode(full)[:, :3, 0, 0], torch.tensor([-1.0, 0.0, 0.0]).expand(4, -1), atol=1e-6, rtol=0
+    )
+
+
+def test_resizing_averages_or_interpolates():
+    pixels = torch.rand(1, 1, 6, 6, 1)
+    area = to_images(pixels, 2, "area")[0, 0]
+    torch.testing.assert_close(area[0, 0], pixels[0, 0, :3, :3, 0].mean())
+    bilinear = to_images(pixels, 2, "bilinear")[0, 0]
+    torch.testing.assert_close(bilinear[0, 0], pixels[0, 0, 1, 1, 0])
+
+
+def test_each_distinct_prompt_is_encoded_once(tmp_path, monkeypatch):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    rows = []
+    forward = teacher.text_encoder.forward
+    monkeypatch.setattr(teacher.text_encoder, "forward", lambda ids, **k: rows.append(len(ids)) or forward(ids, **k))
+    first = teacher.prompt_encoder(["a", "b", "a", ""])
+    second = teacher.prompt_encoder(["b", "", "c"])
+    assert rows == [3, 1]
+    torch.testing.assert_close(first[[1, 3]], second[:2])
+    torch.testing.assert_close(first[0], first[2])
+
+
+def test_a_long_prompt_keeps_its_end_token(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    seen = []
+    teacher.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teacher.prompt_encoder(["a b c d e a b c d e a b c d e"])
+    assert seen[0].shape == (1, 8) and seen[0][0, -1] == teacher.prompt_encoder.tokenizer.eos_token_id
+
+
+def test_text_encoder_shared_with_stable_diffusion(tmp_path):
+    save_teacher(tmp_path / "sd", "stable_diffusion", seed=1)
+    folder = save_teacher(tmp_path / "mv", "mvdream")
+    for part in ("tokenizer", "text_encoder", "vae"):
+        (folder / part).rename(folder / f"unused_{part}")
+    (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier", "base": "../sd"}))
+    teacher = MVDreamTeacher.from_pretrained(folder)
+    sd = TEACHERS["stable_diffusion"].from_pretrained(tmp_path / "sd")
+    torch.testing.assert_close(teacher.prompt_encoder(["a"]), sd.prompt_encoder(["a"]))
+
+
+def test_half_precision_teacher_keeps_float32_outside(tmp_path):
+    teacher = TEACHERS["mvdream"].from_pretrained(save_teacher(tmp_path, "mvdream"), torch_dtype=torch.bfloat16)
+    assert teacher.unet.dtype == teacher.vae.dtype == torch.bfloat16 and teacher.alphas_cumprod.dtype == torch.float32
+    views = random_views(1, 4)
+    x = teacher.encode(views)
+    epsilon = teacher.predict_noise(x, torch.full((4,), 10), teacher.condition(["a"], views.cameras))
+    assert x.dtype == epsilon.dtype == torch.float32 and torch.isfinite(epsilon).all()
+
+
+def test_bad_input_is_named(tmp_path):
+    teacher = tiny_teacher(tmp_path, "mvdream")
+    views = random_views(2, 4)
+    with pytest.raises(ValueError, match="prompts: 1 given for 2"):
+        teacher.condition(["a"], views.cameras)
+    with pytest.raises(ValueError, match="views=3"):
+        teacher.encode(random_views(1, 3))
+    with pytest.raises(TypeError, match="list of strings"):
+        teacher.condition("ab", views.cameras)
+    with pytest.raises(TypeError, match="list of strings"):
+        teacher.condition(["a", 3], views.cameras)
+    with pytest.raises(ValueError, match="noise="):
+        teacher.encode(views, noise=torch.zeros(1))
+    with pytest.raises(ValueError, match="4 channels"):
+        teacher.predict_noise(
+            torch.zeros(8, 3, 8, 8), torch.zeros(8).long(), teacher.condition(["a", "b"], views.cameras)
+        )
+    (tmp_path / "teacher_config.json").write_text(json.dumps({"camera_encodng": "fourier"}))
+    with pytest.raises(ValueError, match="camera_encodng is no setting"):
+        MVDreamTeacher.from_pretrained(tmp_path)
+    (tmp_path / "teacher_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="teacher_config.json"):
+        MVDreamTeacher.from_pretrained(tmp_path)

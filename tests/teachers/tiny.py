@@ -1,0 +1,91 @@
+"""Tiny random teachers and renderings, and the folders they are saved in."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from prd.cameras import orbit_cameras
+from prd.rendering.views import Views
+from prd.teachers import MVDreamTeacher, RichDreamerTeacher, StableDiffusionTeacher
+
+TEXT_LENGTH, TEXT_WIDTH = 8, 16
+
+
+def random_views(batch: int, views: int, size: int = 16, seed: int = 0) -> Views:
+    """Renderings of noise with plausible ranges."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (batch, views, size, size)
+    opacity = torch.rand(*shape, 1, generator=g)
+    normal = torch.nn.functional.normalize(torch.randn(*shape, 3, generator=g), dim=-1) * opacity
+    azimuth = torch.arange(views)[None] * 90.0 + torch.arange(batch)[:, None] * 10.0
+    cameras = orbit_cameras(torch.full((batch, views), 20.0), azimuth, 2.4, 50.0)
+    rgb, depth, disparity = (torch.rand(*shape, c, generator=g) for c in (3, 1, 1))
+    return Views(rgb, normal, depth, disparity, opacity, cameras)
+
+
+def save_teacher(folder: Path, kind: str, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """A tiny random teacher in the diffusers layout; kind "stable_diffusion", "mvdream" or "richdreamer"."""
+    torch.manual_seed(seed)
+    cameras = kind != "stable_diffusion"
+    extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16} if cameras else {}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **extra,
+    )
+    unet.save_pretrained(folder / "unet")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    ).save_pretrained(folder / "scheduler")
+    vocabulary = {token: i for i, token in enumerate([*"abcde", *(f"{c}</w>" for c in "abcde"), "<s>", "</s>"])}
+    tokenizer_folder = folder / "tokenizer"
+    tokenizer_folder.mkdir()
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
+    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    if kind != "richdreamer":
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        ).save_pretrained(folder / "vae")
+    if cameras:
+        (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier"}))
+    return folder
+
+
+TEACHERS = {
+    "stable_diffusion": StableDiffusionTeacher,
+    "mvdream": MVDreamTeacher,
+    "richdreamer": RichDreamerTeacher,
+}
+
+
+def tiny_teacher(folder: Path, kind: str, prediction_type: str = "epsilon"):
+    """A tiny random teacher that went through its folder."""
+    return TEACHERS[kind].from_pretrained(save_teacher(folder, kind, prediction_type))
