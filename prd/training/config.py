@@ -50,6 +50,8 @@ class ModelConfig:
     plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
     plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
     head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
+    latent_size: Count = 32  # height and width of each plane's latents
+    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
     gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
 
@@ -59,7 +61,7 @@ class PromptsConfig:
     """What is asked of the student."""
 
     source: str = "toybox"  # "toybox", or a .txt (a prompt a line) or .json (a list of strings) file
-    held_out: tuple[str, ...] = ()  # never trained on; nor is a stack with one of them as a part
+    held_out: tuple[str, ...] = ()  # prompts never trained on
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 
@@ -89,7 +91,7 @@ class VolumeConfig:
     width: Count = 128  # image width, pixels
     num_samples: Size = 64  # uniform samples a ray; the proposal's fine samples if there is importance sampling
     num_importance_samples: Annotated[int, Field(ge=0)] = 128  # proposal samples a ray; 0: none
-    inv_std: Positive = 100.0  # s of the logistic density, 1 / scene units
+    inv_std: Schedule = 100.0  # s of the logistic density, 1 / scene units
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
@@ -148,6 +150,7 @@ class DistillationConfig:
     t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
     weighting: Literal["dmd", "uniform", "sds", "sqrt"] = "dmd"  # w(t); "dmd" is Eq. 2
     delta: Positive = 0.1  # added to the denominator of Eq. 2
+    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
     x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
     average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
     reference: Literal["shifted", "noise"] = "shifted"  # subtracted: the shifted prediction (ASD), or the noise (SDS)
@@ -196,8 +199,10 @@ class ValidationConfig:
 
     prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
     every_steps: Count | None = None  # measure every so many steps; null: before and after only
+    stacks: Count = 24  # toy box: stacks measured, seen and held out each
     num_inference_steps: Count = 4  # denoising steps of the student
     views: Count = 4  # views a prompt on the contact sheet
+    stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones
     resolution: Count = 128  # image height and width on the contact sheet, pixels
     isosurface_resolution: Size = 64  # grid of the exported meshes
 
