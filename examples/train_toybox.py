@@ -36,7 +36,7 @@ from prd.toybox.models import (
 )
 from prd.training.pictures import save_sheet
 
-STEPS = {"vae": 2600, "stable_diffusion": 3600, "mvdream": 5000, "richdreamer": 6500}
+STEPS = {"vae": 4000, "stable_diffusion": 3600, "mvdream": 5000, "richdreamer": 6500}
 STAGES = tuple(STEPS)
 
 
@@ -99,15 +99,22 @@ def load_pool(args: argparse.Namespace) -> ViewPool:
     return args.pool
 
 
+def draw_images(run: Run, count: int) -> tuple[Tensor, list[str]]:
+    """`count` single views [count, 3, H, W] in [0, 1], each of another object, and their captions."""
+    batch = run.pool.draw(count, run.generator)
+    view = torch.randint(4, (count,), generator=run.generator)
+    return batch.rgb[torch.arange(count), view].to(run.device), batch.captions
+
+
 def train_vae(args: argparse.Namespace) -> None:
     """Autoencoder: L1 + L2 + a little KL; then the latents' scale is measured and stored."""
     vae = make_vae().to(args.device)
     run = Run("vae", [vae], args, lr=2e-3)
     for step in run.each_step():
-        images = run.pool.draw(4 * args.batch_scale, run.generator).rgb.flatten(0, 1).to(args.device) * 2 - 1
+        images = draw_images(run, 16 * args.batch_scale)[0] * 2 - 1
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(posterior.sample()).sample
-        loss = 2 * F.mse_loss(restored, images) + F.l1_loss(restored, images) + 5e-6 * posterior.kl().mean()
+        loss = 2 * F.mse_loss(restored, images) + F.l1_loss(restored, images) + 1e-6 * posterior.kl().mean()
         run.update(step, loss)
     run.finish()
     with torch.no_grad():
@@ -168,11 +175,9 @@ def train_stable_diffusion(args: argparse.Namespace) -> None:
     text_encoder, unet = make_text_encoder(tokenizer).to(args.device), make_unet(cameras=False).to(args.device)
     run = Run("stable_diffusion", [unet, text_encoder], args, lr=1e-3)
     for step in run.each_step():
-        batch = run.pool.draw(32 * args.batch_scale, run.generator)
-        pick = torch.randint(4, (len(batch.captions),), generator=run.generator)
-        images = batch.rgb[torch.arange(len(pick)), pick].to(args.device)
+        images, captions = draw_images(run, 32 * args.batch_scale)
         x = encode_images(vae, images, run.generator)
-        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 1, None))
+        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, captions, 1, None))
     run.finish()
     samples = sample(unet, text_encoder, tokenizer, SHOWN * 4, views=1, seed=args.seed)
     with torch.no_grad():

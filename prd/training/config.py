@@ -91,7 +91,7 @@ class VolumeConfig:
     width: Count = 128  # image width, pixels
     num_samples: Size = 64  # uniform samples a ray; the proposal's fine samples if there is importance sampling
     num_importance_samples: Annotated[int, Field(ge=0)] = 128  # proposal samples a ray; 0: none
-    inv_std: Schedule = 100.0  # s of the logistic density, 1 / scene units
+    inv_std: Positive | tuple[Positive, Positive] = 100.0  # s of the logistic density, 1 / scene units
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
@@ -153,7 +153,6 @@ class DistillationConfig:
     reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
     x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
     average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
-    reference: Literal["shifted", "noise"] = "shifted"  # subtracted: the shifted prediction (ASD), or the noise (SDS)
 
     @model_validator(mode="after")
     def _check(self) -> DistillationConfig:
@@ -199,7 +198,6 @@ class ValidationConfig:
 
     prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
     every_steps: Count | None = None  # measure every so many steps; null: before and after only
-    stacks: Count = 24  # toy box: stacks measured, seen and held out each
     num_inference_steps: Count = 4  # denoising steps of the student
     views: Count = 4  # views a prompt on the contact sheet
     stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones

@@ -1,0 +1,80 @@
+"""The command line: `prd generate "a red cube" -o cube.glb`, `prd train --config toybox`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from prd.mesh import SUFFIXES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors of the user are one sentence on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="prd", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
+    generate.add_argument("prompt")
+    generate.add_argument("-o", "--output", default="mesh.glb", help=f"file ending in {', '.join(SUFFIXES)}")
+    generate.add_argument("--adapter", default="toybox", help="'toybox', a run folder, an adapter folder or a Hub id")
+    generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
+    generate.add_argument("--resolution", type=int, default=96, help="nodes an axis of the isosurface grid")
+    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to")
+    generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
+    generate.add_argument("--device", default="cpu")
+    train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
+    train.add_argument("overrides", nargs=argparse.REMAINDER)
+    if words[:1] == ["train"]:
+        return _train(words[1:])
+    args = parser.parse_args(words)
+    try:
+        return _generate(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"prd: {error}", file=sys.stderr)
+        return 2
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if not args.output.endswith(SUFFIXES):
+        raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
+    import torch
+
+    from prd.pipeline import TriplaneTurbo
+
+    pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=args.device)
+    result = pipe(
+        args.prompt,
+        generator=torch.Generator().manual_seed(args.seed),
+        num_inference_steps=args.steps,
+        resolution=args.resolution,
+        target_faces=args.faces,
+        texture_size=args.texture,
+    )
+    mesh = result.meshes[0]
+    assert mesh is not None  # on_empty="raise"
+    path = mesh.export(args.output)
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
+    print(f"{path}: {len(mesh.faces)} triangles ({stages})")
+    return 0
+
+
+def _train(overrides: Sequence[str]) -> int:
+    from prd.training.config import ConfigError, parse_args
+    from prd.training.trainer import Trainer
+
+    try:
+        config = parse_args(overrides)
+    except ConfigError as error:
+        print(f"prd train: {error}", file=sys.stderr)
+        return 2
+    Trainer(config).train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

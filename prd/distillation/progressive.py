@@ -1,0 +1,129 @@
+"""Progressive Rendering Distillation: Algorithm 1 of the paper, its lines numbered as there.
+
+A student that was a 2D diffusion model learns to denoise and decode 3D without 3D data: K times a step it estimates
+z_0, decodes it to a field, and teachers judge the renderings; z_0 is noised again for the next, lower timestep. No
+gradient flows from one of the K estimates to another (section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prd.distillation.asd import (
+    Guidance,
+    distill,
+    gradient_cosine,
+    leaf_views,
+    rendering_gradient,
+    rendering_loss,
+)
+from prd.fields import Field
+from prd.rendering.views import Views
+from prd.teachers.base import Teacher
+
+
+class Student(Protocol):
+    """What the rollout asks of a generator: latents [B, 6, 4, h, w] in, a Field out."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor: ...
+
+    def denoise(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Field: ...
+
+
+def rollout(
+    student: Student,
+    supervise: Callable[[int, Field], Tensor],
+    backward: Callable[[Tensor], None],
+    *,
+    prompt_embeds: Tensor,
+    timesteps: Sequence[int],
+    noise: Callable[[int], Tensor],
+) -> None:
+    """Lines 5 to 17: the K estimates of a batch of prompts, each judged and its gradient kept.
+
+    supervise      (k, field) -> scalar loss, a mean over prompts: lines 11 to 15 with cameras of its own every time
+    backward       accumulates a scalar's gradient in the student's parameters (line 16)
+    prompt_embeds  [B, L, Ct]; timesteps T = t_1 > ... > t_K
+    noise          k -> standard normal [B, 6, 4, h, w]; 0 is the start, 1 to K the noise of each step
+    """
+    z0 = noise(0)  # line 5
+    for k, t in enumerate(timesteps):  # line 6
+        z_t = student.add_noise(z0, noise(k + 1), t)  # lines 7-8
+        z0 = student.denoise(z_t, t, prompt_embeds)  # line 9
+        theta = student.decode(z0)  # line 10
+        loss = supervise(k, theta)  # lines 11-15
+        backward(loss / len(timesteps))  # line 16
+        z0 = z0.detach()  # no gradient across steps (section 3.2)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A teacher with its weight in the loss and how it is asked at this step."""
+
+    teacher: Teacher
+    weight: float
+    guidance: Guidance
+
+
+@dataclass
+class JudgeLog:
+    """Sums over the renderings of one optimiser step: what moves, by teacher and renderer."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = float(value)
+        if value == value:  # a cosine of teachers that share no pixels is NaN and has no mean
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+def judge_views(
+    views: Views,
+    judges: Sequence[Judge],
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    log: JudgeLog,
+    renderer: str,
+) -> Tensor:
+    """Line 15: a scalar whose gradient at the renderings is the teachers' weighted sum, a mean over prompts.
+
+    Each teacher's gradient is taken at the renderings and its graph freed before the next teacher is asked, so that
+    the renderer's backward pass runs once and only one teacher's activations exist at a time.
+    """
+    leaves = leaf_views(views)
+    total: dict[str, Tensor] = {}
+    earlier: dict[str, dict[str, Tensor]] = {}
+    for judge in judges:
+        result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
+        gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
+        name = f"{judge.teacher.name}/{renderer}"
+        norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+        log.add(f"gradient_norm/{name}", norm)
+        log.add(f"weight/{name}", result.weight.mean())
+        log.add(f"distillation/{name}", result.loss.detach().mean())
+        for other, known in earlier.items():
+            log.add(f"cosine/{other}-{name}", gradient_cosine(known, gradient))
+        earlier[judge.teacher.name] = gradient
+        for key, value in gradient.items():
+            total[key] = total[key] + value if key in total else value
+    return rendering_loss(views, total)
+
+
+def draw_generator(seed: int, step: int, process: int, stream: int) -> torch.Generator:
+    """Random numbers of one stream (noise, cameras, teachers, ...) of one optimiser step, the same after a resume."""
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + process * 1009 + stream
+    return torch.Generator().manual_seed(mixed % (2**63))
+
+

@@ -1,0 +1,223 @@
+"""The toy box's measure: generated fields against the exact ones, in three dimensions.
+
+A prompt is recognised (R@1) if, of all captions of the world, its own has the highest score: the intersection over
+union of the occupancies on a 64^3 grid, without rotation, minus the mean absolute difference between the generated
+colour and the exact one at points of the exact surface. A caption that names a family counts its best form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from prd.fields import Field
+from prd.toybox.world import (
+    ASYMMETRIC_SHAPES,
+    COLORS,
+    Caption,
+    Part,
+    all_captions,
+    light,
+    parse_caption,
+    scene_normal,
+    scene_sdf,
+)
+
+GRID = 64
+SURFACE_POINTS = 768
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one generated field compares with its caption's best form."""
+
+    prompt: str
+    recognised: bool  # its own caption scores highest
+    best: str  # the caption that does
+    score: float  # IoU - colour error against its own caption
+    iou: float
+    color_error: float
+    orientation_margin: float | None  # IoU minus that with the best wrong quarter turn; asymmetric single shapes
+    euler: int  # Euler characteristic of the occupied solid's surface
+    right_topology: bool  # as the exact form's, in as many pieces
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def grid_points(resolution: int = GRID) -> Tensor:
+    """Cell centres of the cube [-1, 1]^3, [R^3, 3], x slowest."""
+    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
+
+
+def surface_points(scene: tuple[Part, ...], count: int) -> Tensor:
+    """`count` points spread over the zero level of a scene, [count, 3], always the same ones."""
+    points = grid_points(96)
+    points = points[scene_sdf(scene, points).abs() < 0.03]
+    for _ in range(8):
+        points = points - scene_sdf(scene, points)[:, None] * scene_normal(scene, points)
+    points = points[scene_sdf(scene, points).abs() < 2e-3]
+    pick = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
+    return points[pick]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One geometry of the world: several captions share it, apart from their colours."""
+
+    key: tuple
+    occupancy: Tensor  # [R^3] bool
+    points: Tensor  # [P, 3]
+    owner: Tensor  # [P] part nearest to each point
+    shade: Tensor  # [P, 1]
+    tint: Tensor  # [P, 3]
+    euler: int
+    pieces: int
+
+
+def _key(caption: Caption, form: int) -> tuple:
+    return tuple(shape for _, shape in caption.words), form
+
+
+@lru_cache(maxsize=1)
+def _forms() -> dict[tuple, _Form]:
+    forms: dict[tuple, _Form] = {}
+    for caption in all_captions():
+        for form in range(caption.num_forms):
+            key = _key(caption, form)
+            if key in forms:
+                continue
+            scene = caption.parts(form)
+            occupancy = scene_sdf(scene, grid_points()) < 0
+            points = surface_points(scene, SURFACE_POINTS)
+            owner = torch.stack([part.sdf(points) for part in scene]).argmin(dim=0)
+            shade, tint = light(scene_normal(scene, points))
+            euler, pieces = topology(occupancy.view(GRID, GRID, GRID))
+            forms[key] = _Form(key, occupancy, points, owner, shade, tint, euler, pieces)
+    return forms
+
+
+def topology(occupancy: Tensor) -> tuple[int, int]:
+    """Euler characteristic of the surface of an occupied solid [R, R, R], and its number of pieces.
+
+    2 for a ball, 0 for a solid torus; holes of one cell and specks below 0.5 % of the volume do not count.
+    """
+    solid = occupancy.cpu().numpy()
+    labels, count = ndimage.label(solid, structure=np.ones((3, 3, 3)))
+    if count == 0:
+        return 0, 0
+    sizes = np.bincount(labels.ravel())[1:]
+    pieces = int((sizes > 0.005 * sizes.sum()).sum())
+    cells = np.pad(labels == sizes.argmax() + 1, 1)
+    # a union of closed cubes: chi = vertices - edges + faces - cubes; its boundary surface has twice that
+    chi, sign = 0, -1
+    faces: dict[tuple[int, ...], np.ndarray] = {(): cells}
+    chi += sign * int(cells.sum())
+    for dimension in (2, 1, 0):
+        sign = -sign
+        grown: dict[tuple[int, ...], np.ndarray] = {}
+        for axes, array in faces.items():
+            for axis in range(3):
+                if axis in axes:
+                    continue
+                key = tuple(sorted((*axes, axis)))
+                if key in grown:
+                    continue
+                shifted = np.roll(array, 1, axis=axis)
+                grown[key] = array | shifted
+        chi += sign * sum(int(a.sum()) for a in grown.values())
+        faces = grown
+        assert all(len(k) == 3 - dimension for k in faces)
+    return 2 * chi, pieces
+
+
+@torch.no_grad()
+def score_field(field: Field, prompts: Sequence[str], *, query_chunk: int = 1 << 17) -> list[Score]:
+    """Compare each of the B shapes of a field with every caption of the world; prompts [B] are captions of it."""
+    forms = _forms()
+    keys = list(forms)
+    grid = grid_points()
+    batch = len(prompts)
+    sdf = torch.cat(
+        [field.sdf(chunk.expand(batch, -1, -1))[..., 0].float() for chunk in grid[None].split(query_chunk, dim=1)], dim=1
+    )
+    inside = sdf < 0  # [B, R^3]
+    exact = torch.stack([forms[k].occupancy for k in keys])  # [F, R^3]
+    both = inside.float() @ exact.float().T
+    iou = both / (inside.sum(1, keepdim=True) + exact.sum(1)[None] - both).clamp(min=1)  # [B, F]
+    points = torch.cat([forms[k].points for k in keys])
+    rgb = field.rgb(points[None].expand(batch, -1, -1)).float()  # [B, F*P, 3]
+    colors = rgb.split([len(forms[k].points) for k in keys], dim=1)
+    return [_score(prompts[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
+
+
+def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> Score:
+    forms = _forms()
+    albedo = {name: torch.tensor(value) for name, value in COLORS.items()}
+    # mean |rgb - exact| of every part and colour, so that a caption's error is a sum over its parts
+    error: dict[tuple, float] = {}
+    for f, key in enumerate(keys):
+        form = forms[key]
+        for part in range(len(key[0])):
+            mine = form.owner == part
+            for name, value in albedo.items():
+                target = (value * form.shade[mine] + form.tint[mine]).clamp(0, 1)
+                error[key, part, name] = float((colors[f][mine] - target).abs().sum() / (3 * len(form.points)))
+    best, best_score, own = "", -math.inf, (-math.inf, 0.0, 0.0, keys[0])
+    for caption in all_captions():
+        for form_index in range(caption.num_forms):
+            key = _key(caption, form_index)
+            wrong = sum(error[key, part, color] for part, (color, _) in enumerate(caption.words))
+            overlap = float(iou[keys.index(key)])
+            value = overlap - wrong
+            if value > best_score:
+                best, best_score = caption.text, value
+            if caption.text == prompt and value > own[0]:
+                own = (value, overlap, wrong, key)
+    value, overlap, wrong, key = own
+    if value == -math.inf:
+        raise ValueError(f"prompt={prompt!r}: is no caption of the toy box")
+    volume = inside.view(GRID, GRID, GRID)
+    euler, pieces = topology(volume)
+    target = forms[key]
+    margin = None
+    if len(key[0]) == 1 and key[0][0] in ASYMMETRIC_SHAPES:
+        turned = [torch.rot90(volume, k, (0, 1)).reshape(-1) for k in (1, 2, 3)]
+        wrong_turns = [float((t & target.occupancy).sum() / (t | target.occupancy).sum().clamp(min=1)) for t in turned]
+        margin = overlap - max(wrong_turns)
+    right = euler == target.euler and pieces == target.pieces
+    return Score(prompt, best == prompt, best, value, overlap, wrong, margin, euler, right)
+
+
+def summarise(scores: Sequence[Score]) -> dict[str, float | dict[str, float]]:
+    """Means over scores: R@1, IoU, colour error, topology; by shape; the smallest orientation margin of a shape."""
+    if not scores:
+        return {}
+
+    def mean(values: Sequence[float]) -> float:
+        return round(float(np.mean(values)), 4)
+
+    shapes = sorted({parse_caption(s.prompt).words[0][1] for s in scores})
+    by_shape = {name: [s for s in scores if parse_caption(s.prompt).words[0][1] == name] for name in shapes}
+    margins = {
+        name: mean([s.orientation_margin for s in group if s.orientation_margin is not None])
+        for name, group in by_shape.items()
+        if any(s.orientation_margin is not None for s in group)
+    }
+    return {
+        "count": len(scores),
+        "r_at_1": mean([s.recognised for s in scores]),
+        "iou": mean([s.iou for s in scores]),
+        "color_error": mean([s.color_error for s in scores]),
+        "right_topology": mean([s.right_topology for s in scores]),
+        "iou_by_shape": {name: mean([s.iou for s in group]) for name, group in by_shape.items()},
+        "orientation_margin": margins,
+    }

@@ -1,0 +1,131 @@
+"""From a configuration to the parts of a run: student, teachers, renderers, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from prd.adapters.peta import PetaConfig
+from prd.base import Base
+from prd.cameras import CameraSampling
+from prd.distillation.asd import Guidance
+from prd.distillation.schedules import LinearSchedule
+from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.volume import VolumeRenderer
+from prd.teachers.base import Teacher
+from prd.teachers.mvdream import MVDreamTeacher
+from prd.teachers.richdreamer import RichDreamerTeacher
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.toybox import asset
+from prd.training.config import Schedule, TeacherConfig, TrainConfig
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
+    """The base with PETA and heads as the config sizes them."""
+    model = config.model
+    peta = PetaConfig(r=model.rank, plane_wise=model.plane_wise, plane_channels=model.plane_channels)
+    student = StudentConfig(
+        base=base.name,
+        latent_size=model.latent_size,
+        head_width=model.head_width,
+        bias_radius=model.sphere_radius,
+        sdf_init_scale=model.sdf_init_scale,
+        num_inference_steps=config.num_denoising_steps,
+    )
+    return TriplaneTurboGenerator(
+        base.unet, base.vae, base.scheduler, peta, student, gradient_checkpointing=model.gradient_checkpointing
+    )
+
+
+def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
+    """The enabled teachers, frozen, in the run's precision."""
+    dtype = DTYPES[config.mixed_precision]
+    section = config.teachers
+    loaded: list[tuple[Teacher, TeacherConfig]] = []
+    for name, teacher_class in (
+        ("stable_diffusion", StableDiffusionTeacher),
+        ("mvdream", MVDreamTeacher),
+        ("richdreamer", RichDreamerTeacher),
+    ):
+        settings: TeacherConfig = getattr(section, name)
+        if settings.enabled:
+            path = asset(name) if settings.path == "toybox" else settings.path
+            loaded.append((teacher_class.from_pretrained(path, torch_dtype=dtype).to(device), settings))
+    return loaded
+
+
+def at(schedule: Schedule, config: TrainConfig, step: int) -> float:
+    """The value of a schedule at an optimizer step, spanning `schedule_steps`."""
+    return LinearSchedule.from_value(schedule, config.schedule_steps or config.max_train_steps)(step)
+
+
+def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guidance:
+    """How a teacher is asked at an optimizer step."""
+    distillation = config.distillation
+    return Guidance(
+        guidance_scale=at(settings.guidance_scale, config, step),
+        t_min=round(at(distillation.t_min, config, step)),
+        t_max=distillation.t_max,
+        eta=settings.eta,
+        weighting=distillation.weighting,
+        delta=distillation.delta,
+        x0_from=distillation.x0_from,
+        average_over=distillation.average_over,
+        reference=distillation.reference,
+        negative_prompt=settings.negative_prompt,
+    )
+
+
+def build_volume_renderer(config: TrainConfig, step: int) -> VolumeRenderer:
+    """The NeuS renderer with its gradient scales at an optimizer step."""
+    volume = config.volume
+    return VolumeRenderer(
+        num_samples=volume.num_samples,
+        num_importance_samples=volume.num_importance_samples,
+        inv_std=at(volume.inv_std, config, step),
+        rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),
+        rgb_weight_gradient_scale=at(volume.rgb_weight_gradient_scale, config, step),
+    )
+
+
+def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
+    """The mesh renderer in training mode with its gradient scales at an optimizer step."""
+    surface = config.surface
+    return SurfaceRenderer(
+        resolution=surface.grid_resolution,
+        sdf_gradient_scale=at(surface.sdf_gradient_scale, config, step),
+        deformation_gradient_scale=at(surface.deformation_gradient_scale, config, step),
+    )
+
+
+def camera_sampling(config: TrainConfig) -> CameraSampling:
+    """How the cameras of every one of the K estimates are drawn."""
+    cameras = config.cameras
+    return CameraSampling(cameras.views, cameras.elevation, cameras.relative_distance, cameras.fovy)
+
+
+def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or Adan over the trained parameters."""
+    o = config.optimizer
+    if o.name == "adan":
+        from prd.training.adan import Adan
+
+        return Adan(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+
+def learning_rate(config: TrainConfig) -> Callable[[int], float]:
+    """Factor of the peak learning rate at a step: linear warm-up, constant, linear decay at the end."""
+    o, total = config.optimizer, config.schedule_steps or config.max_train_steps
+    decay_start = total * (1 - o.decay_fraction)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
+        late = max(0.0, step - decay_start) / max(1.0, total - decay_start)
+        return warm * max(o.final_lr_fraction, 1 - (1 - o.final_lr_fraction) * late)
+
+    return factor

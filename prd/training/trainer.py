@@ -1,0 +1,256 @@
+"""The Accelerate loop around Progressive Rendering Distillation.
+
+A step draws prompts, rolls the student out over K timesteps (`prd.distillation.progressive`), renders each estimate,
+lets the teachers judge, and updates adapters and heads once. Gradients are summed over the K estimates and the
+micro-batches and exchanged between processes once a step, so the student needs no wrapper.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from prd.base import load_base
+from prd.distillation.progressive import Judge, JudgeLog, draw_generator, judge_views, rollout
+from prd.distillation.regularizers import eikonal_loss, sparsity_loss
+from prd.fields import Field
+from prd.rendering.grid import GridField
+from prd.toybox.score import summarise
+from prd.training.build import (
+    at,
+    build_optimizer,
+    build_student,
+    build_surface_renderer,
+    build_volume_renderer,
+    camera_sampling,
+    guidance_at,
+    learning_rate,
+    load_teachers,
+)
+from prd.training.config import TrainConfig, dump_config, save_config
+from prd.training.prompts import load_corpus
+from prd.training.validation import contact_sheet, export_meshes, measure, toybox_splits
+
+logger = logging.getLogger(__name__)
+
+PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS = range(5)  # streams of random numbers
+COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
+COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
+
+
+class CollapseError(RuntimeError):
+    """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
+
+
+class Trainer:
+    """One training run of a `TrainConfig`, from the base model to a run folder."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.started = time.time()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // processes))
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to)
+        torch.manual_seed(config.seed)
+        self.folder = Path(config.output_dir)
+        self.corpus = load_corpus(config.prompts)
+        base = load_base(config.model.base, revision=config.model.revision)
+        self.encoder = base.encoder
+        self.student = build_student(config, base).to(self.device)
+        self.encoder.model.to(self.device)
+        self.teachers = load_teachers(config, self.device)
+        self.parameters = self.student.trainable_parameters()
+        self.optimizer = build_optimizer(config, self.parameters)
+        self.lr_factor = learning_rate(config)
+        self.cameras = camera_sampling(config)
+        self.timesteps = self.student.timesteps(config.num_denoising_steps)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns what is logged."""
+        config, log = self.config, JudgeLog()
+        begun = time.time()
+        lr = config.optimizer.lr * self.lr_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(config.gradient_accumulation_steps):
+            self.accumulate(step, micro, log)
+        self.exchange_gradients()
+        limit = config.optimizer.max_grad_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        if bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        else:
+            log.add("skipped_steps", 1.0)
+            logger.warning("step %d: the gradient is not finite; the step was skipped", step)
+        return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
+
+    def accumulate(self, step: int, micro: int, log: JudgeLog) -> None:
+        """The rollout of one micro-batch: K estimates, each rendered and judged, gradients added up."""
+        config = self.config
+        place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
+        draws = [draw_generator(config.seed, step, place, stream) for stream in range(5)]
+        prompts = self.corpus.draw(config.train_batch_size, draws[PROMPTS])
+        judges = [
+            Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
+        ]
+
+        def supervise(k: int, field: Field) -> Tensor:
+            cameras = self.cameras.sample(torch.rand(len(prompts), 3, generator=draws[CAMERAS])).to(self.device)
+            loss = torch.zeros((), device=self.device)
+            fast = GridField(field, config.volume.grid_resolution) if config.volume.grid_resolution else field
+            for renderer in renderers_of(config, step, k):
+                if renderer == "volume":
+                    views, gradient = build_volume_renderer(config, step).render_with_samples(
+                        fast,
+                        cameras,
+                        height=config.volume.height,
+                        width=config.volume.width,
+                        background=config.background,
+                        generator=draws[JITTER],
+                    )
+                    eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
+                    opacity = views.opacity.detach().mean()
+                    log.add("opacity", opacity)
+                    log.add("eikonal", eikonal.detach())
+                    if step < COLLAPSE_WATCH and float(opacity) < COLLAPSED_OPACITY:
+                        raise CollapseError(
+                            f"step {step}: mean opacity {float(opacity):.3f}: the object has vanished; lower optimizer.lr "
+                            "or volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
+                        )
+                    loss = loss + at(config.regularizers.eikonal, config, step) * eikonal
+                    loss = loss + at(config.regularizers.sparsity, config, step) * sparsity
+                else:
+                    views, corrected = build_surface_renderer(config, step).render_with_stats(
+                        fast if config.volume.grid_resolution == config.surface.grid_resolution else field,
+                        cameras,
+                        height=config.surface.height,
+                        width=config.surface.width,
+                        background=config.background,
+                    )
+                    log.add("surfaces_corrected", corrected.float().sum())
+                loss = loss + judge_views(views, judges, prompts, draws[TEACHERS], log, renderer)
+            return loss / config.gradient_accumulation_steps
+
+        def noise(k: int) -> Tensor:
+            size, channels = self.student.config.latent_size, self.student.backbone.unet.config["in_channels"]
+            shape = (len(prompts), 6, channels, size, size)
+            return torch.randn(shape, generator=draws[NOISE]).to(self.device)
+
+        embeds = self.encoder(prompts).to(self.device)
+        with self.accelerator.autocast():
+            rollout(
+                self.student,
+                supervise,
+                self.accelerator.backward,
+                prompt_embeds=embeds,
+                timesteps=self.timesteps,
+                noise=noise,
+            )
+
+    def exchange_gradients(self) -> None:
+        """Average the accumulated gradients over the processes: one exchange a step."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """The whole run; returns its folder."""
+        config = self.config
+        main = self.accelerator.is_main_process
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "config.yaml")
+            print(dump_config(config))
+            contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
+        metrics = (self.folder / "metrics.jsonl").open("w") if main else None
+        bar = tqdm(range(config.max_train_steps), disable=not main, desc="train", mininterval=1.0)
+        shown: dict[str, str] = {}
+        for step in bar:
+            values = self.train_step(step)
+            shown["s/step"] = f"{values['seconds']:.2f}"
+            every = config.validation.every_steps
+            if every and (step + 1) % every == 0 and config.prompts.source == "toybox" and main:
+                values["r_at_1"] = self.quick_recognition()
+                shown["R@1"] = f"{values['r_at_1']:.2f}"
+            if main and metrics is not None:
+                metrics.write(json.dumps({"step": step + 1, **_rounded(values)}) + "\n")
+                metrics.flush()
+            bar.set_postfix(shown)
+            if config.max_train_minutes and (time.time() - self.started) / 60 > config.max_train_minutes:
+                logger.warning("max_train_minutes=%g reached after %d steps", config.max_train_minutes, step + 1)
+                break
+        if main:
+            self.finish()
+        self.accelerator.wait_for_everyone()
+        return self.folder
+
+    def quick_recognition(self) -> float:
+        """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
+        scores = measure(
+            self.student,
+            self.encoder,
+            self.config.validation.prompts,
+            seed=self.config.seed,
+            num_inference_steps=self.config.validation.num_inference_steps,
+        )
+        return sum(s.recognised for s in scores) / len(scores)
+
+    def finish(self) -> None:
+        """Save the adapter, then show and measure what it makes."""
+        config, folder = self.config, self.folder
+        self.student.save_adapter(folder / "adapter")
+        contact_sheet(self.student, self.encoder, config.validation.prompts, config, folder / "after.png")
+        export_meshes(self.student, self.encoder, config.validation.prompts, config, folder / "meshes")
+        if config.prompts.source == "toybox":
+            report: dict = {}
+            lines = []
+            for name, prompts in toybox_splits(config.prompts.held_out, config.validation.stacks).items():
+                scores = measure(
+                    self.student,
+                    self.encoder,
+                    prompts,
+                    seed=config.seed,
+                    num_inference_steps=config.validation.num_inference_steps,
+                )
+                report[name] = {"summary": summarise(scores), "scores": [s.as_dict() for s in scores]}
+                summary = report[name]["summary"]
+                lines.append(
+                    f"{name:16s} {summary['count']:4d} prompts  R@1 {summary['r_at_1']:.3f}  IoU {summary['iou']:.3f}  "
+                    f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
+                )
+            (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+            print("\n".join(lines))
+        print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
+
+
+def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
+    """The renderers of estimate k: both, or by turns, starting with another one every step."""
+    if config.renderers == "both":
+        return ("volume", "surface")
+    if config.renderers == "alternate":
+        return ("volume",) if (step + k) % 2 == 0 else ("surface",)
+    return (config.renderers,)
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
