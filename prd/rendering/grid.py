@@ -1,0 +1,114 @@
+"""A field evaluated once on a regular grid and interpolated from there: what makes a training step cheap.
+
+The R nodes an axis are linspace(-1, 1, R), both ends included, indexed [x, y, z] (those of the isosurface's grid).
+Interpolation is trilinear and differentiable with respect to the values at the nodes, hence to the wrapped field's
+parameters; the gradient is a grid too (central differences), so that normals need no second backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prd.fields import Field
+from prd.rendering.isosurface import grid_points
+
+Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R], rgb [B, R, R, R, 3], deformation [B, R, R, R, 3] or None
+
+NODES_A_CHUNK = 1 << 18  # points of one query where the field has no grid of its own
+
+
+def evaluate_nodes(field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> Grid:
+    """Signed distance, colour and deformation at the nodes of the cube, by the field's own `grid(R)` if it has one.
+
+    `batch` and `device` say how many samples and where, for a field without it.
+    """
+    fast: Callable[[int], Grid] | None = getattr(field, "grid", None)
+    if fast is not None:
+        return fast(resolution)
+    points = grid_points(resolution, device).view(1, -1, 3).expand(batch, -1, -1)
+    chunks = points.split(NODES_A_CHUNK, dim=1)
+    geometry = [field.sdf_and_deformation(chunk) for chunk in chunks]
+    shape = (batch, resolution, resolution, resolution)
+    offsets = [offset for _, offset in geometry if offset is not None]
+    return (
+        torch.cat([sdf for sdf, _ in geometry], dim=1).view(shape),
+        torch.cat([field.rgb(chunk) for chunk in chunks], dim=1).view(*shape, 3),
+        torch.cat(offsets, dim=1).view(*shape, 3) if offsets else None,
+    )
+
+
+def sdf_gradient_grid(sdf: Tensor) -> Tensor:
+    """Central differences of sdf [B, R, R, R] at its nodes, one-sided on the border: [B, R, R, R, 3], per scene unit."""
+    spacing = 2 / (sdf.shape[1] - 1)
+    return torch.stack(torch.gradient(sdf, spacing=spacing, dim=(1, 2, 3)), dim=-1)
+
+
+class GridField:
+    """A Field that interpolates another one's values at R^3 nodes.
+
+    Outside the cube the signed distance grows by the distance to the cube. Points are constants here: gradients reach
+    the wrapped field, not the points. Raises ValueError for fewer than 2 nodes an axis.
+    """
+
+    def __init__(self, field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
+        if resolution < 2:
+            raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+        self.resolution = resolution
+        self._sdf, self._rgb, self._deformation = evaluate_nodes(field, resolution, batch, device)
+        self.gradient = sdf_gradient_grid(self._sdf)  # [B, R, R, R, 3], also what the eikonal loss looks at
+        sdf = self._sdf[..., None]
+        self._volume = torch.cat([sdf, self.gradient, self._rgb], dim=-1).permute(0, 4, 1, 2, 3)  # [B, 7, x, y, z]
+
+    def grid(self, resolution: int) -> Grid:
+        """The values at the nodes; `resolution` must be the one this field was evaluated at."""
+        if resolution != self.resolution:
+            raise ValueError(
+                f"resolution={resolution}: this field was evaluated at {self.resolution} nodes an axis; "
+                f"use GridField(field, {resolution}) or the wrapped field"
+            )
+        return self._sdf, self._rgb, self._deformation
+
+    def sample(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Signed distance [B, N, 1], its gradient [B, N, 3] and colour [B, N, 3] at points [B, N, 3], in one lookup."""
+        values = interpolate(self._volume, points)
+        sdf, gradient = _beyond_cube(values[..., :1], values[..., 1:4], points)
+        return sdf, gradient, values[..., 4:]
+
+    def sdf(self, points: Tensor) -> Tensor:
+        outside = points - points.clamp(-1, 1)
+        return interpolate(self._sdf[:, None], points) + outside.norm(dim=-1, keepdim=True)
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return interpolate(self._volume[:, 4:], points)
+
+    def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        values = interpolate(self._volume[:, :4], points)
+        return _beyond_cube(values[..., :1], values[..., 1:], points)
+
+    def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._deformation is None:
+            return self.sdf(points), None
+        return self.sdf(points), interpolate(self._deformation.permute(0, 4, 1, 2, 3), points)
+
+
+def interpolate(volume: Tensor, points: Tensor) -> Tensor:
+    """Trilinear values [B, N, C] at points [B, N, 3] of volume [B, C, x, y, z]; the border's value beyond the cube."""
+    if points.ndim != 3 or points.shape[0] != volume.shape[0] or points.shape[2] != 3:
+        raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {volume.shape[0]}")
+    lookup = points.detach().flip(-1)[:, None, None]  # grid_sample takes the last axis of the volume first
+    values = F.grid_sample(volume, lookup.to(volume.dtype), padding_mode="border", align_corners=True)
+    return values[:, :, 0, 0].transpose(1, 2)
+
+
+def _beyond_cube(sdf: Tensor, gradient: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the distance to the cube, and its gradient, at the points outside."""
+    outside = points - points.clamp(-1, 1)
+    if not bool(outside.any()):
+        return sdf, gradient
+    distance = outside.norm(dim=-1, keepdim=True)
+    away = outside / distance.clamp(min=torch.finfo(points.dtype).tiny)
+    return sdf + distance, torch.where(outside == 0, gradient, away)

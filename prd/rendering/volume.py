@@ -1,0 +1,336 @@
+"""The NeuS volume renderer: from a signed distance field to images through rays.
+
+After Wang et al., "NeuS: Learning Neural Implicit Surfaces by Volume Rendering" (2021), with the sampling of the
+published TriplaneTurbo (uniform, or a uniform proposal refined where its opacity lies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prd.cameras import HALF_DIAGONAL, Cameras
+from prd.fields import Field
+from prd.rendering.views import Views, disparity_from_depth
+
+PUBLISHED_ALPHA_FLOOR = 1e-5  # added to both sides of NeuS's fraction there; empty space absorbs that much a sample
+NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit normal
+
+
+def neus_alpha(sdf: Tensor, cos: Tensor, dt: Tensor, inv_std: float | Tensor, floor: float = 0.0) -> Tensor:
+    """Opacity of each ray segment from the signed distance at its middle (NeuS, Eq. 13).
+
+    sdf      [...]   signed distance at the segment's middle, scene units, positive outside
+    cos      [...]   direction . normal, <= 0 (a leaving ray does not absorb: clamp before)
+    dt       [...]   segment length, scene units
+    inv_std  scalar  s of the logistic density; 1/s is the width of the surface
+    floor    scalar  0: the exact fraction 1 - Phi_s(after) / Phi_s(before), by logarithms, so that it is 0 in empty
+                     space and has a gradient deep inside; 1e-5: the published code's (difference + floor) / (before + floor)
+
+    Returns alpha [...] in [0, 1], differentiable in every argument.
+    """
+    half = 0.5 * cos * dt
+    before, after = inv_std * (sdf - half), inv_std * (sdf + half)
+    if floor == 0:
+        return -torch.expm1((F.logsigmoid(after) - F.logsigmoid(before)).clamp(max=0))
+    before, after = torch.sigmoid(before), torch.sigmoid(after)
+    return ((before - after + floor) / (before + floor)).clamp(0, 1)
+
+
+def render_weights(alpha: Tensor) -> Tensor:
+    """Share of each segment in its ray's colour, alpha_i prod_{j<i} (1 - alpha_j); [..., N] to [..., N] (NeuS, Eq. 11)."""
+    transmittance = torch.cumprod(1 - alpha[..., :-1], dim=-1)
+    return alpha * F.pad(transmittance, (1, 0), value=1.0)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x, whose gradient is multiplied by `scale` on the way back."""
+    return x if scale == 1 else scale * x + (1 - scale) * x.detach()
+
+
+def cube_near_far(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays [..., 3] enter and leave the cube [-1, 1]^3, [..., 1] each, >= 0; equal where they miss it."""
+    safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
+    first, second = (-1 - origins) / safe, (1 - origins) / safe
+    near = torch.minimum(first, second).amax(dim=-1, keepdim=True).clamp(min=0)
+    far = torch.maximum(first, second).amin(dim=-1, keepdim=True)
+    return near, torch.maximum(near, far)
+
+
+def resample_edges(edges: Tensor, cdf: Tensor, count: int, jitter: Tensor) -> Tensor:
+    """Edges [..., count + 1] of intervals whose middles have the quantiles (i + jitter) / count of a distribution.
+
+    edges, cdf [..., M]: the distribution, piecewise linear between `edges`; jitter [..., 1] in [0, 1), one offset a ray.
+    An interval ends halfway between two middles; the outermost do not leave the range of `edges`.
+    """
+    steps = torch.arange(count, dtype=edges.dtype, device=edges.device)
+    low, high = cdf[..., :1], cdf[..., -1:]
+    u = low + (steps + jitter) * (high - low) / count  # [..., count]
+    right = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, edges.shape[-1] - 1)
+    u0, u1 = cdf.gather(-1, right - 1), cdf.gather(-1, right)
+    t0, t1 = edges.gather(-1, right - 1), edges.gather(-1, right)
+    width = u1 - u0
+    share = torch.where(width < 1e-10, 0.5, (u - u0) / width.clamp(min=1e-10))
+    middle = t0 + share * (t1 - t0)
+    inner = (middle[..., 1:] + middle[..., :-1]) / 2
+    first = 1.5 * middle[..., :1] - 0.5 * middle[..., 1:2]
+    last = 1.5 * middle[..., -1:] - 0.5 * middle[..., -2:-1]
+    first, last = torch.maximum(first, edges[..., :1]), torch.minimum(last, edges[..., -1:])
+    return torch.cat([first, inner, last], dim=-1)
+
+
+class RayBundle(NamedTuple):
+    """Rays of B samples, flattened over views and pixels.
+
+    origins, directions [B, M, 3]; near, far [B, M, 1]; jitter [passes, B, M, 1] in [0, 1).
+    """
+
+    origins: Tensor
+    directions: Tensor
+    near: Tensor
+    far: Tensor
+    jitter: Tensor
+
+    def rows(self, start: int, stop: int) -> RayBundle:
+        rays = slice(start, stop)
+        return RayBundle(*(part[:, rays] for part in self[:4]), self.jitter[:, :, rays])
+
+    def points(self, t: Tensor) -> Tensor:
+        """The points at distances t [B, M, S]: [B, M * S, 3]."""
+        return (self.origins[:, :, None] + t[..., None] * self.directions[:, :, None]).flatten(1, 2)
+
+
+class RayColours(NamedTuple):
+    """What volume rendering finds along M rays of each sample.
+
+    edges    [B, M, S + 1]  the segments' ends, scene units along the ray
+    alpha    [B, M, S]      opacity of a segment
+    weights  [B, M, S]      its share in the ray
+    rgb      [B, M, 3]      sum of w rgb, not composited; and `rgb_opacity` [B, M, 1], the weight gradient scaled alike
+    normal   [B, M, 3]      sum of w n
+    gradient [B, K, 3]      gradient of the signed distance at the segments that were looked at
+    """
+
+    edges: Tensor
+    alpha: Tensor
+    weights: Tensor
+    rgb: Tensor
+    rgb_opacity: Tensor
+    normal: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class VolumeRenderer:
+    """NeuS rendering of a Field, by rays with `num_samples` segments each.
+
+    Rays are sampled where they cross the cube [-1, 1]^3, or between `near` and `far` if these are set. A field with a
+    method `sample(points) -> (sdf, gradient, rgb)` is asked once a point, any other by `sdf_and_gradient` and `rgb`.
+    """
+
+    num_samples: int = 64  # segments a ray; with importance sampling the fine ones, added to the proposal's
+    num_importance_samples: int = 0  # segments of the uniform proposal (published: 128); 0: uniform sampling only
+    inv_std: float = 100.0  # s of the logistic density, 1 / scene units (published: exp(10 * 0.4605))
+    near: float | None = None  # scene units along the ray (published: 0.1); None: where it enters the cube
+    far: float | None = None  # scene units along the ray (published: 4); None: where it leaves the cube
+    rgb_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the colours
+    rgb_weight_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the weights, hence to geometry
+    alpha_floor: float = 0.0  # see neus_alpha; PUBLISHED_ALPHA_FLOOR reproduces the published images
+    cull_below: float = 1e-4  # segments that cannot reach this weight are left out; 0: none is
+    max_rays: int | None = None  # rays of one sample rendered at a time; None: all
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2 or self.num_importance_samples < 0 or self.num_importance_samples == 1:
+            raise ValueError(
+                f"num_samples={self.num_samples}, num_importance_samples={self.num_importance_samples}: "
+                "need at least 2 samples a ray, and 0 or at least 2 of the proposal"
+            )
+        if (self.near is None) != (self.far is None):
+            raise ValueError(f"near={self.near}, far={self.far}: set both or none")
+        if self.near is not None and self.far is not None and not 0 <= self.near < self.far:
+            raise ValueError(f"near={self.near}, far={self.far}: need 0 <= near < far")
+        if self.inv_std <= 0:
+            raise ValueError(f"inv_std={self.inv_std}: must be positive")
+        if not 0 <= self.cull_below < 1 or (self.alpha_floor > 0 and self.cull_below > 0):
+            raise ValueError(
+                f"cull_below={self.cull_below}, alpha_floor={self.alpha_floor}: cull_below lies in [0, 1), "
+                "and is 0 where empty segments have an opacity (alpha_floor > 0)"
+            )
+        if self.max_rays is not None and self.max_rays < 1:
+            raise ValueError(f"max_rays={self.max_rays}: must be positive or None")
+
+    @property
+    def passes(self) -> int:
+        """How many jitter offsets a ray takes: one a sampling pass."""
+        return 2 if self.num_importance_samples else 1
+
+    def __call__(
+        self,
+        field: Field,
+        cameras: Cameras,
+        *,
+        height: int,
+        width: int,
+        background: float | Tensor = 0.5,
+        generator: torch.Generator | None = None,
+    ) -> Views:
+        """Views [B, V, height, width, .]; arguments as in `render_with_samples`."""
+        return self.render_with_samples(
+            field, cameras, height=height, width=width, background=background, generator=generator
+        )[0]
+
+    def render_with_samples(
+        self,
+        field: Field,
+        cameras: Cameras,
+        *,
+        height: int,
+        width: int,
+        background: float | Tensor = 0.5,
+        generator: torch.Generator | None = None,
+        jitter: Tensor | None = None,
+    ) -> tuple[Views, Tensor]:
+        """Views [B, V, height, width, .] and gradients [B, K, 3] of the signed distance for the eikonal loss.
+
+        background  number or tensor broadcastable to [B, V, height, width, 3]
+        generator   draws the jitter, one offset a ray and pass; None: no jitter (offsets of half a segment)
+        jitter      the offsets themselves [passes, B, V, height, width] in [0, 1), instead of a generator
+
+        The gradients are those at the segments looked at, or those of the field's nodes if it has a `gradient` grid.
+        """
+        rays = self.rays(cameras, height, width, self._jitter(cameras, height, width, generator, jitter))
+        shape = (cameras.batch, cameras.views, height, width)
+        total = rays.origins.shape[1]
+        step = self.max_rays or total
+        parts = [self.march(field, rays.rows(start, start + step)) for start in range(0, total, step)]
+
+        def image(per_ray: list[Tensor]) -> Tensor:
+            return torch.cat(per_ray, dim=1).view(*shape, -1)
+
+        opacity = image([p.weights.sum(-1) for p in parts]).clamp(max=1)
+        along = image([(p.weights * (p.edges[..., 1:] + p.edges[..., :-1]) / 2).sum(-1) for p in parts])
+        forward = -cameras.camera_to_world[..., :3, 2]
+        cosine = (rays.directions.view(*shape, 3) * forward[:, :, None, None]).sum(-1, keepdim=True)
+        depth = along * cosine + (1 - opacity) * cameras.near_far[1][:, :, None, None, None]
+        back = torch.as_tensor(background, dtype=opacity.dtype, device=opacity.device)
+        rgb = image([p.rgb for p in parts]) + (1 - image([p.rgb_opacity for p in parts])) * back
+        normal = F.normalize(image([p.normal for p in parts]), dim=-1, eps=NORMAL_EPS) * opacity
+        views = Views(rgb, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
+        nodes: Tensor | None = getattr(field, "gradient", None)
+        return views, torch.cat([p.gradient for p in parts], dim=1) if nodes is None else nodes.flatten(1, -2)
+
+    def rays(self, cameras: Cameras, height: int, width: int, jitter: Tensor) -> RayBundle:
+        """The rays of all pixels with their range; jitter [passes, B, V, height, width]."""
+        origins, directions = (part.flatten(1, 3) for part in cameras.rays(height, width))
+        if self.near is None or self.far is None:
+            near, far = cube_near_far(origins, directions)
+        else:
+            near, far = (origins.new_full((*origins.shape[:2], 1), plane) for plane in (self.near, self.far))
+        return RayBundle(origins, directions, near, far, jitter.flatten(2)[..., None])
+
+    def _jitter(
+        self, cameras: Cameras, height: int, width: int, generator: torch.Generator | None, jitter: Tensor | None
+    ) -> Tensor:
+        shape = (self.passes, cameras.batch, cameras.views, height, width)
+        like = cameras.fovy
+        if jitter is not None:
+            if generator is not None or jitter.shape != shape:
+                raise ValueError(f"jitter={tuple(jitter.shape)}: expected {shape}, and no generator beside it")
+            return jitter.to(like)
+        if generator is None:
+            return like.new_full(shape, 0.5)
+        return torch.rand(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+    @torch.no_grad()
+    def sample_edges(self, field: Field, rays: RayBundle) -> Tensor:
+        """Ends of the segments along each ray, ascending: [B, M, S + 1].
+
+        Uniform between near and far; with importance sampling these are a proposal, whose density comes from a frontal
+        surface (cos = -1) over a step of 2 sqrt(3) / num_samples, as published; the fine ones are added to it.
+        """
+        span = torch.cat([rays.near, rays.far], dim=-1)
+        unit = torch.tensor([0.0, 1.0], dtype=span.dtype, device=span.device).expand_as(span)
+        edges = resample_edges(span, unit, self.num_importance_samples or self.num_samples, rays.jitter[0])
+        if not self.num_importance_samples:
+            return edges
+        widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
+        step = torch.full_like(widths, 2 * HALF_DIAGONAL / self.num_samples)
+        sdf = field.sdf(rays.points(middles)).view(middles.shape)
+        alpha = neus_alpha(sdf, -torch.ones_like(sdf), step, self.inv_std, self.alpha_floor)
+        transmittance = torch.exp(-torch.cumsum(alpha / step * widths, dim=-1))
+        cdf = F.pad(1 - transmittance[..., :-1], (1, 0), value=0.0)  # at the edges but the last
+        cdf = F.pad(cdf, (0, 1), value=1.0)  # what is left lies at the end
+        fine = resample_edges(edges, cdf, self.num_samples, rays.jitter[1])
+        return torch.cat([edges, fine], dim=-1).sort(dim=-1).values
+
+    def march(self, field: Field, rays: RayBundle) -> RayColours:
+        """Opacity, colour and normals along rays.
+
+        Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
+        is put back among the others'.
+        """
+        edges = self.sample_edges(field, rays)
+        widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
+        segments = widths.shape[-1]
+        points = rays.points(middles)
+        index, valid = self._relevant(field, points, widths)  # [B, K]
+        ray = index // segments
+        looked = points.gather(1, _to3(index))
+        directions = rays.directions.gather(1, _to3(ray))
+        sdf, gradient, colour = _query(field, looked)
+        normal = F.normalize(gradient, dim=-1, eps=NORMAL_EPS)
+        cos = (directions * normal).sum(-1).clamp(max=0)
+        dt = widths.flatten(1).gather(1, index)
+        some = neus_alpha(sdf[..., 0], cos, dt, self.inv_std, self.alpha_floor) * valid
+        alpha = torch.zeros_like(widths).flatten(1).scatter_add(1, index, some).view(widths.shape)
+        weights = render_weights(alpha)
+        w = (weights.flatten(1).gather(1, index) * valid)[..., None]  # [B, K, 1]
+        colour_w = scale_gradient(w, self.rgb_weight_gradient_scale)
+        colour = scale_gradient(colour, self.rgb_gradient_scale)
+        sums = torch.cat([colour_w * colour, colour_w, w * normal], dim=-1)  # [B, K, 7]
+        empty = sums.new_zeros(*rays.origins.shape[:2], 7)
+        rgb, rgb_opacity, normals = empty.scatter_add(1, ray[..., None].expand_as(sums), sums).split([3, 1, 3], dim=-1)
+        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, gradient)
+
+    @torch.no_grad()
+    def _relevant(self, field: Field, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+        """Segments whose weight may reach `cull_below`: their index among M * S and whether it counts, [B, K] each.
+
+        A segment's opacity is at most that of a frontal surface; what reaches it is estimated from the change of the
+        signed distance from one segment to the next. K is the most any sample needs (at least 1); the rest is padding.
+        """
+        batch, count = points.shape[:2]
+        if self.cull_below == 0:
+            index = torch.arange(count, device=points.device).expand(batch, -1)
+            return index, torch.ones_like(index, dtype=points.dtype)
+        sdf = field.sdf(points).view(widths.shape)
+        keep = neus_alpha(sdf, -torch.ones_like(sdf), widths, self.inv_std)
+        drop = F.logsigmoid(self.inv_std * sdf)  # the density's logarithm falls by the opacity passed
+        passed = (drop[..., 1:] - drop[..., :-1]).clamp(max=0).cumsum(dim=-1)
+        keep[..., 2:] *= passed[..., :-1].exp()  # up to the middle of the segment before
+        relevant = (keep > self.cull_below).flatten(1)
+        counts = relevant.sum(dim=1, keepdim=True)
+        size = max(int(counts.max()), 1)
+        slots = torch.arange(size, device=points.device)
+        place = torch.where(relevant, relevant.cumsum(dim=1) - 1, size)  # the others go to a last, dropped slot
+        everything = torch.arange(count, device=points.device).expand(batch, -1)
+        index = everything.new_zeros(batch, size + 1).scatter_(1, place, everything)[:, :size]
+        return index * (slots < counts), (slots < counts).to(points.dtype)
+
+
+def _to3(index: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, 3)
+
+
+def _query(field: Field, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed distance [B, K, 1], gradient [B, K, 3] and colour [B, K, 3] at points [B, K, 3]."""
+    at_once: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = getattr(field, "sample", None)
+    if at_once is not None:
+        return at_once(points)
+    sdf, gradient = field.sdf_and_gradient(points)
+    return sdf, gradient, field.rgb(points)
