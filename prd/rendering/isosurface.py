@@ -67,9 +67,7 @@ def _topology(inside: Tensor) -> tuple[Tensor, Tensor]:
         low, high = inside.narrow(axis, 0, inside.shape[axis] - 1), inside.narrow(axis, 1, inside.shape[axis] - 1)
         torch.bitwise_xor(low, high, out=cut.narrow(axis, 0, inside.shape[axis] - 1))
         base = cut.view(-1).nonzero()[:, 0]
-        vertex_of_edge[axis * nodes + base] = torch.arange(
-            count, count + len(base), dtype=torch.int32, device=device
-        )
+        vertex_of_edge[axis * nodes + base] = torch.arange(count, count + len(base), dtype=torch.int32, device=device)
         ends.append(torch.stack([base, base + strides[axis]]))
         count += len(base)
     rows, axes, corners = _tables(device)

@@ -102,7 +102,7 @@ def _check(clip: Tensor, faces: Tensor, ranges: Tensor | None, height: int, widt
             raise ValueError(f"ranges={ranges.tolist()}: expected pairs (first, last) within {len(faces)} faces")
 
 
-def _to_pixels(clip: Tensor, height: int, width: int) -> Tensor:
+def to_pixels(clip: Tensor, height: int, width: int) -> Tensor:
     """(x, y) in pixels times w, then z and w: [..., 4] -> [..., 4]; row 0 at the top."""
     x, y, z, w = clip.unbind(-1)
     return torch.stack([(x * 0.5 + 0.5 * w) * width, (0.5 * w - y * 0.5) * height, z, w], dim=-1)
@@ -124,7 +124,7 @@ def _barycentric(clip: Tensor, faces: Tensor, fragments: Fragments) -> Tensor:
     pixels = fragments.covered()
     px, py = pixels % width + 0.5, pixels // width % height + 0.5
     index = _corner_index(faces, fragments, pixels, clip.shape[1]).view(-1)
-    x, y, _, w = (c.reshape(-1)[index].view(3, -1) for c in _to_pixels(clip.double(), height, width).unbind(-1))
+    x, y, _, w = (c.reshape(-1)[index].view(3, -1) for c in to_pixels(clip.double(), height, width).unbind(-1))
     (x0, x1, x2), (y0, y1, y2) = x - px * w, y - py * w
     areas = x1 * y2 - x2 * y1, x2 * y0 - x0 * y2, x0 * y1 - x1 * y0
     total = areas[0] + areas[1] + areas[2]
@@ -181,7 +181,7 @@ def _bounds(tri: Tensor) -> tuple[Tensor, Tensor]:
 def _boxes(clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
     """The (image, face) pairs whose bounding box holds pixel centres: image, face [Q], first pixel, extent [Q, 2] (x, y)."""
     image, face = _draw_list(faces, ranges, clip.shape[0])
-    vertices = _to_pixels(clip.detach().double(), height, width)  # [V, N, 4]
+    vertices = to_pixels(clip.detach().double(), height, width)  # [V, N, 4]
     before = (vertices[..., 3] > 0) & (vertices[..., 2] + vertices[..., 3] >= 0)
     screen = torch.where(before[..., None], vertices[..., :2] / vertices[..., 3:], torch.nan).reshape(-1, 2)
     index = (faces[face].long() + (image % clip.shape[0])[:, None] * clip.shape[1]).t()  # [3, Q]
@@ -205,7 +205,7 @@ def _edge_functions(
     An edge function is the row of the adjugate of the corners' (x, y, w) matrix, times the determinant's sign; it is 0
     everywhere for a face without area.
     """
-    vertices = _to_pixels(clip.detach().double(), height, width).reshape(-1, 4)
+    vertices = to_pixels(clip.detach().double(), height, width).reshape(-1, 4)
     corner = (faces[face].long() + view[:, None] * clip.shape[1]).t()
     (x0, y0, z0, w0), (x1, y1, z1, w1), (x2, y2, z2, w2) = (vertices[i].unbind(-1) for i in corner)
     a0, b0, c0 = y1 * w2 - y2 * w1, x2 * w1 - x1 * w2, x1 * y2 - x2 * y1
