@@ -39,8 +39,9 @@ class PlaneLora(LoraLinear):
             raise ValueError("use_dora=True: DoRA is not defined for plane-wise LoRA; set plane_wise=False")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         bias = config.plane_bias and kwargs["target_name"].endswith("to_out.0")
-        down = PlaneLinear(config.num_planes, self.in_features, r)
-        up = PlaneLinear(config.num_planes, r, self.out_features, bias=bias)
+        base: Any = self.get_base_layer()
+        down = PlaneLinear(config.num_planes, base.in_features, r)
+        up = PlaneLinear(config.num_planes, r, base.out_features, bias=bias)
         nn.init.normal_(down.weight, std=1 / r)
         nn.init.zeros_(up.weight)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
@@ -52,7 +53,9 @@ class PlaneLora(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight for each plane, [P, out, in]."""
-        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+        up: Any = self.lora_B[adapter]
+        down: Any = self.lora_A[adapter]
+        return up.weight @ down.weight
 
 
 @dataclass
@@ -131,10 +134,11 @@ class SixPlaneBackbone(nn.Module):
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
+        processor: Any = PlaneAttention(config.num_planes)
         for module in self.unet.modules():
             if isinstance(module, BasicTransformerBlock):
-                module.attn1.set_processor(PlaneAttention(config.num_planes))
-                module.attn2.set_processor(PlaneAttention(config.num_planes))
+                module.attn1.set_processor(processor)
+                module.attn2.set_processor(processor)
 
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
@@ -149,6 +153,12 @@ def shared_copy(module: Any) -> Any:
     """A copy of the module tree that shares every parameter and buffer with the original."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return copy.deepcopy(module, shared)
+
+
+def plain_layer(parent: nn.Module, name: str) -> Any:
+    """The layer `name` of `parent` without its adapter; None if there is none."""
+    layer: Any = getattr(parent, name, None)
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str, list[str]]:
@@ -172,7 +182,7 @@ def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str
             children = ("conv",)
         elif isinstance(module, Transformer2DModel):
             children = ("proj_in", "proj_out")
-        return [f"{name}.{child}" for child in children if isinstance(getattr(module, child, None), nn.Conv2d)]
+        return [f"{name}.{child}" for child in children if isinstance(plain_layer(module, child), nn.Conv2d)]
 
     linears = ("to_q", "to_k", "to_v", "to_out.0")
     for name, module in backbone.unet.named_modules(prefix="unet"):

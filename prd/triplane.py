@@ -73,7 +73,7 @@ class TriplaneHeads(nn.Module):
         self.deformation = _mlp(channels, width, 3)
         self.rgb = _mlp(3 * channels, width, 3)
         with torch.no_grad():
-            self.sdf[-1].weight.mul_(sdf_init_scale)
+            self.sdf[-1].weight *= sdf_init_scale
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
@@ -95,13 +95,13 @@ class TriplaneField(AutogradGradient):
     """B shapes as planes [B, 6, C, H, W] (xy, xz, yz for geometry, then xy, xz, yz for texture) and their heads.
 
     sdf = MLP(sum of the geometry planes) + |p| - bias_radius. A plane fades to 0 within half a texel beyond its border.
-    Planes are kept in float32: F.grid_sample in half precision is wrong on CPUs.
+    Half-precision planes become float32: F.grid_sample in half precision is wrong on CPUs.
     """
 
     def __init__(self, planes: Tensor, heads: TriplaneHeads, bias_radius: float = 0.5) -> None:
         if planes.ndim != 5 or planes.shape[1] != 6 or planes.shape[2] != heads.channels:
             raise ValueError(f"planes={tuple(planes.shape)}: expected [B, 6, {heads.channels}, H, W]")
-        self.planes = planes.float()
+        self.planes = planes.float() if planes.dtype in (torch.float16, torch.bfloat16) else planes
         self.heads = heads
         self.bias_radius = bias_radius
 
@@ -147,7 +147,7 @@ class TriplaneField(AutogradGradient):
         """
         if resolution < 2:
             raise ValueError(f"resolution={resolution}: must be at least 2")
-        nodes = torch.linspace(-1, 1, resolution, device=self.planes.device)
+        nodes = torch.linspace(-1, 1, resolution, device=self.planes.device, dtype=self.planes.dtype)
         lattices = self._lattices(nodes)
         squares = nodes**2
         radius = (squares[:, None, None] + squares[:, None] + squares).sqrt() - self.bias_radius

@@ -226,7 +226,7 @@ class TriplaneTurboGenerator(nn.Module):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
-        state = get_peft_model_state_dict(self.peft)
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)  # else it asks the Hub about the base
         return {**state, **{f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,158 @@
+"""PETA on a tiny base: what is adapted, what it computes, and peft's own way of opening it."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+from prd.adapters import PetaConfig, SixPlaneBackbone, attach_peta
+from prd.adapters.peta import SELF_ATTENTION, PlaneLora, expected_modules
+from prd.adapters.planes import PlaneConvOut, PlaneLinear
+from tests.adapters.tiny import tiny_base
+
+CONFIG = {"r": 2, "plane_channels": 3}
+
+
+def adapted(**options: object) -> tuple[SixPlaneBackbone, PeftModel]:
+    unet, vae, _ = tiny_base()
+    config = PetaConfig(**{**CONFIG, **options})
+    backbone = SixPlaneBackbone(unet, vae, config)
+    model = attach_peta(backbone, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return backbone, model
+
+
+def test_fresh_adapter_changes_nothing_in_the_unet() -> None:
+    unet, vae, _ = tiny_base()
+    config = PetaConfig(**CONFIG)
+    backbone = SixPlaneBackbone(unet, vae, config)
+    latents, text = torch.randn(12, 4, 4, 4), torch.randn(2, 77, 12)
+    with torch.no_grad():
+        before = backbone.denoise(latents, torch.tensor(500), text)
+        attach_peta(backbone, config)
+        torch.testing.assert_close(backbone.denoise(latents, torch.tensor(500), text), before)
+
+
+def test_base_is_shared_and_stays_unadapted() -> None:
+    unet, vae, _ = tiny_base()
+    names, weights = set(dict(unet.named_modules())), {n: p.clone() for n, p in unet.named_parameters()}
+    config = PetaConfig(**CONFIG)
+    backbone = SixPlaneBackbone(unet, vae, config)
+    attach_peta(backbone, config)
+    assert set(dict(unet.named_modules())) == names
+    assert backbone.unet.conv_in.weight is unet.conv_in.weight
+    assert all(torch.equal(p, weights[n]) for n, p in unet.named_parameters())
+
+
+def test_planes_of_a_sample_see_each_other_and_no_other_sample() -> None:
+    backbone, _ = adapted()
+    latents, text = torch.randn(12, 4, 4, 4), torch.randn(2, 77, 12)
+    with torch.no_grad():
+        before = backbone.denoise(latents, torch.tensor(500), text)
+        latents[2] += 1.0
+        changed = (backbone.denoise(latents, torch.tensor(500), text) - before).flatten(1).abs().amax(1) > 1e-6
+    assert changed.tolist() == [True] * 6 + [False] * 6
+
+
+def test_text_once_a_sample_equals_text_once_a_plane() -> None:
+    backbone, _ = adapted()
+    latents, text = torch.randn(12, 4, 4, 4), torch.randn(2, 77, 12)
+    with torch.no_grad():
+        once = backbone.denoise(latents, torch.tensor(10), text)
+        repeated = backbone.denoise(latents, torch.tensor(10), text.repeat_interleave(6, dim=0))
+    torch.testing.assert_close(once, repeated, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="once a sample or once a plane"):
+        backbone.denoise(latents, torch.tensor(10), text.repeat(4, 1, 1)[:5])
+
+
+def test_batched_plane_weights_equal_six_layers() -> None:
+    layer = PlaneLinear(6, 3, 5, bias=True)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(12, 4, 3)
+    separate = torch.stack([x[i] @ layer.weight[i % 6].T + layer.bias[i % 6] for i in range(12)])
+    torch.testing.assert_close(layer(x), separate)
+
+
+def test_conv_out_keeps_each_kinds_channels() -> None:
+    layer, x = PlaneConvOut(4, 3), torch.randn(12, 4, 5, 5)
+    full = layer._conv_forward(x, layer.weight, layer.bias).unflatten(0, (2, 6))
+    expected = torch.cat([full[:, :3, :3], full[:, 3:, 3:]], dim=1).flatten(0, 1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_scale_is_one_and_b_starts_at_zero() -> None:
+    unet, vae, _ = tiny_base()
+    config = PetaConfig(**CONFIG, rank_pattern={r".*\.conv1": 4})
+    backbone = SixPlaneBackbone(unet, vae, config)
+    attach_peta(backbone, config)
+    layers = [m for m in backbone.modules() if hasattr(m, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {1.0}
+    assert {layer.r["default"] for layer in layers} == {2, 4}
+    assert all(not layer.lora_B["default"].weight.any() for layer in layers)
+    wide = torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers if layer.r["default"] == 2])
+    assert wide.std().item() == pytest.approx(1 / 2, rel=0.05)
+
+
+def test_convolutional_projections_are_adapted_and_linear_ones_are_not() -> None:
+    for linear in (True, False):
+        unet, vae, _ = tiny_base(linear=linear)
+        config = PetaConfig(**CONFIG)
+        names = expected_modules(SixPlaneBackbone(unet, vae, config), config)["convolutions"]
+        assert any(name.endswith("proj_in") for name in names) is not linear
+        assert not any(name in ("unet.conv_in", "unet.conv_out") for name in names)
+
+
+def test_basic_lora_of_the_same_size() -> None:
+    def size(**options: object) -> int:
+        return sum(p.numel() for p in adapted(**options)[1].parameters() if p.requires_grad)
+
+    backbone, _ = adapted(plane_wise=False)
+    assert not any(isinstance(module, PlaneLora) for module in backbone.modules())
+    assert size(plane_wise=False, rank_pattern={SELF_ATTENTION.pattern: 12}) == size()
+    assert size(plane_wise=False) < size()
+
+
+def test_groups_can_be_left_out() -> None:
+    backbone, _ = adapted(convolutions=False, decoder_attention=False)
+    names = [name for name, module in backbone.named_modules() if hasattr(module, "lora_A")]
+    assert names and all(".attn" in name or name.startswith("decoder.") for name in names)
+    assert not any("decoder.mid_block.attentions" in name for name in names)
+
+
+def test_peft_opens_what_peft_saved(tmp_path) -> None:
+    backbone, model = adapted()
+    model.save_pretrained(tmp_path)
+    unet, vae, _ = tiny_base()
+    config = PetaConfig.from_pretrained(tmp_path)
+    assert isinstance(config, PetaConfig) and config.num_planes == 6
+    other = SixPlaneBackbone(unet, vae, config)
+    PeftModel.from_pretrained(other, tmp_path, config=config)
+    latents, text = torch.randn(6, 4, 4, 4), torch.randn(1, 77, 12)
+    with torch.no_grad():
+        for one, two in (
+            (backbone.denoise(latents, torch.tensor(3), text), other.denoise(latents, torch.tensor(3), text)),
+            (backbone.decode(latents), other.decode(latents)),
+        ):
+            assert torch.equal(one, two)
+
+
+def test_bad_configs_and_bases_are_named() -> None:
+    with pytest.raises(ValueError, match="r=0: must be a positive integer"):
+        PetaConfig(r=0)
+    unet, vae, _ = tiny_base()
+    with pytest.raises(TypeError, match="Linear"):
+        SixPlaneBackbone(torch.nn.Linear(1, 1), vae, PetaConfig(**CONFIG))  # type: ignore[arg-type]
+    plain = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        mid_block_type=None,
+        norm_num_groups=4,
+    )
+    with pytest.raises(ValueError, match="base without self_attention, cross_attention"):
+        attach_peta(SixPlaneBackbone(plain, vae, PetaConfig(**CONFIG)), PetaConfig(**CONFIG))

@@ -1,0 +1,186 @@
+"""The student: parametrisations, sampling, gradients, saving and loading."""
+
+import json
+
+import pytest
+import torch
+
+from prd.adapters import PetaConfig
+from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
+from tests.adapters.tiny import tiny_base
+
+
+def student(
+    seed: int = 0, *, prediction_type: str = "epsilon", gradient_checkpointing: bool = False, **options: object
+) -> TriplaneTurboGenerator:
+    base = tiny_base(seed, prediction_type=prediction_type)
+    config = StudentConfig(latent_size=4, head_width=8, base="tiny", **options)
+    return TriplaneTurboGenerator(
+        *base, PetaConfig(r=2, plane_channels=3), config, gradient_checkpointing=gradient_checkpointing
+    )
+
+
+def trained(seed: int = 0, **options: object) -> TriplaneTurboGenerator:
+    model = student(seed, **options)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+TEXT = torch.randn(2, 77, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_denoise_inverts_the_noising(prediction_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the exact epsilon or v as the U-Net's answer, x0 is the latent that was noised."""
+    model = student(prediction_type=prediction_type)
+    x0, noise = torch.randn(2, 6, 4, 4, 4), torch.randn(2, 6, 4, 4, 4)
+    t = torch.tensor([900, 30])
+    noisy = model.add_noise(x0, noise, t)
+    a = model.alphas_cumprod[t].view(2, 1, 1, 1, 1)
+    answer = noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x0
+    monkeypatch.setattr(model, "predict", lambda *_: answer)
+    torch.testing.assert_close(model.denoise(noisy, t, TEXT), x0, atol=1e-4, rtol=1e-4)
+
+
+def test_timesteps_and_bad_numbers_of_steps() -> None:
+    model = student()
+    assert model.timesteps(1) == [999]
+    assert model.timesteps(2) == [999, 499]
+    assert model.timesteps(4) == [999, 749, 499, 249]
+    for k in (0, -1, 3, 2.0, True):
+        with pytest.raises(ValueError, match=rf"num_inference_steps={k}: must be a positive divisor of 1000 .* try 4"):
+            model.timesteps(k)
+
+
+def test_planes_and_decoder_channels() -> None:
+    """Geometry planes are the first C channels of conv_out, texture planes the last C."""
+    model = trained()
+    latents = torch.randn(2, 6, 4, 4, 4)
+    with torch.no_grad():
+        field = model.decode(latents)
+        conv_out = model.backbone.decoder.conv_out.modules_to_save["default"]
+        conv_out.weight[3:].zero_()
+        conv_out.bias[3:].zero_()
+        silenced = model.decode(latents)
+    assert field.planes.shape == (2, 6, 3, 8, 8)
+    assert torch.equal(silenced.planes[:, :3], field.planes[:, :3])
+    assert not silenced.planes[:, 3:].any() and field.planes[:, 3:].any()
+
+
+def test_latents_are_decoded_raw_unless_a_scale_is_given() -> None:
+    latents = torch.randn(1, 6, 4, 4, 4)
+    with torch.no_grad():
+        raw, scaled = trained().decode_planes(latents), trained(latent_scale=0.5).decode_planes(latents / 2)
+    torch.testing.assert_close(raw, scaled)
+
+
+def test_batch_with_a_generator_a_prompt_equals_single_prompts() -> None:
+    model = trained()
+    together = model.generate(TEXT, [torch.Generator().manual_seed(s) for s in (1, 2)]).planes
+    for i, seed in enumerate((1, 2)):
+        alone = model.generate(TEXT[i : i + 1], torch.Generator().manual_seed(seed)).planes
+        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
+    again = model.generate(TEXT, [torch.Generator().manual_seed(s) for s in (1, 2)]).planes
+    assert torch.equal(again, together)
+    assert not torch.allclose(together, model.generate(TEXT, torch.Generator().manual_seed(3)).planes, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_everything_trainable_learns_and_nothing_else(gradient_checkpointing: bool) -> None:
+    model = trained(gradient_checkpointing=gradient_checkpointing)
+    field = model.decode(model.denoise(torch.randn(2, 6, 4, 4, 4), 499, TEXT))
+    points = torch.rand(2, 20, 3) * 2 - 1
+    sdf, deformation = field.sdf_and_deformation(points)
+    (sdf.square().sum() + deformation.square().sum() + field.rgb(points).square().sum()).backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == []
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert all("lora_" in n or "conv_out.modules_to_save" in n or "heads." in n for n, p in model.named_parameters()
+               if p.requires_grad)  # fmt: skip
+
+
+def test_save_and_load_give_the_same_planes(tmp_path) -> None:
+    model = trained(bias_radius=0.45)
+    model.save_adapter(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "heads.safetensors",
+    ]
+    loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base())
+    assert loaded.config == model.config
+    seed = torch.Generator().manual_seed
+    one, two = model.generate(TEXT, seed(0)), loaded.generate(TEXT, seed(0))
+    assert torch.equal(one.planes, two.planes)
+    points = torch.rand(2, 10, 3)
+    assert torch.equal(one.sdf(points), two.sdf(points)) and torch.equal(one.rgb(points), two.rgb(points))
+    assert loaded.trainable_parameters() and len(loaded.trainable_parameters()) == len(model.trainable_parameters())
+
+
+def test_another_base_is_refused(tmp_path) -> None:
+    trained().save_adapter(tmp_path)
+    other = student(seed=1)
+    before = {name: tensor.clone() for name, tensor in other.adapter_state_dict().items()}
+    with pytest.raises(AdapterMismatch, match="'tiny'.*allow_other_base=True"):
+        other.load_adapter(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.adapter_state_dict().items())
+    other.load_adapter(tmp_path, allow_other_base=True)
+    assert not torch.equal(other.heads.sdf[0].weight, before["heads.sdf.0.weight"])
+
+
+def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) -> None:
+    trained().save_adapter(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):
+        unet, vae, scheduler = tiny_base()
+        TriplaneTurboGenerator.from_adapter(tmp_path, unet.to(dtype), vae.to(dtype), scheduler)
+    unet, vae, scheduler = tiny_base()
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] += 0.1
+    with pytest.raises(AdapterMismatch, match="weights differ"):
+        TriplaneTurboGenerator.from_adapter(tmp_path, unet, vae, scheduler)
+
+
+def test_damaged_adapters_change_nothing(tmp_path) -> None:
+    model = trained()
+    model.save_adapter(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(AdapterMismatch, match="adapter_model.safetensors: not a whole safetensors file"):
+        student().load_adapter(tmp_path)
+
+    state = model.adapter_state_dict()
+    fresh = student()
+    before = {name: tensor.clone() for name, tensor in fresh.adapter_state_dict().items()}
+    lost = "base_model.model.decoder.conv_out.bias"
+    broken = {name: tensor for name, tensor in state.items() if name != lost}
+    broken |= {"surplus": torch.zeros(1), "heads.rgb.0.weight": torch.zeros(2, 2)}
+    with pytest.raises(AdapterMismatch) as error:
+        fresh.load_adapter_state_dict(broken)
+    for part in (f"missing ['{lost}']", "extra ['surplus']", "heads.rgb.0.weight is [2, 2], expected [8, 9]"):
+        assert part in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.adapter_state_dict().items())
+
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["bias_radius"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(AdapterMismatch, match=r"missing \['bias_radius'\]"):
+        fresh.load_adapter(tmp_path)
+
+
+def test_bad_inputs_are_named() -> None:
+    model = student()
+    latents = torch.randn(2, 6, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"latents=\(2, 4, 4, 4\): expected \[B, 6, 4, h, w\]"):
+        model.denoise(latents[:, 0], 999, TEXT)
+    with pytest.raises(ValueError, match=r"prompt_embeds=\(1, 77, 12\): expected \[2, 77, Ct\]"):
+        model.denoise(latents, 999, TEXT[:1])
+    with pytest.raises(ValueError, match="1 generators for 2 prompts"):
+        model.generate(TEXT, [torch.Generator()])
+    with pytest.raises(ValueError, match="prediction_type='sample'"):
+        student(prediction_type="sample")
