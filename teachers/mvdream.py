@@ -27,7 +27,8 @@ class MVDreamConfig:
 
     num_views: int = 4  # views that attend to each other
     camera_encoding: CameraEncoding = "mvdream"  # how a camera becomes the U-Net's class_labels
-    base: str | None = None  # the Stable Diffusion whose text encoder and VAE it shares: "../folder" or a Hub id
+    base: str | None = None  # the Stable Diffusion whose text encoder it shares: "../folder" or Hub id, None its own
+    shares_vae: bool = False  # whether the VAE is that of `base` too
 
 
 class MVDreamTeacher(StableDiffusionTeacher):
@@ -66,7 +67,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         config = config or read_config(str(folder), MVDreamConfig)
         base = shared_folder(str(folder), config.base)
         parts = cls.load_parts(str(folder), torch_dtype, base)
-        vae = load_vae(base or str(folder), torch_dtype)
+        vae = load_vae(base if base and config.shares_vae else str(folder), torch_dtype)
         return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
 
     def camera_input(self, cameras: Cameras) -> Tensor:

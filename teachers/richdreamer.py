@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
 from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
-from prd.teachers.base import Resize, UNetTeacher, read_config, to_images
+from prd.teachers.base import Resize, UNetTeacher, read_config, shared_folder, to_images
 from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
 
 
@@ -27,6 +27,7 @@ class RichDreamerConfig:
     image_range: tuple[float, float] = (-1.0, 1.0)  # what 0 and 1 of the packed normal and the disparity become
     normal_background: tuple[float, float, float] = RICHDREAMER_BACKGROUND  # packed normal of an empty pixel, in [0, 1]
     resize: Resize = "bilinear"  # from the rendering to the U-Net's sample_size
+    base: str | None = None  # the Stable Diffusion whose text encoder it uses: "../folder" or a Hub id; its own if None
 
 
 class RichDreamerTeacher(UNetTeacher):
@@ -58,7 +59,8 @@ class RichDreamerTeacher(UNetTeacher):
     ) -> RichDreamerTeacher:
         """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
         config = config or read_config(str(folder), RichDreamerConfig)
-        return cls(config=config, **cls.load_parts(str(folder), torch_dtype))
+        base = shared_folder(str(folder), config.base)
+        return cls(config=config, **cls.load_parts(str(folder), torch_dtype, base))
 
     def camera_input(self, cameras: Cameras) -> Tensor:
         """Camera vectors [B*V, 16]."""

@@ -153,7 +153,9 @@ def test_text_encoder_shared_with_stable_diffusion(tmp_path):
     folder = save_teacher(tmp_path / "mv", "mvdream")
     for part in ("tokenizer", "text_encoder", "vae"):
         (folder / part).rename(folder / f"unused_{part}")
-    (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier", "base": "../sd"}))
+    (folder / "teacher_config.json").write_text(
+        json.dumps({"camera_encoding": "fourier", "base": "../sd", "shares_vae": True})
+    )
     teacher = MVDreamTeacher.from_pretrained(folder)
     sd = TEACHERS["stable_diffusion"].from_pretrained(tmp_path / "sd")
     torch.testing.assert_close(teacher.prompt_encoder(["a"]), sd.prompt_encoder(["a"]))

@@ -1,0 +1,223 @@
+"""Score distillation by three teachers against the published code's recorded numbers.
+
+    python -m tests.parity.guidance FOLDER        # FOLDER/guidance, and the teachers of /generator and /teachers
+
+One line a quantity with its error; the exit status is 1 if any is past tolerance, or recorded and not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from prd.cameras import Cameras, orbit_cameras
+from prd.distillation.asd import asd_loss, select_views, shifted_timesteps
+from prd.rendering.views import Views
+from prd.teachers import MVDreamConfig, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher, StableDiffusionTeacher
+from prd.teachers.base import UNetTeacher
+from prd.teachers.convert import stable_diffusion_scheduler
+from tests.parity import CLOSED_FORM, GRADIENT, Recording
+from tests.parity.teachers import RecordedTeachers
+
+GUIDANCE = 1e-4
+WEIGHTINGS = {  # published name -> ours
+    "dmd": {"weighting": "dmd", "average_over": "image"},
+    "dmd_mv": {"weighting": "dmd", "average_over": "prompt"},
+    "uniform": {"weighting": "uniform"},
+    "sds": {"weighting": "sds"},
+}
+
+
+def recorded_text(width: int) -> dict:
+    """A text encoder of the right width that is never run: the recorded embeddings lie in the prompt cache."""
+    config = CLIPTextConfig(
+        vocab_size=2,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return {"tokenizer": None, "text_encoder": CLIPTextModel(config)}
+
+
+class GuidanceParity:
+    """The recorded renderings, cameras and texts, and the three teachers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meta = json.loads((folder / "guidance" / "meta.json").read_text())
+        self.io = io = Recording("guidance", folder / "guidance" / "io.safetensors")
+        self.views, batch = self.meta["n_view"], self.meta["n_prompt"]
+        self.prompts = [f"prompt {i}" for i in range(batch)]
+        elevation, azimuth, relative, fovy = (
+            io.input(f"cam.{name}").view(batch, self.views)
+            for name in ("elevation_deg", "azimuth_deg", "distance_relative", "fovy_deg")
+        )
+        distance = relative / torch.tan(torch.deg2rad(fovy) / 2)
+        self.cameras = orbit_cameras(elevation, azimuth, distance, fovy)
+        base, case = folder / "generator", next(iter(self.meta["cases"]))
+        sizes = [io.tensors[f"{case}.{name}.latents"].shape[-1] for name in ("mv", "rd")]
+        parts = RecordedTeachers(folder / "teachers", *sizes)
+        unet = UNet2DConditionModel.from_config(json.loads((base / "base_unet_config.json").read_text()))
+        unet.load_state_dict(load_file(base / "base_unet.safetensors"), strict=True)
+        vae = AutoencoderKL.from_config(json.loads((base / "base_vae_config.json").read_text()))
+        vae.load_state_dict(load_file(base / "base_vae.safetensors"), strict=True)
+        schedule, text = stable_diffusion_scheduler(), recorded_text(unet.config.cross_attention_dim)
+        own_text = recorded_text(parts.rd_unet.config.cross_attention_dim)
+        published = RichDreamerConfig(image_range=(0.0, 1.0), resize="area")
+        self.teachers: dict[str, UNetTeacher] = {
+            "mv": MVDreamTeacher(parts.mv_unet, parts.vae, schedule, config=MVDreamConfig(), **text),
+            "rd": RichDreamerTeacher(parts.rd_unet, schedule, config=published, **own_text),
+            "sd": StableDiffusionTeacher(unet, vae, schedule, **text),
+        }
+        for name, cond, uncond in (
+            ("mv", "sdmv_cond", "sdmv_uncond_negprompt"),
+            ("rd", "rd_cond", "rd_uncond"),
+            ("sd", "sdmv_cond", "sd_uncond_empty"),
+        ):
+            texts = dict(zip(self.prompts, io.input(f"text.{cond}"), strict=True))
+            self.teachers[name].prompt_encoder.encoded.update(texts | {"negative": io.input(f"text.{uncond}")})
+
+    def run(self) -> int:
+        self.camera_inputs()
+        self.shifts()
+        for name, case in self.meta["cases"].items():
+            self.case(name, case)
+        return self.io.finish()
+
+    def camera_inputs(self) -> None:
+        io, cameras = self.io, self.cameras
+        io.compare("cam.c2w", cameras.camera_to_world, CLOSED_FORM)
+        io.compare("cam.camera_distances", cameras.distance, CLOSED_FORM)
+        io.compare("cam.camera_distances_relative", cameras.relative_distance, CLOSED_FORM)
+        for name in ("mv", "rd"):
+            vector = self.teachers[name].condition(self.prompts, cameras, "negative").camera
+            assert vector is not None
+            io.compare(f"cam.{name}_camera_cond", vector, CLOSED_FORM)
+            if name == "mv":  # the published code overwrites its cameras with these
+                io.compare("cam.c2w_after_inplace_normalisation", vector, CLOSED_FORM)
+
+    def shifts(self) -> None:
+        """The largest shift of each table: eta (t - t_min) as in the recipe ("v1", "v2"), or eta t ("v3", "v4").
+
+        The table "sqrt_25" belongs to a schedule no recipe uses; any t_plus can be given to `asd_loss` instead.
+        """
+        t = self.io.input("tplus.t")
+        for name in sorted(self.io.left):
+            if not name.startswith("tplus.v"):
+                continue
+            version, ratio = name.split(".", 2)[1], float(name.split("ratio")[1].removesuffix(".norandom"))
+            t_min = 20 if version in ("v1", "v2") else 0
+            self.io.compare(name, shifted_timesteps(t, torch.ones(t.shape), ratio, t_min), 0)
+        self.io.input("tplus.sqrt_25.ratio4.norandom")
+
+    def renderings(self, dual: bool) -> tuple[dict[str, Tensor], Views]:
+        """The recorded renderings as leaves, and as views, those of a second renderer as more prompts."""
+        suffixes = ("", "_2nd") if dual else ("",)
+        leaves = {
+            f"{name}{suffix}": self.io.input(f"in.{name}{suffix}").clone().requires_grad_()
+            for suffix in suffixes
+            for name in ("rgb", "normal", "depth")
+        }
+        rgb, packed, disparity = (
+            torch.cat([leaves[f"{name}{suffix}"].unflatten(0, (-1, self.views)) for suffix in suffixes])
+            for name in ("rgb", "normal", "depth")
+        )
+        repeat = len(suffixes)
+        cameras = Cameras(self.cameras.camera_to_world.repeat(repeat, 1, 1, 1), self.cameras.fovy.repeat(repeat, 1))
+        in_camera = (2 * packed - 1) * packed.new_tensor([-1.0, 1.0, 1.0])  # the packing undone
+        normal = torch.einsum("bvij,bvhwj->bvhwi", cameras.camera_to_world[..., :3, :3], in_camera)
+        opacity = torch.ones_like(disparity)
+        return leaves, Views(rgb, normal, disparity.detach(), disparity, opacity, cameras)
+
+    def case(self, case_name: str, case: dict) -> None:
+        leaves, views = self.renderings(case["dual"])
+        totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        norms = 0.0
+        for name, teacher in self.teachers.items():
+            gradients, norm = self.teacher_case(f"{case_name}.", name, teacher, case, leaves, views)
+            norms += norm
+            for leaf, gradient in gradients.items():
+                totals[leaf] += gradient
+        for leaf, total in totals.items():
+            if f"{case_name}.total_grad.{leaf}" in self.io.tensors:  # recorded for some cases
+                self.io.compare(f"{case_name}.total_grad.{leaf}", total, GRADIENT)
+        if not case["dual"]:  # the published code adds losses to norms otherwise
+            self.io.check(
+                f"{case_name} gradient norm", torch.tensor(norms), torch.tensor(case["returned_grad_norm"]), GUIDANCE
+            )
+
+    def teacher_case(
+        self, case: str, name: str, teacher: UNetTeacher, settings: dict, leaves: dict[str, Tensor], views: Views
+    ) -> tuple[dict[str, Tensor], float]:
+        """One teacher's gradients at the renderings, and the norm of that at its input."""
+        io, config, resolved = self.io, settings["config"], settings["resolved"]
+        rng, renderers = f"{case}rng.{name}.", 2 if settings["dual"] else 1
+        if name == "sd":
+            first = io.input(f"{case}sd.view_idx")
+            io.compare(f"{rng}view_idx_raw", first, 0)
+            index = first % self.views
+            if settings["dual"]:
+                second = (index + 2) % self.views
+                io.compare(f"{case}sd.view_idx_2nd", second, 0)
+                index = torch.cat([index, second])
+            views = select_views(views, index[:, None])
+        x = teacher.encode(views, noise=None if name == "rd" else io.input(f"{rng}vae_noise"))
+        io.compare(f"{case}{name}.latents", x, GUIDANCE)
+        t, u = io.input(f"{rng}t_raw"), io.input(f"{rng}u_plus")
+        t_plus = shifted_timesteps(t, u, config[f"{name}_plus_ratio"], resolved[f"{name}_min_step"])
+        io.compare(f"{case}{name}.t", t.repeat_interleave(teacher.num_views), 0)
+        io.compare(f"{case}{name}.t_plus", t_plus.repeat_interleave(teacher.num_views), 0)
+
+        noise = io.input(f"{rng}noise")
+        condition = teacher.condition(self.prompts * renderers, views.cameras, "negative")
+        for part, steps, text in (
+            ("noise_pred_text", t, condition),
+            ("noise_pred_uncond", t, condition.negative()),
+            ("noise_pred_text_second", t_plus, condition),
+        ):
+            steps = steps.repeat_interleave(teacher.num_views)
+            a = teacher.alphas_cumprod[steps].view(-1, 1, 1, 1)
+            predicted = teacher.predict_noise(a.sqrt() * x.detach() + (1 - a).sqrt() * noise, steps, text)
+            io.compare(f"{case}{name}.{part}", predicted, GUIDANCE)
+
+        result = asd_loss(
+            teacher,
+            x,
+            condition,
+            t=t,
+            noise=noise,
+            t_plus=t_plus if config[f"{name}_plus_ratio"] > 0 else None,
+            guidance_scale=resolved.get(f"{name}_guidance_scale", config[f"{name}_guidance_scale"]),
+            delta=config["eps"],
+            x0_from="clean",
+            **WEIGHTINGS[config[f"{name}_weighting_strategy"]],  # type: ignore[arg-type]
+        )
+        asd_grad = result.gradient * teacher.num_views  # recorded before the division by the number of views
+        io.compare(f"{case}{name}.asd_grad", asd_grad, GUIDANCE)
+        io.compare(f"{case}{name}.weight", result.weight, GUIDANCE)
+        io.compare(f"{case}{name}.loss_value", result.loss.view(renderers, -1).sum(dim=1), GUIDANCE)
+        found = torch.autograd.grad(result.loss.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+        gradients = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
+        for leaf, gradient in gradients.items():
+            io.compare(f"{case}{name}.grad.{leaf}", gradient, GRADIENT)
+        return gradients, asd_grad.norm().item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
+    return GuidanceParity(parser.parse_args(arguments).folder).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
