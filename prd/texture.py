@@ -5,17 +5,17 @@ UV coordinates have their origin at the lower left (v up), as in OBJ; row 0 of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
+from prd.rendering.rasterize import interpolate_covered, rasterize
+
 PADDING = 4  # texels between charts: keeps bilinear filtering and two mip levels inside a chart's own gutter
-CHUNK = 1 << 20  # candidate texels tested at once: bounds the memory of the rasteriser to some tens of MB
-EDGE = 1e-9  # barycentric slack, so that a texel centre on an edge shared by two triangles is never lost
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,19 @@ def texel_points(
     """
     points = np.zeros((size * size, 3), np.float32)
     covered = np.zeros(size * size, bool)
-    at = np.stack([uv[:, 0], 1 - uv[:, 1]], axis=1).astype(np.float64) * size  # [V, 2] column, row
-    corner = np.clip(at[faces.ravel()].astype(np.int64), 0, size - 1)  # [3F, 2]
+    column_row = np.stack([uv[:, 0], 1 - uv[:, 1]], axis=1) * size  # [V, 2]
+    corner = np.clip(column_row.astype(np.int64), 0, size - 1)
     index = corner[:, 1] * size + corner[:, 0]
-    points[index], covered[index] = vertices[faces.ravel()], True
-    for index, face, weights in _cover(at[faces], size):
-        points[index] = np.einsum("tc,tcx->tx", weights, vertices[faces[face]])
-        covered[index] = True
+    points[index], covered[index] = vertices, True
+    clip = torch.zeros(1, len(uv), 4)  # the atlas seen from straight above: u to the right, v up
+    clip[0, :, :2] = torch.from_numpy(uv) * 2 - 1
+    clip[..., 3] = 1
+    triangles = torch.from_numpy(faces)
+    fragments = rasterize(clip, triangles, size, size)
+    texels = fragments.covered()
+    index = texels.numpy()
+    points[index] = interpolate_covered(torch.from_numpy(vertices), triangles, fragments, texels).numpy()
+    covered[index] = True
     reached = np.flatnonzero(covered)
     return TexelPoints(reached, points[reached], size)
 
@@ -90,43 +96,3 @@ def paint(texels: TexelPoints, rgb: NDArray[np.float32]) -> NDArray[np.uint8]:
 def to_bytes(rgb: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Colours in [0, 1] as bytes, rounded."""
     return np.round(rgb * 255).astype(np.uint8)
-
-
-def _cover(triangles: NDArray[np.float64], size: int) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
-    """Texels whose centre lies in each triangle [F, 3, 2] (column, row in texels), some faces at a time.
-
-    Yields texel index [T], face [T], barycentric weights [T, 3]. A triangle without area covers nothing.
-    """
-    low = np.clip(np.ceil(triangles.min(1) - 0.5), 0, size).astype(np.int64)  # [F, 2] first centre inside the box
-    high = np.clip(np.floor(triangles.max(1) - 0.5) + 1, low, size).astype(np.int64)  # one past the last
-    extent = high - low
-    start, slope = _edge_functions(triangles, low + 0.5)
-    counts = np.where(np.isfinite(slope).all((1, 2)), extent.prod(1), 0)  # candidates: the texels of the box
-    for faces in np.split(np.arange(len(triangles)), np.flatnonzero(np.diff(counts.cumsum() // CHUNK)) + 1):
-        count = counts[faces]
-        face = np.repeat(faces, count)
-        local = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        row, column = np.divmod(local, extent[face, 0])
-        first, second = (start[face, k] + slope[face, k, 0] * column + slope[face, k, 1] * row for k in range(2))
-        inside = (first >= -EDGE) & (second >= -EDGE) & (first + second <= 1 + EDGE)
-        face, first, second = face[inside], first[inside], second[inside]
-        index = (row[inside] + low[face, 1]) * size + column[inside] + low[face, 0]
-        yield index, face, np.stack([first, second, 1 - first - second], axis=1)
-
-
-def _edge_functions(
-    triangles: NDArray[np.float64], origin: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The first two barycentric weights as affine functions of the offset from `origin` [F, 2].
-
-    Returns their values at the origin [F, 2] and slopes [F, 2, 2] per column and row; not finite without area.
-    """
-    a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
-    (bx, by), (cx, cy) = (b - a).T, (c - a).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        area = (bx * cy - by * cx)[:, None]
-        slope_b = np.stack([cy, -cx], axis=1) / area
-        slope_c = np.stack([-by, bx], axis=1) / area
-        slope = np.stack([-slope_b - slope_c, slope_b], axis=1)
-        start = (slope * (origin - a)[:, None]).sum(2) + np.array([1.0, 0.0])
-    return start, slope
