@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -20,6 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Conv2d as LoraConv
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -27,11 +29,31 @@ from torch import Tensor, nn
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
 
 CONV_OUT = "decoder.conv_out"
+MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
 
 
-class PlaneLora(LoraLinear):
-    """peft's LoRA of a linear layer with one pair of factors a plane; input [B * P, L, in]."""
+def only_adapter(layer: LoraLayer, x: Tensor) -> str | None:
+    """The name of the layer's adapter if it is the plain case: one, active, unmerged, in the dtype of its input."""
+    active = layer.active_adapters
+    if len(active) != 1 or active[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
+        return None
+    down: Any = layer.lora_A[active[0]]
+    return active[0] if down.weight.dtype == x.dtype else None
+
+
+class PetaLinear(LoraLinear):
+    """peft's LoRA of a linear layer, without the multiplication by a scale of 1."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = only_adapter(self, x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        return self.base_layer(x) + self.lora_B[name](self.lora_A[name](x))
+
+
+class PlaneLora(PetaLinear):
+    """LoRA of a linear layer with one pair of factors a plane; input [B * P, L, in]."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         assert isinstance(config, PetaConfig)
@@ -56,6 +78,29 @@ class PlaneLora(LoraLinear):
         up: Any = self.lora_B[adapter]
         down: Any = self.lora_A[adapter]
         return up.weight @ down.weight
+
+
+class PetaConv(LoraConv):
+    """LoRA of a convolution, as one convolution with W + B A wherever that is cheaper than three.
+
+    An output position costs, in products with a k x k patch, 2 out + 3 r apart and 3 out merged when it is trained
+    (the frozen W then needs its gradient too), and out + r against out when it is not; making W + B A costs r out
+    once. Half precision stays apart: a small B A would be rounded away in W.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = only_adapter(self, x)
+        if name is None or x.dtype in (torch.float16, torch.bfloat16):
+            return super().forward(x, *args, **kwargs)
+        conv: Any = self.base_layer
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
+        trained = torch.is_grad_enabled() and down.weight.requires_grad
+        if conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions) or conv.groups > 1:
+            return conv(x) + up(down(x))
+        weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
+        return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
 
 
 @dataclass
@@ -91,12 +136,13 @@ class PetaConfig(LoraConfig):
         self.alpha_pattern = dict(self.rank_pattern or {})
         self.modules_to_save = [CONV_OUT]
         super().__post_init__()
-        if self.plane_wise:
-            self._register_custom_module({nn.Linear: self._linear})  # type: ignore[dict-item]
+        layers: Any = {nn.Linear: self._linear, nn.Conv2d: PetaConv}
+        self._register_custom_module(layers)
 
     def _linear(self, target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> LoraLayer:
-        plane_wise = SELF_ATTENTION.fullmatch(kwargs["target_name"]) and kwargs["target_name"].startswith("unet.")
-        return (PlaneLora if plane_wise else LoraLinear)(target, adapter_name, config=config, **kwargs)
+        name = kwargs["target_name"]
+        plane_wise = self.plane_wise and name.startswith("unet.") and SELF_ATTENTION.fullmatch(name)
+        return (PlaneLora if plane_wise else PetaLinear)(target, adapter_name, config=config, **kwargs)
 
     # The registered mapping holds a bound method: it is rebuilt, not copied, when peft copies or pickles the config.
     def __getstate__(self) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from prd.fields import AutogradGradient
 
 GRID_SAMPLE_TWICE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-POINTS_A_SLAB = 1 << 15  # nodes a pass of the dense grid without gradients: its activations stay in the cache
+POINTS_A_SLAB = 1 << 12  # nodes the dense grid handles at a time: their activations stay in the cache
 
 
 def plane_coordinates(points: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class TriplaneHeads(nn.Module):
         self.deformation = _mlp(channels, width, 3)
         self.rgb = _mlp(3 * channels, width, 3)
         with torch.no_grad():
-            self.sdf[-1].weight *= sdf_init_scale
+            self.sdf.get_parameter("4.weight").mul_(sdf_init_scale)
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
@@ -143,7 +146,7 @@ class TriplaneField(AutogradGradient):
 
         Returns sdf [B, R, R, R], rgb [B, R, R, R, 3] and deformation [B, R, R, R, 3]; None for what is switched off.
         Each plane is resampled once on the R x R lattice of its two coordinates and goes through its share of the
-        first linear layer there; only the sum over planes is made at R^3 nodes.
+        first linear layer there; only the sum over planes is made at R^3 nodes. Differentiable once.
         """
         if resolution < 2:
             raise ValueError(f"resolution={resolution}: must be at least 2")
@@ -173,14 +176,52 @@ class TriplaneField(AutogradGradient):
 
     def _dense(self, head: nn.Sequential, lattices: list[Tensor]) -> Tensor:
         """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
-        first: Tensor = head[0].weight
+        first, second, third = (layer.weight for layer in head if isinstance(layer, nn.Linear))
         shares = first.split(self.heads.channels, dim=1) if first.shape[1] > self.heads.channels else (first,) * 3
-        xy, xz, yz = (F.linear(lattice, share) for lattice, share in zip(lattices, shares, strict=True))
-        resolution = xy.shape[1]
-        slab = resolution if torch.is_grad_enabled() else max(1, POINTS_A_SLAB // (len(xy) * resolution**2))
-        parts = []
-        for start in range(0, resolution, slab):
-            x = slice(start, start + slab)
-            hidden = (xy[:, x, :, None] + xz[:, x, None]).add_(yz[:, None])  # [B, x, y, z, width]
-            parts.append(head[2:](F.relu_(hidden)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        hidden = (F.linear(lattice, share) for lattice, share in zip(lattices, shares, strict=True))
+        return _DenseHead.apply(*hidden, second, third)
+
+
+class _DenseHead(torch.autograd.Function):
+    """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made slab by slab along x.
+
+    The R^3 activations never exist together: the backward pass makes each slab's again while it is in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, xy: Tensor, xz: Tensor, yz: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        ctx.save_for_backward(xy, xz, yz, w2, w3)
+        batch, resolution = xy.shape[:2]
+        out = xy.new_empty(batch, resolution, resolution, resolution, len(w3))
+        for x in _slabs(batch, resolution):
+            out[:, x] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x), w2)), w3)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        xy, xz, yz, w2, w3 = ctx.saved_tensors
+        grad_xy, grad_xz, grad_yz = torch.empty_like(xy), torch.empty_like(xz), torch.zeros_like(yz)
+        grad_w2, grad_w3 = torch.zeros_like(w2), torch.zeros_like(w3)
+        for x in _slabs(*xy.shape[:2]):
+            h1 = _first_hidden(xy, xz, yz, x)
+            h2 = F.relu_(F.linear(h1, w2))
+            grad = grad_out[:, x].reshape(-1, len(w3))
+            flat1, flat2 = h1.view(-1, h1.shape[-1]), h2.view(-1, h2.shape[-1])
+            grad_w3.addmm_(grad.T, flat2)
+            grad2 = torch.ops.aten.threshold_backward(grad @ w3, flat2, 0)
+            grad_w2.addmm_(grad2.T, flat1)
+            grad1 = torch.ops.aten.threshold_backward(grad2 @ w2, flat1, 0).view_as(h1)  # [B, slab, y, z, width]
+            grad_xy[:, x] = grad1.sum(3)
+            grad_xz[:, x] = grad1.sum(2)
+            grad_yz += grad1.sum(1)
+        return grad_xy, grad_xz, grad_yz, grad_w2, grad_w3
+
+
+def _slabs(batch: int, resolution: int) -> list[slice]:
+    size = max(1, POINTS_A_SLAB // (batch * resolution**2))
+    return [slice(start, start + size) for start in range(0, resolution, size)]
+
+
+def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice) -> Tensor:
+    return F.relu_((xy[:, x, :, None] + xz[:, x, None]).add_(yz[:, None]))  # [B, slab, y, z, width]
