@@ -16,12 +16,11 @@ from itertools import product
 Corner = tuple[int, int, int]
 Triangle = tuple[int, int, int]
 
-CORNERS: list[Corner] = list(product((0, 1), repeat=3))
+CORNERS: list[Corner] = [(x, y, z) for x, y, z in product((0, 1), repeat=3)]
 # An edge is (axis, base corner): it leads from the base corner one step along the axis.
 EDGES: list[tuple[int, Corner]] = [(axis, c) for axis in range(3) for c in CORNERS if c[axis] == 0]
 _EDGE_OF_PAIR = {
-    frozenset((CORNERS.index(c), CORNERS.index(c[:axis] + (1,) + c[axis + 1 :]))): i
-    for i, (axis, c) in enumerate(EDGES)
+    frozenset((CORNERS.index(c), CORNERS.index(c) + (4, 2, 1)[axis])): i for i, (axis, c) in enumerate(EDGES)
 }
 MAX_TRIANGLES = 5
 

@@ -1,9 +1,9 @@
 """The CPU backend of `rasterize`: a z-buffer compiled by numba.
 
 Homogeneous rasterisation (Olano and Greer 1997): the edge functions of a triangle come from the adjugate of its
-(x, y, w) matrix, so vertices behind the camera need no clipping; only the bounding box does. Edge functions are taken in
-float64 from products that change sign exactly when an edge is walked the other way, so two triangles that share an edge
-leave no gap between them.
+(x, y, w) matrix, so vertices behind the camera need no clipping; only the bounding box does. Edge functions are taken
+in float64 from products that change sign exactly when an edge is walked the other way, so two triangles that share an
+edge leave no gap between them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _bounds(tri: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
 
 @_jit
 def _project(clip: np.ndarray, width: int, height: int, out: np.ndarray) -> None:
-    """Vertices clip [N, 4] -> out [N, 6] float64: x w, y w (pixels), z, w, and x, y (NaN if not before the near plane)."""
+    """Vertices clip [N, 4] to out [N, 6]: x w, y w, z, w, then x, y (NaN if not before the near plane), in pixels."""
     for i in range(clip.shape[0]):
         z, w = np.float64(clip[i, 2]), np.float64(clip[i, 3])
         out[i, 0] = (np.float64(clip[i, 0]) * 0.5 + 0.5 * w) * width

@@ -17,7 +17,7 @@ from prd.rendering.rasterize import Fragments, to_pixels
 
 
 class Edges(NamedTuple):
-    """The edges of a mesh: vertices [E, 2] in the order of their first face; faces [E, 2], the second -1 if there is none."""
+    """A mesh's edges: vertices [E, 2] in the order of their first face; faces [E, 2], the second may be -1."""
 
     vertices: Tensor
     faces: Tensor
@@ -47,15 +47,16 @@ class _Crossings(NamedTuple):
 def mesh_edges(faces: Tensor) -> Edges:
     """Each edge of faces [F, 3] once, with the (first) two faces that share it."""
     faces = faces.long()
-    directed = torch.stack([faces, faces.roll(-1, 1)], dim=-1).view(-1, 2)  # [3F, 2], face-major
+    tail, head = faces.reshape(-1), faces[:, [1, 2, 0]].reshape(-1)  # [3F] directed edges, face-major
     count = int(faces.max()) + 1 if len(faces) else 1
-    key, order = torch.sort(directed.amin(dim=1) * count + directed.amax(dim=1), stable=True)
+    key, order = torch.sort(torch.minimum(tail, head) * count + torch.maximum(tail, head), stable=True)
     starts = torch.ones_like(key, dtype=torch.bool)
     starts[1:] = key[1:] != key[:-1]
     first = starts.nonzero()[:, 0]
     second = (first + 1).clamp_max(max(len(key) - 1, 0))
     other = torch.where((second > first) & (key[second] == key[first]), order[second] // 3, -1)
-    return Edges(directed[order[first]], torch.stack([order[first] // 3, other], dim=1))
+    edge = order[first]
+    return Edges(torch.stack([tail[edge], head[edge]], dim=1), torch.stack([edge // 3, other], dim=1))
 
 
 def antialias(colour: Tensor, fragments: Fragments, clip: Tensor, faces: Tensor, edges: Edges | None = None) -> Tensor:
@@ -85,7 +86,7 @@ def antialias(colour: Tensor, fragments: Fragments, clip: Tensor, faces: Tensor,
 
 
 def _position(crossings: _Crossings, clip: Tensor, fragments: Fragments) -> Tensor:
-    """Where the edge crosses the line from the front (0) to the back pixel's centre (1), differentiable in clip: [K]."""
+    """Where edges cross the line from the front (0) to the back pixel's centre (1), differentiable in clip: [K]."""
     height, width = fragments.face_index.shape[-2:]
     flat = clip.reshape(-1, 4)
     tail, head = (_project(to_pixels(flat.index_select(0, i), height, width)) for i in (crossings.tail, crossings.head))
@@ -138,7 +139,8 @@ def _crossings(fragments: Fragments, clip: Tensor, faces: Tensor, edges: Edges) 
     delta = head - tail
     steep = delta[:, 1].abs() >= delta[:, 0].abs()
     along = steep.long()[:, None]
-    low, high = (torch.sort(torch.cat([tail.gather(1, along), head.gather(1, along)], 1), dim=1)[0]).unbind(1)
+    ends_along = tail.gather(1, along)[:, 0], head.gather(1, along)[:, 0]
+    low, high = torch.minimum(*ends_along), torch.maximum(*ends_along)
     limit = torch.where(steep, height, width)
     begin = torch.minimum((low - 0.5).ceil().clamp_min(0), limit).long()  # half-open, so that a chain of edges
     count = (torch.minimum((high - 0.5).ceil(), limit).long() - begin).clamp_min(0)  # crosses each line once
@@ -147,10 +149,10 @@ def _crossings(fragments: Fragments, clip: Tensor, faces: Tensor, edges: Edges) 
     steep = steep[owner]
     across, depth = _cross(tail[owner], head[owner], steep, line)
     first = (across - 0.5).floor().long()
-    mesh = 0
+    image = view[owner]
     if fragments.ranges is not None:
         mesh = torch.bucketize(edges.faces[edge[owner], 0], fragments.ranges[:, 0].contiguous(), right=True) - 1
-    image = mesh * fragments.views + view[owner]
+        image = mesh * fragments.views + image
     row, column = torch.where(steep, line, first), torch.where(steep, first, line)
     near = (image * height + row) * width + column
     far = near + torch.where(steep, 1, width)

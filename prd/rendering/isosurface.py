@@ -36,7 +36,7 @@ class EmptySurfaceError(ValueError):
 
 @lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(edges of a case's triangles [256, 3 * MAX_TRIANGLES], -1 padded; axis of an edge [12]; its base corner [12, 3])."""
+    """Edges of a case's triangles [256, 3 * MAX_TRIANGLES], -1 padded; an edge's axis [12] and base corner [12, 3]."""
     rows = torch.full((256, 3 * MAX_TRIANGLES), -1, dtype=torch.int64)
     for case, triangles in enumerate(cube_cases()):
         flat = [edge for triangle in triangles for edge in triangle]

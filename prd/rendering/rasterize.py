@@ -26,7 +26,7 @@ class Fragments:
     """What each pixel sees. The leading dimensions are [V] for one mesh, [M, V] for M packed meshes.
 
     face_index   [..., H, W]     int64, into the (packed) faces, -1 where nothing is seen
-    barycentric  [..., H, W, 3]  perspective-correct weights of that face's corners, 0 where empty; differentiable in clip
+    barycentric  [..., H, W, 3]  perspective-correct weights of its corners, 0 where empty; differentiable in clip
     depth        [..., H, W]     z / w in [-1, 1], inf where empty; not differentiable (interpolate a depth for that)
     ranges       [M, 2]          first and last (exclusive) face of each packed mesh; None for one mesh
     """
@@ -160,7 +160,7 @@ def interpolate(attributes: Tensor, faces: Tensor, fragments: Fragments) -> Tens
 
 
 def _bounds(tri: Tensor) -> tuple[Tensor, Tensor]:
-    """Screen bounds ([Q, 2] low, high in pixels) of the parts before the near plane of tri [Q, 3, 4] (pixels x w, z, w).
+    """Screen bounds (low, high [Q, 2], pixels) of the parts of tri [Q, 3, 4] (x w, y w, z, w) before the near plane.
 
     low > high where nothing is before it; +-inf where the part is not bounded. The twin of `_raster_numba._bounds`.
     """
@@ -179,7 +179,7 @@ def _bounds(tri: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _boxes(clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-    """The (image, face) pairs whose bounding box holds pixel centres: image, face [Q], first pixel, extent [Q, 2] (x, y)."""
+    """Faces whose bounding boxes hold pixel centres: image, face [Q], first pixel and extent [Q, 2] (x, y)."""
     image, face = _draw_list(faces, ranges, clip.shape[0])
     vertices = to_pixels(clip.detach().double(), height, width)  # [V, N, 4]
     before = (vertices[..., 3] > 0) & (vertices[..., 2] + vertices[..., 3] >= 0)

@@ -12,8 +12,9 @@ from prd.cameras import Cameras
 from prd.fields import Field
 from prd.rendering.antialias import antialias
 from prd.rendering.isosurface import Mesh, ensure_surface, evaluate_grid, grid_to_meshes
-from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
+from prd.rendering.rasterize import interpolate_covered, rasterize
 from prd.rendering.views import Views, disparity_from_depth
+from prd.rendering.volume import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
 NEAR, FAR = 0.1, 100.0  # scene units, of the projection; nearer and farther surfaces are not drawn
@@ -29,7 +30,7 @@ class SurfaceStats:
 
 @dataclass(frozen=True)
 class PackedMeshes:
-    """B meshes as one: vertices [N, 3], faces [F, 3] that index them, ranges [B, 2] of faces, sample [N] of a vertex."""
+    """B meshes as one: vertices [N, 3], faces [F, 3] that index them, ranges [B, 2] of faces, vertices of each."""
 
     vertices: Tensor
     faces: Tensor
@@ -58,16 +59,11 @@ class PackedMeshes:
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
-    """Unit normals [N, 3], the area-weighted mean of the faces around a vertex (0 where that cancels); differentiable."""
+    """Unit normals [N, 3]: the area-weighted mean of the faces around a vertex (0 where that cancels)."""
     a, b, c = (vertices.index_select(0, corner) for corner in faces.unbind(1))
     normals = torch.linalg.cross(b - a, c - a)  # twice the area long
     total = torch.zeros_like(vertices).index_add(0, faces.t().reshape(-1), normals.repeat(3, 1))
     return F.normalize(total, dim=-1, eps=NORMAL_EPS)
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, its gradient multiplied by scale."""
-    return x if scale == 1 else x.detach() + scale * (x - x.detach())
 
 
 @dataclass(frozen=True)

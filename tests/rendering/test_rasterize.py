@@ -1,0 +1,247 @@
+"""The rasteriser: backends agree, edges leave no gaps, the near plane cuts, gradients move the image."""
+
+import pytest
+import torch
+
+from prd.rendering.antialias import antialias, mesh_edges
+from prd.rendering.rasterize import interpolate, rasterize
+
+BACKENDS = ["numba", "torch"]
+
+
+def soup(seed, count=60, views=2, behind=False):
+    """Random triangles in perspective clip space, [V, 3 F, 4] and faces; with `behind` some cross the near plane."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(views, count, 1, 3, generator=generator) * 2 - 1
+    corners = centre + 0.4 * torch.randn(views, count, 3, 3, generator=generator)
+    depth = corners[..., 2:] * (1.5 if behind else 0.3) + 1.5
+    far, near = 10.0, 0.1
+    z = (far + near) / (far - near) * depth - 2 * far * near / (far - near)
+    clip = torch.cat([corners[..., :2] * 1.2, z, depth], dim=-1).view(views, -1, 4)
+    return clip, torch.arange(3 * count).view(-1, 3)
+
+
+def orthographic(points, faces=None):
+    """Clip-space vertices [1, N, 4] from x, y, z in [-1, 1]."""
+    points = torch.as_tensor(points)
+    return torch.cat([points, torch.ones_like(points[:, :1])], dim=1)[None]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_backends_agree(behind):
+    for seed in range(5):
+        clip, faces = soup(seed, behind=behind)
+        a = rasterize(clip, faces, 40, 56, backend="numba")
+        b = rasterize(clip, faces, 40, 56, backend="torch")
+        assert (a.face_index >= 0).float().mean() > 0.3
+        assert torch.equal(a.face_index, b.face_index)
+        torch.testing.assert_close(a.barycentric, b.barycentric, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a.depth, b.depth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bands_and_threads_do_not_change_the_image(threads):
+    before = torch.get_num_threads()
+    clip, faces = soup(3, views=1)
+    expected = rasterize(clip, faces, 33, 20, backend="torch")
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(rasterize(clip, faces, 33, 20).face_index, expected.face_index)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_see_what_rays_hit(backend):
+    clip, faces = soup(11, count=12, views=1, behind=True)
+    height, width = 24, 30
+    fragments = rasterize(clip, faces, height, width, backend=backend)
+    for row in range(height):
+        for column in range(width):
+            x, y = (column + 0.5) / width * 2 - 1, 1 - (row + 0.5) / height * 2
+            best, nearest = -1, torch.inf
+            for index, face in enumerate(faces):
+                corner = clip[0, face].double()
+                # b with sum b = 1 and sum b (x_i - x w_i) = sum b (y_i - y w_i) = 0
+                system = torch.stack([corner[:, 0] - x * corner[:, 3], corner[:, 1] - y * corner[:, 3], torch.ones(3)])
+                b = torch.linalg.solve(system, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+                z, w = (b @ corner[:, 2]).item(), (b @ corner[:, 3]).item()
+                if (b >= 0).all() and w > 0 and -w <= z <= w and z / w < nearest:
+                    best, nearest = index, z / w
+            assert fragments.face_index[0, row, column] == best, (row, column)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fan_covers_every_pixel_once(backend):
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 12), torch.linspace(-1, 1, 12), indexing="ij"), -1)
+    grid[1:-1, 1:-1] += 0.05 * torch.randn(10, 10, 2, generator=generator)
+    i = torch.arange(121).view(11, 11) + torch.arange(11)[:, None]
+    faces = torch.cat([torch.stack([i, i + 12, i + 13], -1), torch.stack([i, i + 13, i + 1], -1)]).view(-1, 3)
+    points = torch.cat([grid, torch.zeros(12, 12, 1)], dim=-1).view(-1, 3)
+    fragments = rasterize(orthographic(points), faces, 64, 64, backend=backend)
+    assert (fragments.face_index >= 0).all()
+    position = interpolate(points, faces, fragments)
+    centres = (torch.arange(64) + 0.5) / 32 - 1
+    torch.testing.assert_close(position[0, :, :, 0], centres.expand(64, 64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(position[0, :, :, 1], -centres[:, None].expand(64, 64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearest_wins_then_the_lower_index_and_degenerate_faces_are_skipped(backend):
+    far, near, again = [[[-1.0, -1, z], [3, -1, z], [-1, 3, z]] for z in (0.5, -0.5, -0.5)]
+    line = [[-1.0, -1, -0.9], [0, 0, -0.9], [1, 1, -0.9]]
+    points = torch.tensor([line, far, near, again]).view(-1, 3)
+    fragments = rasterize(orthographic(points), torch.arange(12).view(-1, 3), 8, 8, backend=backend)
+    assert (fragments.face_index == 2).all()
+    torch.testing.assert_close(fragments.depth, torch.full((1, 8, 8), -0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_floor_through_the_camera_is_cut_at_the_near_plane(backend):
+    """A plane below the eye that reaches behind it is seen up to the horizon, with the right depth."""
+    far, near = 100.0, 0.1
+    x, depth = torch.tensor([-50.0, 50, 0]), torch.tensor([-20.0, -20, 90])
+    z = (far + near) / (far - near) * depth - 2 * far * near / (far - near)
+    clip = torch.stack([x, torch.full((3,), -1.0), z, depth], dim=-1)[None]
+    fragments = rasterize(clip, torch.tensor([[0, 1, 2]]), 32, 32, backend=backend)
+    assert (fragments.face_index[0, :16] == -1).all() and (fragments.face_index[0, 18:, 16] == 0).all()
+    w = interpolate(depth[:, None], torch.tensor([[0, 1, 2]]), fragments)[0, :, 16, 0]
+    rows = torch.arange(18, 32)
+    torch.testing.assert_close(w[18:], 1 / ((rows + 0.5) / 16 - 1), rtol=1e-4, atol=0)  # y / w = -1 / w
+
+
+def test_packed_meshes_are_drawn_apart():
+    (clip, faces), views = soup(5, count=40), 2
+    ranges = torch.tensor([[0, 25], [25, 40]])
+    for backend in BACKENDS:
+        packed = rasterize(clip, faces, 24, 24, ranges=ranges, backend=backend)
+        assert packed.face_index.shape == (2, views, 24, 24)
+        for mesh, (first, last) in enumerate(ranges.tolist()):
+            alone = rasterize(clip, faces[first:last], 24, 24)
+            expected = torch.where(alone.face_index < 0, -1, alone.face_index + first)
+            assert torch.equal(packed.face_index[mesh], expected)
+
+
+def test_recomputed_barycentrics_equal_the_backends_and_have_its_gradient():
+    clip, faces = soup(2, count=8, views=1)
+    clip = clip.double()
+    plain = rasterize(clip, faces, 9, 9)
+    clip.requires_grad_()
+    torch.testing.assert_close(rasterize(clip, faces, 9, 9).barycentric, plain.barycentric, atol=1e-6, rtol=0)
+    attributes = torch.randn(1, 24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    attributes.requires_grad_()
+
+    def image(c, a):  # the pixels well inside their triangles: there no finite step changes what is seen
+        inner = plain.barycentric.amin(dim=-1, keepdim=True) > 1e-3
+        return interpolate(a, faces, rasterize(c, faces, 9, 9)) * inner
+
+    assert torch.autograd.gradcheck(image, (clip, attributes), eps=1e-7, atol=1e-4)
+
+
+def square(half, centre=(0.0, 0.0), tilt=0.0, dtype=torch.float64):
+    """A square of half-width `half`, turned by tilt, as two faces: clip [1, 4, 4], faces."""
+    x = torch.tensor([-1.0, 1, 1, -1], dtype=dtype) * half
+    y = torch.tensor([-1.0, -1, 1, 1], dtype=dtype) * half
+    angle = torch.as_tensor(tilt, dtype=dtype)
+    px = angle.cos() * x - angle.sin() * y + centre[0]
+    py = angle.sin() * x + angle.cos() * y + centre[1]
+    clip = torch.stack([px, py, torch.zeros_like(px), torch.ones_like(px)], dim=-1)[None]
+    return clip, torch.tensor([[0, 1, 2], [0, 2, 3]])
+
+
+def coverage(clip, faces, size=32):
+    fragments = rasterize(clip, faces, size, size)
+    hard = (fragments.face_index >= 0).to(clip.dtype)[..., None]
+    return antialias(hard, fragments, clip, faces)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.2, 0.6])
+def test_antialiased_area_and_its_gradient_are_the_true_ones(tilt):
+    for half in (0.413, 0.5, 0.6321):
+        h = torch.tensor(half, dtype=torch.float64, requires_grad=True)
+        area = coverage(*square(h, (0.013, -0.007), tilt)).mean() * 4
+        (slope,) = torch.autograd.grad(area, h)
+        assert area.item() == pytest.approx(4 * half**2, rel=0.01)
+        assert slope.item() == pytest.approx(8 * half, rel=0.06)  # d (2 h)^2 / d h; corners are approximate
+
+
+def test_antialias_is_exact_for_an_upright_edge():
+    clip, faces = square(torch.tensor(0.5 + 0.3 / 16, dtype=torch.float64))  # the edge at 24.3 pixels of 32
+    row = coverage(clip, faces)[0, 16, :, 0]
+    torch.testing.assert_close(row[22:26], torch.tensor([1.0, 1, 0.3, 0], dtype=torch.float64))
+    torch.testing.assert_close(row[6:10], torch.tensor([0, 0.3, 1, 1.0], dtype=torch.float64))
+
+
+def test_antialias_sees_outlines_of_sub_pixel_triangles_and_inner_occlusions():
+    index = torch.arange(41 * 41).view(41, 41)
+    a, b, c, d = (index[i : 40 + i, j : 40 + j].reshape(-1) for i, j in ((0, 0), (1, 0), (1, 1), (0, 1)))
+    faces = torch.cat([torch.stack([a, b, c], -1), torch.stack([a, c, d], -1)])
+    xy = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 41), torch.linspace(-1, 1, 41), indexing="ij"), -1)
+    fine = torch.cat([xy.view(-1, 2) * (0.5 + 0.3 / 16), torch.zeros(1681, 1)], dim=1)
+    back = torch.tensor([[-2.0, -2, 0.5], [2, -2, 0.5], [0, 4, 0.5]])
+    clip, all_faces = orthographic(torch.cat([fine, back])), torch.cat([faces, torch.tensor([[1681, 1682, 1683]])])
+    fragments = rasterize(clip, all_faces, 32, 32)
+    front = (fragments.face_index < len(faces)).float()[..., None]
+    row = antialias(front, fragments, clip, all_faces)[0, 16, :, 0]
+    torch.testing.assert_close(row[22:26], torch.tensor([1.0, 1, 0.3, 0]), atol=1e-4, rtol=0)
+    hidden = torch.cat([fine + torch.tensor([0, 0, 0.9]), back])  # now behind the large face: nothing to blend
+    fragments = rasterize(orthographic(hidden), all_faces, 32, 32)
+    colour = torch.rand(1, 32, 32, 1)
+    inner = antialias(colour, fragments, orthographic(hidden), all_faces)[:, 8:24, 10:22]
+    assert torch.equal(inner, colour[:, 8:24, 10:22])
+
+
+def test_antialias_stays_within_the_colours():
+    generator = torch.Generator().manual_seed(4)
+    tiny, faces = soup(8, count=300, views=1)
+    tiny = torch.cat(
+        [
+            tiny[..., :2] * 0.3 + torch.randn(1, 300, 1, 2, generator=generator).repeat(1, 1, 3, 1).view(1, -1, 2),
+            tiny[..., 2:],
+        ],
+        -1,
+    )
+    fragments = rasterize(tiny, faces, 32, 32)
+    blended = antialias((fragments.face_index >= 0).float()[..., None], fragments, tiny, faces)
+    assert blended.min() > -1e-6 and blended.max() < 1 + 1e-6 and ((blended > 0) & (blended < 1)).any()
+
+
+def test_mesh_edges_of_a_tetrahedron_and_of_a_square():
+    faces = torch.tensor([[0, 1, 2], [0, 3, 1], [1, 3, 2], [2, 3, 0]])
+    edges = mesh_edges(faces)
+    assert len(edges.vertices) == 6 and (edges.faces >= 0).all() and (edges.faces[:, 0] != edges.faces[:, 1]).all()
+    for vertices, pair in zip(edges.vertices, edges.faces, strict=True):
+        assert all(set(vertices.tolist()) <= set(faces[f].tolist()) for f in pair)
+    assert (mesh_edges(torch.tensor([[0, 1, 2], [0, 2, 3]])).faces[:, 1] >= 0).sum() == 1
+
+
+@pytest.mark.parametrize("size", [1.0, 0.55])
+def test_a_square_finds_its_place_and_size(size):
+    target = coverage(*square(torch.tensor(0.45, dtype=torch.float64), (0.12, -0.2)))
+    half = torch.tensor(0.45 * size, dtype=torch.float64, requires_grad=True)
+    x, y = (torch.tensor(0.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([half, x, y], lr=0.02)
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 60)
+        optimizer.zero_grad()
+        (coverage(*square(half, (x, y))) - target).square().mean().backward()
+        optimizer.step()
+    found = torch.stack([half, x, y]).detach()
+    torch.testing.assert_close(found, torch.tensor([0.45, 0.12, -0.2], dtype=torch.float64), atol=0.01, rtol=0)
+
+
+def test_bad_input_is_named():
+    clip, faces = soup(0, count=2)
+    with pytest.raises(ValueError, match="indices 0..6"):
+        rasterize(clip, faces + torch.tensor([0, 0, 1]), 8, 8)
+    with pytest.raises(ValueError, match="clip="):
+        rasterize(clip[0], faces, 8, 8)
+    with pytest.raises(ValueError, match="NaN"):
+        rasterize(clip * torch.nan, faces, 8, 8)
+    with pytest.raises(ValueError, match="ranges"):
+        rasterize(clip, faces, 8, 8, ranges=torch.tensor([[0, 3]]))
+    with pytest.raises(ValueError, match="attributes"):
+        interpolate(torch.zeros(3, 6, 2), faces, rasterize(clip, faces, 8, 8))
+    empty = rasterize(clip, faces[:0], 8, 8)
+    assert (empty.face_index == -1).all() and (empty.barycentric == 0).all()
