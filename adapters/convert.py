@@ -8,6 +8,7 @@ B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one a plane. Nothing is
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,8 +37,11 @@ class CheckpointError(ValueError):
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a published .pth, read without unpickling code."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """The state dict of a published .pth, read without unpickling code. CheckpointError if that cannot be."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged, or cannot be read without running code from it ({error})") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected a checkpoint with a 'state_dict' of tensors")
