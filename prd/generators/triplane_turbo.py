@@ -27,7 +27,7 @@ from prd.triplane import TriplaneField, TriplaneHeads
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
-HASHED_AS = (torch.float16, torch.bfloat16)
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class AdapterMismatch(ValueError):
 class TriplaneTurboGenerator(nn.Module):
     """Frozen base, trainable PETA, conv_out and heads.
 
-    unet, vae: the base; their weights are shared, frozen and never changed, their modules stay unadapted.
+    unet, vae: the base; its modules stay unadapted, its weights are shared (moving or casting either moves or casts
+    both), frozen and never trained.
     scheduler: any diffusers scheduler; its `alphas_cumprod` and `prediction_type` (epsilon or v_prediction) are read.
     """
 
@@ -104,6 +105,15 @@ class TriplaneTurboGenerator(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """LoRA factors, the new conv_out and the heads."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboGenerator:
+        """Heads and noise schedule follow to every device, but stay in float32 when the base goes to half precision."""
+        exact = [self.alphas_cumprod.data, *(parameter.data for parameter in self.heads.parameters())]
+        super()._apply(fn, recurse)
+        for moved, values in zip([self.alphas_cumprod, *self.heads.parameters()], exact, strict=True):
+            if moved.dtype in HALF_PRECISIONS:
+                moved.data = values.to(moved.device)
+        return self
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -258,7 +268,7 @@ class TriplaneTurboGenerator(nn.Module):
                 for name, tensor in state.items()
                 if ".lora_" not in name and not name.startswith("decoder.conv_out.")
             }
-            self._base_hash = {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HASHED_AS}
+            self._base_hash = {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HALF_PRECISIONS}
         return self._base_hash
 
     def save_adapter(self, folder: str | Path) -> None:

@@ -146,6 +146,17 @@ def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) 
         TriplaneTurboGenerator.from_adapter(tmp_path, unet, vae, scheduler)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_and_the_field_stays_float32(dtype: torch.dtype) -> None:
+    model, latents = trained(), torch.randn(2, 6, 4, 4, 4)
+    expected = model.generate(TEXT, latents=latents).planes
+    model.to(dtype)
+    field = model.generate(TEXT, latents=latents)
+    assert model.dtype == dtype and field.planes.dtype == model.alphas_cumprod.dtype == torch.float32
+    assert field.grid(4)[0].dtype == torch.float32
+    assert (field.planes - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_damaged_adapters_change_nothing(tmp_path) -> None:
     model = trained()
     model.save_adapter(tmp_path)
