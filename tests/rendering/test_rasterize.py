@@ -51,10 +51,14 @@ def test_bands_and_threads_do_not_change_the_image(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pixels_see_what_rays_hit(backend):
+def test_pixels_see_what_rays_hit(backend, raw):
+    """Against a linear solve a pixel and face, also for raw clip coordinates that no perspective camera makes."""
     clip, faces = soup(11, count=12, views=1, behind=True)
-    height, width = 24, 30
+    if raw:
+        clip = torch.randn(clip.shape, generator=torch.Generator().manual_seed(3))
+    height, width = 12, 15
     fragments = rasterize(clip, faces, height, width, backend=backend)
     for row in range(height):
         for column in range(width):
@@ -185,11 +189,29 @@ def test_antialias_sees_outlines_of_sub_pixel_triangles_and_inner_occlusions():
     front = (fragments.face_index < len(faces)).float()[..., None]
     row = antialias(front, fragments, clip, all_faces)[0, 16, :, 0]
     torch.testing.assert_close(row[22:26], torch.tensor([1.0, 1, 0.3, 0]), atol=1e-4, rtol=0)
-    hidden = torch.cat([fine + torch.tensor([0, 0, 0.9]), back])  # now behind the large face: nothing to blend
-    fragments = rasterize(orthographic(hidden), all_faces, 32, 32)
+    # The same square behind a fine, slanted wall that the pixels see in its stead: nothing to blend.
+    wall = torch.cat([xy.view(-1, 2), 0.3 + 0.2 * xy.view(-1, 2).sum(dim=1, keepdim=True)], dim=1)
+    clip = orthographic(torch.cat([fine + torch.tensor([0, 0, 0.75]), wall]))
+    both = torch.cat([faces, faces + 1681])
+    fragments = rasterize(clip, both, 32, 32)
+    assert (fragments.face_index >= len(faces)).all()
     colour = torch.rand(1, 32, 32, 1)
-    inner = antialias(colour, fragments, orthographic(hidden), all_faces)[:, 8:24, 10:22]
-    assert torch.equal(inner, colour[:, 8:24, 10:22])
+    assert torch.equal(antialias(colour, fragments, clip, both), colour)
+
+
+def test_antialias_does_not_blend_a_farther_pixel_over_a_nearer_one():
+    """An unseen strip between two pixel centres, its faces on the side of the pixel that sees the farther wall."""
+
+    def upright(x0, x1, z):  # between columns x0 and x1 of 32
+        low, high = x0 / 16 - 1, x1 / 16 - 1
+        return [[low, -2, z], [high, -2, z], [high, 2, z], [low, 2, z]]
+
+    points = torch.tensor(upright(-40, 80, 0.5) + upright(23.6, 80, 0.2) + upright(24.1, 24.45, -0.5))
+    faces = torch.tensor([[0, 1, 2], [0, 2, 3]]).repeat(3, 1) + 4 * torch.arange(3).repeat_interleave(2)[:, None]
+    fragments = rasterize(orthographic(points), faces, 32, 32)
+    nearer = (fragments.face_index // 2 == 1).float()[..., None]
+    row = antialias(nearer, fragments, orthographic(points), faces)[0, 16, :, 0]
+    torch.testing.assert_close(row[22:26], torch.tensor([0, 0.4, 1, 1]), atol=1e-4, rtol=0)
 
 
 def test_antialias_stays_within_the_colours():
