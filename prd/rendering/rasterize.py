@@ -197,10 +197,8 @@ def _boxes(clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int)
     return image[keep], face[keep], begin[keep], extent[keep]
 
 
-def _edge_functions(
-    clip: Tensor, faces: Tensor, view: Tensor, face: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Coefficients (of x, y, 1) of the edge functions [Q, 3, corner], >= 0 inside, and of depth z/w [Q, 3].
+def _edge_functions(clip: Tensor, faces: Tensor, view: Tensor, face: Tensor, height: int, width: int) -> Tensor:
+    """Coefficients [3 of (x, y, 1), 4, Q] of the three edge functions, >= 0 inside, and of the depth z / w.
 
     An edge function is the row of the adjugate of the corners' (x, y, w) matrix, times the determinant's sign; it is 0
     everywhere for a face without area.
@@ -212,10 +210,9 @@ def _edge_functions(
     a1, b1, c1 = y2 * w0 - y0 * w2, x0 * w2 - x2 * w0, x2 * y0 - x0 * y2
     a2, b2, c2 = y0 * w1 - y1 * w0, x1 * w0 - x0 * w1, x0 * y1 - x1 * y0
     det = x0 * a0 + y0 * b0 + w0 * c0
-    columns = ((a0, a1, a2), (b0, b1, b2), (c0, c1, c2))
-    depth = torch.stack([(p * z0 + q * z1 + r * z2) / det for p, q, r in columns], dim=1)
-    edges = torch.stack([torch.stack(column, dim=1) for column in columns], dim=1)
-    return edges * det.sign()[:, None, None], depth
+    sign, columns = det.sign(), ((a0, a1, a2), (b0, b1, b2), (c0, c1, c2))
+    rows = [(p * sign, q * sign, r * sign, (p * z0 + q * z1 + r * z2) / det) for p, q, r in columns]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 def _draw_list(faces: Tensor, ranges: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -235,37 +232,47 @@ def _split(sizes: Tensor, budget: int) -> list[Tensor]:
     return list(torch.arange(len(sizes), device=sizes.device).split(groups.tolist())) if len(sizes) else []
 
 
+def _repeat(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each index i of counts [Q], counts[i] times, and the running number within it: two [sum of counts]."""
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    start = counts.cumsum(0) - counts
+    return owner, torch.arange(len(owner), device=counts.device) - start.index_select(0, owner)
+
+
+def _depth_key(z: Tensor, face: Tensor) -> Tensor:
+    """int64 that orders by z (float32), then by face index."""
+    bits = (z + 0.0).view(torch.int32)  # -0 becomes 0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32 | face
+
+
 def _rasterize_torch(
     clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int, budget: int = 1 << 21
 ) -> Buffers:
-    """The reference: tests every pixel of every face's bounding box, `budget` at a time, on any device.
+    """The reference: tests every pixel of every face's bounding box, about `budget` at a time, on any device.
 
-    The z-buffer is one int64 a pixel, depth's float bits (order-preserving when positive) above the face index.
+    The z-buffer is one int64 a pixel: the smallest key of the faces that cover it.
     """
     views, count = clip.shape[0], len(ranges) * clip.shape[0] * height * width
     image, face, begin, extent = _boxes(clip, faces, ranges, height, width)
-    edges, depth = _edge_functions(clip, faces, image % views, face, height, width)
+    coefficients = _edge_functions(clip, faces, image % views, face, height, width)
     empty = torch.iinfo(torch.int64).max
     buffer = torch.full((count,), empty, device=clip.device)
-    boxes = extent[:, 0] * extent[:, 1]
-    for rows in _split(boxes, budget):
-        owner = rows.repeat_interleave(boxes[rows])
-        local = torch.arange(len(owner), device=clip.device) - (boxes[rows].cumsum(0) - boxes[rows])[owner - rows[0]]
-        y = local // extent[owner, 0]
-        column, row = begin[owner, 0] + local - y * extent[owner, 0], begin[owner, 1] + y
-        px, py = column + 0.5, row + 0.5
-        a, b, c = edges[owner].unbind(dim=1)  # each [pixels, corner]
-        e0, e1, e2 = (a * px[:, None] + (b * py[:, None] + c)).unbind(-1)
-        seen = ((e0 >= 0) & (e1 >= 0) & (e2 >= 0) & (e0 + e1 + e2 > 0)).nonzero()[:, 0]
-        owner = owner[seen]
-        za, zb, zc = depth[owner].unbind(-1)
-        z = (za * px[seen] + (zb * py[seen] + zc)).float()
-        pixel = (image[owner] * height + row[seen]) * width + column[seen]
-        key = torch.where((z >= -1) & (z <= 1), (z + 2).view(torch.int32).long() << 32 | face[owner], empty)
-        buffer.scatter_reduce_(0, pixel, key, "amin")
+    for part in _split(extent[:, 0] * extent[:, 1], budget):
+        owner, y = _repeat(extent[part, 1])  # one entry a row of a box
+        owner = owner + part[0]
+        y = y + begin[owner, 1]
+        along, across, constant = coefficients[..., owner]  # each [4, rows]
+        value = across * (y + 0.5) + constant
+        row, x = _repeat(extent[owner, 0])  # one entry a pixel of a box
+        x = x + begin[owner, 0].index_select(0, row)
+        e0, e1, e2 = (along[k].index_select(0, row) * (x + 0.5) + value[k].index_select(0, row) for k in range(3))
+        seen = ((torch.minimum(torch.minimum(e0, e1), e2) >= 0) & (e0 + e1 + e2 > 0)).nonzero()[:, 0]
+        row, x = row[seen], x[seen]
+        owner, z = owner[row], (along[3, row] * (x + 0.5) + value[3, row]).float()
+        key = torch.where((z >= -1) & (z <= 1), _depth_key(z, face[owner]), empty)
+        buffer.scatter_reduce_(0, (image[owner] * height + y[row]) * width + x, key, "amin")
     shape = (len(ranges) * views, height, width)
-    face_index = torch.where(buffer == empty, -1, buffer & 0xFFFFFFFF).view(shape)
-    return _complete(clip, faces, face_index)
+    return _complete(clip, faces, torch.where(buffer == empty, -1, buffer & 0xFFFFFFFF).view(shape))
 
 
 def _complete(clip: Tensor, faces: Tensor, face_index: Tensor) -> Buffers:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prd.rendering.antialias import antialias, mesh_edges
-from prd.rendering.rasterize import interpolate, rasterize
+from prd.rendering.rasterize import _rasterize_torch, interpolate, rasterize
 
 BACKENDS = ["numba", "torch"]
 
@@ -37,6 +37,26 @@ def test_backends_agree(behind):
         assert torch.equal(a.face_index, b.face_index)
         torch.testing.assert_close(a.barycentric, b.barycentric, atol=1e-5, rtol=0)
         torch.testing.assert_close(a.depth, b.depth, atol=1e-5, rtol=0)
+
+
+def test_the_reference_does_not_depend_on_its_memory_budget():
+    clip, faces = soup(6)
+    ranges = torch.tensor([[0, 20], [20, 60]])
+    for a, b in zip(
+        _rasterize_torch(clip, faces, ranges, 30, 30), _rasterize_torch(clip, faces, ranges, 30, 30, 50), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_depths_one_rounding_apart_are_told_apart(backend):
+    steps = [0.0, -1e-9, 1e-9, 0.25, -0.0]
+    points = torch.tensor([[[-1.0, -1, z], [3, -1, z], [-1, 3, z]] for z in steps])
+    for count, nearest in ((1, 0), (2, 1), (3, 1)):
+        clip, faces = orthographic(points[:count].reshape(-1, 3)), torch.arange(3 * count).view(-1, 3)
+        assert (rasterize(clip, faces, 4, 4, backend=backend).face_index == nearest).all()
+    flat = orthographic(points[[0, 4]].reshape(-1, 3))
+    assert (rasterize(flat, torch.tensor([[3, 4, 5], [0, 1, 2]]), 4, 4, backend=backend).face_index == 0).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
