@@ -8,12 +8,17 @@ edge leave no gap between them.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+WORK_A_THREAD = 1 << 17  # faces and pixels, about 1 ms: less is not worth starting a thread for
 
 _jit = numba.njit(cache=True, nogil=True)
 
@@ -152,10 +157,11 @@ def rasterize_numba(
     depth = torch.full((images, height, width), torch.inf)
     buffers = (face_index.numpy(), barycentric.numpy(), depth.numpy())
     limits = [(first, last) for first, last in ranges.tolist()]
-    threads = torch.get_num_threads()
-    bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-4 * threads // max(images, 1)))
+    work = views * sum(last - first for first, last in limits) + face_index.numel()
+    threads = min(torch.get_num_threads(), max(1, work // WORK_A_THREAD))
+    bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-2 * threads // max(images, 1)))
 
-    def project(view: int) -> None:
+    for view in range(views):
         _project(points[view], width, height, vertices[view])
 
     def draw(number: int) -> None:
@@ -163,13 +169,28 @@ def rasterize_numba(
         rows = (band * height // bands, (band + 1) * height // bands)
         _draw(vertices[image % views], corners, limits[image // views], rows, *(buffer[image] for buffer in buffers))
 
-    if threads == 1:
-        for view in range(views):
-            project(view)
-        for number in range(images * bands):
-            draw(number)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(project, range(views)))
-            list(pool.map(draw, range(images * bands)))
+    _share(draw, images * bands, threads)
     return face_index, barycentric, depth
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Kept between calls; a forked process (another id) has none of its parent's threads and gets its own."""
+    return ThreadPoolExecutor(threads)
+
+
+def _share(job: Callable[[int], None], count: int, threads: int) -> None:
+    """job(0) ... job(count - 1) on this thread and `threads - 1` others, every threads-th job on each."""
+
+    def work(first: int) -> None:
+        for number in range(first, count, threads):
+            job(number)
+
+    if threads == 1:
+        work(0)
+        return
+    pool = _pool(os.getpid(), threads - 1)
+    others = [pool.submit(work, first) for first in range(1, threads)]
+    work(0)
+    for other in others:
+        other.result()
