@@ -36,7 +36,7 @@ from prd.toybox.models import (
 )
 from prd.training.pictures import save_sheet
 
-STEPS = {"vae": 4000, "stable_diffusion": 3600, "mvdream": 5000, "richdreamer": 6500}
+STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500}
 STAGES = tuple(STEPS)
 
 
@@ -224,6 +224,8 @@ def train_mvdream(args: argparse.Namespace) -> None:
     check(args, run, unet, text_encoder, tokenizer, lambda batch: encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator))
     unet.half().save_pretrained(args.assets / "mvdream" / "unet")
     make_scheduler().save_pretrained(args.assets / "mvdream" / "scheduler")
+    shared = {"base": "../stable_diffusion", "shares_vae": True}
+    write_settings(args.assets / "mvdream", {"num_views": 4, "camera_encoding": "fourier", **shared})
 
 
 def train_richdreamer(args: argparse.Namespace) -> None:
@@ -237,8 +239,6 @@ def train_richdreamer(args: argparse.Namespace) -> None:
         x = batch.normal_disparity.flatten(0, 1).to(args.device)
         cameras = camera_vector(batch.cameras, "fourier").to(args.device)
         run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 4, cameras))
-        if step % 1500 == 1499:
-            save_richdreamer(args, unet, text_encoder, tokenizer)
     run.finish()
     samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed) / 2 + 0.5
     images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
@@ -249,13 +249,18 @@ def train_richdreamer(args: argparse.Namespace) -> None:
 
 def save_richdreamer(args, unet, text_encoder, tokenizer) -> None:
     folder = args.assets / "richdreamer"
-    UNet2DConditionModel.from_config(unet.config).half().save_pretrained(folder / "unet")
     for module, name in ((unet, "unet"), (text_encoder, "text_encoder")):
         dtype = next(module.parameters()).dtype
         module.half().save_pretrained(folder / name)
         module.to(dtype)
     tokenizer.save_pretrained(folder / "tokenizer")
     make_scheduler().save_pretrained(folder / "scheduler")
+    images = {"image_range": [-1.0, 1.0], "normal_background": [0.5, 0.5, 0.5], "resize": "area"}
+    write_settings(folder, {"num_views": 4, "camera_encoding": "fourier", **images})
+
+
+def write_settings(folder: Path, settings: dict) -> None:
+    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check(args, run: Run, unet, text_encoder, tokenizer, encode) -> None:

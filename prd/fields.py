@@ -48,3 +48,25 @@ class AutogradGradient:
 
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.sdf(points), None
+
+
+class FieldSample(AutogradGradient):
+    """One sample of a field of B, as a field of one: what works on a mesh at a time takes this."""
+
+    def __init__(self, whole: Field, index: int, batch: int) -> None:
+        if not 0 <= index < batch:
+            raise ValueError(f"index={index}: must be in 0..{batch - 1}")
+        self.whole, self.index, self.batch = whole, index, batch
+
+    def _every(self, points: Tensor) -> Tensor:
+        return points.expand(self.batch, -1, -1)
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return self.whole.sdf(self._every(points))[self.index, None]
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return self.whole.rgb(self._every(points))[self.index, None]
+
+    def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
+        return sdf[self.index, None], None if deformation is None else deformation[self.index, None]

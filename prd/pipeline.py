@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 
 from prd.base import Base, load_base
-from prd.fields import Field
+from prd.fields import Field, FieldSample
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.mesh import Mesh, build_meshes
 from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
@@ -134,7 +134,7 @@ class TriplaneTurbo:
         meshes: list[Mesh | None] = [None] * len(prompts)
         for i, surface in zip(found, surfaces, strict=True):
             (meshes[i],) = build_meshes(
-                _Sample(generated, i, len(prompts)), [surface], target_faces=target_faces, texture_size=texture_size
+                FieldSample(generated, i, len(prompts)), [surface], target_faces=target_faces, texture_size=texture_size
             )
         watch.lap("mesh")
         return TriplaneTurboOutput(meshes, prompts, generated, watch.seconds)
@@ -189,17 +189,6 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
         raise FileNotFoundError(f"{name_or_path}: no such folder; give 'toybox', a run folder or a Hub id 'owner/name'")
     return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=ADAPTER_FILES))
-
-
-class _Sample:
-    """One sample of a field, for the steps that work on one mesh at a time."""
-
-    def __init__(self, whole: Field, index: int, batch: int) -> None:
-        self.whole, self.index, self.batch = whole, index, batch
-
-    def __getattr__(self, name: str):
-        query = getattr(self.whole, name)
-        return lambda points: query(points.expand(self.batch, -1, -1))[self.index : self.index + 1]
 
 
 class _Stopwatch:

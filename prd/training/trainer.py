@@ -135,14 +135,14 @@ class Trainer:
                     loss = loss + at(config.regularizers.eikonal, config, step) * eikonal
                     loss = loss + at(config.regularizers.sparsity, config, step) * sparsity
                 else:
-                    views, corrected = build_surface_renderer(config, step).render_with_stats(
+                    views, stats = build_surface_renderer(config, step).render_with_stats(
                         fast if config.volume.grid_resolution == config.surface.grid_resolution else field,
                         cameras,
                         height=config.surface.height,
                         width=config.surface.width,
                         background=config.background,
                     )
-                    log.add("surfaces_corrected", corrected.float().sum())
+                    log.add("surfaces_corrected", stats.corrected.sum())
                 loss = loss + judge_views(views, judges, prompts, draws[TEACHERS], log, renderer)
             return loss / config.gradient_accumulation_steps
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
-from prd.fields import Field
+from prd.fields import Field, FieldSample
 from prd.generators.triplane_turbo import TriplaneTurboGenerator
 from prd.mesh import extract_mesh
 from prd.rendering.isosurface import EmptySurfaceError
 from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
 from prd.toybox.score import Score, score_field
 from prd.toybox.world import all_captions
@@ -68,14 +67,18 @@ def render_sheet(field: Field, batch: int, config: TrainConfig) -> Tensor:
 
     A sample without a surface is a row of background.
     """
-    size = config.validation.resolution
-    renderer = SurfaceRenderer(resolution=config.validation.isosurface_resolution)
-    views: Views = renderer(
-        field, evaluation_cameras(config, batch), height=size, width=size, background=config.background
-    )
-    normals = (views.camera_normal() + 1) / 2
-    rows = torch.cat([views.rgb, normals], dim=1)  # [B, 2V, H, W, 3]
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+    size, views = config.validation.resolution, config.validation.views
+    renderer = SurfaceRenderer(resolution=config.validation.isosurface_resolution, supersample=2)
+    rows = []
+    for i in range(batch):
+        cameras = evaluation_cameras(config, 1)
+        sample = field if batch == 1 else FieldSample(field, i, batch)
+        try:
+            drawn = renderer(sample, cameras, height=size, width=size, background=config.background)
+            rows += [drawn.rgb[0], (drawn.camera_normal()[0] + 1) / 2]  # [V, H, W, 3] each
+        except EmptySurfaceError:
+            rows.append(torch.full((2 * views, size, size, 3), config.background))
+    return torch.cat(rows).permute(0, 3, 1, 2)
 
 
 def contact_sheet(
