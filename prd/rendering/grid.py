@@ -16,7 +16,7 @@ from torch import Tensor
 from prd.fields import Field
 from prd.rendering.isosurface import grid_points
 
-Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R], rgb [B, R, R, R, 3], deformation [B, R, R, R, 3] or None
+Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R]; rgb, deformation [B, R, R, R, 3], the latter or None
 
 NODES_A_CHUNK = 1 << 18  # points of one query where the field has no grid of its own
 
@@ -42,7 +42,7 @@ def evaluate_nodes(field: Field, resolution: int, batch: int = 1, device: torch.
 
 
 def sdf_gradient_grid(sdf: Tensor) -> Tensor:
-    """Central differences of sdf [B, R, R, R] at its nodes, one-sided on the border: [B, R, R, R, 3], per scene unit."""
+    """Central differences of sdf [B, R, R, R], one-sided on the border: [B, R, R, R, 3], per scene unit."""
     spacing = 2 / (sdf.shape[1] - 1)
     return torch.stack(torch.gradient(sdf, spacing=spacing, dim=(1, 2, 3)), dim=-1)
 
@@ -60,8 +60,7 @@ class GridField:
         self.resolution = resolution
         self._sdf, self._rgb, self._deformation = evaluate_nodes(field, resolution, batch, device)
         self.gradient = sdf_gradient_grid(self._sdf)  # [B, R, R, R, 3], also what the eikonal loss looks at
-        sdf = self._sdf[..., None]
-        self._volume = torch.cat([sdf, self.gradient, self._rgb], dim=-1).permute(0, 4, 1, 2, 3)  # [B, 7, x, y, z]
+        self._volume = torch.cat([self._sdf[..., None], self.gradient, self._rgb], dim=-1)  # [B, x, y, z, 7]
 
     def grid(self, resolution: int) -> Grid:
         """The values at the nodes; `resolution` must be the one this field was evaluated at."""
@@ -79,36 +78,40 @@ class GridField:
         return sdf, gradient, values[..., 4:]
 
     def sdf(self, points: Tensor) -> Tensor:
-        outside = points - points.clamp(-1, 1)
-        return interpolate(self._sdf[:, None], points) + outside.norm(dim=-1, keepdim=True)
+        values = interpolate(self._sdf[..., None], points)
+        return _beyond_cube(values, values.detach().expand(-1, -1, 3), points)[0]
 
     def rgb(self, points: Tensor) -> Tensor:
-        return interpolate(self._volume[:, 4:], points)
+        return interpolate(self._volume[..., 4:], points)
 
     def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        values = interpolate(self._volume[:, :4], points)
+        values = interpolate(self._volume[..., :4], points)
         return _beyond_cube(values[..., :1], values[..., 1:], points)
 
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._deformation is None:
             return self.sdf(points), None
-        return self.sdf(points), interpolate(self._deformation.permute(0, 4, 1, 2, 3), points)
+        return self.sdf(points), interpolate(self._deformation, points)
 
 
 def interpolate(volume: Tensor, points: Tensor) -> Tensor:
-    """Trilinear values [B, N, C] at points [B, N, 3] of volume [B, C, x, y, z]; the border's value beyond the cube."""
+    """Trilinear values [B, N, C] at points [B, N, 3] of volume [B, x, y, z, C]; the border's value beyond the cube."""
     if points.ndim != 3 or points.shape[0] != volume.shape[0] or points.shape[2] != 3:
         raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {volume.shape[0]}")
-    lookup = points.detach().flip(-1)[:, None, None]  # grid_sample takes the last axis of the volume first
-    values = F.grid_sample(volume, lookup.to(volume.dtype), padding_mode="border", align_corners=True)
+    lookup = points.detach()[:, None, None].to(volume.dtype)
+    channels_first = volume.permute(0, 4, 3, 2, 1)  # [B, C, z, y, x]: grid_sample's own order
+    values = F.grid_sample(channels_first, lookup, padding_mode="border", align_corners=True)
     return values[:, :, 0, 0].transpose(1, 2)
 
 
 def _beyond_cube(sdf: Tensor, gradient: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the distance to the cube, and its gradient, at the points outside."""
-    outside = points - points.clamp(-1, 1)
-    if not bool(outside.any()):
+    """Add the distance to the cube, and its gradient, at the points outside; on clipped rays these are few or none."""
+    beyond = (points.detach().abs() > 1).any(dim=-1)  # [B, N]
+    if not bool(beyond.any()):
         return sdf, gradient
+    outside = points[beyond] - points[beyond].clamp(-1, 1)
     distance = outside.norm(dim=-1, keepdim=True)
-    away = outside / distance.clamp(min=torch.finfo(points.dtype).tiny)
-    return sdf + distance, torch.where(outside == 0, gradient, away)
+    added = torch.zeros_like(sdf)
+    added[beyond] = distance.to(sdf.dtype)
+    along = torch.where(outside == 0, gradient[beyond], (outside / distance).to(gradient.dtype))
+    return sdf + added, gradient.index_put((beyond,), along)

@@ -6,6 +6,7 @@ published TriplaneTurbo (uniform, or a uniform proposal refined where its opacit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,21 +30,21 @@ def neus_alpha(sdf: Tensor, cos: Tensor, dt: Tensor, inv_std: float | Tensor, fl
     cos      [...]   direction . normal, <= 0 (a leaving ray does not absorb: clamp before)
     dt       [...]   segment length, scene units
     inv_std  scalar  s of the logistic density; 1/s is the width of the surface
-    floor    scalar  0: the exact fraction 1 - Phi_s(after) / Phi_s(before), by logarithms, so that it is 0 in empty
-                     space and has a gradient deep inside; 1e-5: the published code's (difference + floor) / (before + floor)
+    floor    scalar  0: the exact 1 - Phi_s(after) / Phi_s(before), in a form that is 0 in empty space and does not divide
+                     by a vanishing Phi_s inside; 1e-5: the published (difference + floor) / (before + floor)
 
     Returns alpha [...] in [0, 1], differentiable in every argument.
     """
     half = 0.5 * cos * dt
     before, after = inv_std * (sdf - half), inv_std * (sdf + half)
     if floor == 0:
-        return -torch.expm1((F.logsigmoid(after) - F.logsigmoid(before)).clamp(max=0))
+        return torch.sigmoid(-after) * -torch.expm1(after - before)
     before, after = torch.sigmoid(before), torch.sigmoid(after)
     return ((before - after + floor) / (before + floor)).clamp(0, 1)
 
 
 def render_weights(alpha: Tensor) -> Tensor:
-    """Share of each segment in its ray's colour, alpha_i prod_{j<i} (1 - alpha_j); [..., N] to [..., N] (NeuS, Eq. 11)."""
+    """Share of each segment in its ray, alpha_i prod_{j<i} (1 - alpha_j); [..., N] to [..., N] (NeuS, Eq. 11)."""
     transmittance = torch.cumprod(1 - alpha[..., :-1], dim=-1)
     return alpha * F.pad(transmittance, (1, 0), value=1.0)
 
@@ -62,26 +63,26 @@ def cube_near_far(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     return near, torch.maximum(near, far)
 
 
-def resample_edges(edges: Tensor, cdf: Tensor, count: int, jitter: Tensor) -> Tensor:
-    """Edges [..., count + 1] of intervals whose middles have the quantiles (i + jitter) / count of a distribution.
+def edges_around(middles: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Edges [..., S + 1] halfway between ascending middles [..., S]; the outermost stay within [low, high], [..., 1]."""
+    inner = (middles[..., 1:] + middles[..., :-1]) / 2
+    first = torch.maximum(1.5 * middles[..., :1] - 0.5 * middles[..., 1:2], low)
+    last = torch.minimum(1.5 * middles[..., -1:] - 0.5 * middles[..., -2:-1], high)
+    return torch.cat([first, inner, last], dim=-1)
 
-    edges, cdf [..., M]: the distribution, piecewise linear between `edges`; jitter [..., 1] in [0, 1), one offset a ray.
-    An interval ends halfway between two middles; the outermost do not leave the range of `edges`.
+
+def quantiles(edges: Tensor, cdf: Tensor, shares: Tensor) -> Tensor:
+    """Where a distribution reaches shares [..., S] in [0, 1) of its mass: [..., S].
+
+    edges, cdf [..., M]: the distribution, piecewise linear between ascending `edges`.
     """
-    steps = torch.arange(count, dtype=edges.dtype, device=edges.device)
-    low, high = cdf[..., :1], cdf[..., -1:]
-    u = low + (steps + jitter) * (high - low) / count  # [..., count]
+    u = cdf[..., :1] + shares * (cdf[..., -1:] - cdf[..., :1])
     right = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, edges.shape[-1] - 1)
     u0, u1 = cdf.gather(-1, right - 1), cdf.gather(-1, right)
     t0, t1 = edges.gather(-1, right - 1), edges.gather(-1, right)
     width = u1 - u0
     share = torch.where(width < 1e-10, 0.5, (u - u0) / width.clamp(min=1e-10))
-    middle = t0 + share * (t1 - t0)
-    inner = (middle[..., 1:] + middle[..., :-1]) / 2
-    first = 1.5 * middle[..., :1] - 0.5 * middle[..., 1:2]
-    last = 1.5 * middle[..., -1:] - 0.5 * middle[..., -2:-1]
-    first, last = torch.maximum(first, edges[..., :1]), torch.minimum(last, edges[..., -1:])
-    return torch.cat([first, inner, last], dim=-1)
+    return t0 + share * (t1 - t0)
 
 
 class RayBundle(NamedTuple):
@@ -207,7 +208,8 @@ class VolumeRenderer:
         shape = (cameras.batch, cameras.views, height, width)
         total = rays.origins.shape[1]
         step = self.max_rays or total
-        parts = [self.march(field, rays.rows(start, start + step)) for start in range(0, total, step)]
+        bundles = [rays.rows(start, start + step) for start in range(0, total, step)]
+        parts = [self.march(field, bundle, self.sample_edges(field, bundle)) for bundle in bundles]
 
         def image(per_ray: list[Tensor]) -> Tensor:
             return torch.cat(per_ray, dim=1).view(*shape, -1)
@@ -253,9 +255,12 @@ class VolumeRenderer:
         Uniform between near and far; with importance sampling these are a proposal, whose density comes from a frontal
         surface (cos = -1) over a step of 2 sqrt(3) / num_samples, as published; the fine ones are added to it.
         """
-        span = torch.cat([rays.near, rays.far], dim=-1)
-        unit = torch.tensor([0.0, 1.0], dtype=span.dtype, device=span.device).expand_as(span)
-        edges = resample_edges(span, unit, self.num_importance_samples or self.num_samples, rays.jitter[0])
+        def shares(count: int, jitter: Tensor) -> Tensor:
+            return (torch.arange(count, dtype=jitter.dtype, device=jitter.device) + jitter) / count
+
+        count = self.num_importance_samples or self.num_samples
+        middles = rays.near + (rays.far - rays.near) * shares(count, rays.jitter[0])
+        edges = edges_around(middles, rays.near, rays.far)
         if not self.num_importance_samples:
             return edges
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
@@ -265,24 +270,23 @@ class VolumeRenderer:
         transmittance = torch.exp(-torch.cumsum(alpha / step * widths, dim=-1))
         cdf = F.pad(1 - transmittance[..., :-1], (1, 0), value=0.0)  # at the edges but the last
         cdf = F.pad(cdf, (0, 1), value=1.0)  # what is left lies at the end
-        fine = resample_edges(edges, cdf, self.num_samples, rays.jitter[1])
+        fine = quantiles(edges, cdf, shares(self.num_samples, rays.jitter[1]))
+        fine = edges_around(fine, edges[..., :1], edges[..., -1:])
         return torch.cat([edges, fine], dim=-1).sort(dim=-1).values
 
-    def march(self, field: Field, rays: RayBundle) -> RayColours:
-        """Opacity, colour and normals along rays.
+    def march(self, field: Field, rays: RayBundle, edges: Tensor) -> RayColours:
+        """Opacity, colour and normals along rays whose segments end at edges [B, M, S + 1].
 
         Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
         is put back among the others'.
         """
-        edges = self.sample_edges(field, rays)
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
-        segments = widths.shape[-1]
+        batch, count, segments = widths.shape
         points = rays.points(middles)
         index, valid = self._relevant(field, points, widths)  # [B, K]
         ray = index // segments
-        looked = points.gather(1, _to3(index))
         directions = rays.directions.gather(1, _to3(ray))
-        sdf, gradient, colour = _query(field, looked)
+        sdf, gradient, colour = _query(field, points.gather(1, _to3(index)))
         normal = F.normalize(gradient, dim=-1, eps=NORMAL_EPS)
         cos = (directions * normal).sum(-1).clamp(max=0)
         dt = widths.flatten(1).gather(1, index)
@@ -292,35 +296,37 @@ class VolumeRenderer:
         w = (weights.flatten(1).gather(1, index) * valid)[..., None]  # [B, K, 1]
         colour_w = scale_gradient(w, self.rgb_weight_gradient_scale)
         colour = scale_gradient(colour, self.rgb_gradient_scale)
-        sums = torch.cat([colour_w * colour, colour_w, w * normal], dim=-1)  # [B, K, 7]
-        empty = sums.new_zeros(*rays.origins.shape[:2], 7)
-        rgb, rgb_opacity, normals = empty.scatter_add(1, ray[..., None].expand_as(sums), sums).split([3, 1, 3], dim=-1)
+        parts = torch.cat([colour_w * colour, colour_w, w * normal], dim=-1)  # [B, K, 7]
+        row = (ray + torch.arange(batch, device=ray.device)[:, None] * count).flatten()
+        sums = parts.new_zeros(batch * count, 7).index_add(0, row, parts.flatten(0, 1)).view(batch, count, 7)
+        rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, gradient)
 
     @torch.no_grad()
     def _relevant(self, field: Field, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
         """Segments whose weight may reach `cull_below`: their index among M * S and whether it counts, [B, K] each.
 
-        A segment's opacity is at most that of a frontal surface; what reaches it is estimated from the change of the
-        signed distance from one segment to the next. K is the most any sample needs (at least 1); the rest is padding.
+        K is the most any sample of the batch needs (at least 1); the rest is padding. Bounds instead of exact
+        opacities, without exponentials: a segment's is at most exp(-s (sdf - dt / 2)), and between two middles the
+        density's logarithm, min(s sdf, 0) up to log 2, falls by what is absorbed.
         """
-        batch, count = points.shape[:2]
+        batch, total = points.shape[:2]
+        everything = torch.arange(total, device=points.device).expand(batch, -1)
         if self.cull_below == 0:
-            index = torch.arange(count, device=points.device).expand(batch, -1)
-            return index, torch.ones_like(index, dtype=points.dtype)
+            return everything, torch.ones_like(everything, dtype=points.dtype)
         sdf = field.sdf(points).view(widths.shape)
-        keep = neus_alpha(sdf, -torch.ones_like(sdf), widths, self.inv_std)
-        drop = F.logsigmoid(self.inv_std * sdf)  # the density's logarithm falls by the opacity passed
-        passed = (drop[..., 1:] - drop[..., :-1]).clamp(max=0).cumsum(dim=-1)
-        keep[..., 2:] *= passed[..., :-1].exp()  # up to the middle of the segment before
-        relevant = (keep > self.cull_below).flatten(1)
+        limit = math.log(self.cull_below)
+        relevant = (self.inv_std * (0.5 * widths - sdf) > limit) & (widths > 0)
+        density = (self.inv_std * sdf).clamp(max=0)
+        passed = density.diff(dim=-1).clamp(max=0).cumsum(dim=-1)  # log of the transmittance from middle 0 to i + 1
+        relevant[..., 2:] &= passed[..., :-1] > limit
+        relevant = relevant.flatten(1)
         counts = relevant.sum(dim=1, keepdim=True)
         size = max(int(counts.max()), 1)
-        slots = torch.arange(size, device=points.device)
+        slots = torch.arange(size, device=points.device) < counts  # [B, K]
         place = torch.where(relevant, relevant.cumsum(dim=1) - 1, size)  # the others go to a last, dropped slot
-        everything = torch.arange(count, device=points.device).expand(batch, -1)
         index = everything.new_zeros(batch, size + 1).scatter_(1, place, everything)[:, :size]
-        return index * (slots < counts), (slots < counts).to(points.dtype)
+        return index * slots, slots.to(points.dtype)
 
 
 def _to3(index: Tensor) -> Tensor:
