@@ -7,11 +7,15 @@ micro-batches and exchanged between processes once a step, so the student needs 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prd.base import load_base
+from prd.cameras import Cameras
+from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.progressive import Judge, JudgeLog, draw_generator, judge_views, rollout
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields import Field
 from prd.rendering.grid import GridField
+from prd.rendering.views import Views
 from prd.toybox.score import summarise
 from prd.training.build import (
     at,
@@ -35,6 +42,14 @@ from prd.training.build import (
     learning_rate,
     load_teachers,
 )
+from prd.training.checkpoints import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+)
 from prd.training.config import TrainConfig, dump_config, save_config
 from prd.training.prompts import load_corpus
 from prd.training.validation import contact_sheet, export_meshes, measure, toybox_splits
@@ -43,11 +58,23 @@ logger = logging.getLogger(__name__)
 
 PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS = range(5)  # streams of random numbers
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
+MOST_SKIPPED = 10  # steps in a row without a finite gradient
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
 
 
 class CollapseError(RuntimeError):
     """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees: returning and fetching its pages again costs a CPU step up to half its time."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3  # mallopt's names for them
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, -1)
+    except (OSError, AttributeError):  # another C library: nothing to tune
+        logger.debug("no glibc: memory is returned to the system as its allocator likes")
 
 
 class Trainer:
@@ -58,6 +85,7 @@ class Trainer:
         self.started = time.time()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // processes))
+        keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to)
         torch.manual_seed(config.seed)
         self.folder = Path(config.output_dir)
@@ -72,6 +100,8 @@ class Trainer:
         self.lr_factor = learning_rate(config)
         self.cameras = camera_sampling(config)
         self.timesteps = self.student.timesteps(config.num_denoising_steps)
+        self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self.skipped = 0  # steps in a row
 
     @property
     def device(self) -> torch.device:
@@ -87,16 +117,25 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(config.gradient_accumulation_steps):
-            self.accumulate(step, micro, log)
+        try:
+            for micro in range(config.gradient_accumulation_steps):
+                self.accumulate(step, micro, log)
+        except NonFinitePrediction as error:
+            logger.warning("step %d: %s", step, error)
+            for parameter in self.parameters:  # every process must skip the same step
+                parameter.grad = torch.full_like(parameter, float("nan"))
         self.exchange_gradients()
         limit = config.optimizer.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        if bool(torch.isfinite(norm)):
+        self.skipped = 0 if bool(torch.isfinite(norm)) else self.skipped + 1
+        if self.skipped == 0:
             self.optimizer.step()
-        else:
-            log.add("skipped_steps", 1.0)
+            self.update_average(step)
+        elif self.skipped < MOST_SKIPPED:
             logger.warning("step %d: the gradient is not finite; the step was skipped", step)
+        else:
+            raise FloatingPointError(f"step {step}: {self.skipped} steps in a row had no finite gradient; lower the lr")
+        log.add("skipped", float(self.skipped > 0))
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
 
     def accumulate(self, step: int, micro: int, log: JudgeLog) -> None:
@@ -109,41 +148,11 @@ class Trainer:
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
         ]
 
-        def supervise(k: int, field: Field) -> Tensor:
+        def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
             cameras = self.cameras.sample(torch.rand(len(prompts), 3, generator=draws[CAMERAS])).to(self.device)
             loss = torch.zeros((), device=self.device)
-            fast = GridField(field, config.volume.grid_resolution) if config.volume.grid_resolution else field
-            for renderer in renderers_of(config, step, k):
-                if renderer == "volume":
-                    views, gradient = build_volume_renderer(config, step).render_with_samples(
-                        fast,
-                        cameras,
-                        height=config.volume.height,
-                        width=config.volume.width,
-                        background=config.background,
-                        generator=draws[JITTER],
-                    )
-                    eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
-                    opacity = views.opacity.detach().mean()
-                    log.add("opacity", opacity)
-                    log.add("eikonal", eikonal.detach())
-                    if step < COLLAPSE_WATCH and float(opacity) < COLLAPSED_OPACITY:
-                        raise CollapseError(
-                            f"step {step}: mean opacity {float(opacity):.3f}: the object has vanished; lower optimizer.lr "
-                            "or volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
-                        )
-                    loss = loss + at(config.regularizers.eikonal, config, step) * eikonal
-                    loss = loss + at(config.regularizers.sparsity, config, step) * sparsity
-                else:
-                    views, stats = build_surface_renderer(config, step).render_with_stats(
-                        fast if config.volume.grid_resolution == config.surface.grid_resolution else field,
-                        cameras,
-                        height=config.surface.height,
-                        width=config.surface.width,
-                        background=config.background,
-                    )
-                    log.add("surfaces_corrected", stats.corrected.sum())
-                loss = loss + judge_views(views, judges, prompts, draws[TEACHERS], log, renderer)
+            for name, views, regularizer in self.render(step, k, field, cameras, draws[JITTER], log):
+                loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
             return loss / config.gradient_accumulation_steps
 
         def noise(k: int) -> Tensor:
@@ -162,6 +171,49 @@ class Trainer:
                 noise=noise,
             )
 
+    def render(
+        self, step: int, k: int, field: Field, cameras: Cameras, jitter: torch.Generator, log: JudgeLog
+    ) -> Iterator[tuple[str, Views, Tensor]]:
+        """Dual rendering: (renderer, its views, the regularisers it carries) of estimate k."""
+        config = self.config
+        resolution = config.volume.grid_resolution
+        grid = GridField(field, resolution) if resolution else field
+        for name in renderers_of(config, step, k):
+            if name == "volume":
+                views, gradient = build_volume_renderer(config, step).render_with_samples(
+                    grid,
+                    cameras,
+                    height=config.volume.height,
+                    width=config.volume.width,
+                    background=config.background,
+                    generator=jitter,
+                )
+                yield name, views, self.regularizer(step, views, gradient, log)
+            else:
+                views, stats = build_surface_renderer(config, step).render_with_stats(
+                    grid if resolution == config.surface.grid_resolution else field,
+                    cameras,
+                    height=config.surface.height,
+                    width=config.surface.width,
+                    background=config.background,
+                )
+                log.add("surfaces_corrected", stats.corrected.sum())
+                yield name, views, torch.zeros((), device=self.device)
+
+    def regularizer(self, step: int, views: Views, gradient: Tensor, log: JudgeLog) -> Tensor:
+        """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
+        weights = self.config.regularizers
+        eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
+        opacity = float(views.opacity.detach().mean())
+        log.add("opacity", opacity)
+        log.add("eikonal", eikonal.detach())
+        if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
+            raise CollapseError(
+                f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
+                "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
+            )
+        return at(weights.eikonal, self.config, step) * eikonal + at(weights.sparsity, self.config, step) * sparsity
+
     def exchange_gradients(self) -> None:
         """Average the accumulated gradients over the processes: one exchange a step."""
         if self.accelerator.num_processes == 1:
@@ -170,6 +222,59 @@ class Trainer:
         flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
         for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = part.view_as(p)
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """The moving average of the trained weights, with a shorter memory at the start."""
+        if self.average is not None and self.config.ema_decay is not None:
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The averaged weights in the student's place, if the run averages them."""
+        if self.average is None:
+            yield
+            return
+        trained = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.parameters, trained)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> Path:
+        """Write `checkpoint-{step}`: adapter, optimizer, average. Draws are keyed by the step and need no state."""
+        tensors, plain = optimizer_state(self.optimizer)
+        groups = {"adapter": self.student.adapter_state_dict(), "optimizer": tensors}
+        if self.average is not None:
+            groups["average"] = {str(i): value for i, value in enumerate(self.average)}
+        return save_checkpoint(
+            self.folder, step, groups, {"optimizer": plain}, total_limit=self.config.checkpoints_total_limit
+        )
+
+    def resume(self) -> int:
+        """Load the checkpoint the config names; returns the steps done, 0 without one."""
+        name = self.config.resume_from_checkpoint
+        if name is None:
+            return 0
+        path = latest_checkpoint(self.folder) if name == "latest" else Path(name)
+        if path is None:
+            raise CheckpointError(
+                f"resume_from_checkpoint='latest': {self.folder} has no checkpoint; leave it out to start afresh"
+            )
+        checkpoint = load_checkpoint(path)
+        self.student.load_adapter_state_dict(checkpoint.tensors["adapter"])
+        load_optimizer_state(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        if self.average is not None:
+            saved = checkpoint.tensors.get("average")
+            if saved is None:
+                raise CheckpointError(f"{path}: holds no averaged weights; resume without ema_decay")
+            self.average = [saved[str(i)].to(self.device) for i in range(len(self.parameters))]
+        return checkpoint.step
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -181,9 +286,12 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
+        first = self.resume()
+        if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
-        metrics = (self.folder / "metrics.jsonl").open("w") if main else None
-        bar = tqdm(range(config.max_train_steps), disable=not main, desc="train", mininterval=1.0)
+        metrics = open_metrics(self.folder / "metrics.jsonl", first) if main else None
+        steps = range(first, config.max_train_steps)
+        bar = tqdm(steps, initial=first, total=config.max_train_steps, disable=not main, desc="train", mininterval=1.0)
         shown: dict[str, str] = {}
         for step in bar:
             values = self.train_step(step)
@@ -196,23 +304,27 @@ class Trainer:
                 metrics.write(json.dumps({"step": step + 1, **_rounded(values)}) + "\n")
                 metrics.flush()
             bar.set_postfix(shown)
+            if main and (step + 1) % config.checkpointing_steps == 0:
+                self.save(step + 1)
             if config.max_train_minutes and (time.time() - self.started) / 60 > config.max_train_minutes:
                 logger.warning("max_train_minutes=%g reached after %d steps", config.max_train_minutes, step + 1)
                 break
         if main:
-            self.finish()
+            with self.averaged_weights():
+                self.finish()
         self.accelerator.wait_for_everyone()
         return self.folder
 
     def quick_recognition(self) -> float:
         """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
-        scores = measure(
-            self.student,
-            self.encoder,
-            self.config.validation.prompts,
-            seed=self.config.seed,
-            num_inference_steps=self.config.validation.num_inference_steps,
-        )
+        with self.averaged_weights():
+            scores = measure(
+                self.student,
+                self.encoder,
+                self.config.validation.prompts,
+                seed=self.config.seed,
+                num_inference_steps=self.config.validation.num_inference_steps,
+            )
         return sum(s.recognised for s in scores) / len(scores)
 
     def finish(self) -> None:
@@ -241,6 +353,15 @@ class Trainer:
             (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
             print("\n".join(lines))
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
+
+
+def open_metrics(path: Path, steps: int) -> TextIO:
+    """metrics.jsonl, ready for the line after `steps`; lines of later steps, from before a resume, are dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines() if steps and path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= steps]
+    stream = path.open("w", encoding="utf-8")
+    stream.writelines(line + "\n" for line in kept)
+    return stream
 
 
 def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
