@@ -58,7 +58,9 @@ class GridField:
         if resolution < 2:
             raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
         self.resolution = resolution
-        self._sdf, self._rgb, self._deformation = evaluate_nodes(field, resolution, batch, device)
+        sdf, rgb, deformation = evaluate_nodes(field, resolution, batch, device)
+        self._sdf, self._rgb = _at_least_float32(sdf), _at_least_float32(rgb)
+        self._deformation = None if deformation is None else _at_least_float32(deformation)
         self.gradient = sdf_gradient_grid(self._sdf)  # [B, R, R, R, 3], also what the eikonal loss looks at
         self._volume = torch.cat([self._sdf[..., None], self.gradient, self._rgb], dim=-1)  # [B, x, y, z, 7]
 
@@ -102,6 +104,11 @@ def interpolate(volume: Tensor, points: Tensor) -> Tensor:
     channels_first = volume.permute(0, 4, 3, 2, 1)  # [B, C, z, y, x]: grid_sample's own order
     values = F.grid_sample(channels_first, lookup, padding_mode="border", align_corners=True)
     return values[:, :, 0, 0].transpose(1, 2)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """F.grid_sample in half precision is wrong on CPUs, and a mixed-precision field answers in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _beyond_cube(sdf: Tensor, gradient: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

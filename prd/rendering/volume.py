@@ -30,8 +30,8 @@ def neus_alpha(sdf: Tensor, cos: Tensor, dt: Tensor, inv_std: float | Tensor, fl
     cos      [...]   direction . normal, <= 0 (a leaving ray does not absorb: clamp before)
     dt       [...]   segment length, scene units
     inv_std  scalar  s of the logistic density; 1/s is the width of the surface
-    floor    scalar  0: the exact 1 - Phi_s(after) / Phi_s(before), in a form that is 0 in empty space and does not divide
-                     by a vanishing Phi_s inside; 1e-5: the published (difference + floor) / (before + floor)
+    floor    scalar  0: exactly 1 - Phi_s(after) / Phi_s(before), in a form that is 0 in empty space and divides by no
+                     vanishing Phi_s inside; 1e-5: the published (difference + floor) / (before + floor)
 
     Returns alpha [...] in [0, 1], differentiable in every argument.
     """
@@ -64,7 +64,7 @@ def cube_near_far(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edges_around(middles: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Edges [..., S + 1] halfway between ascending middles [..., S]; the outermost stay within [low, high], [..., 1]."""
+    """Edges [..., S + 1] halfway between ascending middles [..., S], the outermost within low and high [..., 1]."""
     inner = (middles[..., 1:] + middles[..., :-1]) / 2
     first = torch.maximum(1.5 * middles[..., :1] - 0.5 * middles[..., 1:2], low)
     last = torch.minimum(1.5 * middles[..., -1:] - 0.5 * middles[..., -2:-1], high)
@@ -99,7 +99,8 @@ class RayBundle(NamedTuple):
 
     def rows(self, start: int, stop: int) -> RayBundle:
         rays = slice(start, stop)
-        return RayBundle(*(part[:, rays] for part in self[:4]), self.jitter[:, :, rays])
+        origins, directions, near, far = (part[:, rays] for part in self[:4])
+        return RayBundle(origins, directions, near, far, self.jitter[:, :, rays])
 
     def points(self, t: Tensor) -> Tensor:
         """The points at distances t [B, M, S]: [B, M * S, 3]."""
@@ -255,6 +256,7 @@ class VolumeRenderer:
         Uniform between near and far; with importance sampling these are a proposal, whose density comes from a frontal
         surface (cos = -1) over a step of 2 sqrt(3) / num_samples, as published; the fine ones are added to it.
         """
+
         def shares(count: int, jitter: Tensor) -> Tensor:
             return (torch.arange(count, dtype=jitter.dtype, device=jitter.device) + jitter) / count
 

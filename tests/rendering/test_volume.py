@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from prd.cameras import Cameras, orbit_cameras
+from prd.fields import AutogradGradient
+from prd.rendering.volume import VolumeRenderer, cube_near_far, neus_alpha, render_weights
+
+SHARP = VolumeRenderer(num_samples=256, inv_std=400.0)
+SOFT = VolumeRenderer(num_samples=48, inv_std=30.0, cull_below=0)
+
+
+class Sphere(AutogradGradient):
+    """Spheres of radius [B] around the origin, whose colour is p / 2 + 0.5."""
+
+    def __init__(self, radius: Tensor) -> None:
+        self.radius = radius
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return points.norm(dim=-1, keepdim=True) - self.radius[:, None, None]
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return 0.5 * points + 0.5
+
+
+def two_cameras(dtype: torch.dtype = torch.float32, batch: int = 1) -> Cameras:
+    elevation = torch.tensor([[20.0, -35.0]], dtype=dtype).expand(batch, -1)
+    azimuth = torch.tensor([[0.0, 110.0]], dtype=dtype).expand(batch, -1)
+    return orbit_cameras(elevation, azimuth, 2.4, 50.0)
+
+
+def first_hits(cameras: Cameras, size: int, radius: float) -> tuple[Tensor, Tensor]:
+    """Distance to the sphere along each ray (nan: missed) and the rays' smallest distance to the centre."""
+    origins, directions = cameras.rays(size, size)
+    middle = -(origins * directions).sum(-1)
+    miss = (origins + middle[..., None] * directions).norm(dim=-1)
+    return middle - (radius**2 - miss**2).sqrt(), miss
+
+
+def test_sphere_matches_its_silhouette_normal_colour_and_depth() -> None:
+    cameras, radius, size = two_cameras(), 0.6, 24
+    views = SHARP(Sphere(torch.tensor([radius])), cameras, height=size, width=size, background=0.25)
+    distance, miss = first_hits(cameras, size, radius)
+    inside, outside = miss < radius - 0.06, miss > radius + 0.06
+    assert inside.sum() > 100 and outside.sum() > 100
+    assert views.opacity[inside].min() > 0.99 and views.opacity[outside].max() < 1e-3
+    origins, directions = cameras.rays(size, size)
+    hit = (origins + distance[..., None] * directions)[inside]
+    assert (views.normal[inside] - hit / radius).norm(dim=-1).max() < 0.03
+    assert (views.rgb[inside] - (0.5 * hit + 0.5)).abs().max() < 0.01
+    assert (views.rgb[outside] - 0.25).abs().max() < 1e-3
+    forward = -cameras.camera_to_world[..., :3, 2][:, :, None, None]
+    z = (distance[..., None] * (directions * forward).sum(-1, keepdim=True))[inside]
+    near, far = (float(plane[0, 0]) for plane in cameras.near_far)
+    assert (views.depth[inside] - z).abs().max() < 0.01
+    assert (views.disparity[inside] - (far - z) / (far - near)).abs().max() < 0.005
+    assert views.disparity[outside].max() < 1e-3
+
+
+def test_a_ray_that_misses_everything_is_empty() -> None:
+    views, gradient = VolumeRenderer(num_samples=64).render_with_samples(
+        Sphere(torch.tensor([-3.0])), two_cameras(), height=8, width=8, background=torch.full((3,), 0.3)
+    )
+    assert views.opacity.max() == 0 and views.normal.abs().max() == 0 and views.disparity.max() < 1e-6
+    torch.testing.assert_close(views.rgb, torch.full_like(views.rgb, 0.3))
+    assert torch.isfinite(gradient).all()
+    without_culling = VolumeRenderer(num_samples=64, cull_below=0)
+    assert without_culling(Sphere(torch.tensor([-3.0])), two_cameras(), height=8, width=8).opacity.max() < 1e-6
+
+
+def test_the_published_floor_leaks_and_is_an_option() -> None:
+    published = VolumeRenderer(num_samples=64, alpha_floor=1e-5, cull_below=0, near=0.1, far=4.0)
+    opacity = published(Sphere(torch.tensor([-3.0])), two_cameras(), height=4, width=4).opacity
+    torch.testing.assert_close(opacity, torch.full_like(opacity, 64e-5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("image", ["opacity", "rgb", "normal", "disparity"])
+@pytest.mark.parametrize(
+    ("renderer", "step", "tolerance"),
+    [
+        (SOFT, 1e-5, 1e-5),
+        # the fine samples move with the radius and are not differentiated through: many, and a longer step
+        (replace(SOFT, num_samples=160, num_importance_samples=160), 1e-3, 0.05),
+    ],
+)
+def test_gradient_with_respect_to_the_radius(
+    image: str, renderer: VolumeRenderer, step: float, tolerance: float
+) -> None:
+    cameras = two_cameras(torch.float64)
+
+    def value(radius: Tensor) -> Tensor:
+        views = renderer(Sphere(radius), cameras, height=7, width=7, background=0.1)
+        picture: Tensor = getattr(views, image)
+        weights = torch.linspace(-1, 2, picture.numel(), dtype=torch.float64).cos().view_as(picture)
+        return (picture * weights).sum()
+
+    radius = torch.tensor([0.55], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(value(radius), radius)
+    with torch.no_grad():
+        expected = (value(radius + step) - value(radius - step)) / (2 * step)
+    assert abs(expected) > 0.05
+    assert abs(gradient - expected) <= tolerance * abs(expected)
+
+
+def test_culling_changes_next_to_nothing() -> None:
+    cameras = two_cameras(batch=2)
+    field = Sphere(torch.tensor([0.3, 0.7], requires_grad=True))
+    images, gradients = [], []
+    for cull_below in (0.0, 1e-4):
+        renderer = VolumeRenderer(num_samples=48, inv_std=64.0, cull_below=cull_below)
+        views, samples = renderer.render_with_samples(field, cameras, height=12, width=12)
+        images.append(torch.cat([views.rgb, views.normal, views.disparity, views.opacity], dim=-1))
+        gradients.append(torch.autograd.grad(images[-1].sum(), field.radius)[0])
+        counted = samples.shape[1]
+    assert counted < 0.5 * 2 * 12 * 12 * 48
+    assert (images[0] - images[1]).abs().max() < 2e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=0)
+
+
+def test_gradient_scales_touch_only_the_colour_image() -> None:
+    cameras = two_cameras()
+
+    class Painted(Sphere):
+        def __init__(self, radius: Tensor, colour: Tensor) -> None:
+            super().__init__(radius)
+            self.colour = colour
+
+        def rgb(self, points: Tensor) -> Tensor:
+            return self.colour.expand_as(points)
+
+    def gradients(renderer: VolumeRenderer, image: str) -> tuple[float, float]:
+        radius, colour = torch.tensor([0.5], requires_grad=True), torch.full((3,), 0.8, requires_grad=True)
+        views = renderer(Painted(radius, colour), cameras, height=8, width=8, background=0.2)
+        views_image: Tensor = getattr(views, image)
+        grads = torch.autograd.grad(views_image.sum(), (radius, colour), allow_unused=True)
+        return tuple(0.0 if g is None else float(g.sum()) for g in grads)  # type: ignore[return-value]
+
+    scaled = replace(SOFT, rgb_gradient_scale=0.01, rgb_weight_gradient_scale=0.1)
+    plain_radius, plain_colour = gradients(SOFT, "rgb")
+    radius, colour = gradients(scaled, "rgb")
+    assert plain_radius != 0 and plain_colour != 0
+    assert radius == pytest.approx(0.1 * plain_radius, rel=1e-4)
+    assert colour == pytest.approx(0.01 * plain_colour, rel=1e-4)
+    assert gradients(scaled, "opacity") == pytest.approx(gradients(SOFT, "opacity"), rel=1e-6)
+
+
+def test_second_order_gradient_reaches_the_field() -> None:
+    class Scaled(Sphere):
+        def sdf(self, points: Tensor) -> Tensor:
+            return self.radius[:, None, None] * (points.norm(dim=-1, keepdim=True) - 0.5)
+
+    scale = torch.tensor([1.5], requires_grad=True)
+    _, gradient = SOFT.render_with_samples(Scaled(scale), two_cameras(), height=4, width=4)
+    loss = (gradient.norm(dim=-1) - 1).square().mean()
+    torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], torch.tensor([1.0]), rtol=1e-4, atol=0)
+
+
+def test_chunks_and_seeds_do_not_change_the_image() -> None:
+    field, cameras = Sphere(torch.tensor([0.5, 0.4])), two_cameras(batch=2)
+    renderer = VolumeRenderer(num_samples=16, num_importance_samples=16)
+
+    def draw(renderer: VolumeRenderer, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return renderer(field, cameras, height=6, width=6, generator=generator).rgb
+
+    torch.testing.assert_close(draw(renderer, 1), draw(replace(renderer, max_rays=7), 1), rtol=0, atol=1e-6)
+    assert torch.equal(draw(renderer, 1), draw(renderer, 1))
+    assert not torch.equal(draw(renderer, 1), draw(renderer, 2))
+
+
+def test_importance_sampling_refines_a_thin_surface() -> None:
+    cameras, sphere = two_cameras(), Sphere(torch.tensor([0.6]))
+    exact = VolumeRenderer(num_samples=2000, inv_std=200.0)(sphere, cameras, height=12, width=12)
+    errors = [
+        float((renderer(sphere, cameras, height=12, width=12).depth - exact.depth).abs().mean())
+        for renderer in (
+            VolumeRenderer(num_samples=64, inv_std=200.0),
+            VolumeRenderer(num_samples=32, num_importance_samples=32, inv_std=200.0),
+        )
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_alpha_is_exact_and_finite_everywhere() -> None:
+    sdf = torch.linspace(-3, 3, 61, requires_grad=True)
+    cos, dt = torch.tensor(-0.7), torch.tensor(0.05)
+    alpha = neus_alpha(sdf, cos, dt, 100.0)
+    wide = sdf.detach().double()
+    before, after = torch.sigmoid(100 * (wide + 0.0175)), torch.sigmoid(100 * (wide - 0.0175))
+    torch.testing.assert_close(alpha.double(), 1 - after / before, rtol=1e-4, atol=1e-6)
+    alpha.sum().backward()
+    assert sdf.grad is not None and torch.isfinite(sdf.grad).all()
+
+
+def test_weights_sum_to_what_is_not_transmitted() -> None:
+    alpha = torch.rand(5, 9, dtype=torch.float64)
+    torch.testing.assert_close(render_weights(alpha).sum(-1), 1 - (1 - alpha).prod(-1))
+
+
+def test_rays_enter_and_leave_the_cube() -> None:
+    origins = torch.tensor([[3.0, 0, 0], [0, 0, 0], [3.0, 0, 0], [0, 5.0, 5.0]])
+    directions = torch.tensor([[-1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0], [0, -math.sqrt(0.5), -math.sqrt(0.5)]])
+    near, far = cube_near_far(origins, directions)
+    torch.testing.assert_close(near[[0, 1, 3], 0], torch.tensor([2.0, 0.0, 4 * math.sqrt(2)]))
+    torch.testing.assert_close(far[[0, 1, 3], 0], torch.tensor([4.0, 1.0, 6 * math.sqrt(2)]))
+    assert near[2] == far[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_samples": 1},
+        {"near": 0.1},
+        {"near": 2.0, "far": 1.0},
+        {"inv_std": 0.0},
+        {"alpha_floor": 1e-5},
+        {"max_rays": 0},
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        VolumeRenderer(**settings)  # type: ignore[arg-type]
+
+
+def test_jitter_of_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="jitter"):
+        SOFT.render_with_samples(
+            Sphere(torch.tensor([0.5])), two_cameras(), height=4, width=4, jitter=torch.zeros(1, 1, 2, 4, 5)
+        )
