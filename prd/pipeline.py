@@ -5,10 +5,11 @@ prompt -> text encoder -> K denoising steps of six latent planes -> decoder -> F
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -39,15 +40,15 @@ class TriplaneTurboOutput:
     meshes: list[Mesh | None]
     prompts: list[str]
     field: Field
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class TriplaneTurbo:
     """A frozen Stable Diffusion with a PETA adapter and its text encoder.
 
-        pipe = TriplaneTurbo.from_pretrained("toybox")
-        mesh = pipe("a red cube", generator=torch.Generator().manual_seed(0)).meshes[0]
-        mesh.export("cube.glb")
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    mesh = pipe("a red cube", generator=torch.Generator().manual_seed(0)).meshes[0]
+    mesh.export("cube.glb")
     """
 
     def __init__(self, student: TriplaneTurboGenerator, base: Base) -> None:
@@ -185,7 +186,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
         for folder in (path, path / "adapter"):
             if (folder / "adapter_config.json").is_file():
                 return folder
-        raise FileNotFoundError(f"{path}: holds no adapter_config.json; give a run folder or what save_pretrained wrote")
+        raise FileNotFoundError(f"{path}: holds no adapter_config.json; give a run folder or a saved adapter")
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
         raise FileNotFoundError(f"{name_or_path}: no such folder; give 'toybox', a run folder or a Hub id 'owner/name'")
     return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=ADAPTER_FILES))

@@ -125,5 +125,3 @@ def draw_generator(seed: int, step: int, process: int, stream: int) -> torch.Gen
     """Random numbers of one stream (noise, cameras, teachers, ...) of one optimiser step, the same after a resume."""
     mixed = (seed * 1_000_003 + step) * 1_000_003 + process * 1009 + stream
     return torch.Generator().manual_seed(mixed % (2**63))
-
-

@@ -75,7 +75,8 @@ class SphereTracer:
         forward = -cameras.camera_to_world[..., :3, 2]  # [B, V, 3]
         cosine = (directions * forward[:, :, None, None]).sum(-1, keepdim=True).flatten(1, 3)
         far = cameras.near_far[1]
-        depth = torch.where(hit, distance * cosine, far[:, :, None].expand(-1, -1, shape[2] * shape[3]).flatten(1)[..., None])
+        far_ray = far[:, :, None].expand(-1, -1, shape[2] * shape[3]).flatten(1)[..., None]
+        depth = torch.where(hit, distance * cosine, far_ray)
 
         def pool(x: Tensor) -> Tensor:
             images = x.view(*shape, -1).flatten(0, 1).permute(0, 3, 1, 2)  # [B*V, C, sH, sW]

@@ -55,9 +55,7 @@ class ViewPool:
             layers.append(torch.cat([_layers(configuration, _rows(cameras, i, 8)) for i in range(0, sets, 8)]))
         self.layers = torch.stack(layers)
 
-    def draw(
-        self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None
-    ) -> Batch:
+    def draw(self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None) -> Batch:
         """`count` four-view sets; `stacks` is the share of stacks, `only` one configuration."""
         singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
         pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]

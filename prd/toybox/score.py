@@ -146,9 +146,8 @@ def score_field(field: Field, prompts: Sequence[str], *, query_chunk: int = 1 <<
     keys = list(forms)
     grid = grid_points()
     batch = len(prompts)
-    sdf = torch.cat(
-        [field.sdf(chunk.expand(batch, -1, -1))[..., 0].float() for chunk in grid[None].split(query_chunk, dim=1)], dim=1
-    )
+    chunks = [field.sdf(chunk.expand(batch, -1, -1))[..., 0] for chunk in grid[None].split(query_chunk, dim=1)]
+    sdf = torch.cat(chunks, dim=1).float()  # [B, R^3]
     inside = sdf < 0  # [B, R^3]
     exact = torch.stack([forms[k].occupancy for k in keys])  # [F, R^3]
     both = inside.float() @ exact.float().T
@@ -168,10 +167,11 @@ def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys:
         form = forms[key]
         for part in range(len(key[0])):
             mine = form.owner == part
-            for name, value in albedo.items():
-                target = (value * form.shade[mine] + form.tint[mine]).clamp(0, 1)
+            for name, color_value in albedo.items():
+                target = (color_value * form.shade[mine] + form.tint[mine]).clamp(0, 1)
                 error[key, part, name] = float((colors[f][mine] - target).abs().sum() / (3 * len(form.points)))
-    best, best_score, own = "", -math.inf, (-math.inf, 0.0, 0.0, keys[0])
+    best, best_score = "", -math.inf
+    own: tuple[float, float, float, tuple] = (-math.inf, 0.0, 0.0, keys[0])
     for caption in all_captions():
         for form_index in range(caption.num_forms):
             key = _key(caption, form_index)
@@ -187,13 +187,13 @@ def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys:
         raise ValueError(f"prompt={prompt!r}: is no caption of the toy box")
     volume = inside.view(GRID, GRID, GRID)
     euler, pieces = topology(volume)
-    target = forms[key]
+    truth = forms[key]
     margin = None
     if len(key[0]) == 1 and key[0][0] in ASYMMETRIC_SHAPES:
         turned = [torch.rot90(volume, k, (0, 1)).reshape(-1) for k in (1, 2, 3)]
-        wrong_turns = [float((t & target.occupancy).sum() / (t | target.occupancy).sum().clamp(min=1)) for t in turned]
+        wrong_turns = [float((t & truth.occupancy).sum() / (t | truth.occupancy).sum().clamp(min=1)) for t in turned]
         margin = overlap - max(wrong_turns)
-    right = euler == target.euler and pieces == target.pieces
+    right = euler == truth.euler and pieces == truth.pieces
     return Score(prompt, best == prompt, best, value, overlap, wrong, margin, euler, right)
 
 

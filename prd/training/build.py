@@ -115,7 +115,8 @@ def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -
         from prd.training.adan import Adan
 
         return Adan(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    first, second = o.betas
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=(first, second), eps=o.eps, weight_decay=o.weight_decay)
 
 
 def learning_rate(config: TrainConfig) -> Callable[[int], float]:

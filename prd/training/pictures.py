@@ -17,7 +17,8 @@ def save_sheet(images: Tensor, path: Path | str, *, columns: int, scale: int = 2
     sheet = torch.ones(channels, rows * (height + gap), columns * (width + gap))
     for k, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
         r, c = divmod(k, columns)
-        sheet[:, r * (height + gap) : r * (height + gap) + height, c * (width + gap) : c * (width + gap) + width] = image
+        top, left = r * (height + gap), c * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
     pixels = (sheet.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(pixels)
     picture.resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST).save(path)

@@ -42,7 +42,7 @@ def generate_fields(
 ) -> list[tuple[list[str], Field]]:
     """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone."""
     generators = prompt_generators(seed, prompts)
-    batches = []
+    batches: list[tuple[list[str], Field]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         embeds = encoder(part).to(student.device)
