@@ -5,12 +5,16 @@ pipe = TriplaneTurbo.from_pretrained("toybox")
 pipe("a red cube on a blue cylinder").meshes[0].export("cube.glb")
 """
 
-from prd.cameras import Cameras, CameraSampling, orbit_cameras
-from prd.fields import Field
-from prd.mesh import Mesh
-from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
-from prd.rendering.isosurface import EmptySurfaceError
-from prd.rendering.views import Views
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prd.cameras import Cameras, CameraSampling, orbit_cameras
+    from prd.fields import Field
+    from prd.mesh import Mesh
+    from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
+    from prd.rendering.isosurface import EmptySurfaceError
+    from prd.rendering.views import Views
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +28,28 @@ __all__ = [
     "Views",
     "orbit_cameras",
 ]
+
+_MODULES = {
+    "CameraSampling": "cameras",
+    "Cameras": "cameras",
+    "EmptySurfaceError": "rendering.isosurface",
+    "Field": "fields",
+    "Mesh": "mesh",
+    "TriplaneTurbo": "pipeline",
+    "TriplaneTurboOutput": "pipeline",
+    "Views": "rendering.views",
+    "orbit_cameras": "cameras",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562): torch and diffusers take seconds to load."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'prd' has no attribute {name!r}")
+    value = getattr(import_module(f"prd.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

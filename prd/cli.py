@@ -7,8 +7,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from prd.mesh import SUFFIXES
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user are one sentence on standard error."""
@@ -18,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
     generate.add_argument("prompt")
-    generate.add_argument("-o", "--output", default="mesh.glb", help=f"file ending in {', '.join(SUFFIXES)}")
+    generate.add_argument("-o", "--output", default="mesh.glb", help="file ending in .glb, .obj or .ply")
     generate.add_argument("--adapter", default="toybox", help="'toybox', a run folder, an adapter folder or a Hub id")
     generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
     generate.add_argument("--seed", type=int, default=0)
@@ -40,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    import torch  # here, not above: `prd --help` must not wait for it
+
+    from prd.mesh import SUFFIXES
+
     if not args.output.endswith(SUFFIXES):
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
-    import torch
-
     from prd.pipeline import TriplaneTurbo
 
     pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=args.device)
@@ -68,11 +68,11 @@ def _train(overrides: Sequence[str]) -> int:
     from prd.training.trainer import Trainer
 
     try:
-        config = parse_args(overrides)
+        trainer = Trainer(parse_args(overrides))
     except ConfigError as error:
         print(f"prd train: {error}", file=sys.stderr)
         return 2
-    Trainer(config).train()
+    trainer.train()
     return 0
 
 
