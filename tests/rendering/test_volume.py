@@ -173,6 +173,7 @@ def test_chunks_and_seeds_do_not_change_the_image() -> None:
     assert not torch.equal(draw(renderer, 1), draw(renderer, 2))
 
 
+@torch.no_grad()
 def test_importance_sampling_refines_a_thin_surface() -> None:
     cameras, sphere = two_cameras(), Sphere(torch.tensor([0.6]))
     exact = VolumeRenderer(num_samples=2000, inv_std=200.0)(sphere, cameras, height=12, width=12)
