@@ -58,15 +58,13 @@ def grid_points(resolution: int = GRID) -> Tensor:
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
 
 
-def surface_points(scene: tuple[Part, ...], count: int) -> Tensor:
-    """`count` points spread over the zero level of a scene, [count, 3], always the same ones."""
-    points = grid_points(96)
-    points = points[scene_sdf(scene, points).abs() < 0.03]
+def surface_points(scene: tuple[Part, ...], near: Tensor, count: int) -> Tensor:
+    """`count` points of the zero level of a scene, [count, 3], always the same: points near it [N, 3], projected."""
+    pick = torch.randperm(len(near), generator=torch.Generator().manual_seed(0))[: 2 * count]
+    points = near[pick]
     for _ in range(8):
         points = points - scene_sdf(scene, points)[:, None] * scene_normal(scene, points)
-    points = points[scene_sdf(scene, points).abs() < 2e-3]
-    pick = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
-    return points[pick]
+    return points[scene_sdf(scene, points).abs() < 2e-3][:count]
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,16 @@ def _key(caption: Caption, form: int) -> tuple:
 @lru_cache(maxsize=1)
 def _forms() -> dict[tuple, _Form]:
     forms: dict[tuple, _Form] = {}
+    grid = grid_points()
     for caption in all_captions():
         for form in range(caption.num_forms):
             key = _key(caption, form)
             if key in forms:
                 continue
             scene = caption.parts(form)
-            occupancy = scene_sdf(scene, grid_points()) < 0
-            points = surface_points(scene, SURFACE_POINTS)
+            sdf = scene_sdf(scene, grid)
+            occupancy = sdf < 0
+            points = surface_points(scene, grid[sdf.abs() < 0.04], SURFACE_POINTS)
             owner = torch.stack([part.sdf(points) for part in scene]).argmin(dim=0)
             shade, tint = light(scene_normal(scene, points))
             euler, pieces = topology(occupancy.view(GRID, GRID, GRID))

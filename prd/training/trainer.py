@@ -293,8 +293,10 @@ class Trainer:
         steps = range(first, config.max_train_steps)
         bar = tqdm(steps, initial=first, total=config.max_train_steps, disable=not main, desc="train", mininterval=1.0)
         shown: dict[str, str] = {}
+        done = first
         for step in bar:
             values = self.train_step(step)
+            done = step + 1
             shown["s/step"] = f"{values['seconds']:.2f}"
             every = config.validation.every_steps
             if every and (step + 1) % every == 0 and config.prompts.source == "toybox" and main:
@@ -311,7 +313,7 @@ class Trainer:
                 break
         if main:
             with self.averaged_weights():
-                self.finish()
+                self.finish(done)
         self.accelerator.wait_for_everyone()
         return self.folder
 
@@ -327,8 +329,8 @@ class Trainer:
             )
         return sum(s.recognised for s in scores) / len(scores)
 
-    def finish(self) -> None:
-        """Save the adapter, then show and measure what it makes."""
+    def finish(self, steps: int) -> None:
+        """Save the adapter trained for `steps`, then show and measure what it makes."""
         config, folder = self.config, self.folder
         self.student.save_adapter(folder / "adapter")
         contact_sheet(self.student, self.encoder, config.validation.prompts, config, folder / "after.png")
@@ -351,6 +353,14 @@ class Trainer:
                     f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
                 )
             (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+            record = {
+                "train_steps": steps,
+                "minutes": round((time.time() - self.started) / 60, 1),
+                "seed": config.seed,
+                "held_out": list(config.prompts.held_out),
+                "measured": {name: part["summary"] for name, part in report.items()},
+            }
+            (folder / "adapter" / "record.json").write_text(json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
 
