@@ -68,7 +68,7 @@ def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guid
     distillation = config.distillation
     return Guidance(
         guidance_scale=at(settings.guidance_scale, config, step),
-        t_min=round(at(distillation.t_min, config, step)),
+        t_min=int(at(distillation.t_min, config, step)),
         t_max=distillation.t_max,
         eta=settings.eta,
         weighting=distillation.weighting,
