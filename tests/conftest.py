@@ -1,5 +1,11 @@
 """What all tests share."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,3 +18,62 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy box's models with random weights, in the folders the trained ones have, and a student on them."""
+    from diffusers import StableDiffusionPipeline
+
+    from prd.toybox import models
+
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    tokenizer, scheduler = models.make_tokenizer(), models.make_scheduler()
+    StableDiffusionPipeline(
+        vae=models.make_vae(),
+        text_encoder=models.make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=models.make_unet(cameras=False),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder / "stable_diffusion")
+    views = {"num_views": 4, "camera_encoding": "fourier"}
+    images = {"image_range": [-1.0, 1.0], "normal_background": [0.5, 0.5, 0.5], "resize": "area"}
+    for name, unet, settings in (
+        ("mvdream", models.make_unet(cameras=True), {"base": "../stable_diffusion", "shares_vae": True}),
+        ("richdreamer", models.make_normal_unet(), images),
+    ):
+        unet.half().save_pretrained(folder / name / "unet")
+        scheduler.save_pretrained(folder / name / "scheduler")
+        (folder / name / "teacher_config.json").write_text(json.dumps({**views, **settings}))
+    models.make_text_encoder(tokenizer).half().save_pretrained(folder / "richdreamer" / "text_encoder")
+    tokenizer.save_pretrained(folder / "richdreamer" / "tokenizer")
+    _save_random_adapter(folder)
+    return folder
+
+
+def _save_random_adapter(folder: Path) -> None:
+    """A student whose every trained tensor is random, near its starting sphere."""
+    from prd.base import load_base
+    from prd.training.build import build_student
+    from prd.training.config import load_config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prd.toybox.ASSETS", folder)
+        student = build_student(load_config("toybox"), load_base("toybox"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    student.save_adapter(folder / "adapter")
+
+
+@pytest.fixture
+def toybox(random_toybox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The name "toybox" means the random models."""
+    monkeypatch.setattr("prd.toybox.ASSETS", random_toybox)
+    yield random_toybox
