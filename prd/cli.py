@@ -44,8 +44,11 @@ def _generate(args: argparse.Namespace) -> int:
 
     if not args.output.endswith(SUFFIXES):
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
+    from transformers.utils import logging as transformers_logging
+
     from prd.pipeline import TriplaneTurbo
 
+    transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=args.device)
     result = pipe(
         args.prompt,

@@ -1,0 +1,76 @@
+"""The command line: a file is written, or one sentence says why not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import trimesh
+
+from prd.cli import main
+
+SMALL = ["--resolution", "24", "--faces", "300", "--texture", "32"]
+
+
+def test_generate_writes_a_glb(random_toybox, tmp_path):
+    """In a process of its own, with the models given by their folders."""
+    path = tmp_path / "cube.glb"
+    places = ["--adapter", str(random_toybox / "adapter"), "--base", str(random_toybox / "stable_diffusion")]
+    command = [sys.executable, "-m", "prd.cli", "generate", "a red cube", "-o", str(path), *places, *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(path) in done.stdout and "triangles" in done.stdout
+    (mesh,) = trimesh.load(path).geometry.values()
+    assert 50 < len(mesh.faces) <= 300
+    assert mesh.visual.material.baseColorTexture.size == (32, 32)
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """What a failing command prints: a single line, no traceback, exit status 2."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.strip().splitlines()) == 1
+    return captured.err
+
+
+def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr("prd.pipeline.TriplaneTurbo.from_pretrained", lambda *a, **k: pytest.fail("loaded a model"))
+    error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
+    assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--adapter", "/absent"], "/absent: no such folder"),
+        (["--steps", "3", *SMALL], "num_inference_steps=3: must be a positive divisor of 1000"),
+    ],
+)
+def test_what_cannot_be_made_is_one_sentence(toybox, capsys, words, message):
+    assert message in one_sentence(capsys, ["generate", "a red cube", *words])
+
+
+def test_an_unknown_key_names_the_nearest(capsys):
+    error = one_sentence(capsys, ["train", "--optimizer.learning_rate", "1"])
+    assert "unknown config key 'optimizer.learning_rate'" in error and "nearest" in error
+
+
+def test_a_wrong_corpus_is_one_sentence(capsys, tmp_path):
+    assert "prompts.source=" in one_sentence(capsys, ["train", "--prompts.source", str(tmp_path / "absent.txt")])
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, prd.cli\ntry: prd.cli.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in done.stdout and done.stdout.splitlines()[-1] == "False"
+
+
+def test_every_public_name_is_there():
+    import prd
+
+    for name in prd.__all__:
+        assert getattr(prd, name).__name__ == name
+    assert set(prd.__all__) <= set(dir(prd))
+    with pytest.raises(AttributeError, match="'Absent'"):
+        _ = prd.Absent
