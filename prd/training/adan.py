@@ -68,7 +68,7 @@ class Adan(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], count: float) -> None:
         keep_m, keep_v, keep_n = group["betas"]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]  # all of them: for the type checker
         m, v, n = ([self.state[p][name] for p in parameters] for name in MOMENTS)
         previous = [self.state[p]["previous_grad"] for p in parameters]
         change = torch._foreach_sub(gradients, previous)
