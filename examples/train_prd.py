@@ -10,20 +10,7 @@ adapter, metrics.jsonl, contact sheets before and after, a .glb for each validat
 
 import sys
 
-from prd.training.config import ConfigError, parse_args
-from prd.training.trainer import Trainer
-
-
-def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    try:
-        config = parse_args(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"train_prd: {error}")
-    Trainer(config).train()
-
+from prd.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from prd.cameras import orbit_cameras
 from prd.teachers.multiview import camera_vector, set_joint_attention
 from prd.toybox.check import camera_ratios
-from prd.toybox.data import ViewPool
+from prd.toybox.data import Batch, ViewPool
 from prd.toybox.models import (
     make_normal_unet,
     make_scheduler,
@@ -54,9 +56,10 @@ class Run:
         self.lr = lr
         self.average = [p.detach().clone() for p in self.parameters]
         self.log = (self.assets / f"log_{stage}.jsonl").open("w")
-        self.start, self.running = time.time(), None
+        self.start = time.time()
+        self.running: float | None = None
 
-    def each_step(self):
+    def each_step(self) -> Iterator[int]:
         """Yield step numbers with the learning rate set: 3 % warm-up, constant, linear decay over the second half."""
         for step in tqdm(range(self.steps), desc=self.stage, mininterval=5):
             done = step / self.steps
@@ -78,7 +81,7 @@ class Run:
         if step % 100 == 99 or step + 1 == self.steps:
             self.write(step=step + 1, loss=round(self.running, 5))
 
-    def write(self, **values) -> None:
+    def write(self, **values: Any) -> None:
         self.log.write(json.dumps({"seconds": round(time.time() - self.start, 1), **values}) + "\n")
         self.log.flush()
 
@@ -149,7 +152,7 @@ def diffusion_loss(
     views: int,
     cameras: Tensor | None,
 ) -> Tensor:
-    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x; timesteps lean to high noise, a tenth goes uncaptioned."""
+    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x; timesteps lean to high noise, a tenth has no caption."""
     sets = x.shape[0] // views
     draw, device = run.generator, x.device
     captions = ["" if float(torch.rand((), generator=draw)) < 0.1 else caption for caption in captions]
@@ -181,7 +184,11 @@ def train_stable_diffusion(args: argparse.Namespace) -> None:
     run.finish()
     samples = sample(unet, text_encoder, tokenizer, SHOWN * 4, views=1, seed=args.seed)
     with torch.no_grad():
-        save_sheet(vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "stable_diffusion.png", columns=8)
+        save_sheet(
+            vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5,
+            args.assets / "stable_diffusion.png",
+            columns=8,
+        )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -206,7 +213,9 @@ def train_mvdream(args: argparse.Namespace) -> None:
     """Four views, cameras by Fourier features; starts from the Stable Diffusion, whose text encoder stays."""
     vae, (tokenizer, text_encoder) = load_vae(args), load_text(args)
     unet = make_unet(cameras=True)
-    start = UNet2DConditionModel.from_pretrained(args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32)
+    start = UNet2DConditionModel.from_pretrained(
+        args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32
+    )
     result = unet.load_state_dict(start.state_dict(), strict=False)  # the camera embedding is new
     if result.unexpected_keys or any(not key.startswith("class_embedding") for key in result.missing_keys):
         raise ValueError(f"stable_diffusion/unet: does not fit MVDream's U-Net: {result}")
@@ -220,8 +229,17 @@ def train_mvdream(args: argparse.Namespace) -> None:
     run.finish()
     samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed)
     with torch.no_grad():
-        save_sheet(vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "mvdream.png", columns=8)
-    check(args, run, unet, text_encoder, tokenizer, lambda batch: encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator))
+        save_sheet(
+            vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "mvdream.png", columns=8
+        )
+    check(
+        args,
+        run,
+        unet,
+        text_encoder,
+        tokenizer,
+        lambda batch: encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator),
+    )
     unet.half().save_pretrained(args.assets / "mvdream" / "unet")
     make_scheduler().save_pretrained(args.assets / "mvdream" / "scheduler")
     shared = {"base": "../stable_diffusion", "shares_vae": True}
@@ -247,7 +265,9 @@ def train_richdreamer(args: argparse.Namespace) -> None:
     save_richdreamer(args, unet, text_encoder, tokenizer)
 
 
-def save_richdreamer(args, unet, text_encoder, tokenizer) -> None:
+def save_richdreamer(
+    args: argparse.Namespace, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> None:
     folder = args.assets / "richdreamer"
     for module, name in ((unet, "unet"), (text_encoder, "text_encoder")):
         dtype = next(module.parameters()).dtype
@@ -263,7 +283,14 @@ def write_settings(folder: Path, settings: dict) -> None:
     (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def check(args, run: Run, unet, text_encoder, tokenizer, encode) -> None:
+def check(
+    args: argparse.Namespace,
+    run: Run,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    encode: Callable[[Batch], Tensor],
+) -> None:
     """The camera check: no teacher that ignores its cameras is distilled from."""
     ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=args.device)
     run.write(camera_ratios=ratios)
@@ -277,7 +304,16 @@ SHOWN = [
 
 
 @torch.no_grad()
-def sample(unet, text_encoder, tokenizer, captions: list[str], *, views: int, seed: int, scale: float = 2.5) -> Tensor:
+def sample(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    captions: list[str],
+    *,
+    views: int,
+    seed: int,
+    scale: float = 2.5,
+) -> Tensor:
     """DDIM samples with classifier-free guidance, [len(captions) * views, 4, h, w]."""
     device = next(unet.parameters()).device
     scheduler = make_scheduler()

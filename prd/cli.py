@@ -66,16 +66,36 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
+
+Every value of the configuration can be set by its dotted name; without options the toy box is trained.
+Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
+The keys and their defaults (recipes change them):
+"""
+
+
 def _train(overrides: Sequence[str]) -> int:
-    from prd.training.config import ConfigError, parse_args
-    from prd.training.trainer import Trainer
+    from prd.training.config import parse_args, shipped_recipes
+
+    if {"-h", "--help"} & set(overrides):
+        from prd.training.config import TrainConfig, dump_config
+
+        print(f"{TRAIN_HELP}\n{dump_config(TrainConfig())}\nrecipes: {', '.join(shipped_recipes())}")
+        return 0
+    from prd.training.checkpoints import CheckpointError
+    from prd.training.config import ConfigError
 
     try:
-        trainer = Trainer(parse_args(overrides))
-    except ConfigError as error:
+        config = parse_args(overrides)
+        from prd.training.trainer import CollapseError, Trainer
+
+        try:
+            Trainer(config).train()
+        except CollapseError as error:
+            raise ConfigError(str(error)) from error
+    except (ConfigError, CheckpointError, FileNotFoundError) as error:
         print(f"prd train: {error}", file=sys.stderr)
         return 2
-    trainer.train()
     return 0
 
 

@@ -238,11 +238,11 @@ class Trainer:
             return
         trained = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+            torch._foreach_copy_(list[Tensor](self.parameters), self.average)
             try:
                 yield
             finally:
-                torch._foreach_copy_(self.parameters, trained)
+                torch._foreach_copy_(list[Tensor](self.parameters), trained)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
