@@ -166,7 +166,8 @@ class TriplaneTurbo:
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    prompts = list(prompt) if listed else [prompt]
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"prompt={text!r}: must be a string or a list of strings")

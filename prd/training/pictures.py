@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+LABEL_HEIGHT = 13  # pixels, of PIL's built-in font
 
-def save_sheet(images: Tensor, path: Path | str, *, columns: int, scale: int = 2, gap: int = 1) -> None:
-    """Write images [n, 3, H, W] in [0, 1] as one PNG, row by row, each pixel `scale` pixels wide."""
-    n, channels, height, width = images.shape
+
+def save_sheet(
+    images: Tensor,
+    path: Path | str,
+    *,
+    columns: int,
+    scale: int = 2,
+    gap: int = 1,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Write images [n, 3, H, W] in [0, 1] as one PNG, row by row, each pixel `scale` pixels wide.
+
+    labels: a line of text over each row.
+    """
+    n, _, height, width = images.shape
     rows = -(-n // columns)
-    sheet = torch.ones(channels, rows * (height + gap), columns * (width + gap))
-    for k, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"labels: {len(labels)} given for {rows} rows; give one for each")
+    above = LABEL_HEIGHT if labels is not None else 0
+    cell = (above + height * scale + gap, width * scale + gap)
+    sheet = Image.new("RGB", (columns * cell[1], rows * cell[0]), "white")
+    pixels = (images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    for k, image in enumerate(pixels):
         r, c = divmod(k, columns)
-        top, left = r * (height + gap), c * (width + gap)
-        sheet[:, top : top + height, left : left + width] = image
-    pixels = (sheet.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    picture = Image.fromarray(pixels)
-    picture.resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+        picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(picture, (c * cell[1], r * cell[0] + above))
+    if labels is not None:
+        draw = ImageDraw.Draw(sheet)
+        for r, text in enumerate(labels):
+            draw.text((2, r * cell[0]), text, fill="black")
+    sheet.save(path)

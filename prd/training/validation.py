@@ -94,7 +94,9 @@ def contact_sheet(
         num_inference_steps=config.validation.num_inference_steps,
     ):
         pictures.append(render_sheet(field, len(part), config))
-    save_sheet(torch.cat(pictures), path, columns=2 * config.validation.views, scale=1)
+    hidden = set(config.prompts.held_out)
+    labels = [f"{prompt} (held out)" if prompt in hidden else prompt for prompt in prompts]
+    save_sheet(torch.cat(pictures), path, columns=2 * config.validation.views, scale=1, labels=labels)
 
 
 def export_meshes(

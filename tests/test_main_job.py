@@ -1,0 +1,60 @@
+"""The README's main job, cut to two steps: every file of the run folder, and a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import trimesh
+from PIL import Image
+
+from prd.training.pictures import LABEL_HEIGHT
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = [
+    *("--validation.prompts", "[a red cube, a red torus]"),
+    *("--validation.stacks", "1"),
+    *("--validation.resolution", "48"),
+    *("--checkpointing_steps", "1"),
+    *("--train_batch_size", "1"),
+]
+
+
+def launch(folder: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "train_prd.py")]
+    result = subprocess.run(
+        [*command, "--output_dir", str(folder), *SHORT, *options],
+        cwd=folder.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_two_steps_from_the_shell(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = launch(run, "--max_train_steps", "2")
+    assert "single_held_out" in output
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    for teacher in ("stable_diffusion", "mvdream", "richdreamer"):
+        for renderer in ("volume", "surface"):
+            assert steps[0][f"gradient_norm/{teacher}/{renderer}"] > 0
+    for name in ("before.png", "after.png"):
+        assert Image.open(run / name).size == (8 * 49, 2 * (49 + LABEL_HEIGHT))
+    meshes = sorted((run / "meshes").iterdir())
+    assert [path.name for path in meshes] == ["a_red_cube.glb", "a_red_torus.glb"]
+    assert trimesh.load(meshes[0], force="mesh").volume > 0
+    assert (run / "adapter" / "adapter_model.safetensors").is_file() and (run / "config.yaml").is_file()
+    assert json.loads((run / "scores.json").read_text())["single_seen"]["summary"]["count"] == 38
+
+    # a third step after a resume leaves the first two lines as they were
+    launch(run, "--max_train_steps", "3", "--schedule_steps", "2", "--resume_from_checkpoint", "latest")
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert again[:2] == steps and again[2]["step"] == 3

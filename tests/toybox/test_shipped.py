@@ -1,0 +1,105 @@
+"""What the package ships: sizes, formats, teachers that know their cameras, an adapter that makes what it is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from prd.pipeline import TriplaneTurbo
+from prd.teachers.base import PromptEncoder
+from prd.teachers.mvdream import MVDreamTeacher
+from prd.teachers.richdreamer import RichDreamerTeacher
+from prd.teachers.stable_diffusion import encode_latents
+from prd.toybox import ASSETS, asset
+from prd.toybox.check import CHECKED_TIMESTEPS, REQUIRED_RATIO, camera_ratios
+from prd.toybox.data import ViewPool
+from prd.toybox.score import score_field, summarise
+from prd.toybox.world import ASYMMETRIC_SHAPES
+from prd.training.config import load_config
+
+
+def test_models_are_small_and_safe() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".png", ".md"}
+
+
+def test_diffusers_loads_the_stable_diffusion() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(asset("stable_diffusion"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a red cube", height=32, width=32, num_inference_steps=10, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    red, green, blue = np.asarray(image, dtype=float)[12:20, 12:20].mean(axis=(0, 1))
+    assert red > green + 40 and red > blue + 40
+
+
+@pytest.mark.parametrize("name", ["mvdream", "richdreamer"])
+def test_multi_view_teachers_heed_their_cameras(name: str) -> None:
+    teacher: MVDreamTeacher | RichDreamerTeacher
+    pool = ViewPool(3, torch.Generator().manual_seed(5), [(shape, 0) for shape in ASYMMETRIC_SHAPES])
+    if name == "mvdream":
+        teacher = MVDreamTeacher.from_pretrained(asset(name))
+        vae = teacher.vae
+        encode = lambda batch: encode_latents(vae, batch.rgb.flatten(0, 1) * 2 - 1)  # noqa: E731
+    else:
+        teacher = RichDreamerTeacher.from_pretrained(asset(name))
+        encode = lambda batch: batch.normal_disparity.flatten(0, 1)  # noqa: E731
+    encoder: PromptEncoder = teacher.prompt_encoder
+    ratios = camera_ratios(
+        teacher.unet,
+        teacher.text_encoder,
+        encoder.tokenizer,
+        pool,
+        encode,
+        generator=torch.Generator().manual_seed(6),
+        count=6,
+    )
+    for shape in ASYMMETRIC_SHAPES:
+        for t in CHECKED_TIMESTEPS:
+            assert ratios[shape][str(t)] >= REQUIRED_RATIO, ratios
+
+
+def test_the_record_of_the_adapter_is_complete() -> None:
+    record = json.loads(Path(asset("adapter"), "record.json").read_text())
+    assert record["train_steps"] > 0 and set(record["measured"]) >= {"single_seen", "single_held_out"}
+    recipe = load_config("toybox")
+    assert set(record["held_out"]) == set(recipe.prompts.held_out)
+
+
+def test_the_adapter_makes_what_it_is_asked() -> None:
+    """A sample of the figures in record.json, so that a regression anywhere between prompt and mesh shows."""
+    recipe = load_config("toybox")
+    held_out = [p for p in recipe.prompts.held_out if " on " not in p]
+    prompts = [
+        "a red cube", "a green sphere", "a blue cylinder", "a yellow torus", "a purple wedge", "a cyan arrow",
+        "a red mug", "a green cone", *held_out[:4],
+    ]  # fmt: skip
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    with torch.no_grad():
+        embeds = pipe.base.encoder(prompts)
+        generators = [torch.Generator().manual_seed(1000 + i) for i in range(len(prompts))]
+        summary = summarise(score_field(pipe.student.generate(embeds, generators), prompts))
+    measured = json.loads(Path(asset("adapter"), "record.json").read_text())["measured"]["single_seen"]
+    assert summary["r_at_1"] >= measured["r_at_1"] - 0.17, summary
+    assert summary["iou"] >= measured["iou"] - 0.06, summary
+    assert summary["color_error"] <= measured["color_error"] + 0.04, summary
+
+
+def test_a_prompt_becomes_one_closed_coloured_mesh() -> None:
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    first = pipe("a red cube", generator=draw()).meshes[0]
+    again = pipe("a red cube", generator=draw()).meshes[0]
+    assert first is not None and again is not None
+    assert first.is_watertight and first.euler_number == 2
+    assert (first.vertices == again.vertices).all() and (first.vertex_colors == again.vertex_colors).all()
+    mean = first.vertex_colors.mean(axis=0)
+    assert mean[0] > mean[1] + 0.2 and mean[0] > mean[2] + 0.2
+    low, high = first.vertices.min(axis=0), first.vertices.max(axis=0)
+    assert (abs(high - low - 1.0) < 0.25).all()  # the exact cube has sides of 1
