@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -167,7 +167,7 @@ class TriplaneTurbo:
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    prompts = list(prompt) if listed else [prompt]
+    prompts: list[Any] = list(prompt) if listed else [prompt]
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"prompt={text!r}: must be a string or a list of strings")
