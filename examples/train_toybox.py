@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import orbit_cameras
 from prd.teachers.multiview import camera_vector, set_joint_attention
-from prd.toybox.check import camera_ratios
+from prd.toybox.check import REQUIRED_RATIO, camera_ratios
 from prd.toybox.data import Batch, ViewPool
 from prd.toybox.models import (
     make_normal_unet,
@@ -216,9 +216,8 @@ def train_mvdream(args: argparse.Namespace) -> None:
     start = UNet2DConditionModel.from_pretrained(
         args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32
     )
-    result = unet.load_state_dict(start.state_dict(), strict=False)  # the camera embedding is new
-    if result.unexpected_keys or any(not key.startswith("class_embedding") for key in result.missing_keys):
-        raise ValueError(f"stable_diffusion/unet: does not fit MVDream's U-Net: {result}")
+    camera_embedding = {k: v for k, v in unet.state_dict().items() if k.startswith("class_embedding")}
+    unet.load_state_dict({**start.state_dict(), **camera_embedding})
     set_joint_attention(unet.to(args.device), 4)
     run = Run("mvdream", [unet], args, lr=1e-3)
     for step in run.each_step():
@@ -291,10 +290,13 @@ def check(
     tokenizer: CLIPTokenizer,
     encode: Callable[[Batch], Tensor],
 ) -> None:
-    """The camera check: no teacher that ignores its cameras is distilled from."""
+    """The camera check: a teacher that ignores its cameras is not saved, so that none is distilled from."""
     ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=args.device)
     run.write(camera_ratios=ratios)
     print(f"{run.stage}: error with cameras turned by 90 degrees over the right ones\n{json.dumps(ratios, indent=1)}")
+    worst = min(ratio for by_time in ratios.values() for ratio in by_time.values())
+    if worst < REQUIRED_RATIO:
+        raise SystemExit(f"{run.stage}: camera ratio {worst} is below {REQUIRED_RATIO}; train longer (--steps_scale)")
 
 
 SHOWN = [
@@ -333,6 +335,14 @@ def sample(
     return x
 
 
+TRAINERS = {
+    "vae": train_vae,
+    "stable_diffusion": train_stable_diffusion,
+    "mvdream": train_mvdream,
+    "richdreamer": train_richdreamer,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "prd" / "toybox" / "assets"
@@ -351,7 +361,7 @@ def main() -> None:
     args.assets.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         torch.manual_seed(args.seed)
-        globals()[f"train_{stage}"](args)
+        TRAINERS[stage](args)
 
 
 if __name__ == "__main__":

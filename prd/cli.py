@@ -82,7 +82,6 @@ def _train(overrides: Sequence[str]) -> int:
 
         print(f"{TRAIN_HELP}\n{dump_config(TrainConfig())}\nrecipes: {', '.join(shipped_recipes())}")
         return 0
-    from prd.training.checkpoints import CheckpointError
     from prd.training.config import ConfigError
 
     try:
@@ -91,9 +90,9 @@ def _train(overrides: Sequence[str]) -> int:
 
         try:
             Trainer(config).train()
-        except CollapseError as error:
+        except (CollapseError, FloatingPointError) as error:
             raise ConfigError(str(error)) from error
-    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # ConfigError, CheckpointError, AdapterMismatch, a missing file
         print(f"prd train: {error}", file=sys.stderr)
         return 2
     return 0

@@ -70,3 +70,9 @@ class FieldSample(AutogradGradient):
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
         return sdf[self.index, None], None if deformation is None else deformation[self.index, None]
+
+
+def one_sample(field: Field, index: int, batch: int) -> Field:
+    """Sample `index` of a field of `batch` samples, by the field's own `select(index)` if it has one."""
+    select = getattr(field, "select", None)
+    return select(index) if select is not None else FieldSample(field, index, batch)

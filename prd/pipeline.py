@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 
 from prd.base import Base, load_base
-from prd.fields import Field, FieldSample
+from prd.fields import Field, one_sample
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.mesh import Mesh, build_meshes
 from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
@@ -135,7 +136,7 @@ class TriplaneTurbo:
         meshes: list[Mesh | None] = [None] * len(prompts)
         for i, surface in zip(found, surfaces, strict=True):
             (meshes[i],) = build_meshes(
-                FieldSample(generated, i, len(prompts)), [surface], target_faces=target_faces, texture_size=texture_size
+                one_sample(generated, i, len(prompts)), [surface], target_faces=target_faces, texture_size=texture_size
             )
         watch.lap("mesh")
         return TriplaneTurboOutput(meshes, prompts, generated, watch.seconds)
@@ -149,14 +150,12 @@ class TriplaneTurbo:
             if self.base.name == "toybox" and (words := unknown_words(text)):
                 logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter (not the base) to a folder that `from_pretrained` reads."""
-        self.student.save_adapter(folder)
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter (not the base) to a folder that `from_pretrained` reads; dtype: of the tensors on disk."""
+        self.student.save_adapter(folder, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the adapter to the Hugging Face Hub; returns the commit's address."""
-        import tempfile
-
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +181,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter: shipped ("toybox"), on disk (itself or its `adapter` subfolder), or from the Hub."""
     if str(name_or_path) == "toybox":
         return Path(asset("adapter"))
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         for folder in (path, path / "adapter"):
             if (folder / "adapter_config.json").is_file():
@@ -190,7 +189,12 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{path}: holds no adapter_config.json; give a run folder or a saved adapter")
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
         raise FileNotFoundError(f"{name_or_path}: no such folder; give 'toybox', a run folder or a Hub id 'owner/name'")
-    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=ADAPTER_FILES))
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=ADAPTER_FILES))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _Stopwatch:

@@ -108,6 +108,10 @@ class TriplaneField(AutogradGradient):
         self.heads = heads
         self.bias_radius = bias_radius
 
+    def select(self, index: int) -> TriplaneField:
+        """One of the B samples, as a field of one."""
+        return TriplaneField(self.planes[index, None], self.heads, self.bias_radius)
+
     def geometry_features(self, points: Tensor) -> Tensor:
         """Sum of the geometry planes at points [B, N, 3]: [B, N, C]."""
         return self._lookup(self.planes[:, :3], points).sum(dim=1)

@@ -1,1 +1,1 @@
-"""."""
+"""Distillation: the loss, the rollout, schedules and regularisers."""

@@ -271,11 +271,14 @@ class TriplaneTurboGenerator(nn.Module):
             self._base_hash = {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HALF_PRECISIONS}
         return self._base_hash
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all."""
+    def save_adapter(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all.
+
+        dtype  of the tensors on disk; None: as they are
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_state_dict().items()}
+        state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.adapter_state_dict().items()}
         heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
         record = {**asdict(self.config), "base_hash": self.base_hash()}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

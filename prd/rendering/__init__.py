@@ -1,1 +1,1 @@
-"""."""
+"""Renderers: a field and cameras become views."""

@@ -140,20 +140,25 @@ def topology(occupancy: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def score_field(field: Field, prompts: Sequence[str], *, query_chunk: int = 1 << 17) -> list[Score]:
-    """Compare each of the B shapes of a field with every caption of the world; prompts [B] are captions of it."""
+def score_field(
+    field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu", query_chunk: int = 1 << 17
+) -> list[Score]:
+    """Compare each of the B shapes of a field with every caption of the world; prompts [B] are captions of it.
+
+    device  where the field lives; the comparison is made on the CPU
+    """
     forms = _forms()
     keys = list(forms)
-    grid = grid_points()
+    grid = grid_points().to(device)
     batch = len(prompts)
     chunks = [field.sdf(chunk.expand(batch, -1, -1))[..., 0] for chunk in grid[None].split(query_chunk, dim=1)]
-    sdf = torch.cat(chunks, dim=1).float()  # [B, R^3]
+    sdf = torch.cat(chunks, dim=1).float().cpu()  # [B, R^3]
     inside = sdf < 0  # [B, R^3]
     exact = torch.stack([forms[k].occupancy for k in keys])  # [F, R^3]
     both = inside.float() @ exact.float().T
     iou = both / (inside.sum(1, keepdim=True) + exact.sum(1)[None] - both).clamp(min=1)  # [B, F]
-    points = torch.cat([forms[k].points for k in keys])
-    rgb = field.rgb(points[None].expand(batch, -1, -1)).float()  # [B, F*P, 3]
+    points = torch.cat([forms[k].points for k in keys]).to(device)
+    rgb = field.rgb(points[None].expand(batch, -1, -1)).float().cpu()  # [B, F*P, 3]
     colors = rgb.split([len(forms[k].points) for k in keys], dim=1)
     return [_score(prompts[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
 

@@ -1,1 +1,1 @@
-"""."""
+"""Training: configuration, the Accelerate loop, prompts, checkpoints, validation."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,7 +23,11 @@ from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.toybox import asset
 from prd.training.config import Schedule, TeacherConfig, TrainConfig
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
+    "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
+    "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
+}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
@@ -54,7 +60,11 @@ def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teach
         settings: TeacherConfig = getattr(section, name)
         if settings.enabled:
             path = asset(name) if settings.path == "toybox" else settings.path
-            loaded.append((teacher_class.from_pretrained(path, torch_dtype=dtype).to(device), settings))
+            teacher = teacher_class.from_pretrained(path, torch_dtype=dtype).to(device)
+            convention = getattr(settings, "input_convention", None)
+            if convention is not None:
+                teacher.config = replace(teacher.config, **RICHDREAMER_INPUTS[convention])
+            loaded.append((teacher, settings))
     return loaded
 
 

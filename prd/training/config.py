@@ -61,7 +61,7 @@ class PromptsConfig:
     """What is asked of the student."""
 
     source: str = "toybox"  # "toybox", or a .txt (a prompt a line) or .json (a list of strings) file
-    held_out: tuple[str, ...] = ()  # prompts never trained on
+    held_out: tuple[str, ...] = ()  # prompts never trained on; exactly these texts
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 
@@ -113,7 +113,7 @@ class TeacherConfig:
     """One teacher and its guidance."""
 
     enabled: bool = True  # False: not loaded
-    path: str = "toybox"  # Hub id, folder or checkpoint; "toybox" is the one shipped in the package
+    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
     weight: NonNegative = 1.0  # of this teacher's loss
     guidance_scale: Schedule = 7.5  # classifier-free guidance
     eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
@@ -124,7 +124,8 @@ class TeacherConfig:
 class RichDreamerConfig(TeacherConfig):
     """RichDreamer, whose normal and disparity images have two conventions."""
 
-    input_convention: Literal["richdreamer", "triplane_turbo"] = "richdreamer"  # in [-1, 1], or in [0, 1] as published
+    # in [-1, 1] bilinear, or in [0, 1] averaged as published; null: as the model's teacher_config.json says
+    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKS)
@@ -214,7 +215,7 @@ class TrainConfig:
     max_train_steps: Count = 15000  # optimiser steps
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
     max_train_minutes: Positive | None = None  # wall-clock limit of the run; null: none
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the frozen weights and the autocast
+    mixed_precision: Literal["no", "bf16"] = "no"  # of the teachers' weights and the student's autocast
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
     num_denoising_steps: Count = 4  # K of Algorithm 1
@@ -239,9 +240,17 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        k = self.num_denoising_steps
-        if 1000 % k:
-            raise ValueError(f"num_denoising_steps={k}: must divide the 1000 timesteps of the base; try 1, 2 or 4")
+        teachers = (self.teachers.stable_diffusion, self.teachers.mvdream, self.teachers.richdreamer)
+        if self.distillation.reference == "noise" and any(t.enabled and t.eta > 0 for t in teachers):
+            raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
+        if self.cameras.views != 4 and (self.teachers.mvdream.enabled or self.teachers.richdreamer.enabled):
+            raise ValueError(f"cameras.views={self.cameras.views}: must be 4, which MVDream and RichDreamer see")
+        for name, k in (
+            ("num_denoising_steps", self.num_denoising_steps),
+            ("validation.num_inference_steps", self.validation.num_inference_steps),
+        ):
+            if 1000 % k:
+                raise ValueError(f"{name}={k}: must divide the 1000 timesteps of the base; try 1, 2 or 4")
         return self
 
 

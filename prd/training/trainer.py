@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from prd.fields import Field
 from prd.rendering.grid import GridField
 from prd.rendering.views import Views
 from prd.toybox.score import summarise
+from prd.toybox.world import parse_caption
 from prd.training.build import (
     at,
     build_optimizer,
@@ -50,7 +51,7 @@ from prd.training.checkpoints import (
     optimizer_state,
     save_checkpoint,
 )
-from prd.training.config import TrainConfig, dump_config, save_config
+from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.prompts import load_corpus
 from prd.training.validation import contact_sheet, export_meshes, measure, toybox_splits
 
@@ -99,6 +100,8 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.parameters)
         self.lr_factor = learning_rate(config)
         self.cameras = camera_sampling(config)
+        if config.prompts.source == "toybox":
+            check_captions(config.validation.prompts)
         self.timesteps = self.student.timesteps(config.num_denoising_steps)
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self.skipped = 0  # steps in a row
@@ -148,6 +151,7 @@ class Trainer:
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
         ]
 
+        @torch.autocast(self.device.type, enabled=False)  # geometry and losses are float32
         def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
             cameras = self.cameras.sample(torch.rand(len(prompts), 3, generator=draws[CAMERAS])).to(self.device)
             loss = torch.zeros((), device=self.device)
@@ -289,6 +293,7 @@ class Trainer:
         first = self.resume()
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
+        self.accelerator.init_trackers("prd", config=flat(to_dict(config)))
         metrics = open_metrics(self.folder / "metrics.jsonl", first) if main else None
         steps = range(first, config.max_train_steps)
         bar = tqdm(steps, initial=first, total=config.max_train_steps, disable=not main, desc="train", mininterval=1.0)
@@ -299,23 +304,36 @@ class Trainer:
             done = step + 1
             shown["s/step"] = f"{values['seconds']:.2f}"
             every = config.validation.every_steps
-            if every and (step + 1) % every == 0 and config.prompts.source == "toybox" and main:
+            if main and every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
                 values["r_at_1"] = self.quick_recognition()
                 shown["R@1"] = f"{values['r_at_1']:.2f}"
             if main and metrics is not None:
+                self.accelerator.log(values, step=step + 1)
                 metrics.write(json.dumps({"step": step + 1, **_rounded(values)}) + "\n")
                 metrics.flush()
             bar.set_postfix(shown)
             if main and (step + 1) % config.checkpointing_steps == 0:
                 self.save(step + 1)
-            if config.max_train_minutes and (time.time() - self.started) / 60 > config.max_train_minutes:
-                logger.warning("max_train_minutes=%g reached after %d steps", config.max_train_minutes, step + 1)
+            if self.out_of_time():
+                logger.warning("max_train_minutes=%s reached after %d steps", config.max_train_minutes, done)
                 break
+        self.accelerator.end_training()
         if main:
+            if done > first and done % config.checkpointing_steps:
+                self.save(done)
             with self.averaged_weights():
                 self.finish(done)
         self.accelerator.wait_for_everyone()
         return self.folder
+
+    def out_of_time(self) -> bool:
+        """Whether `max_train_minutes` are over, by the main process's clock: all processes stop at the same step."""
+        limit = self.config.max_train_minutes
+        if limit is None:
+            return False
+        over = self.accelerator.is_main_process and (time.time() - self.started) / 60 > limit
+        flag = torch.tensor([float(over)], device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def quick_recognition(self) -> float:
         """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
@@ -352,6 +370,10 @@ class Trainer:
                     f"{name:16s} {summary['count']:4d} prompts  R@1 {summary['r_at_1']:.3f}  IoU {summary['iou']:.3f}  "
                     f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
                 )
+            singles = report["single_seen"]["summary"]
+            lines.append("IoU by shape      " + "  ".join(f"{k} {v:.2f}" for k, v in singles["iou_by_shape"].items()))
+            margins = singles["orientation_margin"].items()
+            lines.append("orientation       " + "  ".join(f"{k} {v:+.2f}" for k, v in margins))
             (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
@@ -363,6 +385,26 @@ class Trainer:
             (folder / "adapter" / "record.json").write_text(json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
+
+
+def check_captions(prompts: Sequence[str]) -> None:
+    """ConfigError for a validation prompt that the toy box cannot measure."""
+    for prompt in prompts:
+        try:
+            parse_caption(prompt)
+        except ValueError as error:
+            raise ConfigError(f"validation.prompts: {error}") from None
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | float]:
+    """Nested values by dotted name, as trackers take them."""
+    out: dict[str, str | float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value if isinstance(value, int | float) else str(value)
+    return out
 
 
 def open_metrics(path: Path, steps: int) -> TextIO:

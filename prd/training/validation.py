@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
-from prd.fields import Field, FieldSample
+from prd.fields import Field, one_sample
 from prd.generators.triplane_turbo import TriplaneTurboGenerator
 from prd.mesh import extract_mesh
 from prd.rendering.isosurface import EmptySurfaceError
@@ -62,7 +62,7 @@ def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
 
 
 @torch.no_grad()
-def render_sheet(field: Field, batch: int, config: TrainConfig) -> Tensor:
+def render_sheet(field: Field, batch: int, config: TrainConfig, device: torch.device) -> Tensor:
     """Pictures [B * 2 * views, 3, H, W]: for each sample its colours, then its camera normals, in a row.
 
     A sample without a surface is a row of background.
@@ -71,20 +71,22 @@ def render_sheet(field: Field, batch: int, config: TrainConfig) -> Tensor:
     renderer = SurfaceRenderer(resolution=config.validation.isosurface_resolution, supersample=2)
     rows = []
     for i in range(batch):
-        cameras = evaluation_cameras(config, 1)
-        sample = field if batch == 1 else FieldSample(field, i, batch)
+        cameras = evaluation_cameras(config, 1).to(device)
+        sample = one_sample(field, i, batch)
         try:
             drawn = renderer(sample, cameras, height=size, width=size, background=config.background)
             rows += [drawn.rgb[0], (drawn.camera_normal()[0] + 1) / 2]  # [V, H, W, 3] each
         except EmptySurfaceError:
-            rows.append(torch.full((2 * views, size, size, 3), config.background))
+            rows.append(torch.full((2 * views, size, size, 3), config.background, device=device))
     return torch.cat(rows).permute(0, 3, 1, 2)
 
 
 def contact_sheet(
     student: TriplaneTurboGenerator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
 ) -> None:
-    """One row a prompt: colours and normals from `validation.views` sides."""
+    """One row a prompt: colours and normals from `validation.views` sides; no file without prompts."""
+    if not prompts:
+        return
     pictures = []
     for part, field in generate_fields(
         student,
@@ -93,7 +95,7 @@ def contact_sheet(
         seed=config.seed,
         num_inference_steps=config.validation.num_inference_steps,
     ):
-        pictures.append(render_sheet(field, len(part), config))
+        pictures.append(render_sheet(field, len(part), config, student.device))
     hidden = set(config.prompts.held_out)
     labels = [f"{prompt} (held out)" if prompt in hidden else prompt for prompt in prompts]
     save_sheet(torch.cat(pictures), path, columns=2 * config.validation.views, scale=1, labels=labels)
@@ -130,7 +132,7 @@ def measure(
 ) -> list[Score]:
     """Scores of the toy box's captions against their exact fields; for reports alone, no choice is made by them."""
     batches = generate_fields(student, encoder, prompts, seed=seed, num_inference_steps=num_inference_steps)
-    return [score for part, field in batches for score in score_field(field, part)]
+    return [score for part, field in batches for score in score_field(field, part, device=student.device)]
 
 
 def toybox_splits(held_out: Sequence[str], stacks: int) -> dict[str, list[str]]:
