@@ -60,9 +60,9 @@ def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teach
         settings: TeacherConfig = getattr(section, name)
         if settings.enabled:
             path = asset(name) if settings.path == "toybox" else settings.path
-            teacher = teacher_class.from_pretrained(path, torch_dtype=dtype).to(device)
+            teacher: Teacher = teacher_class.from_pretrained(path, torch_dtype=dtype).to(device)
             convention = getattr(settings, "input_convention", None)
-            if convention is not None:
+            if convention is not None and isinstance(teacher, RichDreamerTeacher):
                 teacher.config = replace(teacher.config, **RICHDREAMER_INPUTS[convention])
             loaded.append((teacher, settings))
     return loaded
