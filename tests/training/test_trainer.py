@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prd.training import trainer as trainer_module
-from prd.training.config import load_config
+from prd.training.checkpoints import CheckpointError
+from prd.training.config import ConfigError, load_config
 from prd.training.trainer import CollapseError, Trainer
 
 SMALL = [
@@ -147,3 +148,47 @@ def test_a_disabled_teacher_is_not_asked(toybox):
     row = trainer.train_step(0)
     assert not [name for name in row if "mvdream" in name]
     assert row["gradient_norm/richdreamer/surface"] > 0
+
+
+@pytest.mark.parametrize("average", ["null", "0.9"])
+def test_a_resumed_run_equals_an_uninterrupted_one(toybox, tmp_path, average):
+    options = ["--schedule_steps", "3", "--ema_decay", average, "--checkpointing_steps", "2"]
+    whole = make(*options, "--output_dir", str(tmp_path / "whole"))
+    for step in range(3):
+        whole.train_step(step)
+
+    first = make(*options, "--output_dir", str(tmp_path / "parts"))
+    for step in range(2):
+        first.train_step(step)
+    first.save(2)
+    second = make(*options, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "latest")
+    assert second.resume() == 2
+    second.train_step(2)
+
+    for a, b in zip(whole.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b)
+    if average != "null":
+        assert all(torch.equal(a, b) for a, b in zip(whole.average, second.average, strict=True))
+
+
+def test_nothing_to_resume_from_is_said(toybox, tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        make("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest").resume()
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    with pytest.raises(ConfigError, match="eta"):
+        load_config("toybox", ["--teachers.richdreamer.eta", "0.1"])
+    with pytest.raises(ConfigError, match="cameras.views=3"):
+        load_config("toybox", ["--cameras.views", "3"])
+
+
+def test_validation_prompts_are_checked_before_training(toybox):
+    with pytest.raises(ConfigError, match="validation.prompts.*pink"):
+        make("--validation.prompts", "[a pink cube]")
+
+
+def test_the_published_input_convention_reaches_the_normal_teacher(toybox):
+    trainer = make("--teachers.richdreamer.input_convention", "triplane_turbo")
+    (normal,) = [teacher for teacher, _ in trainer.teachers if teacher.name == "richdreamer"]
+    assert normal.config.image_range == (0.0, 1.0) and normal.config.resize == "area"
