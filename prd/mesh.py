@@ -33,7 +33,7 @@ from prd.texture import paint, texel_points, to_bytes, unwrap
 SUFFIXES = (".glb", ".obj", ".ply")
 TO_Y_UP = [1, 2, 0]  # scene X -> Z, Y -> X, Z -> Y: +Y up, front +Z (glTF 2.0, section 3.4); a rotation
 WELD = 2.0**-20  # scene units: vertices closer than this are one; readers merge at 1e-8 and must find nothing to merge
-DUST = 1e-3  # of the largest piece's volume: smaller pieces are never kept
+DUST = 1e-2  # of the largest piece's volume: smaller pieces are never kept
 QUERY = 1 << 18  # points of all samples together in one call of field.rgb
 
 Surface = tuple[NDArray[np.float32], NDArray[np.int64]]  # vertices [V, 3] scene units, faces [F, 3] outward

@@ -97,6 +97,7 @@ class TriplaneTurbo:
         resolution: int = 96,
         target_faces: int | None = 10_000,
         texture_size: int | None = 1024,
+        keep: Literal["largest", "all"] = "all",
         on_empty: Literal["raise", "flag"] = "raise",
     ) -> TriplaneTurboOutput:
         """Generate a textured mesh for each prompt.
@@ -106,6 +107,7 @@ class TriplaneTurbo:
         resolution           nodes an axis of the isosurface grid over [-1, 1]^3
         target_faces         triangles to simplify to, None for all
         texture_size         side of the baked texture, None for vertex colours
+        keep                 "all" pieces but dust (below 1 % of the largest), or the "largest" alone
         on_empty             where no surface is found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
 
         Raises TypeError for a prompt that is not text, ValueError for an empty one, a bad K or resolution.
@@ -136,7 +138,11 @@ class TriplaneTurbo:
         meshes: list[Mesh | None] = [None] * len(prompts)
         for i, surface in zip(found, surfaces, strict=True):
             (meshes[i],) = build_meshes(
-                one_sample(generated, i, len(prompts)), [surface], target_faces=target_faces, texture_size=texture_size
+                one_sample(generated, i, len(prompts)),
+                [surface],
+                target_faces=target_faces,
+                texture_size=texture_size,
+                keep=keep,
             )
         watch.lap("mesh")
         return TriplaneTurboOutput(meshes, prompts, generated, watch.seconds)

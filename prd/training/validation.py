@@ -112,7 +112,7 @@ def export_meshes(
         embeds = encoder([prompt]).to(student.device)
         field = student.generate(embeds, [generator], config.validation.num_inference_steps)
         try:
-            (mesh,) = extract_mesh(field, config.validation.isosurface_resolution)
+            (mesh,) = extract_mesh(field, config.validation.isosurface_resolution, keep="all")
         except EmptySurfaceError:
             logger.warning("%r has no surface: no mesh was written for it", prompt)
             continue
