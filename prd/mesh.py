@@ -213,7 +213,7 @@ def build_meshes(
     surfaces       B pairs of tensors: vertices [V, 3] in scene units, faces [F, 3]
     target_faces   triangles to decimate to, None for all
     texture_size   side of the baked texture in texels, None for vertex colours alone
-    keep           "largest": the piece with the largest volume; "all": every piece but dust. Cavities go with "largest"
+    keep           "largest": the piece with the largest volume; "all": every piece but dust. Cavities go either way
 
     Raises ValueError for arguments out of range and for a field whose colours are not finite.
     """
@@ -251,7 +251,8 @@ def clean(vertices: NDArray[np.float32], faces: NDArray[np.int64], keep: Literal
     largest = int(np.abs(volume).argmax())
     if volume[largest] == 0:
         raise ValueError(f"faces={faces.shape}: the surface encloses no volume")
-    wanted = np.abs(volume) > DUST * abs(volume[largest]) if keep == "all" else np.arange(len(volume)) == largest
+    outward = volume * np.sign(volume[largest])  # negative: a cavity, which nobody sees
+    wanted = outward > DUST * outward[largest] if keep == "all" else np.arange(len(volume)) == largest
     faces = faces[wanted[label]]
     return _compact(vertices, faces[:, ::-1] if volume[largest] < 0 else faces)
 
