@@ -5,46 +5,21 @@ noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA-->
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta
+from prd.generators import adapter_files
+from prd.generators.adapter_files import HALF_PRECISIONS, AdapterMismatch, StudentConfig, read_configs
 from prd.triplane import TriplaneField, TriplaneHeads
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What a student is besides its adapter; saved as config.json."""
-
-    base: str = ""  # id or path of the Stable Diffusion it is built on
-    latent_size: int = 32  # h = w of the latents that `generate` draws
-    latent_scale: float | None = None  # divide latents by this before the decoder; None: as published, taken raw
-    head_width: int = 64  # of the three MLPs
-    bias_radius: float = 0.5  # sdf = MLP + |p| - bias_radius, scene units
-    sdf_init_scale: float = 1.0  # of the sdf head's last layer at initialisation; 0.3 starts near the sphere
-    num_inference_steps: int = 4  # K of the training rollout
-
-
-class AdapterMismatch(ValueError):
-    """A saved adapter does not fit this base or this configuration."""
+__all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboGenerator", "read_configs"]
 
 
 class TriplaneTurboGenerator(nn.Module):
@@ -232,82 +207,29 @@ class TriplaneTurboGenerator(nn.Module):
         a = a.view(-1, 1, 1, 1, 1)
         return a.sqrt(), (1 - a).sqrt()
 
-    # -- saving and loading ------------------------------------------------------------------------------------------
+    # -- saving and loading (prd/generators/adapter_files.py) --------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
-        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)  # else it asks the Hub about the base
-        return {**state, **{f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}}
+        return adapter_files.adapter_state(self)
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load `adapter_state_dict`; AdapterMismatch if a key is missing or extra or a shape differs."""
-        own = self.adapter_state_dict()
-        problems = [f"missing {sorted(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
-        problems += [f"extra {sorted(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
-        problems += [
-            f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-            for name in sorted(own.keys() & state.keys())
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
-        heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
-        self.heads.load_state_dict(heads, strict=True)
-        set_peft_model_state_dict(self.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
+        adapter_files.load_adapter_state(self, state)
 
-    @torch.no_grad()
     def base_hash(self) -> dict[str, str]:
-        """SHA-256 of the base's weights as the adapter uses them, rounded to each half precision.
-
-        A base loaded in, or saved from, half precision agrees with its float32 original in one of the two.
-        """
+        """SHA-256 of the base's weights as the adapter uses them, rounded to each half precision."""
         if self._base_hash is None:
-            state = self.backbone.state_dict()
-            frozen = {
-                name.replace(".base_layer.", "."): tensor
-                for name, tensor in state.items()
-                if ".lora_" not in name and not name.startswith("decoder.conv_out.")
-            }
-            self._base_hash = {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HALF_PRECISIONS}
+            self._base_hash = adapter_files.base_hash(self.backbone)
         return self._base_hash
 
     def save_adapter(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all.
-
-        dtype  of the tensors on disk; None: as they are
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.adapter_state_dict().items()}
-        heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
-        record = {**asdict(self.config), "base_hash": self.base_hash()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            new = Path(temporary)
-            self.peta.target_modules = sorted(self.peta.target_modules or ())
-            self.peta.save_pretrained(str(new))
-            save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})
-            (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG):
-                os.replace(new / name, folder / name)
+        """Write the adapter, the heads and their configs to `folder`; dtype: of the tensors on disk, None: as is."""
+        adapter_files.save_adapter(self, Path(folder), dtype=dtype)
 
     def load_adapter(self, folder: str | Path, *, allow_other_base: bool = False) -> None:
-        """Load what `save_adapter` wrote.
-
-        Raises FileNotFoundError for a missing file, and AdapterMismatch, before anything is changed, for a damaged
-        file, keys or shapes that differ, or another base (unless allow_other_base=True).
-        """
-        folder = Path(folder)
-        _, record = read_configs(folder)
-        recorded, own = record["base_hash"], self.base_hash()
-        if not allow_other_base and not any(recorded.get(name) == digest for name, digest in own.items()):
-            raise AdapterMismatch(
-                f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded "
-                f"({self.config.base!r}); load that base, or pass allow_other_base=True"
-            )
-        state = _read_tensors(folder / ADAPTER_WEIGHTS)
-        heads = _read_tensors(folder / HEADS_WEIGHTS)
-        self.load_adapter_state_dict({**state, **{f"heads.{name}": tensor for name, tensor in heads.items()}})
+        """Load what `save_adapter` wrote; FileNotFoundError or AdapterMismatch before anything is changed."""
+        adapter_files.load_adapter(self, Path(folder), allow_other_base=allow_other_base)
 
     @classmethod
     def from_adapter(
@@ -320,37 +242,7 @@ class TriplaneTurboGenerator(nn.Module):
         allow_other_base: bool = False,
     ) -> TriplaneTurboGenerator:
         """A student built as the configs in `folder` say, on this base, with the saved adapter loaded."""
-        peta, record = read_configs(Path(folder))
-        config = StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+        peta, config = adapter_files.read_student(Path(folder))
         student = cls(unet, vae, scheduler, peta, config)
         student.load_adapter(folder, allow_other_base=allow_other_base)
         return student
-
-
-def read_configs(folder: Path) -> tuple[PetaConfig, dict]:
-    """The adapter's PetaConfig and the contents of config.json; AdapterMismatch if a field is missing or unknown."""
-    record = json.loads((folder / STUDENT_CONFIG).read_text())
-    known = {field.name for field in fields(StudentConfig)} | {"base_hash"}
-    if record.keys() != known:
-        raise AdapterMismatch(
-            f"{folder / STUDENT_CONFIG}: missing {sorted(known - record.keys())}, extra {sorted(record.keys() - known)}"
-        )
-    peta = PetaConfig.from_pretrained(str(folder))
-    peta.inference_mode = False
-    return peta, record
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise AdapterMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-
-
-def _digest(tensors: dict[str, Tensor], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", dtype).contiguous()
-        digest.update(f"{name} {list(values.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
