@@ -2,25 +2,28 @@
 
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
 heads.safetensors                                 the three MLPs
-config.json                                       what the student is besides, and which base it belongs to
+config.json                                       what the student is besides, which base it belongs to, and hashes
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import prd
 from prd.adapters.peta import PetaConfig
 
 if TYPE_CHECKING:
@@ -29,20 +32,39 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG)
+CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+SHOWN = 5  # names listed in an error
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What a student is besides its adapter; saved as config.json."""
+    """What a student is besides its adapter; saved in config.json. ValueError for a value out of range."""
 
     base: str = ""  # id or path of the Stable Diffusion it is built on
+    base_revision: str | None = None  # commit of that base on the Hub, if it came from there
     latent_size: int = 32  # h = w of the latents that `generate` draws
     latent_scale: float | None = None  # divide latents by this before the decoder; None: as published, taken raw
     head_width: int = 64  # of the three MLPs
     bias_radius: float = 0.5  # sdf = MLP + |p| - bias_radius, scene units
     sdf_init_scale: float = 1.0  # of the sdf head's last layer at initialisation; 0.3 starts near the sphere
     num_inference_steps: int = 4  # K of the training rollout
+
+    def __post_init__(self) -> None:
+        for name in ("latent_size", "head_width", "num_inference_steps"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a positive integer")
+        for name in ("latent_scale", "bias_radius", "sdf_init_scale"):
+            value = getattr(self, name)
+            if value is None and name == "latent_scale":
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value) or (name == "latent_scale" and value <= 0):
+                raise ValueError(f"{name}={value!r}: must be a finite number")
+        for name in ("base", "base_revision"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "base" or value is not None):
+                raise ValueError(f"{name}={value!r}: must be a string")
 
 
 class AdapterMismatch(ValueError):
@@ -57,19 +79,41 @@ def adapter_state(student: TriplaneTurboGenerator) -> dict[str, Tensor]:
 
 def load_adapter_state(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> None:
     """Load `adapter_state`; AdapterMismatch, before anything is changed, if a key or a shape differs."""
-    own = adapter_state(student)
-    problems = [f"missing {sorted(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
-    problems += [f"extra {sorted(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
-    problems += [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    if problems:
+    if problems := misfits(student, state):
         raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
     heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
     student.heads.load_state_dict(heads, strict=True)
     set_peft_model_state_dict(student.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
+
+
+def misfits(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being this student's: ranks, then missing and extra keys, then shapes and types."""
+    own = adapter_state(student)
+    found, expected = ({_rank(t) for n, t in tensors.items() if ".lora_A." in n} for tensors in (state, own))
+    if state.keys() == own.keys() and found != expected:
+        return [f"its tensors have rank {_some(found)}, not {_some(expected)} as {ADAPTER_CONFIG} must say (r)"]
+    problems = [f"missing {_some(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
+    problems += [f"extra {_some(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
+    shared = sorted(own.keys() & state.keys())
+    shapes = [
+        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+        for name in shared
+        if own[name].shape != state[name].shape
+    ]
+    problems += shapes[:SHOWN] + [f"and {len(shapes) - SHOWN} more shapes"] * (len(shapes) > SHOWN)
+    broken = [n for n in shared if not state[n].is_floating_point() or not bool(state[n].isfinite().all())]
+    return problems + ([f"{_some(broken)} hold values that are no finite numbers"] if broken else [])
+
+
+def _rank(lora_down: Tensor) -> int:
+    """r of a plane-wise factor [P, r, in], a linear one [r, in] or a convolution's [r, in, k, k]."""
+    return lora_down.shape[1] if lora_down.ndim == 3 else lora_down.shape[0]
+
+
+def _some(names: Iterable[Any]) -> str:
+    """At most SHOWN of them, as a list, and how many there are."""
+    listed = sorted(names)
+    return str(listed) if len(listed) <= SHOWN else f"{str(listed[:SHOWN])[:-1]}, ...] ({len(listed)})"
 
 
 @torch.no_grad()
@@ -94,13 +138,20 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in student.adapter_state_dict().items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
-    record = {**asdict(student.config), "base_hash": student.base_hash()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new = Path(temporary)
         student.peta.target_modules = sorted(student.peta.target_modules or ())
         student.peta.save_pretrained(str(new))
         save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})
+        record = {
+            "_class_name": CLASS_NAME,
+            "_prd_version": prd.__version__,
+            **asdict(student.config),
+            "prediction_type": student.prediction_type,
+            "base_hash": student.base_hash(),
+            "weights_hash": {name: _file_hash(new / name) for name in (ADAPTER_WEIGHTS, HEADS_WEIGHTS)},
+        }
         (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
         for name in ADAPTER_FILES:
             os.replace(new / name, folder / name)
@@ -110,18 +161,36 @@ def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_b
     """Load what `save_adapter` wrote.
 
     Raises FileNotFoundError for a missing file, and AdapterMismatch, before anything is changed, for a damaged
-    file, keys or shapes that differ, or another base (unless allow_other_base=True).
+    file, keys, shapes or ranks that differ, or another base (unless allow_other_base=True).
     """
     _, record = read_configs(folder)
-    recorded, own = record["base_hash"], student.base_hash()
-    if not allow_other_base and not any(recorded.get(name) == digest for name, digest in own.items()):
-        raise AdapterMismatch(
-            f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded "
-            f"({student.config.base!r}); load that base, or pass allow_other_base=True"
-        )
+    if not allow_other_base:
+        _check_base(student, folder, record)
     state = _read_tensors(folder / ADAPTER_WEIGHTS)
-    heads = _read_tensors(folder / HEADS_WEIGHTS)
-    student.load_adapter_state_dict({**state, **{f"heads.{name}": tensor for name, tensor in heads.items()}})
+    state |= {f"heads.{name}": tensor for name, tensor in _read_tensors(folder / HEADS_WEIGHTS).items()}
+    if problems := misfits(student, state):
+        raise AdapterMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
+    for name, digest in record["weights_hash"].items():
+        if _file_hash(folder / name) != digest:
+            raise AdapterMismatch(
+                f"{folder / name}: is not the file that {STUDENT_CONFIG} records (its SHA-256 differs); copy or "
+                "download the folder again"
+            )
+    student.load_adapter_state_dict(state)
+
+
+def _check_base(student: TriplaneTurboGenerator, folder: Path, record: dict[str, Any]) -> None:
+    recorded, own = record["base_hash"], student.base_hash()
+    remedy = "load that base, or pass allow_other_base=True"
+    if not any(recorded.get(name) == digest for name, digest in own.items()):
+        raise AdapterMismatch(
+            f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded; {remedy}"
+        )
+    if record["prediction_type"] != student.prediction_type:
+        raise AdapterMismatch(
+            f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
+            f"loaded says {student.prediction_type}; {remedy}"
+        )
 
 
 def read_student(folder: Path) -> tuple[PetaConfig, StudentConfig]:
@@ -130,24 +199,79 @@ def read_student(folder: Path) -> tuple[PetaConfig, StudentConfig]:
     return peta, StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
 
 
-def read_configs(folder: Path) -> tuple[PetaConfig, dict]:
-    """The adapter's PetaConfig and the contents of config.json; AdapterMismatch if a field is missing or unknown."""
-    record = json.loads((folder / STUDENT_CONFIG).read_text())
-    known = {field.name for field in fields(StudentConfig)} | {"base_hash"}
+def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
+    """The adapter's PetaConfig and the contents of config.json.
+
+    Raises FileNotFoundError for a missing file, and AdapterMismatch for one of another class, a field that is missing
+    or unknown, or a value out of range.
+    """
+    path = folder / STUDENT_CONFIG
+    record = _read_json(path)
+    if (found := record.get("_class_name")) != CLASS_NAME:
+        raise AdapterMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
+    known = {field.name for field in fields(StudentConfig)} | {
+        *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
+    }
     if record.keys() != known:
         raise AdapterMismatch(
-            f"{folder / STUDENT_CONFIG}: missing {sorted(known - record.keys())}, extra {sorted(record.keys() - known)}"
+            f"{path}: missing {sorted(known - record.keys())}, extra {sorted(record.keys() - known)}; saved by prd "
+            f"{record.get('_prd_version')}, read by {prd.__version__}: use the version that saved it"
         )
-    peta = PetaConfig.from_pretrained(str(folder))
+    for name, keys in (("base_hash", None), ("weights_hash", {ADAPTER_WEIGHTS, HEADS_WEIGHTS})):
+        value = record[name]
+        if not isinstance(value, dict) or not value or (keys and value.keys() != keys):
+            raise AdapterMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
+    try:
+        StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+    except ValueError as error:
+        raise AdapterMismatch(f"{path}: {error}") from error
+    return _read_peta(folder), record
+
+
+def _read_peta(folder: Path) -> PetaConfig:
+    path = folder / ADAPTER_CONFIG
+    written = _read_json(path)
+    known = {field.name for field in fields(PetaConfig)}
+    missing = known - {field.name for field in fields(LoraConfig)} - written.keys()
+    if written.get("peft_type") != "LORA" or missing:
+        raise AdapterMismatch(
+            f"{path}: is a peft config of another class (peft_type {written.get('peft_type')!r}, missing "
+            f"{sorted(missing)}); expected a PetaConfig"
+        )
+    if extra := written.keys() - known:
+        raise AdapterMismatch(f"{path}: extra {sorted(extra)}; saved by peft {written.get('peft_version')}, use that")
+    try:
+        peta = PetaConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise AdapterMismatch(f"{path}: {error}") from error
     peta.inference_mode = False
-    return peta, record
+    return peta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
+    if not isinstance(record, dict):
+        raise AdapterMismatch(f"{path}: holds a {type(record).__name__}, expected a JSON object")
+    return record
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # the last two: a header that names no known type
         raise AdapterMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor], dtype: torch.dtype) -> str:
