@@ -152,31 +152,43 @@ class TriplaneField(AutogradGradient):
         Each plane is resampled once on the R x R lattice of its two coordinates and goes through its share of the
         first linear layer there; only the sum over planes is made at R^3 nodes. Differentiable once.
         """
+        sdf, offset = self._geometry(resolution, slice(0, resolution), deformation)
+        if not rgb:
+            return sdf, None, offset
+        features = self._dense(self.heads.rgb, self._lattices(self.planes[:, 3:], self._nodes(resolution)))
+        return sdf, colour_from_features(features).clamp(0, 1), offset
+
+    def geometry_grid(self, resolution: int, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """The planes x[first], ..., x[last - 1] of `grid`: sdf [B, n, R, R] and deformation [B, n, R, R, 3]."""
+        if not 0 <= first < last <= resolution:
+            raise ValueError(f"first={first}, last={last}: expected 0 <= first < last <= resolution={resolution}")
+        return self._geometry(resolution, slice(first, last), True)
+
+    def _nodes(self, resolution: int) -> Tensor:
         if resolution < 2:
             raise ValueError(f"resolution={resolution}: must be at least 2")
-        nodes = torch.linspace(-1, 1, resolution, device=self.planes.device, dtype=self.planes.dtype)
-        lattices = self._lattices(nodes)
-        squares = nodes**2
-        radius = (squares[:, None, None] + squares[:, None] + squares).sqrt() - self.bias_radius
-        sdf = self._dense(self.heads.sdf, lattices[:3])[..., 0] + radius
-        offset = self._dense(self.heads.deformation, lattices[:3]) if deformation else None
-        colour = colour_from_features(self._dense(self.heads.rgb, lattices[3:])).clamp(0, 1) if rgb else None
-        return sdf, colour, offset
+        return torch.linspace(-1, 1, resolution, device=self.planes.device, dtype=self.planes.dtype)
 
-    def _lattices(self, nodes: Tensor) -> list[Tensor]:
-        """The six planes at the nodes of their two axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
-        rows, columns = self.planes.shape[-2:]
+    def _geometry(self, resolution: int, x: slice, deformation: bool) -> tuple[Tensor, Tensor | None]:
+        nodes = self._nodes(resolution)
+        xy, xz, yz = self._lattices(self.planes[:, :3], nodes)
+        lattices = [xy[:, x], xz[:, x], yz]
+        squares = nodes**2
+        radius = (squares[x, None, None] + squares[:, None] + squares).sqrt() - self.bias_radius
+        sdf = self._dense(self.heads.sdf, lattices)[..., 0] + radius
+        return sdf, self._dense(self.heads.deformation, lattices) if deformation else None
+
+    def _lattices(self, planes: Tensor, nodes: Tensor) -> list[Tensor]:
+        """Three planes [B, 3, C, H, W] at the nodes of their axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
+        rows, columns = planes.shape[-2:]
         down, up = resampling_matrix(nodes, rows), resampling_matrix(-nodes, rows)
         right, left = resampling_matrix(nodes, columns), resampling_matrix(-nodes, columns)
-        lattices = []
-        for kind in (self.planes[:, :3], self.planes[:, 3:]):
-            xy, xz, yz = kind.unbind(1)  # [B, C, H, W] each
-            lattices += [
-                (down @ xy @ right.T).permute(0, 2, 3, 1),  # row x, column y
-                (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
-                (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
-            ]
-        return lattices
+        xy, xz, yz = planes.unbind(1)  # [B, C, H, W] each
+        return [
+            (down @ xy @ right.T).permute(0, 2, 3, 1),  # row x, column y
+            (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
+            (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
+        ]
 
     def _dense(self, head: nn.Sequential, lattices: list[Tensor]) -> Tensor:
         """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
@@ -189,15 +201,15 @@ class TriplaneField(AutogradGradient):
 class _DenseHead(torch.autograd.Function):
     """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made slab by slab along x.
 
-    The R^3 activations never exist together: the backward pass makes each slab's again while it is in the cache.
+    xy and xz may hold a part of the x axis alone. The R^3 activations never exist together: the backward pass makes each slab's again while it is in the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, xy: Tensor, xz: Tensor, yz: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         ctx.save_for_backward(xy, xz, yz, w2, w3)
-        batch, resolution = xy.shape[:2]
-        out = xy.new_empty(batch, resolution, resolution, resolution, len(w3))
-        for x in _slabs(batch, resolution):
+        batch, resolution = yz.shape[:2]
+        out = xy.new_empty(batch, xy.shape[1], resolution, resolution, len(w3))
+        for x in _slabs(xy):
             out[:, x] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x), w2)), w3)
         return out
 
@@ -207,7 +219,7 @@ class _DenseHead(torch.autograd.Function):
         xy, xz, yz, w2, w3 = ctx.saved_tensors
         grad_xy, grad_xz, grad_yz = torch.empty_like(xy), torch.empty_like(xz), torch.zeros_like(yz)
         grad_w2, grad_w3 = torch.zeros_like(w2), torch.zeros_like(w3)
-        for x in _slabs(*xy.shape[:2]):
+        for x in _slabs(xy):
             h1 = _first_hidden(xy, xz, yz, x)
             h2 = F.relu_(F.linear(h1, w2))
             grad = grad_out[:, x].reshape(-1, len(w3))
@@ -222,9 +234,11 @@ class _DenseHead(torch.autograd.Function):
         return grad_xy, grad_xz, grad_yz, grad_w2, grad_w3
 
 
-def _slabs(batch: int, resolution: int) -> list[slice]:
+def _slabs(xy: Tensor) -> list[slice]:
+    """Parts of the x axis of xy [B, x, y, C] with some POINTS_A_SLAB nodes each."""
+    batch, planes, resolution, _ = xy.shape
     size = max(1, POINTS_A_SLAB // (batch * resolution**2))
-    return [slice(start, start + size) for start in range(0, resolution, size)]
+    return [slice(start, start + size) for start in range(0, planes, size)]
 
 
 def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice) -> Tensor:

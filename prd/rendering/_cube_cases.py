@@ -22,7 +22,6 @@ EDGES: list[tuple[int, Corner]] = [(axis, c) for axis in range(3) for c in CORNE
 _EDGE_OF_PAIR = {
     frozenset((CORNERS.index(c), CORNERS.index(c) + (4, 2, 1)[axis])): i for i, (axis, c) in enumerate(EDGES)
 }
-MAX_TRIANGLES = 5
 
 
 def _faces() -> list[list[int]]:

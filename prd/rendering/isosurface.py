@@ -1,26 +1,23 @@
-"""From a signed distance on a grid to a mesh: differentiable marching cubes, welded and without holes.
+"""From a signed distance field to meshes: grids of its values, cut along a level.
 
-The grid's nodes are R equally spaced points an axis from -1 to 1, both ends included, indexed [x, y, z]; a cell is the
-cube between eight nodes. Topology is read off the signs alone; the vertices are differentiable in the signed distance
-and in the offsets of the nodes (the "dual" freedom of DMTet and DiffMC: every node may move by half a cell).
+The grid's nodes are R equally spaced points an axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
+are cut is `marching.marching_cubes` or `tetrahedra.marching_tetrahedra`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prd.fields import Field
-from prd.rendering._cube_cases import EDGES, MAX_TRIANGLES, cube_cases
+from prd.rendering.marching import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
 
-MAX_DEFORMATION = 0.5  # cells; up to here neighbouring nodes cannot pass each other
-TINY = 1e-12  # keeps the interpolation's derivative finite in float32 where both ends of an edge are almost zero
-
-Mesh = tuple[Tensor, Tensor]  # vertices [V, 3] in scene units, faces [F, 3] int64
+Grid = tuple[Tensor, Tensor | None]  # sdf [B, X, Y, Z], deformation [B, X, Y, Z, 3]
+Isosurface = Callable[[Tensor, Tensor | None, float], Mesh]  # as `Marching.__call__`
+OnEmpty = Literal["raise", "flag"]
 
 
 class EmptySurfaceError(ValueError):
@@ -34,109 +31,19 @@ class EmptySurfaceError(ValueError):
         )
 
 
-@lru_cache(maxsize=8)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges of a case's triangles [256, 3 * MAX_TRIANGLES], -1 padded; an edge's axis [12] and base corner [12, 3]."""
-    rows = torch.full((256, 3 * MAX_TRIANGLES), -1, dtype=torch.int64)
-    for case, triangles in enumerate(cube_cases()):
-        flat = [edge for triangle in triangles for edge in triangle]
-        rows[case, : len(flat)] = torch.tensor(flat, dtype=torch.int64)
-    axes = torch.tensor([axis for axis, _ in EDGES])
-    corners = torch.tensor([corner for _, corner in EDGES])
-    return rows.to(device), axes.to(device), corners.to(device)
-
-
-def _case_of_cells(inside: Tensor) -> Tensor:
-    """Case number [X-1, Y-1, Z-1] of each cell: bit 4 x + 2 y + z for corner (x, y, z), built one axis at a time."""
-    bits = inside.to(torch.uint8)
-    bits = bits[:, :, :-1] | bits[:, :, 1:] << 1
-    bits = bits[:, :-1] | bits[:, 1:] << 2
-    return bits[:-1] | bits[1:] << 4
-
-
-@torch.no_grad()
-def _topology(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut edges [2, V] (linear indices of their two nodes) and faces [F, 3] that index them; inside bool [X, Y, Z]."""
-    device, nodes = inside.device, inside.numel()
-    _, ny, nz = inside.shape
-    strides = (ny * nz, nz, 1)
-    vertex_of_edge = torch.empty(3 * nodes, dtype=torch.int32, device=device)  # read only where an edge is cut
-    ends, count = [], 0
-    for axis in range(3):
-        cut = torch.zeros_like(inside)
-        low, high = inside.narrow(axis, 0, inside.shape[axis] - 1), inside.narrow(axis, 1, inside.shape[axis] - 1)
-        torch.bitwise_xor(low, high, out=cut.narrow(axis, 0, inside.shape[axis] - 1))
-        base = cut.view(-1).nonzero()[:, 0]
-        vertex_of_edge[axis * nodes + base] = torch.arange(count, count + len(base), dtype=torch.int32, device=device)
-        ends.append(torch.stack([base, base + strides[axis]]))
-        count += len(base)
-    rows, axes, corners = _tables(device)
-    case = _case_of_cells(inside)
-    flat = case.view(-1)
-    active = ((flat != 0) & (flat != 255)).nonzero()[:, 0]
-    cell_z = active % (nz - 1)
-    cell_xy = active // (nz - 1)
-    first_node = (cell_xy // (ny - 1)) * strides[0] + cell_xy % (ny - 1) * strides[1] + cell_z
-    offset = axes * nodes + corners @ torch.tensor(strides, device=device)  # of an edge's entry from its cell's
-    edges = rows[flat[active].long()]  # [cells, 15]
-    cell, slot = (edges >= 0).nonzero(as_tuple=True)
-    faces = vertex_of_edge[first_node[cell] + offset[edges[cell, slot]]]
-    return torch.cat(ends, dim=1), faces.long().view(-1, 3)
-
-
-def marching_cubes(sdf: Tensor, deformation: Tensor | None = None, level: float = 0.0) -> Mesh:
-    """The surface sdf = level of one grid, inside where sdf < level.
-
-    sdf          [X, Y, Z]     any unit, at least 2 nodes an axis
-    deformation  [X, Y, Z, 3]  offsets of the nodes in cells, limited here to +-0.5 (DiffMC's semantics)
-
-    Returns vertices [V, 3] in cells (node (i, j, k) lies at (i, j, k)), differentiable in both arguments, and faces
-    [F, 3] int64, counter-clockwise seen from outside. Vertices are shared between faces; every edge belongs to two
-    faces except where the surface leaves the grid (see `pad_border`). Without a sign change both are empty. Lorensen
-    and Cline 1987 with the consistent table of `_cube_cases`. Raises ValueError for a wrong shape or non-finite values.
-    """
-    if sdf.ndim != 3 or min(sdf.shape) < 2:
-        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [X, Y, Z] with at least 2 nodes an axis")
-    if deformation is not None and deformation.shape != (*sdf.shape, 3):
-        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
-    if not bool(torch.isfinite(sdf.detach().sum())) and not bool(torch.isfinite(sdf).all()):
-        raise ValueError("sdf: holds NaN or infinity; a surface needs finite values, look for a diverged network")
-    ends, faces = _topology(sdf.detach() < level)
-    _, ny, nz = sdf.shape
-    nodes = torch.stack([ends // (ny * nz), ends // nz % ny, ends % nz], dim=-1).to(sdf.dtype)  # [2, V, 3]
-    if deformation is not None:
-        nodes = nodes + deformation.reshape(-1, 3)[ends].clamp(-MAX_DEFORMATION, MAX_DEFORMATION)
-    low, high = sdf.reshape(-1)[ends] - level
-    sign = torch.where(low.detach() < 0, 1.0, -1.0).to(sdf.dtype)
-    t = -low * sign / ((high - low) * sign).clamp_min(TINY)
-    return nodes[0] + t[:, None] * (nodes[1] - nodes[0]), faces
-
-
-def pad_border(sdf: Tensor, deformation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Surround grids with one layer of outside nodes, so that their surfaces close.
-
-    sdf [..., X, Y, Z] -> [..., X+2, Y+2, Z+2]; deformation [..., X, Y, Z, 3] likewise, with zeros. The new value is
-    the largest |sdf|, hence the surface passes at most half a cell outside the old border. Subtract 1 from vertices.
-    """
-    outside = float(sdf.detach().abs().amax().clamp_min(TINY))
-    padded = torch.nn.functional.pad(sdf, (1,) * 6, value=outside)
-    if deformation is None:
-        return padded, None
-    return padded, torch.nn.functional.pad(deformation, (0, 0) + (1,) * 6)
-
-
 def _is_border(resolution: int, device: torch.device) -> Tensor:
     border = torch.ones(resolution, resolution, resolution, dtype=torch.bool, device=device)
     border[1:-1, 1:-1, 1:-1] = False
     return border
 
 
-def ensure_surface(sdf: Tensor) -> tuple[Tensor, Tensor]:
+def ensure_surface(sdf: Tensor, *, detach: bool = False) -> tuple[Tensor, Tensor]:
     """Give every sample a surface, in training (the paper's supplement, after InstantMesh).
 
     sdf [B, R, R, R]. Where all nodes are outside, the centre (one node for odd R, eight for even) is forced inside;
     where all are inside, the border is forced outside, to minus their own value, so that the faces lie half-way.
-    The forced nodes pass gradients on unchanged. Returns (sdf, corrected bool [B]); the others are left as they are.
+    The forced nodes pass gradients on unchanged; with `detach` a corrected sample passes none at all, as InstantMesh
+    has it. Returns (sdf, corrected bool [B]); the others are left as they are.
     """
     if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 3:
         raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 3")
@@ -153,6 +60,8 @@ def ensure_surface(sdf: Tensor) -> tuple[Tensor, Tensor]:
     forced = torch.where(empty[:, None, None, None], -size, size)
     nodes = torch.where(empty[:, None, None, None], centre, _is_border(resolution, sdf.device))
     nodes = nodes & corrected[:, None, None, None]
+    if detach:
+        sdf = torch.where(corrected[:, None, None, None], value, sdf)
     return sdf + torch.where(nodes, forced - value, 0.0), corrected
 
 
@@ -166,47 +75,182 @@ def grid_points(resolution: int, device: torch.device | str = "cpu", dtype: torc
 
 def evaluate_grid(
     field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu", chunk: int = 1 << 18
-) -> tuple[Tensor, Tensor | None]:
+) -> Grid:
     """Signed distance [B, R, R, R] and deformation [B, R, R, R, 3] (or None) at the nodes of `grid_points`.
 
-    Uses the field's own `grid(R) -> (sdf, rgb, deformation)` if it has one, else `sdf_and_deformation` on chunks of
-    that many points; `batch` and `device` say for which points then.
+    Uses the field's own `geometry_grid(R, first, last) -> (sdf, deformation)` or `grid(R) -> (sdf, rgb, deformation)`
+    if it has one, else `sdf_and_deformation` on chunks of that many points; `batch` and `device` say for which points
+    then. Raises ValueError for fewer than 2 nodes an axis and for a field that answers in the wrong shape.
     """
-    grid: Callable[[int], tuple[Tensor, Tensor, Tensor | None]] | None = getattr(field, "grid", None)
-    if grid is not None:
-        sdf, _, deformation = grid(resolution)
-        return sdf, deformation
-    points = grid_points(resolution, device).view(1, -1, 3).expand(batch, -1, -1)
-    parts = [field.sdf_and_deformation(p) for p in points.split(chunk, dim=1)]
-    shape = (batch, resolution, resolution, resolution)
-    sdf = torch.cat([part[0] for part in parts], dim=1).view(shape)
-    if parts[0][1] is None:
-        return sdf, None
-    return sdf, torch.cat([cast(Tensor, part[1]) for part in parts], dim=1).view(*shape, 3)
+    return next(grid_slabs(field, resolution, resolution, batch=batch, device=device, chunk=chunk))
 
 
-def grid_to_meshes(sdf: Tensor, deformation: Tensor | None, level: float = 0.0) -> list[Mesh]:
+def grid_slabs(
+    field: Field,
+    resolution: int,
+    planes: int,
+    *,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    chunk: int = 1 << 18,
+) -> Iterator[Grid]:
+    """`evaluate_grid` in slabs along x of that many planes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+    geometry: Callable[[int, int, int], Grid] | None = getattr(field, "geometry_grid", None)
+    whole: Callable[[int], tuple[Tensor, Tensor, Tensor | None]] | None = getattr(field, "grid", None)
+    if geometry is None and whole is not None:
+        sdf, _, deformation = whole(resolution)
+    axis = torch.linspace(-1, 1, resolution, device=device)
+    for first in range(0, resolution, planes):
+        last = min(first + planes, resolution)
+        if geometry is not None:
+            slab = geometry(resolution, first, last)
+        elif whole is not None:
+            slab = sdf[:, first:last], None if deformation is None else deformation[:, first:last]
+        else:
+            slab = _at_points(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
+            slab = _shaped(slab, last - first, resolution)
+        yield _checked(slab, last - first, resolution)
+
+
+def _at_points(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
+    """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
+    parts = [field.sdf_and_deformation(p.expand(batch, -1, -1)) for p in points.split(chunk)]
+    for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
+        if sdf.shape[1:] != (len(p), 1) or (deformation is not None and deformation.shape != (*sdf.shape[:2], 3)):
+            found = None if deformation is None else tuple(deformation.shape)
+            raise ValueError(
+                f"field: sdf_and_deformation of points [{batch}, {len(p)}, 3] gave {tuple(sdf.shape)} and {found}; "
+                "expected [B, N, 1] and [B, N, 3] or None"
+            )
+    sdf = torch.cat([sdf[..., 0] for sdf, _ in parts], dim=1)
+    offsets = [deformation for _, deformation in parts if deformation is not None]
+    return sdf, torch.cat(offsets, dim=1) if offsets else None
+
+
+def _shaped(grid: Grid, planes: int, resolution: int) -> Grid:
+    shape = (planes, resolution, resolution)
+    sdf, deformation = grid
+    return sdf.unflatten(1, shape), None if deformation is None else deformation.unflatten(1, shape)
+
+
+def _checked(grid: Grid, planes: int, resolution: int) -> Grid:
+    sdf, deformation = grid
+    shape = (planes, resolution, resolution)
+    if sdf.ndim != 4 or sdf.shape[1:] != shape or (deformation is not None and deformation.shape != (*sdf.shape, 3)):
+        found = None if deformation is None else tuple(deformation.shape)
+        raise ValueError(f"field: its grid gave {tuple(sdf.shape)} and {found}; expected [B, *{shape}] and one more 3")
+    return grid
+
+
+def grid_to_meshes(
+    sdf: Tensor,
+    deformation: Tensor | None,
+    level: float = 0.0,
+    *,
+    isosurface: Isosurface = marching_cubes,
+    on_empty: OnEmpty = "raise",
+) -> list[Mesh]:
     """One closed mesh a sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
 
     Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
-    change raises EmptySurfaceError.
+    change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces.
     """
+    _check_batch(sdf, deformation)
     resolution, inside = sdf.shape[1], sdf.detach() < level
     has_both = inside.flatten(1).any(dim=1) & ~inside.flatten(1).all(dim=1)
-    if not bool(has_both.all()):
-        raise EmptySurfaceError((~has_both).nonzero()[:, 0].tolist(), resolution)
+    _check_found(has_both.tolist(), resolution, on_empty)
     leaves = (inside & _is_border(resolution, sdf.device)).flatten(1).any(dim=1).tolist()
     meshes = []
     for index, values in enumerate(sdf):
         offsets = None if deformation is None else deformation[index]
-        if leaves[index]:
+        if leaves[index] and has_both[index]:
             values, offsets = pad_border(values - level, offsets)
-            vertices, faces = marching_cubes(values, offsets)
+            vertices, faces = isosurface(values, offsets, 0.0)
             vertices = vertices - 1
         else:
-            vertices, faces = marching_cubes(values, offsets, level)
+            vertices, faces = isosurface(values, offsets, level)
         meshes.append((vertices * (2 / (resolution - 1)) - 1, faces))
     return meshes
+
+
+def _check_batch(sdf: Tensor, deformation: Tensor | None) -> None:
+    if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 2:
+        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 2")
+    if deformation is not None and deformation.shape != (*sdf.shape, 3):
+        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+
+
+def _check_found(found: list[bool], resolution: int, on_empty: OnEmpty) -> None:
+    if on_empty not in ("raise", "flag"):
+        raise ValueError(f"on_empty={on_empty!r}: must be 'raise' or 'flag'")
+    if on_empty == "raise" and not all(found):
+        raise EmptySurfaceError([index for index, has_surface in enumerate(found) if not has_surface], resolution)
+
+
+def meshes_from_slabs(
+    slabs: Callable[[], Iterable[Grid]],
+    resolution: int,
+    level: float = 0.0,
+    *,
+    marching: Marching = marching_cubes,
+    on_empty: OnEmpty = "raise",
+) -> list[Mesh]:
+    """`grid_to_meshes` of grids that never exist as a whole; the same meshes, vertex by vertex.
+
+    slabs()  begins a new pass over the grids' slabs along x, sdf [B, n, R, R] and deformation [B, n, R, R, 3] or None,
+             together R planes; a second pass is made if a shape leaves the cube
+    """
+    stitchers: list[Stitcher] = []
+    facts = []  # of each slab [4, B]: some node inside, some outside, the border inside; the largest |sdf - level|
+    first = 0
+    for sdf, deformation in slabs():
+        stitchers = stitchers or [Stitcher(marching, level) for _ in sdf]
+        for index, stitcher in enumerate(stitchers):
+            stitcher.add(sdf[index], None if deformation is None else deformation[index])
+        inside = sdf.detach() < level
+        on_border = torch.ones(sdf.shape[1:], dtype=torch.bool, device=sdf.device)
+        on_border[int(first == 0) : len(on_border) - int(first + len(on_border) == resolution), 1:-1, 1:-1] = False
+        peak = (sdf.detach() - level).abs().flatten(1).amax(dim=1)
+        leaves = (inside & on_border).flatten(1).any(1)
+        facts.append(torch.stack([inside.flatten(1).any(1), ~inside.flatten(1).all(1), leaves, peak]))
+        first += sdf.shape[1]
+    some_in, some_out, leaves, peak = torch.stack(facts).amax(dim=0).cpu()
+    found = (some_in * some_out).bool().tolist()
+    _check_found(found, resolution, on_empty)
+    padded = [index for index in range(len(found)) if found[index] and bool(leaves[index])]
+    for index, stitcher in _stitch_padded(slabs, padded, peak.clamp_min(TINY).tolist(), marching, level).items():
+        stitchers[index] = stitcher
+    meshes = []
+    for index, stitcher in enumerate(stitchers):
+        vertices, faces = stitcher.mesh()
+        vertices = vertices - 1 if index in padded else vertices
+        meshes.append((vertices * (2 / (resolution - 1)) - 1, faces))
+    return meshes
+
+
+def _stitch_padded(
+    slabs: Callable[[], Iterable[Grid]], samples: list[int], outside: list[float], marching: Marching, level: float
+) -> dict[int, Stitcher]:
+    """Stitchers of some samples with a layer of nodes at `outside` around the grid, as `pad_border` adds it."""
+    stitchers = {index: Stitcher(marching, 0.0) for index in samples}
+
+    def add(index: int, sdf: Tensor, deformation: Tensor | None, sides: tuple[int, int]) -> None:
+        pad = (1, 1, 1, 1, *sides)
+        offsets = None if deformation is None else torch.nn.functional.pad(deformation, (0, 0, *pad))
+        stitchers[index].add(torch.nn.functional.pad(sdf - level, pad, value=outside[index]), offsets)
+
+    first = True
+    for sdf, deformation in slabs() if samples else ():
+        for index in samples:
+            add(index, sdf[index], None if deformation is None else deformation[index], (int(first), 0))
+        first = False
+    for index, stitcher in stitchers.items():
+        values, offsets = stitcher.kept or (None, None)
+        assert values is not None
+        stitcher.add(torch.full_like(values, outside[index]), None if offsets is None else torch.zeros_like(offsets))
+    return stitchers
 
 
 def extract_isosurface(
@@ -217,11 +261,28 @@ def extract_isosurface(
     batch: int = 1,
     device: torch.device | str = "cpu",
     chunk: int = 1 << 18,
+    marching: Marching = marching_cubes,
+    max_nodes: int = 1 << 23,
+    on_empty: OnEmpty = "raise",
 ) -> list[Mesh]:
     """The surfaces of a field's B samples: [(vertices [V, 3] in scene units, faces [F, 3]), ...], closed, outward.
 
-    resolution is R, the nodes an axis; `batch`, `device` and `chunk` as in `evaluate_grid`. Differentiable in the
-    field. Raises EmptySurfaceError where a sample has no surface.
+    resolution  R, the nodes an axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
+    marching    `marching_cubes` or `tetrahedra.marching_tetrahedra`
+    max_nodes   of all samples evaluated at a time: beyond, the grid is made and marched slab by slab, and the memory
+                grows with R^2 and the surface instead of R^3 (without gradients; with them, the graph holds it all).
+                The mesh is that of the whole grid, vertex by vertex
+    on_empty    where a sample has no surface: "raise" EmptySurfaceError, or "flag" it by a mesh without faces
+
+    Differentiable in the field. A shape that leaves the cube is evaluated twice if made in slabs.
     """
-    sdf, deformation = evaluate_grid(field, resolution, batch, device, chunk)
-    return grid_to_meshes(sdf, deformation, level)
+    if resolution < 2 or batch < 1:
+        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes an axis and 1 sample")
+    planes = max(2, max_nodes // (batch * resolution**2))
+
+    def slabs() -> Iterator[Grid]:
+        return grid_slabs(field, resolution, planes, batch=batch, device=device, chunk=chunk)
+
+    if planes >= resolution:
+        return grid_to_meshes(*next(slabs()), level, isosurface=marching, on_empty=on_empty)
+    return meshes_from_slabs(slabs, resolution, level, marching=marching, on_empty=on_empty)

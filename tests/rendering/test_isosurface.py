@@ -12,9 +12,12 @@ from prd.rendering.isosurface import (
     extract_isosurface,
     grid_points,
     grid_to_meshes,
-    marching_cubes,
-    pad_border,
 )
+from prd.rendering.marching import marching_cubes, pad_border
+from prd.rendering.tetrahedra import marching_tetrahedra
+from prd.triplane import TriplaneField, TriplaneHeads
+
+WAYS = [pytest.param(marching_cubes, id="cubes"), pytest.param(marching_tetrahedra, id="tetrahedra")]
 
 
 class Ball(AutogradGradient):
@@ -57,9 +60,10 @@ def blobs(generator, size):
 
 
 @pytest.mark.parametrize("kind", ["white noise", "smooth", "signs only", "thin sheet"])
-def test_random_fields_give_closed_surfaces(kind):
+@pytest.mark.parametrize("marching", WAYS)
+def test_random_fields_give_closed_surfaces(kind, marching):
     generator = torch.Generator().manual_seed(7)
-    for _ in range(60):  # 240 fields over the four kinds
+    for _ in range(60):  # 240 fields over the four kinds, by either way of cutting cells
         if kind == "white noise":
             sdf = torch.randn(7, 8, 9, generator=generator)
         elif kind == "smooth":
@@ -68,7 +72,7 @@ def test_random_fields_give_closed_surfaces(kind):
             sdf = torch.randint(0, 2, (8, 7, 6), generator=generator) * 2.0 - 1
         else:
             sdf = blobs(generator, 12).abs() - 0.01
-        vertices, faces = marching_cubes(pad_border(sdf)[0])
+        vertices, faces = marching(pad_border(sdf)[0])
         assert_closed(faces)
         assert torch.equal(faces.unique(), torch.arange(len(vertices)))  # welded: no vertex without a face
         assert volume(vertices, faces) > 0
@@ -86,8 +90,9 @@ def test_table_separates_exactly_what_the_signs_separate():
         assert {edge for triangle in triangles for edge in triangle} == cut
 
 
-def test_sphere_has_its_radius_volume_and_outward_normals():
-    ((vertices, faces),) = extract_isosurface(Ball(0.6), 48)
+@pytest.mark.parametrize("marching", WAYS)
+def test_sphere_has_its_radius_volume_and_outward_normals(marching):
+    ((vertices, faces),) = extract_isosurface(Ball(0.6), 48, marching=marching)
     centred = vertices - torch.tensor([0.1, 0.0, -0.2])
     assert (centred.norm(dim=-1) - 0.6).abs().max() < 2e-3
     assert volume(vertices, faces).item() == pytest.approx(4 / 3 * torch.pi * 0.6**3, rel=0.01)
@@ -104,13 +109,14 @@ def test_axes_keep_their_order():
     torch.testing.assert_close(volume(vertices, faces), torch.tensor(1 / 6))  # an octahedron of half-diagonal 0.5
 
 
-def test_gradient_matches_finite_differences():
+@pytest.mark.parametrize("marching", WAYS)
+def test_gradient_matches_finite_differences(marching):
     generator = torch.Generator().manual_seed(1)
     sdf = torch.randn(4, 4, 3, generator=generator, dtype=torch.float64)
     sdf = sdf.sign() * (sdf.abs() + 0.1)  # away from zero, where the topology would change
     deformation = 0.3 * torch.randn(4, 4, 3, 3, generator=generator, dtype=torch.float64).clamp(-1, 1)
     arguments = (sdf.requires_grad_(), deformation.requires_grad_())
-    assert torch.autograd.gradcheck(lambda s, d: marching_cubes(s, d, 0.02)[0], arguments)
+    assert torch.autograd.gradcheck(lambda s, d: marching(s, d, 0.02)[0], arguments)
 
 
 def test_deformation_moves_nodes_and_stops_at_half_a_cell():
@@ -139,6 +145,43 @@ def test_a_shape_cut_by_the_cube_is_closed_there():
     assert len(meshes[1][0]) != len(meshes[0][0])
 
 
+@pytest.mark.parametrize("marching", WAYS)
+@pytest.mark.parametrize("max_nodes", [1, 3000, 9000])
+@pytest.mark.parametrize("deformed", [False, True])
+def test_slabs_give_the_mesh_of_the_whole(marching, max_nodes, deformed):
+    """Vertex by vertex, for a shape that leaves the cube, one within it and white noise; with equal gradients."""
+    resolution = 20
+    generator = torch.Generator().manual_seed(2)
+    points = grid_points(resolution).view(1, -1, 3)
+    sdf = torch.cat([Ball(1.1).sdf(points), Ball(0.4).sdf(points), torch.randn(1, 20**3, 1, generator=generator)])
+    sdf = sdf.view(3, *[resolution] * 3).requires_grad_()
+    offset = 0.6 * torch.randn(3, *[resolution] * 3, 3, generator=generator) if deformed else None
+
+    class Gridded(Ball):
+        def geometry_grid(self, resolution, first, last):
+            return sdf[:, first:last], None if offset is None else offset[:, first:last]
+
+    whole = extract_isosurface(Gridded(0.0), resolution, batch=3, level=0.03, marching=marching)
+    slabs = extract_isosurface(Gridded(0.0), resolution, batch=3, level=0.03, marching=marching, max_nodes=max_nodes)
+    for (vertices, faces), (stitched, same) in zip(whole, slabs, strict=True):
+        assert torch.equal(faces, same) and torch.equal(vertices, stitched)
+        one, two = (torch.autograd.grad(v.square().sum(), sdf, retain_graph=True)[0] for v in (vertices, stitched))
+        torch.testing.assert_close(one, two)
+
+
+def test_a_triplane_field_in_slabs_gives_the_mesh_of_the_whole():
+    torch.manual_seed(0)
+    field = TriplaneField(0.3 * torch.randn(2, 6, 8, 12, 12), TriplaneHeads(8, 16))
+    with torch.no_grad():
+        field.heads.deformation.get_parameter("4.weight").mul_(10)
+        whole = extract_isosurface(field, 40, batch=2)
+        for (vertices, faces), (stitched, same) in zip(
+            whole, extract_isosurface(field, 40, batch=2, max_nodes=30_000), strict=True
+        ):
+            assert torch.equal(faces, same)
+            torch.testing.assert_close(vertices, stitched, atol=1e-6, rtol=0)
+
+
 def test_grid_is_used_and_agrees_with_points():
     class Gridded(Ball):
         def grid(self, resolution):
@@ -160,6 +203,26 @@ def test_empty_surface_is_an_error_that_names_the_samples():
     assert error.value.samples == [1] and isinstance(error.value, ValueError)
 
 
+@pytest.mark.parametrize("max_nodes", [1, 1 << 20])
+def test_an_empty_surface_can_be_flagged(max_nodes):
+    full, some, none = extract_isosurface(Ball(9.0, 0.5, -0.5), 12, batch=3, on_empty="flag", max_nodes=max_nodes)
+    assert full[1].shape == none[1].shape == (0, 3) and full[0].shape == none[0].shape == (0, 3) and len(some[1]) > 0
+    with pytest.raises(EmptySurfaceError, match=r"sample\(s\) \[0, 2\]"):
+        extract_isosurface(Ball(9.0, 0.5, -0.5), 12, batch=3, max_nodes=max_nodes)
+    with pytest.raises(ValueError, match="on_empty='sphere'"):
+        extract_isosurface(Ball(0.5), 12, on_empty="sphere", max_nodes=max_nodes)
+
+
+def test_a_corrected_sample_can_be_kept_from_learning():
+    sdf = torch.stack(
+        [torch.ones(6, 6, 6), Ball(0.5).sdf(grid_points(6).view(1, -1, 3)).view(6, 6, 6)]
+    ).requires_grad_()
+    fixed, corrected = ensure_surface(sdf, detach=True)
+    assert torch.equal(fixed, ensure_surface(sdf)[0]) and corrected.tolist() == [True, False]
+    sum(volume(*mesh) for mesh in grid_to_meshes(fixed, None)).backward()
+    assert (sdf.grad[0] == 0).all() and (sdf.grad[1] != 0).any()
+
+
 @pytest.mark.parametrize("resolution", [9, 10])
 def test_ensure_surface_corrects_only_what_has_none(resolution):
     points = grid_points(resolution)[None]
@@ -177,7 +240,31 @@ def test_ensure_surface_corrects_only_what_has_none(resolution):
         assert gradient.sum() < 0  # raising the signed distance shrinks the body, corrected or not
 
 
+class Wrong(Ball):
+    def __init__(self, sdf, deformation=None):
+        self.shapes = sdf, deformation
+
+    def sdf_and_deformation(self, points):
+        return tuple(None if shape is None else points.new_zeros(shape) for shape in self.shapes)
+
+
+class WrongGrid(Wrong):
+    def geometry_grid(self, resolution, first, last):
+        return self.sdf_and_deformation(torch.zeros(()))
+
+
 def test_bad_input_is_named():
+    for bad in (1, 0, -3):
+        with pytest.raises(ValueError, match=f"resolution={bad}"):
+            extract_isosurface(Ball(0.5), bad)
+    for field in (Wrong((1, 64)), Wrong((1, 64, 3)), Wrong((1, 64, 1), (1, 64)), Wrong((1, 63, 1))):
+        with pytest.raises(ValueError, match="field: sdf_and_deformation"):
+            extract_isosurface(field, 4)
+    for field in (WrongGrid((1, 4, 4)), WrongGrid((1, 4, 4, 5)), WrongGrid((1, 4, 4, 4), (1, 4, 4, 4))):
+        with pytest.raises(ValueError, match="field: its grid"):
+            extract_isosurface(field, 4)
+    with pytest.raises(ValueError, match=r"sdf=\(1, 3, 3, 4\)"):
+        grid_to_meshes(torch.zeros(1, 3, 3, 4), None)
     with pytest.raises(ValueError, match=r"sdf=\(3, 3\)"):
         marching_cubes(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="deformation"):
