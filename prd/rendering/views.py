@@ -22,6 +22,7 @@ class Views:
     disparity  [..., 1] clamp((far - depth) / (far - near), 0, 1), near / far = distance -/+ sqrt(3); 0 = background
     opacity    [..., 1] in [0, 1]
     cameras    the cameras that made them
+    z_variance [..., 1] sum of w (t - sum w t)^2 along each ray, scene units squared; 0 (the default) for a surface
     """
 
     rgb: Tensor
@@ -30,6 +31,11 @@ class Views:
     disparity: Tensor
     opacity: Tensor
     cameras: Cameras
+    z_variance: Tensor = None  # type: ignore[assignment]  # a tensor once made
+
+    def __post_init__(self) -> None:
+        if self.z_variance is None:
+            object.__setattr__(self, "z_variance", torch.zeros_like(self.opacity))
 
     def camera_normal(self) -> Tensor:
         """Normals in the cameras' axes (x right, y up, z towards the camera) times opacity, [B, V, H, W, 3]."""
@@ -50,3 +56,26 @@ def disparity_from_depth(depth: Tensor, cameras: Cameras) -> Tensor:
     """clamp((far - depth) / (far - near), 0, 1) with near / far = distance -/+ sqrt(3); depth [B, V, H, W, 1]."""
     near, far = (plane[:, :, None, None, None] for plane in cameras.near_far)
     return ((far - depth) / (far - near)).clamp(0, 1)
+
+
+def published_disparity(depth: Tensor, opacity: Tensor, cameras: Cameras) -> Tensor:
+    """TriplaneTurbo's published disparity, for parity: `depth` is multiplied by an opacity it already contains.
+
+    depth [B, V, H, W, 1]: sum of w t along the ray from the volume renderer, or `published_mesh_depth`; not composited.
+    """
+    near, far = (plane[:, :, None, None, None] for plane in cameras.near_far)
+    return ((far - depth * opacity - (1 - opacity) * far) / (far - near)).clamp(0, 1)
+
+
+def published_mesh_depth(depth: Tensor, opacity: Tensor, near: float = 0.1, far: float = 1000.0) -> Tensor:
+    """What TriplaneTurbo's mesh renderer calls depth, for parity: z in clip space where a surface is, else 0.
+
+    depth [B, V, H, W, 1] along the viewing axis; near, far of the published projection, scene units.
+    """
+    return opacity * ((far + near) * depth - 2 * far * near) / (far - near)
+
+
+def check_image_size(height: int, width: int) -> None:
+    """ValueError for images below 2 pixels a side."""
+    if height < 2 or width < 2:
+        raise ValueError(f"height={height}, width={width}: must be at least 2 pixels each")

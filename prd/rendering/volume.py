@@ -1,4 +1,4 @@
-"""The NeuS volume renderer: from a signed distance field to images through rays.
+"""The volume renderer: from a field to images through rays; NeuS unless another `alpha` is given.
 
 After Wang et al., "NeuS: Learning Neural Implicit Surfaces by Volume Rendering" (2021), with the sampling of the
 published TriplaneTurbo (uniform, or a uniform proposal refined where its opacity lies).
@@ -6,7 +6,6 @@ published TriplaneTurbo (uniform, or a uniform proposal refined where its opacit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,39 +13,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
-from prd.rendering.views import Views, disparity_from_depth
+from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights
+from prd.rendering.views import Views, check_image_size, disparity_from_depth
 
-PUBLISHED_ALPHA_FLOOR = 1e-5  # added to both sides of NeuS's fraction there; empty space absorbs that much a sample
+__all__ = ["PUBLISHED_ALPHA_FLOOR", "RayBundle", "RayColours", "VolumeRenderer", "neus_alpha", "render_weights"]
+
 NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit normal
-
-
-def neus_alpha(sdf: Tensor, cos: Tensor, dt: Tensor, inv_std: float | Tensor, floor: float = 0.0) -> Tensor:
-    """Opacity of each ray segment from the signed distance at its middle (NeuS, Eq. 13).
-
-    sdf      [...]   signed distance at the segment's middle, scene units, positive outside
-    cos      [...]   direction . normal, <= 0 (a leaving ray does not absorb: clamp before)
-    dt       [...]   segment length, scene units
-    inv_std  scalar  s of the logistic density; 1/s is the width of the surface
-    floor    scalar  0: exactly 1 - Phi_s(after) / Phi_s(before), in a form that is 0 in empty space and divides by no
-                     vanishing Phi_s inside; 1e-5: the published (difference + floor) / (before + floor)
-
-    Returns alpha [...] in [0, 1], differentiable in every argument.
-    """
-    half = 0.5 * cos * dt
-    before, after = inv_std * (sdf - half), inv_std * (sdf + half)
-    if floor == 0:
-        return torch.sigmoid(-after) * -torch.expm1(after - before)
-    before, after = torch.sigmoid(before), torch.sigmoid(after)
-    return ((before - after + floor) / (before + floor)).clamp(0, 1)
-
-
-def render_weights(alpha: Tensor) -> Tensor:
-    """Share of each segment in its ray, alpha_i prod_{j<i} (1 - alpha_j); [..., N] to [..., N] (NeuS, Eq. 11)."""
-    transmittance = torch.cumprod(1 - alpha[..., :-1], dim=-1)
-    return alpha * F.pad(transmittance, (1, 0), value=1.0)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -115,6 +91,8 @@ class RayColours(NamedTuple):
     weights  [B, M, S]      its share in the ray
     rgb      [B, M, 3]      sum of w rgb, not composited; and `rgb_opacity` [B, M, 1], the weight gradient scaled alike
     normal   [B, M, 3]      sum of w n
+    distance [B, M, 1]      sum of w t, t the distance along the ray
+    variance [B, M, 1]      sum of w (t - distance)^2
     gradient [B, K, 3]      gradient of the signed distance at the segments that were looked at
     """
 
@@ -124,20 +102,23 @@ class RayColours(NamedTuple):
     rgb: Tensor
     rgb_opacity: Tensor
     normal: Tensor
+    distance: Tensor
+    variance: Tensor
     gradient: Tensor
 
 
 @dataclass(frozen=True)
 class VolumeRenderer:
-    """NeuS rendering of a Field, by rays with `num_samples` segments each.
+    """Volume rendering of a Field, by rays with `num_samples` segments each.
 
     Rays are sampled where they cross the cube [-1, 1]^3, or between `near` and `far` if these are set. A field with a
     method `sample(points) -> (sdf, gradient, rgb)` is asked once a point, any other by `sdf_and_gradient` and `rgb`.
+    With `max_rays` the backward pass makes every chunk's activations again, so that one chunk's exist at a time.
     """
 
     num_samples: int = 64  # segments a ray; with importance sampling the fine ones, added to the proposal's
     num_importance_samples: int = 0  # segments of the uniform proposal (published: 128); 0: uniform sampling only
-    inv_std: float = 100.0  # s of the logistic density, 1 / scene units (published: exp(10 * 0.4605))
+    inv_std: float | Tensor = 100.0  # s of NeuS, 1 / scene units; a tensor is learned (published: exp(10 * 0.4605))
     near: float | None = None  # scene units along the ray (published: 0.1); None: where it enters the cube
     far: float | None = None  # scene units along the ray (published: 4); None: where it leaves the cube
     rgb_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the colours
@@ -145,6 +126,8 @@ class VolumeRenderer:
     alpha_floor: float = 0.0  # see neus_alpha; PUBLISHED_ALPHA_FLOOR reproduces the published images
     cull_below: float = 1e-4  # segments that cannot reach this weight are left out; 0: none is
     max_rays: int | None = None  # rays of one sample rendered at a time; None: all
+    alpha: AlphaModel | None = None  # VolSDFAlpha, DensityAlpha, ...; None: NeusAlpha(inv_std, alpha_floor)
+    proposal_step: float | None = None  # scene units, of the proposal's density; None: 2 sqrt(3) / num_samples
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.num_importance_samples < 0 or self.num_importance_samples == 1:
@@ -156,15 +139,21 @@ class VolumeRenderer:
             raise ValueError(f"near={self.near}, far={self.far}: set both or none")
         if self.near is not None and self.far is not None and not 0 <= self.near < self.far:
             raise ValueError(f"near={self.near}, far={self.far}: need 0 <= near < far")
-        if self.inv_std <= 0:
-            raise ValueError(f"inv_std={self.inv_std}: must be positive")
-        if not 0 <= self.cull_below < 1 or (self.alpha_floor > 0 and self.cull_below > 0):
+        floor = getattr(self.model, "floor", 0.0)
+        if not 0 <= self.cull_below < 1 or (floor > 0 and self.cull_below > 0):
             raise ValueError(
-                f"cull_below={self.cull_below}, alpha_floor={self.alpha_floor}: cull_below lies in [0, 1), "
+                f"cull_below={self.cull_below}, alpha_floor={floor}: cull_below lies in [0, 1), "
                 "and is 0 where empty segments have an opacity (alpha_floor > 0)"
             )
         if self.max_rays is not None and self.max_rays < 1:
             raise ValueError(f"max_rays={self.max_rays}: must be positive or None")
+        if self.proposal_step is not None and not self.proposal_step > 0:
+            raise ValueError(f"proposal_step={self.proposal_step}: must be positive or None")
+
+    @property
+    def model(self) -> AlphaModel:
+        """What turns signed distances into opacities."""
+        return self.alpha if self.alpha is not None else NeusAlpha(self.inv_std, self.alpha_floor)
 
     @property
     def passes(self) -> int:
@@ -205,40 +194,63 @@ class VolumeRenderer:
 
         The gradients are those at the segments looked at, or those of the field's nodes if it has a `gradient` grid.
         """
-        rays = self.rays(cameras, height, width, self._jitter(cameras, height, width, generator, jitter))
+        check_image_size(height, width)
+        rays = self.rays(cameras, height, width, self.offsets(cameras, height, width, generator, jitter))
+        return self.render_rays(field, cameras, rays, height=height, width=width, background=background)
+
+    def render_rays(
+        self,
+        field: Field,
+        cameras: Cameras,
+        rays: RayBundle,
+        *,
+        height: int,
+        width: int,
+        background: float | Tensor = 0.5,
+    ) -> tuple[Views, Tensor]:
+        """`render_with_samples` for rays [B, V * height * width] that may be any of the cameras' (a patch, say)."""
         shape = (cameras.batch, cameras.views, height, width)
-        total = rays.origins.shape[1]
-        step = self.max_rays or total
-        bundles = [rays.rows(start, start + step) for start in range(0, total, step)]
-        parts = [self.march(field, bundle, self.sample_edges(field, bundle)) for bundle in bundles]
+        step = self.max_rays or rays.origins.shape[1]
+        parts = [self._chunk(field, rays.rows(i, i + step)) for i in range(0, rays.origins.shape[1], step)]
 
-        def image(per_ray: list[Tensor]) -> Tensor:
-            return torch.cat(per_ray, dim=1).view(*shape, -1)
+        def image(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts], dim=1).view(*shape, -1)
 
-        opacity = image([p.weights.sum(-1) for p in parts]).clamp(max=1)
-        along = image([(p.weights * (p.edges[..., 1:] + p.edges[..., :-1]) / 2).sum(-1) for p in parts])
+        opacity = torch.cat([part.weights.sum(-1) for part in parts], dim=1).view(*shape, 1).clamp(max=1)
         forward = -cameras.camera_to_world[..., :3, 2]
         cosine = (rays.directions.view(*shape, 3) * forward[:, :, None, None]).sum(-1, keepdim=True)
-        depth = along * cosine + (1 - opacity) * cameras.near_far[1][:, :, None, None, None]
+        depth = image("distance") * cosine + (1 - opacity) * cameras.near_far[1][:, :, None, None, None]
         back = torch.as_tensor(background, dtype=opacity.dtype, device=opacity.device)
-        rgb = image([p.rgb for p in parts]) + (1 - image([p.rgb_opacity for p in parts])) * back
-        normal = F.normalize(image([p.normal for p in parts]), dim=-1, eps=NORMAL_EPS) * opacity
-        views = Views(rgb, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
+        rgb = image("rgb") + (1 - image("rgb_opacity")) * back
+        normal = F.normalize(image("normal"), dim=-1, eps=NORMAL_EPS) * opacity
+        disparity = disparity_from_depth(depth, cameras)
+        views = Views(rgb, normal, depth, disparity, opacity, cameras, image("variance"))
         nodes: Tensor | None = getattr(field, "gradient", None)
-        return views, torch.cat([p.gradient for p in parts], dim=1) if nodes is None else nodes.flatten(1, -2)
+        gradient = torch.cat([part.gradient for part in parts], dim=1) if nodes is None else nodes.flatten(1, -2)
+        return views, gradient
 
     def rays(self, cameras: Cameras, height: int, width: int, jitter: Tensor) -> RayBundle:
         """The rays of all pixels with their range; jitter [passes, B, V, height, width]."""
-        origins, directions = (part.flatten(1, 3) for part in cameras.rays(height, width))
+        return self.bundle(*cameras.rays(height, width), jitter)
+
+    def bundle(self, origins: Tensor, directions: Tensor, jitter: Tensor) -> RayBundle:
+        """Rays [B, V, H, W, 3] with their range, flattened; jitter [passes, B, V, H, W]."""
+        origins, directions = origins.flatten(1, 3), directions.flatten(1, 3)
         if self.near is None or self.far is None:
             near, far = cube_near_far(origins, directions)
         else:
             near, far = (origins.new_full((*origins.shape[:2], 1), plane) for plane in (self.near, self.far))
         return RayBundle(origins, directions, near, far, jitter.flatten(2)[..., None])
 
-    def _jitter(
-        self, cameras: Cameras, height: int, width: int, generator: torch.Generator | None, jitter: Tensor | None
+    def offsets(
+        self,
+        cameras: Cameras,
+        height: int,
+        width: int,
+        generator: torch.Generator | None = None,
+        jitter: Tensor | None = None,
     ) -> Tensor:
+        """The jitter [passes, B, V, height, width] in [0, 1): given, drawn, or half a segment."""
         shape = (self.passes, cameras.batch, cameras.views, height, width)
         like = cameras.fovy
         if jitter is not None:
@@ -254,7 +266,8 @@ class VolumeRenderer:
         """Ends of the segments along each ray, ascending: [B, M, S + 1].
 
         Uniform between near and far; with importance sampling these are a proposal, whose density comes from a frontal
-        surface (cos = -1) over a step of 2 sqrt(3) / num_samples, as published; the fine ones are added to it.
+        surface (cos = -1) over a step of 2 sqrt(3) / num_samples (`proposal_step`), as published; the fine ones are
+        added to it.
         """
 
         def shares(count: int, jitter: Tensor) -> Tensor:
@@ -266,9 +279,9 @@ class VolumeRenderer:
         if not self.num_importance_samples:
             return edges
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
-        step = torch.full_like(widths, 2 * HALF_DIAGONAL / self.num_samples)
-        sdf = field.sdf(rays.points(middles)).view(middles.shape)
-        alpha = neus_alpha(sdf, -torch.ones_like(sdf), step, self.inv_std, self.alpha_floor)
+        step = torch.full_like(widths, self.proposal_step or 2 * HALF_DIAGONAL / self.num_samples)
+        sdf = _sdf(field, rays.points(middles)).view(middles.shape)
+        alpha = self.model(sdf, -torch.ones_like(sdf), step)
         transmittance = torch.exp(-torch.cumsum(alpha / step * widths, dim=-1))
         cdf = F.pad(1 - transmittance[..., :-1], (1, 0), value=0.0)  # at the edges but the last
         cdf = F.pad(cdf, (0, 1), value=1.0)  # what is left lies at the end
@@ -282,17 +295,28 @@ class VolumeRenderer:
         Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
         is put back among the others'.
         """
+        return self._march(field, rays, edges, *self._relevant(field, rays, edges))
+
+    def _chunk(self, field: Field, rays: RayBundle) -> RayColours:
+        """Some rays' colours. Where there are several chunks, the graph of one is made again when it is needed."""
+        edges = self.sample_edges(field, rays)
+        index, valid = self._relevant(field, rays, edges)
+        if self.max_rays is None or not torch.is_grad_enabled():
+            return self._march(field, rays, edges, index, valid)
+        return checkpoint(self._march, field, rays, edges, index, valid, use_reentrant=False, preserve_rng_state=False)
+
+    def _march(self, field: Field, rays: RayBundle, edges: Tensor, index: Tensor, valid: Tensor) -> RayColours:
+        """`march` at the segments index [B, K] of M * S, of which those with valid [B, K] = 1 count."""
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
         batch, count, segments = widths.shape
         points = rays.points(middles)
-        index, valid = self._relevant(field, points, widths)  # [B, K]
         ray = index // segments
         directions = rays.directions.gather(1, _to3(ray))
         sdf, gradient, colour = _query(field, points.gather(1, _to3(index)))
         normal = F.normalize(gradient, dim=-1, eps=NORMAL_EPS)
         cos = (directions * normal).sum(-1).clamp(max=0)
         dt = widths.flatten(1).gather(1, index)
-        some = neus_alpha(sdf[..., 0], cos, dt, self.inv_std, self.alpha_floor) * valid
+        some = self.model(sdf[..., 0], cos, dt) * valid
         alpha = torch.zeros_like(widths).flatten(1).scatter_add(1, index, some).view(widths.shape)
         weights = render_weights(alpha)
         w = (weights.flatten(1).gather(1, index) * valid)[..., None]  # [B, K, 1]
@@ -302,43 +326,62 @@ class VolumeRenderer:
         row = (ray + torch.arange(batch, device=ray.device)[:, None] * count).flatten()
         sums = parts.new_zeros(batch * count, 7).index_add(0, row, parts.flatten(0, 1)).view(batch, count, 7)
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
-        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, gradient)
+        distance = (weights * middles).sum(-1, keepdim=True)
+        variance = (weights * (middles - distance).square()).sum(-1, keepdim=True)
+        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient)
 
     @torch.no_grad()
-    def _relevant(self, field: Field, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    def _relevant(self, field: Field, rays: RayBundle, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Segments whose weight may reach `cull_below`: their index among M * S and whether it counts, [B, K] each.
 
-        K is the most any sample of the batch needs (at least 1); the rest is padding. Bounds instead of exact
-        opacities, without exponentials: a segment's is at most exp(-s (sdf - dt / 2)), and between two middles the
-        density's logarithm, min(s sdf, 0) up to log 2, falls by what is absorbed.
+        K is the most any sample of the batch needs (at least 1); the rest is padding.
         """
-        batch, total = points.shape[:2]
-        everything = torch.arange(total, device=points.device).expand(batch, -1)
+        widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
+        batch, total = widths.shape[0], widths[0].numel()
+        everything = torch.arange(total, device=widths.device).expand(batch, -1)
         if self.cull_below == 0:
-            return everything, torch.ones_like(everything, dtype=points.dtype)
-        sdf = field.sdf(points).view(widths.shape)
-        limit = math.log(self.cull_below)
-        relevant = (self.inv_std * (0.5 * widths - sdf) > limit) & (widths > 0)
-        density = (self.inv_std * sdf).clamp(max=0)
-        passed = density.diff(dim=-1).clamp(max=0).cumsum(dim=-1)  # log of the transmittance from middle 0 to i + 1
-        relevant[..., 2:] &= passed[..., :-1] > limit
+            return everything, torch.ones_like(everything, dtype=widths.dtype)
+        sdf = _sdf(field, rays.points(middles)).view(widths.shape)
+        relevant = self.model.matters(sdf, widths, self.cull_below)
         relevant = relevant.flatten(1)
         counts = relevant.sum(dim=1, keepdim=True)
         size = max(int(counts.max()), 1)
-        slots = torch.arange(size, device=points.device) < counts  # [B, K]
+        slots = torch.arange(size, device=widths.device) < counts  # [B, K]
         place = torch.where(relevant, relevant.cumsum(dim=1) - 1, size)  # the others go to a last, dropped slot
         index = everything.new_zeros(batch, size + 1).scatter_(1, place, everything)[:, :size]
-        return index * slots, slots.to(points.dtype)
+        return index * slots, slots.to(widths.dtype)
 
 
 def _to3(index: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, 3)
 
 
+def _sdf(field: Field, points: Tensor) -> Tensor:
+    """Signed distance [B, K, 1] at points [B, K, 3]."""
+    return _expect("sdf", field.sdf(points), points, 1)
+
+
 def _query(field: Field, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Signed distance [B, K, 1], gradient [B, K, 3] and colour [B, K, 3] at points [B, K, 3]."""
     at_once: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = getattr(field, "sample", None)
     if at_once is not None:
-        return at_once(points)
-    sdf, gradient = field.sdf_and_gradient(points)
-    return sdf, gradient, field.rgb(points)
+        sdf, gradient, rgb = at_once(points)
+    else:
+        sdf, gradient = field.sdf_and_gradient(points)
+        rgb = field.rgb(points)
+    return (
+        _expect("sdf", sdf, points, 1),
+        _expect("sdf_and_gradient", gradient, points, 3),
+        _expect("rgb", rgb, points, 3),
+    )
+
+
+def _expect(name: str, values: Tensor, points: Tensor, channels: int) -> Tensor:
+    """The field's answer, or ValueError if it is not [B, K, channels]."""
+    expected = (*points.shape[:2], channels)
+    if values.shape != expected:
+        raise ValueError(
+            f"field.{name} returned {tuple(values.shape)} for points {tuple(points.shape)}: expected {expected}; "
+            "does the field hold as many samples as there are camera batches?"
+        )
+    return values
