@@ -1,0 +1,165 @@
+"""From a field's values to the opacity of ray segments: NeuS, VolSDF, plain density.
+
+Each is a pure function and a small model that the volume renderer takes as its `alpha`. Parameters may be numbers or
+scalar tensors with gradient (`LearnedInvStd`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PUBLISHED_ALPHA_FLOOR = 1e-5  # added to both sides of NeuS's fraction there; empty space absorbs that much a sample
+
+
+def neus_alpha(sdf: Tensor, cos: Tensor, dt: Tensor, inv_std: float | Tensor, floor: float = 0.0) -> Tensor:
+    """Opacity of each ray segment from the signed distance at its middle (NeuS, Eq. 13).
+
+    sdf      [...]   signed distance at the segment's middle, scene units, positive outside
+    cos      [...]   direction . normal, <= 0 (a leaving ray does not absorb: clamp before)
+    dt       [...]   segment length, scene units
+    inv_std  scalar  s of the logistic density; 1/s is the width of the surface
+    floor    scalar  0: exactly 1 - Phi_s(after) / Phi_s(before), in a form that is 0 in empty space and divides by no
+                     vanishing Phi_s inside; 1e-5: the published (difference + floor) / (before + floor)
+
+    Returns alpha [...] in [0, 1], differentiable in every argument.
+    """
+    half = 0.5 * cos * dt
+    before, after = inv_std * (sdf - half), inv_std * (sdf + half)
+    if floor == 0:
+        return torch.sigmoid(-after) * -torch.expm1(after - before)
+    before, after = torch.sigmoid(before), torch.sigmoid(after)
+    return ((before - after + floor) / (before + floor)).clamp(0, 1)
+
+
+def volsdf_density(sdf: Tensor, beta: float | Tensor) -> Tensor:
+    """Density Psi(-sdf) / beta, 1 / scene units, Psi the CDF of the Laplace distribution of scale beta.
+
+    sdf [...] scene units, positive outside; beta scalar > 0, scene units (Yariv et al., "Volume Rendering of Neural
+    Implicit Surfaces", 2021, Eq. 2-3, with their alpha = 1 / beta). Half the largest density on the surface.
+    """
+    tail = 0.5 * torch.exp(-sdf.abs() / beta)
+    return torch.where(sdf >= 0, tail, 1 - tail) / beta
+
+
+def density_alpha(density: Tensor, dt: Tensor) -> Tensor:
+    """Opacity 1 - exp(-density dt) of segments of constant density (NeRF, Eq. 3); [...] >= 0 each, [...] in [0, 1]."""
+    return -torch.expm1(-density * dt)
+
+
+class AlphaModel(Protocol):
+    """How the volume renderer turns a field's `sdf` into opacity."""
+
+    def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
+        """Opacity [...] of segments: value at the middle, direction . normal <= 0, length; [...] each."""
+        ...
+
+    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
+        """Which segments [..., S] along rays may reach this weight in (0, 1): bool, never wrongly False."""
+        ...
+
+
+@dataclass(frozen=True)
+class NeusAlpha:
+    """NeuS's logistic density of a signed distance."""
+
+    inv_std: float | Tensor = 100.0  # s, 1 / scene units (published: exp(10 * 0.4605)); a tensor may carry gradient
+    floor: float = 0.0  # see neus_alpha
+
+    def __post_init__(self) -> None:
+        _check_positive("inv_std", self.inv_std)
+
+    def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
+        return neus_alpha(sdf, cos, dt, self.inv_std, self.floor)
+
+    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
+        """Bounds instead of exact opacities, without exponentials.
+
+        A segment's opacity is at most exp(-s (sdf - dt / 2)), and between two middles the density's logarithm,
+        min(s sdf, 0) up to log 2, falls by what is absorbed.
+        """
+        limit = math.log(weight)
+        relevant = (self.inv_std * (0.5 * dt - sdf) > limit) & (dt > 0)
+        density = (self.inv_std * sdf).clamp(max=0)
+        passed = density.diff(dim=-1).clamp(max=0).cumsum(dim=-1)  # log of the transmittance from middle 0 to i + 1
+        relevant[..., 2:] &= passed[..., :-1] > limit
+        return relevant
+
+
+@dataclass(frozen=True)
+class VolSDFAlpha:
+    """VolSDF's Laplace density of a signed distance."""
+
+    beta: float | Tensor = 0.01  # scene units: the width of the surface; a tensor may carry gradient
+
+    def __post_init__(self) -> None:
+        _check_positive("beta", self.beta)
+
+    def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
+        return density_alpha(volsdf_density(sdf, self.beta), dt)
+
+    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
+        return _reaches(self(sdf, sdf, dt), weight)
+
+
+@dataclass(frozen=True)
+class DensityAlpha:
+    """A density instead of a distance (NeRF; ATT3D): density = max(threshold - sdf, 0), 1 / scene units.
+
+    Such a field answers `sdf` by threshold - density, which is positive outside and whose zero is the isosurface that
+    is exported.
+    """
+
+    threshold: float  # density of the exported isosurface, 1 / scene units
+
+    def __post_init__(self) -> None:
+        _check_positive("threshold", self.threshold)
+
+    def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
+        return density_alpha((self.threshold - sdf).clamp(min=0), dt)
+
+    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
+        return _reaches(self(sdf, sdf, dt), weight)
+
+
+class LearnedInvStd(nn.Module):
+    """A trained s = exp(10 v) of NeuS's logistic density (NeuS, section 4.1: "variance"); call it for its value.
+
+    init: v at the start; 0.3 in NeuS, 0.4605 (s = 100) in the published TriplaneTurbo, which does not train it.
+    """
+
+    def __init__(self, init: float = 0.3) -> None:
+        super().__init__()
+        self.variance = nn.Parameter(torch.tensor(float(init)))
+
+    def forward(self) -> Tensor:
+        """s, a scalar in [1e-6, 1e6], 1 / scene units, with gradient within that range."""
+        return torch.exp(10 * self.variance).clamp(1e-6, 1e6)
+
+
+def render_weights(alpha: Tensor) -> Tensor:
+    """Share of each segment in its ray, alpha_i prod_{j<i} (1 - alpha_j); [..., N] to [..., N] (NeuS, Eq. 11)."""
+    return alpha * transmittance(alpha)
+
+
+def transmittance(alpha: Tensor) -> Tensor:
+    """Share of the light that reaches each segment, prod_{j<i} (1 - alpha_j); [..., N] to [..., N]."""
+    return F.pad(torch.cumprod(1 - alpha[..., :-1], dim=-1), (1, 0), value=1.0)
+
+
+def _reaches(alpha: Tensor, weight: float) -> Tensor:
+    return render_weights(alpha) >= weight
+
+
+def _check_positive(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        ok = value.numel() == 1 and bool((value > 0) & torch.isfinite(value))
+    else:
+        ok = 0 < value < math.inf
+    if not ok:
+        raise ValueError(f"{name}={value}: must be one positive, finite number")
