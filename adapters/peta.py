@@ -24,11 +24,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Conv2d as LoraConv
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
 
 CONV_OUT = "decoder.conv_out"
+LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded in pairs
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
 
@@ -50,6 +54,14 @@ class PetaLinear(LoraLinear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         return self.base_layer(x) + self.lora_B[name](self.lora_A[name](x))
+
+    def fused(self) -> nn.Module:
+        """A plain layer with W + B A as its weight; W itself is left as it is."""
+        base: Any = self.get_base_layer()
+        layer: Any = copy.copy(base)
+        layer._parameters = dict(base._parameters)
+        layer.weight = _frozen(_sum(base.weight, self.get_delta_weight(self.active_adapters[0])))
+        return layer
 
 
 class PlaneLora(PetaLinear):
@@ -79,6 +91,19 @@ class PlaneLora(PetaLinear):
         down: Any = self.lora_A[adapter]
         return up.weight @ down.weight
 
+    def fused(self) -> nn.Module:
+        """A `PlaneLinear` with W + B_p A_p and b + b_p as the weight and the bias of plane p."""
+        base: Any = self.get_base_layer()
+        name = self.active_adapters[0]
+        up: Any = self.lora_B[name]
+        delta = self.get_delta_weight(name)
+        layer = PlaneLinear(0, 0, 0)
+        layer.weight = _frozen(_sum(base.weight.expand_as(delta), delta))
+        biases = [bias for bias in (base.bias, up.bias) if bias is not None]
+        if biases:
+            layer.bias = _frozen(sum(biases).expand(len(delta), -1).contiguous())
+        return layer
+
 
 class PetaConv(LoraConv):
     """LoRA of a convolution, as one convolution with W + B A wherever that is cheaper than three.
@@ -90,17 +115,29 @@ class PetaConv(LoraConv):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = only_adapter(self, x)
-        if name is None or x.dtype in (torch.float16, torch.bfloat16):
+        if name is None:
             return super().forward(x, *args, **kwargs)
         conv: Any = self.base_layer
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
         trained = torch.is_grad_enabled() and down.weight.requires_grad
-        if conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions) or conv.groups > 1:
+        wide = conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions)
+        if wide or conv.groups > 1 or x.dtype in HALF_PRECISIONS:
             return conv(x) + up(down(x))
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
+
+    fused = PetaLinear.fused
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """weight + delta in the weight's dtype, added in float32."""
+    return (weight.float() + delta.float()).to(weight.dtype)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 @dataclass
@@ -122,6 +159,7 @@ class PetaConfig(LoraConfig):
     convolutions: bool = field(default=True)  # ResNet, down- and upsampling (and conv projections) of the U-Net
     decoder_attention: bool = field(default=True)
     decoder_convolutions: bool = field(default=True)
+    full: bool = field(default=False)  # full fine-tuning: the whole U-Net and decoder are trained and saved, no LoRA
 
     def __post_init__(self) -> None:
         for name in ("r", "num_planes", "plane_channels"):
@@ -134,7 +172,7 @@ class PetaConfig(LoraConfig):
             self.init_lora_weights = "gaussian"  # A ~ N(0, 1 / r) as a standard deviation, B = 0
         self.lora_alpha = self.r  # peft scales by alpha / r; here by 1
         self.alpha_pattern = dict(self.rank_pattern or {})
-        self.modules_to_save = [CONV_OUT]
+        self.modules_to_save = ["unet", "decoder"] if self.full else [CONV_OUT]
         super().__post_init__()
         layers: Any = {nn.Linear: self._linear, nn.Conv2d: PetaConv}
         self._register_custom_module(layers)
@@ -177,6 +215,7 @@ class SixPlaneBackbone(nn.Module):
         self.decoder: Any = shared_copy(parts.decoder)
         self.post_quant_conv = nn.Identity() if parts.post_quant_conv is None else shared_copy(parts.post_quant_conv)
         self.requires_grad_(False)
+        self.num_planes = config.num_planes
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
@@ -191,8 +230,17 @@ class SixPlaneBackbone(nn.Module):
         return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are."""
-        return self.decoder(self.post_quant_conv(latents))
+        """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
+
+        Without gradients, large planes are decoded two at a time (a geometry and a texture plane): the activations of
+        six planes of 256^2 are 2 GB in float32, and slower for lying outside the cache.
+        """
+        z = self.post_quant_conv(latents)
+        if torch.is_grad_enabled() or z.shape[-2] * z.shape[-1] < LARGE_LATENT:
+            return self.decoder(z)
+        pairs = z.unflatten(0, (-1, 2, self.num_planes // 2)).transpose(1, 2).flatten(0, 1)  # [B P/2, 2, 4, h, w]
+        planes = torch.stack([self.decoder(pair) for pair in pairs])
+        return planes.unflatten(0, (-1, self.num_planes // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def shared_copy(module: Any) -> Any:
@@ -251,9 +299,13 @@ def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str
 def attach_peta(backbone: SixPlaneBackbone, config: PetaConfig) -> PeftModel:
     """Add the adapter to the backbone and count that every expected module got it, of the right kind.
 
-    Only the adapter and the new conv_out require gradients. Raises ValueError naming what is missing or extra.
+    Only the adapter and the new conv_out require gradients; with `full` all of the U-Net and the decoder (copies: the
+    base's own tensors stay as they are). Raises ValueError naming what is missing or extra.
     """
     groups = expected_modules(backbone, config)
+    if config.full:
+        config.target_modules = DUMMY_TARGET_MODULES
+        return get_peft_model(backbone, config)
     expected = {name for names in groups.values() for name in names}
     if not expected:
         raise ValueError("PetaConfig adapts nothing: switch on at least one of self_attention, ..., decoder_attention")
@@ -264,6 +316,24 @@ def attach_peta(backbone: SixPlaneBackbone, config: PetaConfig) -> PeftModel:
     _compare("adapted modules", set(found), expected)
     _compare("plane-wise modules", plane_wise, set(groups.get("self_attention", ())) if config.plane_wise else set())
     return peft_model
+
+
+@torch.no_grad()
+def fuse_peta(backbone: SixPlaneBackbone) -> None:
+    """Replace every adapted layer by a plain one with the adapter in its weights, in place and for good.
+
+    Ordinary LoRA becomes W + B A, plane-wise LoRA six stacked weights. The base's own tensors are not changed.
+    """
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, PetaLinear | PetaConv):
+            _replace(backbone, name, module.fused())
+        elif isinstance(module, ModulesToSaveWrapper):
+            _replace(backbone, name, module.modules_to_save[module.active_adapters[0]].requires_grad_(False))
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
 
 
 def _compare(what: str, found: set[str], expected: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
@@ -19,8 +21,10 @@ class PlaneAttention:
     queries are independent of each other, so sharing changes the cost and not the result.
     """
 
-    def __init__(self, num_planes: int = NUM_PLANES) -> None:
+    def __init__(self, num_planes: int = NUM_PLANES, attention: Callable[..., Tensor] | None = None) -> None:
+        """attention: of q, k, v [B, heads, L, d]; None: torch's scaled_dot_product_attention."""
         self.num_planes = num_planes
+        self.attention = attention or F.scaled_dot_product_attention
 
     def __call__(
         self,
@@ -43,9 +47,19 @@ class PlaneAttention:
             tokens.view(groups, -1, attn.heads, tokens.shape[-1] // attn.heads).transpose(1, 2)  # [B, heads, P L, d]
             for tokens in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
         )
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        mixed = self.attention(query, key, value).transpose(1, 2)
         mixed = mixed.reshape(rows, hidden_states.shape[1], -1)  # [B P, L, C]
         return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """xformers' memory-efficient attention of q, k, v [B, heads, L, d]; ImportError where it is not installed."""
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise ImportError("xformers is not installed: pip install xformers (CUDA), or keep torch's attention") from error
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as xformers wants them
+    return memory_efficient_attention(query, key, value).transpose(1, 2)
 
 
 class PlaneLinear(nn.Module):
@@ -61,16 +75,22 @@ class PlaneLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         planes, out_features, in_features = self.weight.shape
-        y = torch.matmul(x.view(-1, planes, x.shape[1], in_features), self.weight.transpose(1, 2))  # [B, P, L, out]
-        if self.bias is not None:
-            y = y + self.bias[:, None]
-        return y.view(*x.shape[:-1], out_features)
+        samples, length = x.shape[0] // planes, x.shape[1]
+        tokens, weight = x.view(samples, planes, length, in_features), self.weight.transpose(1, 2)
+        # matmul copies the weights once a sample: where they are smaller than the tokens, that is the cheaper copy
+        if samples > 1 and out_features * in_features <= length * (out_features + in_features):
+            y = tokens @ weight  # [B, P, L, out]
+            return (y if self.bias is None else y + self.bias[:, None]).view(*x.shape[:-1], out_features)
+        side = tokens.transpose(0, 1).reshape(planes, samples * length, in_features)  # one product a plane
+        y = side @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], side, weight)
+        return y.view(planes, samples, length, out_features).transpose(0, 1).reshape(*x.shape[:-1], out_features)
 
 
 class PlaneConvOut(nn.Conv2d):
     """The decoder's last convolution: 2C channels, the first C for geometry planes, the last C for texture planes.
 
-    forward [B * P, in, H, W] -> [B * P, C, H, W]; only the half each plane keeps is computed.
+    forward [B * P, in, H, W] -> [B * P, C, H, W]; only the half each plane keeps is computed. Two rows are one geometry
+    plane and one texture plane.
     """
 
     def __init__(self, in_channels: int, plane_channels: int, num_planes: int = NUM_PLANES) -> None:
@@ -78,7 +98,7 @@ class PlaneConvOut(nn.Conv2d):
         self.num_planes = num_planes
 
     def forward(self, input: Tensor) -> Tensor:
-        channels, half = self.out_channels // 2, self.num_planes // 2
+        channels, half = self.out_channels // 2, 1 if len(input) == 2 else self.num_planes // 2
         grouped = input.unflatten(0, (-1, 2, half))  # [B, 2, P/2, in, H, W]
         biases = (None, None) if self.bias is None else self.bias.split(channels)
         kinds = [

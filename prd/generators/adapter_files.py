@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -123,10 +123,11 @@ def base_hash(backbone: nn.Module) -> dict[str, str]:
     A base loaded in, or saved from, half precision agrees with its float32 original in one of the two.
     """
     frozen = {
-        name.replace(".base_layer.", "."): tensor
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for name, tensor in backbone.state_dict().items()
-        if ".lora_" not in name and not name.startswith("decoder.conv_out.")
+        if ".lora_" not in name and ".modules_to_save." not in name
     }
+    frozen = {name: tensor for name, tensor in frozen.items() if not name.startswith("decoder.conv_out.")}
     return {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HALF_PRECISIONS}
 
 
@@ -232,7 +233,7 @@ def _read_peta(folder: Path) -> PetaConfig:
     path = folder / ADAPTER_CONFIG
     written = _read_json(path)
     known = {field.name for field in fields(PetaConfig)}
-    missing = known - {field.name for field in fields(LoraConfig)} - written.keys()
+    missing = {"num_planes", "plane_channels"} - written.keys()  # what no other config has and no default should decide
     if written.get("peft_type") != "LORA" or missing:
         raise AdapterMismatch(
             f"{path}: is a peft config of another class (peft_type {written.get('peft_type')!r}, missing "
