@@ -11,7 +11,8 @@ from torch import Tensor
 from prd.cameras import Cameras
 from prd.fields import Field
 from prd.rendering.antialias import antialias
-from prd.rendering.isosurface import Mesh, ensure_surface, evaluate_grid, grid_to_meshes
+from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
+from prd.rendering.marching import Mesh, marching_cubes
 from prd.rendering.rasterize import interpolate_covered, rasterize
 from prd.rendering.views import Views, disparity_from_depth
 from prd.rendering.volume import scale_gradient
@@ -22,10 +23,16 @@ NEAR, FAR = 0.1, 100.0  # scene units, of the projection; nearer and farther sur
 
 @dataclass(frozen=True)
 class SurfaceStats:
-    """What a render met: meshes [(vertices, faces)] in scene units, and which samples had no surface, bool [B]."""
+    """What a render met.
+
+    meshes     [(vertices [N, 3], faces [F, 3])] in scene units, one a sample
+    corrected  [B] bool: had no surface and was given one, in training
+    empty      [B] bool: had no surface and was left without, as `on_empty="flag"` asks
+    """
 
     meshes: list[Mesh]
     corrected: Tensor
+    empty: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,9 @@ def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
 class SurfaceRenderer:
     """Renders a Field through its isosurface.
 
-    In training (grad enabled) a sample without a surface is given one by `ensure_surface`; without grad it raises
-    EmptySurfaceError. Colours are the field's, asked at the surface points that the pixels see.
+    In training (grad enabled) a sample without a surface is given one by `ensure_surface`, and counted in the stats;
+    without grad it raises EmptySurfaceError or is flagged and rendered as background. Colours are the field's, asked at
+    the surface points that the pixels see.
     """
 
     resolution: int = 128  # nodes an axis of the isosurface's grid (the paper's in training; 160 at inference)
@@ -79,6 +87,9 @@ class SurfaceRenderer:
     deformation_gradient_scale: float = 1.0  # on the deformation at the nodes (the paper's recipe: 0.001)
     antialias: bool = True  # blend silhouettes analytically: what lets images move the outline
     supersample: int = 1  # rendered at this multiple of the size and averaged
+    isosurface: Isosurface = marching_cubes  # or `tetrahedra.marching_tetrahedra` (DMTet, as AToM has it)
+    detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
+    on_empty: OnEmpty = "raise"  # without grad: "raise" EmptySurfaceError, or "flag" it in the stats
 
     def __post_init__(self) -> None:
         if self.resolution < 3 or self.supersample < 1:
@@ -119,13 +130,14 @@ class SurfaceRenderer:
         A surface behind a camera leaves that view empty, with zero gradient.
         """
         meshes, corrected = self.meshes(field, cameras)
+        empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
         images = self.draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
         images = _average(images, self.supersample)
         rgb, normal, shortfall, opacity = images.split([3, 3, 1, 1], dim=-1)
         back = torch.as_tensor(background, dtype=rgb.dtype, device=rgb.device)
         depth = cameras.near_far[1][:, :, None, None, None] - shortfall
         views = Views(rgb + (1 - opacity) * back, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
-        return views, SurfaceStats(meshes, corrected)
+        return views, SurfaceStats(meshes, corrected, empty)
 
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""
@@ -135,8 +147,10 @@ class SurfaceRenderer:
             deformation = scale_gradient(deformation, self.deformation_gradient_scale)
         corrected = torch.zeros(len(sdf), dtype=torch.bool, device=sdf.device)
         if torch.is_grad_enabled():
-            sdf, corrected = ensure_surface(sdf)
-        return grid_to_meshes(sdf, deformation), corrected
+            sdf, corrected = ensure_surface(sdf, detach=self.detach_corrected)
+            if self.detach_corrected and deformation is not None:
+                deformation = torch.where(corrected[:, None, None, None, None], deformation.detach(), deformation)
+        return grid_to_meshes(sdf, deformation, isosurface=self.isosurface, on_empty=self.on_empty), corrected
 
     def draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
         """Images [B, V, H, W, 8]: rgb, normal, far - depth and opacity, all premultiplied (0 where nothing is seen)."""

@@ -7,8 +7,11 @@ from prd.cameras import Cameras, orbit_cameras
 from prd.fields import AutogradGradient
 from prd.rendering.grid import GridField
 from prd.rendering.isosurface import EmptySurfaceError
+from prd.rendering.marching import marching_cubes
 from prd.rendering.surface import SurfaceRenderer, vertex_normals
+from prd.rendering.tetrahedra import marching_tetrahedra
 from prd.rendering.views import disparity_from_depth
+from prd.rendering.volume import VolumeRenderer
 
 
 class Balls(AutogradGradient):
@@ -73,6 +76,24 @@ def test_spheres_look_as_they_must():
     assert (views.rgb[empty] == 0.25).all() and (views.normal[empty] == 0).all() and (views.disparity[empty] == 0).all()
     assert torch.equal(views.depth[empty], far.expand_as(views.depth)[empty])
     assert not stats.corrected.any() and len(stats.meshes) == 2
+
+
+@pytest.mark.parametrize("isosurface", [marching_cubes, marching_tetrahedra], ids=["cubes", "tetrahedra"])
+def test_both_renderers_see_the_same(isosurface):
+    """A sharp volume (s = 800, its width 1.4 % of the radius and less) and the isosurface of the same two balls.
+
+    Away from outlines, where one averages over a pixel and the other samples its centre, the bounds hold for every
+    pixel; over whole images they hold in the mean.
+    """
+    field, cams = two_balls(), cameras(batch=2, views=2)
+    surface = SurfaceRenderer(resolution=96, isosurface=isosurface)(field, cams, height=48, width=48, background=0.25)
+    volume = VolumeRenderer(num_samples=256, inv_std=800.0)(field, cams, height=48, width=48, background=0.25)
+    core = (exact(field, cams, 48, 48)[4] > 0.1)[..., 0]
+    for image, within, on_average in (
+        ("rgb", 0.002, 0.004), ("normal", 0.04, 0.008), ("disparity", 0.001, 0.006), ("opacity", 1e-4, 0.01),
+    ):  # fmt: skip
+        difference = (getattr(surface, image) - getattr(volume, image)).abs()
+        assert difference[core].max() < within and difference.mean() < on_average, image
 
 
 def test_background_can_be_an_image_and_supersampling_agrees():
@@ -179,6 +200,43 @@ def test_a_sample_without_surface_is_corrected_in_training_and_an_error_otherwis
     assert (radius.grad < 0).all()  # asking for more opacity lowers the signed distance
     with torch.no_grad(), pytest.raises(EmptySurfaceError):
         renderer(Void(radius, torch.zeros(2, 3)), cams, height=8, width=8)
+
+
+def test_a_corrected_surface_can_be_kept_from_learning():
+    radius, offset = (torch.zeros(2, requires_grad=True) for _ in range(2))
+
+    class Deformed(Void):
+        def sdf_and_deformation(self, points):
+            sdf = torch.where(
+                torch.tensor([True, False])[:, None, None], self.sdf(points), Balls.sdf(self, points) - 0.5
+            )
+            return sdf, offset[:, None, None] * torch.ones_like(points)
+
+    renderer = SurfaceRenderer(resolution=16, detach_corrected=True)
+    views, stats = renderer.render_with_stats(
+        Deformed(radius, torch.zeros(2, 3)), cameras(batch=2, views=1), height=32, width=32
+    )
+    assert stats.corrected.tolist() == [True, False] and not stats.empty.any()
+    views.opacity[:, :, :14].sum().backward()
+    for gradient in (radius.grad, offset.grad):
+        assert gradient[0] == 0 and gradient[1] != 0
+
+
+@pytest.mark.parametrize("samples", [(True, False), (True, True)])
+def test_an_empty_sample_can_be_flagged_and_is_background(samples):
+    class Some(Void):
+        def sdf(self, points):
+            empty = torch.tensor(samples)[:, None, None]
+            return torch.where(empty, Void.sdf(self, points), points.norm(dim=-1, keepdim=True) - 0.5)
+
+    field, cams = Some(torch.zeros(2), torch.zeros(2, 3)), cameras(batch=2, views=2)
+    with torch.no_grad():
+        views, stats = SurfaceRenderer(resolution=16, on_empty="flag").render_with_stats(
+            field, cams, height=16, width=16, background=0.75
+        )
+    assert stats.empty.tolist() == list(samples) and not stats.corrected.any()
+    assert (views.opacity[0] == 0).all() and (views.rgb[0] == 0.75).all() and (views.disparity[0] == 0).all()
+    assert bool((views.opacity[1] > 0).any()) != samples[1]
 
 
 def test_a_surface_behind_the_camera_is_background_with_zero_gradient():
