@@ -8,26 +8,22 @@ camera input, epsilon or v prediction) stays behind these three calls, so a new 
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
 from prd.rendering.views import Views
+from prd.teachers.loading import load_strict
+from prd.teachers.text import PromptEncoder, check_prompts, view_prompts
 
-CONFIG_NAME = "teacher_config.json"
 Resize = Literal["bilinear", "area"]
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,13 @@ class Condition:
     prompt_embeds           [n, L, Ct]  the text to follow
     negative_prompt_embeds  [n, L, Ct]  the text guidance moves away from
     camera                  [n, D]      or None for a teacher without camera input
+    control                 [n, 3, H, W] in [0, 1], the image a ControlNet is shown, or None
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
     camera: Tensor | None = None
+    control: Tensor | None = None
 
     def negative(self) -> Condition:
         """The same with the negative prompt as the text to follow: the unconditional pass of guidance."""
@@ -51,10 +49,12 @@ class Condition:
     def cat(conditions: Sequence[Condition]) -> Condition:
         """Several conditions of one teacher one after the other, so that one U-Net call serves all passes."""
         cameras = [c.camera for c in conditions if c.camera is not None]
+        controls = [c.control for c in conditions if c.control is not None]
         return Condition(
             torch.cat([c.prompt_embeds for c in conditions]),
             torch.cat([c.negative_prompt_embeds for c in conditions]),
             torch.cat(cameras) if cameras else None,
+            torch.cat(controls) if controls else None,
         )
 
 
@@ -82,70 +82,57 @@ class Teacher(Protocol):
         ...
 
 
-class PromptEncoder:
-    """A CLIP text encoder that encodes each distinct prompt once (the last `cache_size` of them are remembered)."""
+@runtime_checkable
+class ViewConditioned(Protocol):
+    """A teacher that is conditioned on the renderings themselves too, as one with a depth ControlNet is."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel, cache_size: int = 4096) -> None:
-        self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
-        self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct]
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Last hidden states [B, L, Ct]; a prompt longer than L tokens is cut and keeps its end token.
-
-        Raises TypeError if prompts is not a sequence of strings.
-        """
-        check_prompts(prompts)
-        missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
-        if missing:
-            length = self.model.config.max_position_embeddings
-            tokens = self.tokenizer(
-                missing, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            hidden = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
-            self.encoded.update((prompt, row.clone()) for prompt, row in zip(missing, hidden, strict=True))
-        rows = []
-        for prompt in prompts:
-            self.encoded.move_to_end(prompt)
-            rows.append(self.encoded[prompt])
-        while len(self.encoded) > self.cache_size:
-            self.encoded.popitem(last=False)
-        return torch.stack([row.to(self.model.device) for row in rows])
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises TypeError if prompts is not a sequence of strings (one string is not)."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(f"prompts={prompts!r}: must be a list of strings, one for each shape")
+    def condition_on(self, condition: Condition, views: Views) -> Condition:
+        """`condition` with what the model is shown of these renderings, without gradient."""
+        ...
 
 
 class UNetTeacher(nn.Module):
     """A frozen diffusers U-Net with its noise schedule and text encoder: all of a `Teacher` but `encode`.
 
-    unet            predicts epsilon, v or the sample, as `scheduler.config.prediction_type` says
+    unet            predicts epsilon, v or the sample, as `scheduler.config.prediction_type` says; further output
+                    channels (a learned variance) are dropped
     scheduler       any diffusers scheduler with `alphas_cumprod`
-    prompt_encoder  [B] strings -> [B, L, Ct]
+    view_dependent  append the side a view is seen from to its prompt; see `view_prompts`
+
+    `offload`, an attribute, says that the teacher stays in main memory between its calls; see `prd.teachers.offload`.
     """
 
     name = "unet"
     num_views = 1
+    offload = False
+    takes_cameras: ClassVar[bool] = False
+    tokenizer_class: ClassVar[Any] = CLIPTokenizer
+    text_encoder_class: ClassVar[Any] = CLIPTextModel
+    prompt_encoder_class: ClassVar[type[PromptEncoder]] = PromptEncoder
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         scheduler: DDPMScheduler,
-        tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        *,
+        view_dependent: bool = False,
     ) -> None:
         super().__init__()
-        width = unet.config.cross_attention_dim
+        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
         if text_encoder.config.hidden_size != width:
             raise ValueError(
                 f"text_encoder: its width {text_encoder.config.hidden_size} is not the U-Net's cross_attention_dim "
                 f"{width}; load both from the same folder"
             )
-        self.unet, self.text_encoder = unet, text_encoder
-        self.prompt_encoder = PromptEncoder(tokenizer, text_encoder)
+        if (unet.config.class_embed_type == "projection") != self.takes_cameras:
+            raise ValueError(
+                f"unet: class_embed_type={unet.config.class_embed_type!r}; {self.name} "
+                f"{'needs a' if self.takes_cameras else 'takes no'} camera projection: this is another model's U-Net"
+            )
+        self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
+        self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)
         self.prediction_type = scheduler.config.prediction_type
         self.alphas_cumprod = scheduler.alphas_cumprod.float()  # no buffer: it must stay float32 in a half teacher
         self.freeze()
@@ -178,11 +165,13 @@ class UNetTeacher(nn.Module):
         if len(prompts) != cameras.batch:
             raise ValueError(f"prompts: {len(prompts)} given for {cameras.batch} shapes; give one for each")
         self.check_views(cameras.views)
-        embeds = self.prompt_encoder([*prompts, negative_prompt])
-        positive = embeds[:-1].repeat_interleave(cameras.views, dim=0)  # [B*V, L, Ct]
+        texts, copies = (view_prompts(prompts, cameras), 1) if self.view_dependent else (prompts, cameras.views)
+        embeds = self.prompt_encoder([*texts, negative_prompt])
+        positive = embeds[:-1].repeat_interleave(copies, dim=0)  # [B*V, L, Ct]
         return Condition(positive, embeds[-1:].expand_as(positive), self.camera_input(cameras))
 
     def check_views(self, views: int) -> None:
+        """Raises ValueError unless `views` of a prompt are what the teacher sees together."""
         if views != self.num_views:
             raise ValueError(
                 f"views={views}: {self.name} sees {self.num_views} views of a prompt together; select those"
@@ -190,38 +179,40 @@ class UNetTeacher(nn.Module):
 
     @torch.no_grad()
     def predict_noise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Epsilon [n, C, h, w], float32, from whatever the U-Net predicts; see `Teacher.predict_noise`."""
-        if (
-            x_t.shape[1] != self.unet.config.in_channels
-            or len(t) != len(x_t)
-            or len(condition.prompt_embeds) != len(x_t)
-        ):
+        """Epsilon [n, C, h, w], float32, from whatever the U-Net predicts; see `Teacher.predict_noise`.
+
+        Raises ValueError for images of another size or number, and for timesteps outside the schedule.
+        """
+        channels, size, steps = self.unet.config.in_channels, self.image_size, len(self.alphas_cumprod)
+        if x_t.shape[1:] != (channels, size, size) or len(t) != len(x_t) or len(condition.prompt_embeds) != len(x_t):
             raise ValueError(
                 f"x_t={tuple(x_t.shape)}, t={tuple(t.shape)}, prompt_embeds={tuple(condition.prompt_embeds.shape)}: "
-                f"expected n images of {self.unet.config.in_channels} channels, n timesteps and n texts"
+                f"expected n images of {channels} channels and {size} x {size}, n timesteps and n texts"
             )
+        if t.is_floating_point() or bool(((t < 0) | (t >= steps)).any()):
+            raise ValueError(f"t={t.tolist()}: must be integers in 0..{steps - 1}")
+        predicted = self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
+        return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
+
+    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the U-Net puts out [n, C', h, w] for x_t [n, C, h, w] in its own precision."""
         dtype = self.unet.dtype
         camera = None if condition.camera is None else condition.camera.to(dtype)
         text = condition.prompt_embeds.to(dtype)
-        predicted = self.unet(x_t.to(dtype), t, encoder_hidden_states=text, class_labels=camera).sample.float()
-        return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
+        return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera).sample
 
-    @staticmethod
-    def load_parts(folder: str, torch_dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:
+    @classmethod
+    def load_parts(cls, folder: str, torch_dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:
         """U-Net, scheduler, tokenizer and text encoder of a folder or Hub id in the diffusers layout.
 
         base: the folder or Hub id whose text encoder and tokenizer the teacher shares.
         """
         text = base or folder
         return {
-            "unet": UNet2DConditionModel.from_pretrained(
-                folder, subfolder="unet", torch_dtype=torch_dtype, use_safetensors=True
-            ),
+            "unet": load_strict(UNet2DConditionModel, folder, "unet", torch_dtype),
             "scheduler": DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-            "tokenizer": CLIPTokenizer.from_pretrained(text, subfolder="tokenizer"),
-            "text_encoder": CLIPTextModel.from_pretrained(
-                text, subfolder="text_encoder", dtype=torch_dtype, use_safetensors=True
-            ),
+            "tokenizer": cls.tokenizer_class.from_pretrained(text, subfolder="tokenizer"),
+            "text_encoder": load_strict(cls.text_encoder_class, text, "text_encoder", torch_dtype),
         }
 
 
@@ -240,16 +231,14 @@ def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_t
     raise ValueError(f"prediction_type={prediction_type!r}: must be 'epsilon', 'v_prediction' or 'sample'")
 
 
-def shared_folder(folder: str, base: str | None) -> str | None:
-    """Where a teacher's shared parts are: `base` beside its folder ("../stable_diffusion"), or `base` as a Hub id."""
-    return str(Path(folder, base)) if base is not None and base.startswith(".") else base
-
-
 def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:
     """Renderings [B, V, H, W, C] as images [B*V, C, size, size].
 
     "bilinear" interpolates between pixel centres without anti-aliasing, "area" averages (adaptive average pooling).
+    Raises ValueError for renderings that are not square: every teacher's images are.
     """
+    if pixels.ndim != 5 or pixels.shape[2] != pixels.shape[3]:
+        raise ValueError(f"views={tuple(pixels.shape)}: must be square renderings [B, V, H, H, C]")
     images = pixels.flatten(0, 1).permute(0, 3, 1, 2)
     if images.shape[-2:] == (size, size):
         return images
@@ -258,22 +247,3 @@ def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:
     if resize == "bilinear":
         return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     raise ValueError(f"resize={resize!r}: must be 'bilinear' or 'area'")
-
-
-def read_config(folder: str, settings: type[Settings]) -> Settings:
-    """The settings (a dataclass) in the teacher's `teacher_config.json`, beside its U-Net, of a folder or Hub id.
-
-    Raises FileNotFoundError (or the Hub's own) if there is none, since a guess would teach the wrong cameras in
-    silence, and ValueError for a key that is not a setting.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not Path(folder).is_dir():
-        path = Path(hf_hub_download(folder, CONFIG_NAME))
-    elif not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; pass config=... or write the teacher's settings there")
-    values = json.loads(path.read_text())
-    known = [field.name for field in fields(settings)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{path}: {', '.join(unknown)} is no setting of this teacher; it has {', '.join(known)}")
-    return settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})

@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from prd.teachers.base import CONFIG_NAME
+from prd.teachers.loading import CONFIG_NAME, CheckpointError
 from prd.teachers.mvdream import MVDreamConfig
 from prd.teachers.richdreamer import RichDreamerConfig
 
@@ -50,10 +50,6 @@ UNET_ENDS = {
     "out.2": "conv_out",
 }
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not the model it is said to be."""
 
 
 def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:

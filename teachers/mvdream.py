@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
-from prd.teachers.base import read_config, shared_folder
+from prd.teachers.loading import load_strict, read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
-from prd.teachers.stable_diffusion import StableDiffusionTeacher, load_vae
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
 
 NEGATIVE_PROMPT = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
@@ -38,6 +38,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
     """
 
     name = "mvdream"
+    takes_cameras = True
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         set_joint_attention(unet, config.num_views)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # its folder says what Stable Diffusion's caller does
         cls,
         folder: str,
         *,
@@ -67,7 +68,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         config = config or read_config(str(folder), MVDreamConfig)
         base = shared_folder(str(folder), config.base)
         parts = cls.load_parts(str(folder), torch_dtype, base)
-        vae = load_vae(base if base and config.shares_vae else str(folder), torch_dtype)
+        vae = load_strict(AutoencoderKL, base if base and config.shares_vae else str(folder), "vae", torch_dtype)
         return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
 
     def camera_input(self, cameras: Cameras) -> Tensor:

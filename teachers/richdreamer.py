@@ -11,7 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
 from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
-from prd.teachers.base import Resize, UNetTeacher, read_config, shared_folder, to_images
+from prd.teachers.base import Resize, UNetTeacher, to_images
+from prd.teachers.loading import read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
 
 
@@ -38,6 +39,7 @@ class RichDreamerTeacher(UNetTeacher):
     """
 
     name = "richdreamer"
+    takes_cameras = True
 
     def __init__(
         self,

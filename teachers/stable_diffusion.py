@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.rendering.views import Views
 from prd.teachers.base import UNetTeacher, to_images
+from prd.teachers.loading import load_strict
 
 
 class StableDiffusionTeacher(UNetTeacher):
@@ -17,7 +18,8 @@ class StableDiffusionTeacher(UNetTeacher):
 
     x is the VAE latent of the rendering's colours, [B, 4, h, w], times the VAE's scaling factor; renderings are resized
     bilinearly to the pixels the U-Net's latents stand for (512 for Stable Diffusion 2.1-base). `checkpoint_vae`
-    recomputes the encoder in the backward pass instead of keeping its activations.
+    recomputes the encoder in the backward pass instead of keeping its activations; `view_dependent` appends the side
+    the rendering is seen from to its prompt.
     """
 
     name = "stable_diffusion"
@@ -32,8 +34,9 @@ class StableDiffusionTeacher(UNetTeacher):
         text_encoder: CLIPTextModel,
         *,
         checkpoint_vae: bool = False,
+        view_dependent: bool = False,
     ) -> None:
-        super().__init__(unet, scheduler, tokenizer, text_encoder)
+        super().__init__(unet, scheduler, tokenizer, text_encoder, view_dependent=view_dependent)
         if vae.config.latent_channels != unet.config.in_channels:
             raise ValueError(
                 f"vae: its {vae.config.latent_channels} latent channels are not the U-Net's "
@@ -44,24 +47,28 @@ class StableDiffusionTeacher(UNetTeacher):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, *, torch_dtype: torch.dtype = torch.float32, checkpoint_vae: bool = False
+        cls,
+        folder: str,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        checkpoint_vae: bool = False,
+        view_dependent: bool = False,
     ) -> StableDiffusionTeacher:
         """Load a Stable Diffusion pipeline's folder or Hub id."""
         parts = cls.load_parts(str(folder), torch_dtype)
-        vae = load_vae(str(folder), torch_dtype)
-        return cls(vae=vae, checkpoint_vae=checkpoint_vae, **parts)
+        vae = load_strict(AutoencoderKL, str(folder), "vae", torch_dtype)
+        return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of the images the U-Net's latents stand for."""
+        return self.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Latents [B*V, 4, h, w] of the colours; see `Teacher.encode`."""
         self.check_views(views.cameras.views)
-        pixels = self.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        images = to_images(views.rgb, pixels) * 2 - 1
+        images = to_images(views.rgb, self.pixels) * 2 - 1
         return encode_latents(self.vae, images, generator=generator, noise=noise, recompute=self.checkpoint_vae)
-
-
-def load_vae(folder: str, torch_dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE of a folder or Hub id in the diffusers layout."""
-    return AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch_dtype, use_safetensors=True)
 
 
 def encode_latents(

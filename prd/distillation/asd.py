@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.rendering.views import Views
-from prd.teachers.base import Condition, Teacher
+from prd.teachers.base import Condition, Teacher, ViewConditioned
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
 
@@ -226,6 +226,8 @@ def distill(
         views = select_views(views, index[:, None])
     x = teacher.encode(views, generator=generator)
     condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
+    if isinstance(teacher, ViewConditioned):
+        condition = teacher.condition_on(condition, views)
     t = sample_timesteps(uniforms(), guidance.t_min, guidance.t_max)
     t_plus = None
     if guidance.eta > 0:

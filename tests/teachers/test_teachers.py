@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prd.cameras import orbit_cameras
 from prd.teachers import Condition, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.base import epsilon_from, to_images
+from prd.teachers.text import view_prompts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
 
 
@@ -170,9 +172,41 @@ def test_half_precision_teacher_keeps_float32_outside(tmp_path):
     assert x.dtype == epsilon.dtype == torch.float32 and torch.isfinite(epsilon).all()
 
 
+def test_sides_are_told_by_dreamfusions_thresholds():
+    azimuth = torch.tensor([[0.0, 44.0, -46.0, 90.0, 136.0, 180.0, -134.0, 0.0, 180.0]])
+    elevation = torch.tensor([[0.0, 59.9, 0.0, 59.0, 0.0, -20.0, 0.0, 61.0, 80.0]])
+    sides = ["front", "front", "side", "side", "back", "back", "side", "overhead", "overhead"]
+    cameras = orbit_cameras(elevation, azimuth, 2.4, 50.0)
+    assert view_prompts(["a b"], cameras) == [f"a b, {side} view" for side in sides]
+    both = view_prompts(["a", "b"], random_views(2, 2).cameras)
+    assert both == ["a, front view", "a, side view", "b, front view", "b, side view"]
+
+
+def test_view_dependent_prompts_reach_stable_diffusion(tmp_path):
+    folder = save_teacher(tmp_path, "stable_diffusion")
+    plain, sided = (
+        TEACHERS["stable_diffusion"].from_pretrained(folder, view_dependent=on).condition for on in (False, True)
+    )
+    cameras = random_views(2, 4).cameras
+    encode = TEACHERS["stable_diffusion"].from_pretrained(folder).prompt_encoder
+    behind = cameras.select(torch.tensor([[2], [0]]))
+    seen = sided(["a", "b"], behind, "c")
+    torch.testing.assert_close(seen.prompt_embeds, encode(["a, back view", "b, front view"]))
+    torch.testing.assert_close(seen.negative_prompt_embeds, encode(["c", "c"]))
+    torch.testing.assert_close(plain(["a", "b"], behind).prompt_embeds, encode(["a", "b"]))
+
+
 def test_bad_input_is_named(tmp_path):
     teacher = tiny_teacher(tmp_path, "mvdream")
     views = random_views(2, 4)
+    condition = teacher.condition(["a", "b"], views.cameras)
+    for t in (torch.full((8,), 1000), torch.full((8,), -1), torch.zeros(8)):
+        with pytest.raises(ValueError, match=r"t=.*must be integers in 0..999"):
+            teacher.predict_noise(torch.zeros(8, 4, 8, 8), t, condition)
+    with pytest.raises(ValueError, match="8 x 8"):
+        teacher.predict_noise(torch.zeros(8, 4, 16, 16), torch.zeros(8).long(), condition)
+    with pytest.raises(ValueError, match="square"):
+        teacher.encode(replace(views, rgb=views.rgb[:, :, :8]))
     with pytest.raises(ValueError, match="prompts: 1 given for 2"):
         teacher.condition(["a"], views.cameras)
     with pytest.raises(ValueError, match="views=3"):

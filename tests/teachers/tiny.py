@@ -4,8 +4,19 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from prd.cameras import orbit_cameras
 from prd.rendering.views import Views
@@ -76,6 +87,43 @@ def save_teacher(folder: Path, kind: str, prediction_type: str = "epsilon", seed
         ).save_pretrained(folder / "vae")
     if cameras:
         (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier"}))
+    return folder
+
+
+def save_deepfloyd(folder: Path) -> Path:
+    """A tiny random DeepFloyd IF of its own classes: 16 pixels, T5 of width 16, a learned variance."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=32,
+        encoder_hid_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", prediction_type="epsilon"
+    ).save_pretrained(folder / "scheduler")
+    words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "bad", ",", "front", "view"]
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = Whitespace()
+    raw.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77
+    ).save_pretrained(folder / "tokenizer")
+    config = T5Config(vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     return folder
 
 

@@ -1,0 +1,37 @@
+"""DeepFloyd IF, its first stage, as a teacher: 64 x 64 pixels and a T5 text encoder (the prior of AToM)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, T5EncoderModel
+
+from prd.rendering.views import Views
+from prd.teachers.base import UNetTeacher, to_images
+from prd.teachers.text import T5PromptEncoder
+
+
+class DeepFloydTeacher(UNetTeacher):
+    """IF-I-M, -L or -XL in the diffusers layout: one view of a prompt, seen as pixels.
+
+    x is the rendering's colours in [-1, 1], [B, 3, 64, 64]: there is no VAE. The U-Net puts out epsilon and a learned
+    variance in 6 channels; score distillation needs the first three.
+    """
+
+    name = "deepfloyd"
+    num_views = 1
+    tokenizer_class = AutoTokenizer
+    text_encoder_class = T5EncoderModel
+    prompt_encoder_class = T5PromptEncoder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str, *, torch_dtype: torch.dtype = torch.float32, view_dependent: bool = False
+    ) -> DeepFloydTeacher:
+        """Load a folder or Hub id such as DeepFloyd/IF-I-XL-v1.0 (its licence must be accepted there)."""
+        return cls(view_dependent=view_dependent, **cls.load_parts(str(folder), torch_dtype))
+
+    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B*V, 3, h, w] in [-1, 1]; nothing is drawn, so `generator` and `noise` do not matter."""
+        self.check_views(views.cameras.views)
+        return to_images(views.rgb, self.image_size, "area") * 2 - 1

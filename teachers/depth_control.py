@@ -1,0 +1,106 @@
+"""Stable Diffusion held to the rendering's depth by a ControlNet: LATTE3D's second stage (arXiv 2403.15385)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prd.rendering.views import Views
+from prd.teachers.base import Condition, to_images
+from prd.teachers.loading import load_strict
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
+
+
+class DepthControlTeacher(StableDiffusionTeacher):
+    """A Stable Diffusion whose every pass is shown the rendering's depth through a ControlNet (arXiv 2302.05543).
+
+    The control image is the disparity, stretched to [0, 1] in each image as the inverse depth that depth ControlNets
+    were trained on (near is bright, the background 0), at the pixels of the VAE; no gradient flows through it.
+
+    controlnet_scale  factor of what the ControlNet adds to the U-Net
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        controlnet: ControlNetModel,
+        *,
+        controlnet_scale: float = 1.0,
+        checkpoint_vae: bool = False,
+        view_dependent: bool = False,
+    ) -> None:
+        super().__init__(
+            unet,
+            vae,
+            scheduler,
+            tokenizer,
+            text_encoder,
+            checkpoint_vae=checkpoint_vae,
+            view_dependent=view_dependent,
+        )
+        for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
+            theirs, ours = controlnet.config[key], unet.config[key]
+            if (tuple(theirs) if isinstance(theirs, list | tuple) else theirs) != (
+                tuple(ours) if isinstance(ours, list | tuple) else ours
+            ):
+                raise ValueError(f"controlnet: its {key} {theirs} is not the U-Net's {ours}; it is of another base")
+        self.controlnet, self.controlnet_scale = controlnet, controlnet_scale
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str,
+        *,
+        controlnet: str,
+        controlnet_scale: float = 1.0,
+        torch_dtype: torch.dtype = torch.float32,
+        checkpoint_vae: bool = False,
+        view_dependent: bool = False,
+    ) -> DepthControlTeacher:
+        """Load a Stable Diffusion and the depth ControlNet made for it, each a folder or Hub id."""
+        return cls(
+            vae=load_strict(AutoencoderKL, str(folder), "vae", torch_dtype),
+            controlnet=load_strict(ControlNetModel, str(controlnet), None, torch_dtype),
+            controlnet_scale=controlnet_scale,
+            checkpoint_vae=checkpoint_vae,
+            view_dependent=view_dependent,
+            **cls.load_parts(str(folder), torch_dtype),
+        )
+
+    @torch.no_grad()
+    def condition_on(self, condition: Condition, views: Views) -> Condition:
+        """`condition` with the renderings' depth as the ControlNet's image [n, 3, H, W] in [0, 1]."""
+        disparity = to_images(views.disparity, self.pixels).float()
+        low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
+        stretched = (disparity - low) / (high - low).clamp(min=1e-6)
+        return replace(condition, control=stretched.expand(-1, 3, -1, -1))
+
+    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The U-Net's output with the ControlNet's residuals; ValueError without a control image."""
+        if condition.control is None:
+            raise ValueError("condition: has no control image; give the renderings to condition_on(condition, views)")
+        text = condition.prompt_embeds.to(x_t.dtype)
+        down, middle = self.controlnet(
+            x_t,
+            t,
+            encoder_hidden_states=text,
+            controlnet_cond=condition.control.to(x_t),
+            conditioning_scale=self.controlnet_scale,
+            return_dict=False,
+        )
+        return self.unet(
+            x_t,
+            t,
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample

@@ -1,0 +1,86 @@
+"""Prompts: encoded once each, by CLIP or T5, and told from which side they are seen."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prd.cameras import Cameras
+
+OVERHEAD = 60.0  # degrees of elevation above which a view is from overhead
+FRONT = 45.0  # degrees of azimuth either side of the front, and of the back
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises TypeError if prompts is not a sequence of strings (one string is not)."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts={prompts!r}: must be a list of strings, one for each shape")
+
+
+def view_prompts(prompts: Sequence[str], cameras: Cameras) -> list[str]:
+    """Each prompt with the side it is seen from, for every view: B * V texts, prompt by prompt (DreamFusion, 3.2).
+
+    Above 60 degrees of elevation "overhead view"; else "front view" within 45 degrees of azimuth 0, "back view" within
+    45 of 180, and "side view" between. DreamFusion blends the embeddings of neighbouring sides; here the nearest is
+    taken, so that every text is encoded once.
+    """
+    elevation, azimuth = torch.rad2deg(cameras.elevation), torch.rad2deg(cameras.azimuth).abs()
+
+    def side(row: int, view: int) -> str:
+        if elevation[row, view] > OVERHEAD:
+            return "overhead"
+        if azimuth[row, view] < FRONT:
+            return "front"
+        return "back" if azimuth[row, view] > 180 - FRONT else "side"
+
+    return [f"{p}, {side(i, v)} view" for i, p in enumerate(prompts) for v in range(cameras.views)]
+
+
+class PromptEncoder:
+    """A CLIP text encoder that encodes each distinct prompt once (the last `cache_size` of them are remembered)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
+        self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
+        self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct]
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Last hidden states [B, L, Ct]; a prompt longer than L tokens is cut and keeps its end token.
+
+        Raises TypeError if prompts is not a sequence of strings.
+        """
+        check_prompts(prompts)
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
+        if missing:
+            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing), strict=True))
+        rows = []
+        for prompt in prompts:
+            self.encoded.move_to_end(prompt)
+            rows.append(self.encoded[prompt])
+        while len(self.encoded) > self.cache_size:
+            self.encoded.popitem(last=False)
+        return torch.stack([row.to(self.model.device) for row in rows])
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Last hidden states [n, L, Ct] of n prompts."""
+        length = self.model.config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
+
+
+class T5PromptEncoder(PromptEncoder):
+    """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt, padding masked inside T5 alone."""
+
+    length = 77
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Last hidden states [n, 77, Ct] of n prompts."""
+        texts = [prompt.lower().strip() for prompt in prompts]
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        return self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
