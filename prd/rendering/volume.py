@@ -307,17 +307,17 @@ class VolumeRenderer:
 
     def _march(self, field: Field, rays: RayBundle, edges: Tensor, index: Tensor, valid: Tensor) -> RayColours:
         """`march` at the segments index [B, K] of M * S, of which those with valid [B, K] = 1 count."""
-        widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
-        batch, count, segments = widths.shape
-        points = rays.points(middles)
+        middles = (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
+        batch, count, segments = middles.shape
         ray = index // segments
         directions = rays.directions.gather(1, _to3(ray))
-        sdf, gradient, colour = _query(field, points.gather(1, _to3(index)))
+        begin, end = (edges.flatten(1).gather(1, index + ray + side) for side in (0, 1))  # a ray has S + 1 edges
+        dt, t = end - begin, ((end + begin) / 2)[..., None]
+        sdf, gradient, colour = _query(field, rays.origins.gather(1, _to3(ray)) + t * directions)
         normal = F.normalize(gradient, dim=-1, eps=NORMAL_EPS)
         cos = (directions * normal).sum(-1).clamp(max=0)
-        dt = widths.flatten(1).gather(1, index)
         some = self.model(sdf[..., 0], cos, dt) * valid
-        alpha = torch.zeros_like(widths).flatten(1).scatter_add(1, index, some).view(widths.shape)
+        alpha = torch.zeros_like(middles).flatten(1).scatter_add(1, index, some).view(middles.shape)
         weights = render_weights(alpha)
         w = (weights.flatten(1).gather(1, index) * valid)[..., None]  # [B, K, 1]
         colour_w = scale_gradient(w, self.rgb_weight_gradient_scale)
@@ -327,7 +327,7 @@ class VolumeRenderer:
         sums = parts.new_zeros(batch * count, 7).index_add(0, row, parts.flatten(0, 1)).view(batch, count, 7)
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         distance = (weights * middles).sum(-1, keepdim=True)
-        variance = (weights * (middles - distance).square()).sum(-1, keepdim=True)
+        variance = torch.linalg.vecdot(weights, (middles - distance).square())[..., None]
         return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient)
 
     @torch.no_grad()
