@@ -40,10 +40,16 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a published .pth, read without unpickling code. CheckpointError if that cannot be."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: damaged, or cannot be read without running code from it ({error})") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: damaged, or cannot be read without running code from it ({reason}); download it again from its "
+            "authors"
+        ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.ndim for name, value in state.items()
+    ):
         raise CheckpointError(f"{path}: expected a checkpoint with a 'state_dict' of tensors")
     return state
 
@@ -119,7 +125,7 @@ def convert_published(state: dict[str, Tensor], backbone: SixPlaneBackbone) -> d
                 down = _stack(take(f"{name}.down.weight") for name in names)
                 up = _stack(take(f"{name}.up.weight") for name in names)
                 if old == "to_out" and not missing:
-                    down, bias = _fold(down, up, _linear(backbone, f"{module}.{new}"))
+                    down, bias = _fold(down, up, _linear(backbone, f"{module}.{new}"), names[0])
                     converted[f"{target}.{new}.lora_B.bias"] = bias
                 converted |= _pair(f"{target}.{new}", down, up)
         else:
@@ -154,8 +160,15 @@ def _linear(backbone: SixPlaneBackbone, name: str) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _fold(down: Tensor, up: Tensor, linear: Any) -> tuple[Tensor, Tensor]:
+def _fold(down: Tensor, up: Tensor, linear: Any, name: str) -> tuple[Tensor, Tensor]:
     """A' = A W [P, r, in] and the bias B A b [P, out] of LoRA that acted on the output of `linear`."""
+    width = linear.weight.shape[0]
+    shapes = [list(down.shape), list(up.shape)]
+    if down.ndim != 3 or shapes != [[down.shape[0], down.shape[1], width], [down.shape[0], width, down.shape[1]]]:
+        raise CheckpointError(
+            f"{name} and the other planes' factors are {shapes}, but the base's layer is {width} wide: give the base "
+            "the checkpoint was trained on"
+        )
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
     folded = down.double() @ weight
     return folded.to(down.dtype), (up.double() @ (down.double() @ bias)[..., None])[..., 0].to(up.dtype)

@@ -56,12 +56,8 @@ class PetaLinear(LoraLinear):
         return self.base_layer(x) + self.lora_B[name](self.lora_A[name](x))
 
     def fused(self) -> nn.Module:
-        """A plain layer with W + B A as its weight; W itself is left as it is."""
-        base: Any = self.get_base_layer()
-        layer: Any = copy.copy(base)
-        layer._parameters = dict(base._parameters)
-        layer.weight = _frozen(_sum(base.weight, self.get_delta_weight(self.active_adapters[0])))
-        return layer
+        """A plain layer with W + B A as its weight."""
+        return _merged_layer(self)
 
 
 class PlaneLora(PetaLinear):
@@ -128,7 +124,18 @@ class PetaConv(LoraConv):
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
 
-    fused = PetaLinear.fused
+    def fused(self) -> nn.Module:
+        """A plain convolution with W + B A as its weight."""
+        return _merged_layer(self)
+
+
+def _merged_layer(adapted: Any) -> nn.Module:
+    """The layer without its adapter, with W + B A as its weight; W itself is left as it is."""
+    base: Any = adapted.get_base_layer()
+    layer: Any = copy.copy(base)
+    layer._parameters = dict(base._parameters)
+    layer.weight = _frozen(_sum(base.weight, adapted.get_delta_weight(adapted.active_adapters[0])))
+    return layer
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:

@@ -52,14 +52,20 @@ class PlaneAttention:
         return attn.to_out[1](attn.to_out[0](mixed))
 
 
-def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """xformers' memory-efficient attention of q, k, v [B, heads, L, d]; ImportError where it is not installed."""
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        raise ImportError("xformers is not installed: pip install xformers (CUDA), or keep torch's attention") from error
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as xformers wants them
-    return memory_efficient_attention(query, key, value).transpose(1, 2)
+        raise ImportError(
+            "xformers is not installed: pip install 'prd[cuda]' where CUDA is, or keep torch's own attention"
+        ) from error
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as it wants them
+        return memory_efficient_attention(query, key, value).transpose(1, 2)
+
+    return attention
 
 
 class PlaneLinear(nn.Module):

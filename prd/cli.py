@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
-    generate.add_argument("--resolution", type=int, default=96, help="nodes an axis of the isosurface grid")
+    generate.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
     generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to")
     generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
     generate.add_argument("--device", default="cpu")
@@ -54,7 +54,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.prompt,
         generator=torch.Generator().manual_seed(args.seed),
         num_inference_steps=args.steps,
-        resolution=args.resolution,
+        isosurface_resolution=args.resolution,
         target_faces=args.faces,
         texture_size=args.texture,
     )

@@ -9,39 +9,52 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from prd.base import Base, load_base
-from prd.fields import Field, one_sample
+from prd.adapters.planes import load_xformers_attention
+from prd.base import load_base
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.mesh import Mesh, build_meshes
 from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
+from prd.teachers.base import PromptEncoder
 from prd.toybox import asset
 from prd.toybox.world import unknown_words
+from prd.triplane import TriplaneField
 
 logger = logging.getLogger(__name__)
+
+StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "config.json"]
 
 
 @dataclass(frozen=True)
 class TriplaneTurboOutput:
-    """What a call returns: for each prompt a mesh, or None where `on_empty="flag"` and there is no surface.
+    """What a call returns, B = prompts x meshes a prompt, those of one prompt beside each other.
 
-    field   the shapes before extraction (`prd.fields.Field` of B samples)
+    meshes  [B] with output_type="mesh", else empty; None where `on_empty="flag"` and there is no surface
+    prompts [B] the prompt of each sample, "" where embeddings were given
+    field   the shapes before extraction: a `TriplaneField` of B samples
     seconds wall-clock time by stage: text, denoise, decode, isosurface, mesh
     """
 
     meshes: list[Mesh | None]
     prompts: list[str]
-    field: Field
+    field: TriplaneField
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def planes(self) -> Tensor:
+        """[B, 6, C, H, W] float32: xy, xz, yz for geometry, then xy, xz, yz for texture."""
+        return self.field.planes
 
 
 class TriplaneTurbo:
@@ -52,8 +65,10 @@ class TriplaneTurbo:
     mesh.export("cube.glb")
     """
 
-    def __init__(self, student: TriplaneTurboGenerator, base: Base) -> None:
-        self.student, self.base = student.eval(), base
+    def __init__(self, student: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
+        """encoder: of prompts, None if they are given as embeddings; base: the name of the student's base."""
+        self.student, self.encoder, self.base_name = student.eval(), encoder, base
+        self._progress: dict[str, Any] = {"disable": None}
 
     @classmethod
     def from_pretrained(
@@ -80,80 +95,189 @@ class TriplaneTurbo:
         student = TriplaneTurboGenerator.from_adapter(
             folder, parts.unet, parts.vae, parts.scheduler, allow_other_base=allow_other_base
         )
-        return cls(student, parts).to(device)
+        return cls(student, parts.encoder, parts.name).to(device)
 
-    def to(self, device: str | torch.device) -> TriplaneTurbo:
-        self.student.to(device)
-        self.base.encoder.model.to(device)
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base and the text encoder; the heads and the field are in float32."""
+        return self.student.dtype
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory_format: torch.memory_format | None = None,
+    ) -> TriplaneTurbo:
+        """Move, cast (float32, bfloat16 or float16) or lay out (torch.channels_last) the models, in place."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype}: must be torch.float32, torch.bfloat16 or torch.float16")
+        self.student.to(device=device, dtype=dtype)
+        if memory_format is not None:
+            module: Any = self.student  # whose signature has no memory_format for type checkers
+            module.to(memory_format=memory_format)
+        if self.encoder is not None:
+            self.encoder.model.to(device=device, dtype=dtype)
         return self
+
+    def fuse(self) -> TriplaneTurbo:
+        """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
+        self.student.fuse()
+        return self
+
+    def compile(self, **kwargs: Any) -> TriplaneTurbo:
+        """torch.compile the U-Net and the decoder, in place; kwargs as for torch.compile. Fuse first.
+
+        The first call of each batch size compiles (minutes at full size) and needs a C++ compiler, on CUDA Triton.
+        """
+        self.student.backbone.unet.compile(**kwargs)
+        self.student.backbone.decoder.compile(**kwargs)
+        return self
+
+    def enable_xformers_memory_efficient_attention(self) -> TriplaneTurbo:
+        """xformers' attention in the U-Net instead of torch's; ImportError where it is not installed."""
+        self.student.set_attention(load_xformers_attention())
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of tqdm for the bar over the steps: disable=True silences it. Shown on terminals by default."""
+        self._progress = {**self._progress, **kwargs}
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
-        resolution: int = 96,
+        num_meshes_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: Literal["mesh", "field", "planes"] = "mesh",
+        isosurface_resolution: int = 160,
         target_faces: int | None = 10_000,
         texture_size: int | None = 1024,
         keep: Literal["largest", "all"] = "all",
         on_empty: Literal["raise", "flag"] = "raise",
-    ) -> TriplaneTurboOutput:
+        callback_on_step_end: StepCallback | None = None,
+        return_dict: bool = True,
+    ) -> TriplaneTurboOutput | tuple[Any]:
         """Generate a textured mesh for each prompt.
 
-        generator            of the initial noise: one, or one a prompt (then a prompt's mesh does not depend on others)
-        num_inference_steps  K, a divisor of 1000; None: what the adapter was trained for
-        resolution           nodes an axis of the isosurface grid over [-1, 1]^3
-        target_faces         triangles to simplify to, None for all
-        texture_size         side of the baked texture, None for vertex colours
-        keep                 "all" pieces but dust (below 1 % of the largest), or the "largest" alone
-        on_empty             where no surface is found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
+        num_inference_steps    K, a divisor of 1000; None: what the adapter was trained for
+        num_meshes_per_prompt  samples of each prompt, beside each other in the output
+        generator              of the initial noise: one for the batch, or one a sample (then a sample's planes do not
+                               depend on the others)
+        latents                [B, 6, 4, h, w] the initial noise itself
+        prompt_embeds          [prompts, 77, Ct] hidden states of the text encoder, instead of a prompt
+        output_type            how far to go: "planes" and "field" stop before the isosurface
+        isosurface_resolution  nodes an axis of the isosurface grid over [-1, 1]^3
+        target_faces           triangles to simplify to, None for all
+        texture_size           side of the baked texture, None for vertex colours
+        keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
+        on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
+        callback_on_step_end   called as (pipe, step, timestep, {"latents": ...}) after each step; what it returns under
+                               "latents" replaces them
+        return_dict            False: a tuple of the meshes, the field or the planes alone
 
-        Raises TypeError for a prompt that is not text, ValueError for an empty one, a bad K or resolution.
+        Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
+        out of its range or of another shape.
         """
-        prompts = check_prompts(prompt)
-        if on_empty not in ("raise", "flag"):
-            raise ValueError(f"on_empty={on_empty!r}: must be 'raise' or 'flag'")
-        self._warn(prompts)
+        _one_of("output_type", output_type, ("mesh", "field", "planes"))
+        _one_of("on_empty", on_empty, ("raise", "flag"))
+        _one_of("keep", keep, ("all", "largest"))
+        _at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
+        _at_least("isosurface_resolution", isosurface_resolution, 2)
         k = self.student.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        watch = _Stopwatch()
-        embeds = self.base.encoder(prompts).to(self.student.device)
+        self.student.timesteps(k)  # raises for a bad K before anything is computed
+        watch = _Stopwatch(self.device)
+        prompts, embeds = self._encode(prompt, prompt_embeds)
+        prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
+        embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
         watch.lap("text")
-        latents = self.student.sample_latents(embeds, generator, k)
+        with tqdm(total=k, desc="denoise", **self._progress) as bar:
+
+            def on_step(step: int, timestep: int, x: Tensor) -> Tensor:
+                if callback_on_step_end is not None:
+                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
+                bar.update()
+                return x
+
+            z = self.student.sample_latents(embeds, generator, k, latents, on_step)
         watch.lap("denoise")
-        generated = self.student.decode(latents)
+        field = self.student.decode(z)
         watch.lap("decode")
-        sdf, deformation = evaluate_grid(generated, resolution, batch=len(prompts), device=self.student.device)
-        surfaces, found = [], []
-        for i in range(len(prompts)):
+        output = TriplaneTurboOutput([], prompts, field, watch.seconds)
+        if output_type == "mesh":
+            surfaces = self._surfaces(field, len(prompts), isosurface_resolution, on_empty)
+            watch.lap("isosurface")
+            output.meshes.extend(self._build(field, surfaces, target_faces, texture_size, keep))
+            watch.lap("mesh")
+        if return_dict:
+            return output
+        return ({"mesh": output.meshes, "field": field, "planes": field.planes}[output_type],)
+
+    def _encode(self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> tuple[list[str], Tensor]:
+        """Prompts and their embeddings [prompts, 77, Ct], from one or the other."""
+        if prompt_embeds is not None:
+            if prompt is not None:
+                raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
+            width = self.student.backbone.unet.config["cross_attention_dim"]
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds.shape[0]:
+                raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
+            return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
+        prompts = check_prompts(prompt)
+        if self.encoder is None:
+            raise ValueError(f"prompt={prompt!r}: the base came without a text encoder; give prompt_embeds= instead")
+        self._warn(prompts, self.encoder)
+        return prompts, self.encoder(prompts).to(self.device)
+
+    def _surfaces(
+        self, field: TriplaneField, batch: int, resolution: int, on_empty: str
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """(vertices, faces) of each sample, or None where it has no surface and that is to be flagged."""
+        sdf, deformation = evaluate_grid(field, resolution, batch=batch, device=self.device)
+        surfaces: list[tuple[Tensor, Tensor] | None] = []
+        for i in range(batch):
             offset = None if deformation is None else deformation[i : i + 1]
             try:
                 surfaces += grid_to_meshes(sdf[i : i + 1], offset)
-                found.append(i)
             except EmptySurfaceError:
                 if on_empty == "raise":
                     raise EmptySurfaceError([i], resolution) from None
-        watch.lap("isosurface")
-        meshes: list[Mesh | None] = [None] * len(prompts)
-        for i, surface in zip(found, surfaces, strict=True):
-            (meshes[i],) = build_meshes(
-                one_sample(generated, i, len(prompts)),
-                [surface],
-                target_faces=target_faces,
-                texture_size=texture_size,
-                keep=keep,
-            )
-        watch.lap("mesh")
-        return TriplaneTurboOutput(meshes, prompts, generated, watch.seconds)
+                surfaces.append(None)
+        return surfaces
 
-    def _warn(self, prompts: Sequence[str]) -> None:
-        limit = self.base.encoder.model.config.max_position_embeddings
+    @staticmethod
+    def _build(
+        field: TriplaneField,
+        surfaces: list[tuple[Tensor, Tensor] | None],
+        target_faces: int | None,
+        texture_size: int | None,
+        keep: Literal["largest", "all"],
+    ) -> Iterator[Mesh | None]:
+        for i, surface in enumerate(surfaces):
+            if surface is None:
+                yield None
+                continue
+            yield from build_meshes(
+                field.select(i), [surface], target_faces=target_faces, texture_size=texture_size, keep=keep
+            )
+
+    def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
+        model: Any = encoder.model
+        limit = model.config.max_position_embeddings
         for text in prompts:
-            tokens = len(self.base.encoder.tokenizer(text).input_ids)
+            tokens = len(encoder.tokenizer(text).input_ids)
             if tokens > limit:
                 logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, limit)
-            if self.base.name == "toybox" and (words := unknown_words(text)):
+            if self.base_name == "toybox" and (words := unknown_words(text)):
                 logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -169,10 +293,10 @@ class TriplaneTurbo:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload PETA adapter"))
 
 
-def check_prompts(prompt: str | Sequence[str]) -> list[str]:
+def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
     """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    prompts: list[Any] = list(prompt) if listed else [prompt]
+    prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"prompt={text!r}: must be a string or a list of strings")
@@ -203,16 +327,27 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
 class _Stopwatch:
     """Seconds by stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[stage] = round(now - self.last, 4)
         self.last = now

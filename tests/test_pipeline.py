@@ -9,7 +9,7 @@ import torch
 from prd import EmptySurfaceError, TriplaneTurbo
 
 POINTS = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
-SMALL = {"resolution": 24, "target_faces": 400, "texture_size": None}
+SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:
@@ -70,7 +70,7 @@ def test_what_is_saved_loads_as_the_same_field(toybox, tmp_path):
 
 
 def test_the_stages_are_timed_and_the_texture_is_baked(pipe):
-    result = pipe("a red cube", generator=seeds(1)[0], resolution=24, target_faces=200, texture_size=64)
+    result = pipe("a red cube", generator=seeds(1)[0], isosurface_resolution=24, target_faces=200, texture_size=64)
     assert list(result.seconds) == ["text", "denoise", "decode", "isosurface", "mesh"]
     assert result.meshes[0].texture.shape[:2] == (64, 64)
 

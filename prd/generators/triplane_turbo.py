@@ -202,13 +202,21 @@ class TriplaneTurboGenerator(nn.Module):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int = 4,
         latents: Tensor | None = None,
+        on_step: Callable[[int, int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The last x0 [B, 6, 4, h, w] of K DDIM steps from `latents` (drawn if None); no classifier-free guidance."""
+        """The last x0 [B, 6, 4, h, w] of K DDIM steps from `latents` (drawn if None); no classifier-free guidance.
+
+        on_step  called as (step, timestep, latents) after each step; what it returns is used in their place
+        """
         timesteps = self.timesteps(num_inference_steps)
-        x = self.draw_latents(len(prompt_embeds), generator) if latents is None else latents
-        for t, previous in zip(timesteps, [*timesteps[1:], None], strict=True):
+        x = self.draw_latents(len(prompt_embeds), generator) if latents is None else latents.to(self.device)
+        if len(x) != len(prompt_embeds):
+            raise ValueError(f"latents={tuple(x.shape)}: expected {len(prompt_embeds)} samples, as many as embeddings")
+        for step, (t, previous) in enumerate(zip(timesteps, [*timesteps[1:], None], strict=True)):
             x0 = self.denoise(x, t, prompt_embeds)
             x = x0 if previous is None else self.ddim_step(x, x0, t, previous)
+            if on_step is not None:
+                x = on_step(step, t, x)
         return x
 
     @torch.no_grad()
@@ -226,9 +234,14 @@ class TriplaneTurboGenerator(nn.Module):
         return self.decode(self.sample_latents(prompt_embeds, generator, num_inference_steps, latents))
 
     def _check_latents(self, latents: Tensor) -> int:
-        channels = self.backbone.unet.config["in_channels"]
-        if latents.ndim != 5 or latents.shape[1:3] != (6, channels):
-            raise ValueError(f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w]")
+        config, size = self.backbone.unet.config, self.config.latent_size
+        channels, multiple = config["in_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+        sides = latents.shape[3:]
+        if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or any(not s or s % multiple for s in sides):
+            raise ValueError(
+                f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] with h and w multiples of {multiple} "
+                f"(trained: {size} x {size})"
+            )
         return latents.shape[0]
 
     def _alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_the_adapter_makes_what_it_is_asked(split: str, r_at_1: float, iou: floa
     prompts = toybox_splits(load_config("toybox").prompts.held_out, 10)[split]
     prompts = prompts[:: max(1, len(prompts) // 10)][:10]
     pipe = TriplaneTurbo.from_pretrained("toybox")
-    scores = measure(pipe.student, pipe.base.encoder, prompts, seed=7, num_inference_steps=4)
+    scores = measure(pipe.student, pipe.encoder, prompts, seed=7, num_inference_steps=4)
     summary = summarise(scores)
     record = json.loads(Path(asset("adapter"), "record.json").read_text())["measured"][split]
     assert record["r_at_1"] >= r_at_1 and record["iou"] >= iou
