@@ -56,7 +56,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         set_joint_attention(unet, config.num_views)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # its folder says what Stable Diffusion's caller does
+    def from_pretrained(  # type: ignore[override]
         cls,
         folder: str,
         *,

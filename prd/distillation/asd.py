@@ -21,12 +21,34 @@ from torch import Tensor
 
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, Teacher, ViewConditioned
+from prd.teachers.text import check_prompts
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
 
 
+NO_SIGNAL = 1e-12  # alpha_bar at and below which x_t is noise alone, and no x0 can be computed from it
+
+
 class NonFinitePrediction(FloatingPointError):
-    """A teacher predicted NaN or infinity; the step must be skipped and counted."""
+    """A teacher predicted NaN or infinity, or was shown it; the step must be skipped and counted.
+
+    teacher, what   its name, and what was not finite
+    prompts, t      the indices of the prompts in the batch, and the timesteps of all images
+    texts           the prompts themselves, where they are known
+    """
+
+    def __init__(self, teacher: str, what: str, prompts: list[int], t: list[int], texts: Sequence[str] = ()) -> None:
+        self.teacher, self.what, self.prompts, self.t, self.texts = teacher, what, prompts, t, list(texts)
+        named = f" ({', '.join(map(repr, texts))})" if texts else ""
+        super().__init__(f"teacher={teacher}: non-finite {what} for prompts {prompts}{named} at t={t}; skip the step")
+
+    def of(self, prompts: Sequence[str]) -> NonFinitePrediction:
+        """The same, naming the texts of a batch's prompts."""
+        return NonFinitePrediction(self.teacher, self.what, self.prompts, self.t, [prompts[i] for i in self.prompts])
+
+
+class NoSignalError(ValueError):
+    """A timestep at which a schedule of zero terminal signal-to-noise ratio leaves nothing of x in x_t."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +101,23 @@ def asd_loss(
     grad_clip        clamp every element of the gradient to [-grad_clip, grad_clip], before that division
 
     Conditional, unconditional and shifted predictions are one call of the teacher; there is no third without t_plus.
-    Raises ValueError for shapes or timesteps out of range, NonFinitePrediction for NaN or infinite predictions.
+    Raises ValueError for shapes or timesteps out of range, NoSignalError for "dmd" at a timestep without signal
+    (alpha_bar = 0, where the estimate of x is 0 / 0), NonFinitePrediction for NaN or infinite x or predictions.
     """
     _check_choice("weighting", weighting, ("dmd", "uniform", "sds", "sqrt"))
     _check_choice("x0_from", x0_from, ("noisy", "clean"))
     _check_choice("average_over", average_over, ("prompt", "image"))
     if not isinstance(reference, Tensor):
         _check_choice("reference", reference, ("shifted", "noise"))
+    elif reference.shape != x.shape:
+        raise ValueError(f"reference={tuple(reference.shape)}: must have the shape of x, {tuple(x.shape)}")
     views = teacher.num_views
     t = _timesteps("t", t, len(x), teacher)
     if noise.shape != x.shape:
         raise ValueError(f"noise={tuple(noise.shape)}: must have the shape of x, {tuple(x.shape)}")
     with torch.no_grad():
         clean, noise = x.detach().float(), noise.to(x.device, torch.float32)
+        _check_finite(teacher, "input x", clean, t)
         schedule = teacher.alphas_cumprod.to(x.device)
         a = a_plus = schedule[t].view(-1, 1, 1, 1)
         x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
@@ -111,6 +137,7 @@ def asd_loss(
         if weighting == "dmd":
             if x0_from == "clean":
                 x_t, x_plus, a_plus = clean, clean, a
+            _check_signal(teacher, a, a_plus)
             x0_cfg = (x_t - (1 - a).sqrt() * guided) / a.sqrt()
             x0_reference = (x_plus - (1 - a_plus).sqrt() * second) / a_plus.sqrt()
             weight = (clean - x0_cfg).abs().flatten(1).mean(dim=1)  # [n], Eq. 2
@@ -160,14 +187,31 @@ def _predict(teacher: Teacher, passes: Sequence[tuple[Tensor, Tensor, Condition]
     """The noise predictions of several passes from one call of the teacher."""
     x_t, t, condition = zip(*passes, strict=True)
     predicted = teacher.predict_noise(torch.cat(x_t), torch.cat(t), Condition.cat(condition))
-    if not bool(torch.isfinite(predicted).all()):
-        rows = (~torch.isfinite(predicted)).flatten(1).any(dim=1).view(len(passes), -1).any(dim=0)
-        prompts = sorted({int(row) // teacher.num_views for row in rows.nonzero()})
-        raise NonFinitePrediction(
-            f"teacher={teacher.name}: non-finite noise prediction for prompts {prompts} at t={t[0].tolist()}; skip the "
-            "step, or run the teacher in bfloat16 or float32"
-        )
+    folded = torch.stack(predicted.chunk(len(passes)), dim=1)  # [n, passes, C, h, w]
+    _check_finite(teacher, "noise prediction", folded, t[0])
     return list(predicted.chunk(len(passes)))
+
+
+def _check_finite(teacher: Teacher, what: str, values: Tensor, t: Tensor) -> None:
+    """Raises NonFinitePrediction if any of `values` [n, ...] is NaN or infinite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        rows = (~finite).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise NonFinitePrediction(teacher.name, what, sorted({row // teacher.num_views for row in rows}), t.tolist())
+
+
+def _check_signal(teacher: Teacher, *schedules: Tensor) -> None:
+    """Raises NoSignalError if alpha_bar vanishes at a timestep asked for."""
+    if any(bool((a <= NO_SIGNAL).any()) for a in schedules):
+        raise NoSignalError(
+            f"t, t_plus: the schedule of {teacher.name} has no signal (alpha_bar = 0) at one of them; draw up to "
+            f"{last_timestep(teacher)}, or use another weighting than 'dmd'"
+        )
+
+
+def last_timestep(teacher: Teacher) -> int:
+    """The last timestep of a teacher's schedule at which x_t still holds something of x: 999 for most, 998 for some."""
+    return int((teacher.alphas_cumprod > NO_SIGNAL).nonzero().max())
 
 
 def _noise_weight(weighting: str, a: Tensor) -> Tensor:
@@ -183,11 +227,17 @@ def sample_timesteps(uniforms: Tensor, t_min: int, t_max: int) -> Tensor:
     return (t_min + (uniforms * (t_max - t_min)).floor().long()).clamp(max=t_max - 1)
 
 
-def shifted_timesteps(t: Tensor, uniforms: Tensor, eta: float, t_min: int, *, last: int = 999) -> Tensor:
-    """t + dt with dt uniform in [0, eta (t - t_min)], kept in 1..last (supplement B, under Eq. 1)."""
+def shifted_timesteps(
+    t: Tensor, uniforms: Tensor, eta: float, t_min: int, *, sqrt_bias: float | None = None, last: int = 999
+) -> Tensor:
+    """t + dt with dt uniform in [0, eta (t - t_min)], kept in 1..last (supplement B, under Eq. 1).
+
+    sqrt_bias  dt reaches to eta sqrt(t + sqrt_bias) instead, a schedule the published code offers and no recipe uses
+    """
     if eta < 0:
         raise ValueError(f"eta={eta}: must not be negative")
-    reach = (eta * (t - t_min)).clamp(min=0).minimum(last - t)
+    furthest = eta * (t - t_min) if sqrt_bias is None else eta * (t + sqrt_bias).sqrt()
+    reach = furthest.clamp(min=0).minimum(last - t)
     return (t + (uniforms * reach).floor().long()).clamp(1, last)
 
 
@@ -214,8 +264,12 @@ def distill(
     """`asd_loss` of renderings of B prompts, differentiable in the views.
 
     A teacher of single images sees one random view a prompt; other teachers need exactly their `num_views`. Everything
-    random comes from `generator`, on its device, in this order: view, encoder noise, timestep, shift, noise.
+    random comes from `generator`, on its device, in this order: view, encoder noise, timestep, shift, noise. Timesteps
+    without signal are not drawn. Raises as `asd_loss` does, a non-finite prediction with its prompts' texts.
     """
+    check_prompts(prompts)
+    if len(prompts) != views.cameras.batch:
+        raise ValueError(f"prompts: {len(prompts)} given for renderings of {views.cameras.batch} shapes; one for each")
     device = views.rgb.device
 
     def uniforms() -> Tensor:
@@ -228,26 +282,29 @@ def distill(
     condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
     if isinstance(teacher, ViewConditioned):
         condition = teacher.condition_on(condition, views)
-    t = sample_timesteps(uniforms(), guidance.t_min, guidance.t_max)
-    t_plus = None
+    last, t_plus = last_timestep(teacher), None
+    t = sample_timesteps(uniforms(), guidance.t_min, min(guidance.t_max, last + 1))
     if guidance.eta > 0:
-        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=len(teacher.alphas_cumprod) - 1)
+        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=last)
     noise = torch.randn(x.shape, generator=generator, device=generator.device).to(device)
-    return asd_loss(
-        teacher,
-        x,
-        condition,
-        t=t,
-        noise=noise,
-        t_plus=t_plus,
-        guidance_scale=guidance.guidance_scale,
-        weighting=guidance.weighting,
-        delta=guidance.delta,
-        x0_from=guidance.x0_from,
-        average_over=guidance.average_over,
-        reference=guidance.reference,
-        grad_clip=guidance.grad_clip,
-    )
+    try:
+        return asd_loss(
+            teacher,
+            x,
+            condition,
+            t=t,
+            noise=noise,
+            t_plus=t_plus,
+            guidance_scale=guidance.guidance_scale,
+            weighting=guidance.weighting,
+            delta=guidance.delta,
+            x0_from=guidance.x0_from,
+            average_over=guidance.average_over,
+            reference=guidance.reference,
+            grad_clip=guidance.grad_clip,
+        )
+    except NonFinitePrediction as error:
+        raise error.of(prompts) from None
 
 
 def _tensors(views: Views) -> dict[str, Tensor]:

@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from prd.distillation.asd import (
     Guidance,
     NonFinitePrediction,
+    NoSignalError,
     asd_loss,
     distill,
     gradient_cosine,
+    last_timestep,
     leaf_views,
     rendering_gradient,
     rendering_loss,
@@ -152,12 +155,63 @@ def test_bad_input_is_named(case):
         asd_loss(case.teacher, case.x, case.condition, t=case.t, noise=case.noise[:1], guidance_scale=1.0)
     with pytest.raises(ValueError, match="multiple of its 4 views"):
         asd_loss(case.teacher, case.x[:3], case.condition, t=case.t, noise=case.noise[:3], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="reference=\\(1, 4, 3, 3\\)"):
+        call(case, reference=case.noise[:1])
     for name in ("weighting", "reference", "x0_from", "average_over"):
         with pytest.raises(ValueError, match=f"{name}='nothing'"):
             call(case, **{name: "nothing"})
     case.condition.prompt_embeds[5] = float("nan")
     with pytest.raises(NonFinitePrediction, match="teacher=linear.*prompts \\[1\\]"):
         call(case)
+
+
+def test_what_is_not_finite_is_named(case, tmp_path):
+    case.x.data[0, 0, 0, 0] = float("inf")
+    with pytest.raises(NonFinitePrediction, match=r"teacher=linear: non-finite input x for prompts \[0\] at t=\[300"):
+        call(case)
+    teacher = tiny_teacher(tmp_path, "richdreamer")
+    predict = teacher.predict_noise
+
+    def broken(x_t, t, condition):
+        epsilon = predict(x_t, t, condition)
+        epsilon[5] = float("nan")  # the second of two prompts, in the conditional pass
+        return epsilon
+
+    teacher.predict_noise = broken
+    with pytest.raises(
+        NonFinitePrediction, match=r"richdreamer: non-finite noise prediction .*\[1\] \('c d'\) at t=\["
+    ):
+        distill(teacher, random_views(B, V), ["a", "c d"], Guidance(3.0), torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("settings", [{"t": [999, 5]}, {"t": [5, 6], "t_plus": [6, 999]}])
+def test_a_timestep_without_signal_is_an_error_where_it_is_divided_by(case, settings):
+    case.teacher.alphas_cumprod = torch.linspace(0.999, 0, 1000)
+    case.t, case.t_plus = torch.tensor(settings["t"]), torch.tensor(settings.get("t_plus", settings["t"]))
+    with pytest.raises(NoSignalError, match="schedule of linear has no signal.*up to 998"):
+        call(case)
+    _, gradient = call(case, weighting="uniform")  # divides by nothing
+    assert gradient.isfinite().all()
+
+
+def test_a_schedule_of_zero_terminal_snr_is_drawn_from_up_to_its_last_signal(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion", "v_prediction")
+    betas = rescale_zero_terminal_snr(torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    teacher.alphas_cumprod = (1 - betas).cumprod(0)
+    assert teacher.alphas_cumprod[-1] == 0 and last_timestep(teacher) == 998
+    guidance = Guidance(3.0, t_min=990, t_max=1000, eta=1.0)
+    leaves = leaf_views(random_views(B, V))
+    for seed in range(20):
+        result = distill(teacher, leaves, ["a", "b"], guidance, torch.Generator().manual_seed(seed))
+        assert result.gradient.isfinite().all()
+
+
+def test_as_many_prompts_as_shapes(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    with pytest.raises(ValueError, match="prompts: 1 given for renderings of 2"):
+        distill(teacher, random_views(B, V), ["a"], Guidance(3.0), torch.Generator().manual_seed(5))
+    with pytest.raises(TypeError, match="list of strings"):
+        distill(teacher, random_views(B, V), "ab", Guidance(3.0), torch.Generator().manual_seed(5))
 
 
 def test_timesteps():
@@ -167,6 +221,7 @@ def test_timesteps():
     assert shifted_timesteps(t, torch.full((3,), 0.999), 0.1, 20).tolist() == [20, 547, 998]
     assert shifted_timesteps(t, torch.rand(3), 0.0, 20).equal(t)
     assert shifted_timesteps(torch.tensor([10]), torch.tensor([0.9]), 0.5, 20).item() == 10
+    assert shifted_timesteps(torch.tensor([11, 999]), torch.ones(2), 4.0, 20, sqrt_bias=25.0).tolist() == [35, 999]
     with pytest.raises(ValueError, match="t_min=5, t_max=5"):
         sample_timesteps(u, 5, 5)
     with pytest.raises(ValueError, match="eta=-1"):
