@@ -26,7 +26,8 @@ class EmptySurfaceError(ValueError):
     def __init__(self, samples: list[int], resolution: int) -> None:
         self.samples = samples
         super().__init__(
-            f"field: no surface in sample(s) {samples}: the signed distance has one sign on all {resolution}^3 nodes; "
+            f"field: no surface in sample(s) {samples}: the signed distance has one sign at all nodes that were "
+            f"evaluated of {resolution}^3; "
             "try another seed or prompt or a higher resolution, and in training use ensure_surface"
         )
 
@@ -109,12 +110,12 @@ def grid_slabs(
         elif whole is not None:
             slab = sdf[:, first:last], None if deformation is None else deformation[:, first:last]
         else:
-            slab = _at_points(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
+            slab = values_at(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
             slab = _shaped(slab, last - first, resolution)
         yield _checked(slab, last - first, resolution)
 
 
-def _at_points(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
+def values_at(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
     """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
     parts = [field.sdf_and_deformation(p.expand(batch, -1, -1)) for p in points.split(chunk)]
     for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
