@@ -62,8 +62,9 @@ def load_base(
     """The parts of a Stable Diffusion 1.x or 2.x, frozen: "toybox", a Hub id, a folder, or a .safetensors file.
 
     text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
-    prediction_type  "epsilon" or "v_prediction", for a single file that does not say (Stable Diffusion 2.x); a file's
-                     tokenizer is taken from a folder `tokenizer` beside it, else from the Hub
+    prediction_type  "epsilon" or "v_prediction", for a single file, which does not say; elsewhere the scheduler does
+
+    The tokenizer of a single file is taken from a folder `tokenizer` beside it, else from the Hub.
 
     Raises FileNotFoundError if a part is missing, and UnsupportedBase, before any weight is read, for SDXL, SD3, Flux,
     inpainting and other backbones, and for pickled or damaged weights.
@@ -79,15 +80,17 @@ def load_base(
         raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
     place = str(path) if path.is_dir() else name
     find = _finder(place, hub)
-    index, unet_settings, vae_settings = (
-        _config(find(file)) for file in ("model_index.json", "unet/config.json", "vae/config.json")
-    )
-    if not index and not unet_settings:
-        where = "in the Hub's cache, and local_files_only=True" if local_files_only and not path.is_dir() else "there"
-        raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is {where}")
-    check_backbone(name, index, unet_settings, vae_settings)
+    unet_settings, vae_settings = _config(find("unet/config.json")), _config(find("vae/config.json"))
+    if wrong := foreign_parts(unet_settings, vae_settings):
+        index = _config(find("model_index.json"))
+        if not index and not unet_settings:
+            where = "in the Hub's cache, and local_files_only=True" if local_files_only else "there"
+            raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is {where}")
+        parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
+        found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
+        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
     scheduler_file = find("scheduler/scheduler_config.json")
-    check_scheduler(name, _config(scheduler_file), prediction_type)
+    check_scheduler(name, _config(scheduler_file))
     if text is None:
         text = find("text_encoder/config.json") is not None and find("tokenizer/tokenizer_config.json") is not None
     weights = {**hub, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -104,45 +107,36 @@ def load_base(
     return Base(name, unet, vae, scheduler, encoder, commit)
 
 
-def check_backbone(name: str, index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Refuse, by its configs, a base that PETA is not made for; UnsupportedBase says what was found."""
-    pipeline = index.get("_class_name", "a folder without model_index.json")
-    if not unet:
-        parts = ", ".join(sorted(k for k, v in index.items() if isinstance(v, list) and v[0]))
-        raise UnsupportedBase(f"{name}: has no unet/config.json ({pipeline} of {parts}); {EXPECTED}")
-    widths = unet.get("cross_attention_dim")
-    wrong = [
-        f"{key} {value!r}"
-        for key, value, good in (
-            ("unet _class_name", unet.get("_class_name"), unet.get("_class_name") == "UNet2DConditionModel"),
-            ("vae _class_name", vae.get("_class_name"), vae.get("_class_name") == "AutoencoderKL"),
-            ("addition_embed_type", unet.get("addition_embed_type"), unet.get("addition_embed_type") is None),
-            ("encoder_hid_dim_type", unet.get("encoder_hid_dim_type"), unet.get("encoder_hid_dim_type") is None),
-            ("class_embed_type", unet.get("class_embed_type"), unet.get("class_embed_type") is None),
-            ("cross_attention_dim", widths, isinstance(widths, int)),
-            ("in_channels", unet.get("in_channels"), unet.get("in_channels") == 4),
-            ("latent_channels", vae.get("latent_channels"), vae.get("latent_channels") == 4),
-        )
-        if not good
-    ]
-    if wrong:
-        raise UnsupportedBase(f"{name}: is {pipeline} with {', '.join(wrong)}; {EXPECTED}")
+def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """What in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
+    if not unet or not vae:
+        return [f"no {part}/config.json" for part, config in (("unet", unet), ("vae", vae)) if not config]
+    allowed = {  # by diffusers' names; None also where a config does not say
+        "addition_embed_type": (None,),
+        "encoder_hid_dim_type": (None,),
+        "class_embed_type": (None,),
+        "in_channels": (4,),
+    }
+    wrong = [f"unet {key} {unet.get(key)!r}" for key, values in allowed.items() if unet.get(key) not in values]
+    if not isinstance(unet.get("cross_attention_dim"), int):
+        wrong.append(f"unet cross_attention_dim {unet.get('cross_attention_dim')!r}")
+    for part, config, name in (("unet", unet, "UNet2DConditionModel"), ("vae", vae, "AutoencoderKL")):
+        if config.get("_class_name") != name:
+            wrong.append(f"{part} {config.get('_class_name')}")
+    if vae.get("latent_channels") != 4:
+        wrong.append(f"{vae.get('latent_channels')} latent channels")
+    return wrong
 
 
-EXPECTED = (
-    "PETA adapts the U-Net and the VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
-)
+EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
 
 
-def check_scheduler(name: str, scheduler: Mapping[str, Any], prediction_type: str | None = None) -> None:
-    """FileNotFoundError without a scheduler; UnsupportedBase for one without betas, or with another prediction."""
+def check_scheduler(name: str, scheduler: Mapping[str, Any]) -> None:
+    """FileNotFoundError without a scheduler, UnsupportedBase for one that is no diffusion schedule."""
     if not scheduler:
         raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
     if "beta_schedule" not in scheduler:
         raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
-    says = scheduler.get("prediction_type", "epsilon")
-    if prediction_type is not None and says != prediction_type:
-        raise UnsupportedBase(f"{name}: its scheduler says prediction_type={says!r}, not {prediction_type!r}")
 
 
 def _finder(place: str, hub: dict[str, Any]) -> Callable[[str], Path | None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,25 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prd.adapters.planes import load_xformers_attention
 from prd.base import load_base
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
+from prd.hub import find_adapter, push_adapter, read_facts, write_card
 from prd.mesh import Mesh, build_meshes
 from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
 from prd.teachers.base import PromptEncoder
-from prd.toybox import asset
 from prd.toybox.world import unknown_words
 from prd.triplane import TriplaneField
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "config.json"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,7 @@ class TriplaneTurbo:
     def __init__(self, student: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
         """encoder: of prompts, None if they are given as embeddings; base: the name of the student's base."""
         self.student, self.encoder, self.base_name = student.eval(), encoder, base
+        self.facts: dict[str, Any] = {}  # of the training run, for the model card
         self._progress: dict[str, Any] = {"disable": None}
 
     @classmethod
@@ -79,23 +76,42 @@ class TriplaneTurbo:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         allow_other_base: bool = False,
     ) -> TriplaneTurbo:
         """Load an adapter and the base it was trained on.
 
         name_or_path      "toybox" (shipped, needs no network), a run folder, an adapter folder, or a Hub id
         base              another place of the same Stable Diffusion; its weights' hash must be the recorded one
+        revision          branch, tag or commit of the adapter on the Hub; its base comes at the commit recorded there
+        token, cache_dir  of the Hub, for the adapter and for its base
+        local_files_only  take both from the cache, without asking the Hub
         allow_other_base  accept a base with other weights
 
-        Raises FileNotFoundError if there is no adapter, `AdapterMismatch` if it does not fit the base.
+        Raises FileNotFoundError if there is no adapter, `AdapterMismatch` if it does not fit the base, and
+        `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
         """
-        folder = find_adapter(name_or_path, revision)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find_adapter(name_or_path, revision, **hub)
         _, record = read_configs(folder)
-        parts = load_base(base or record["base"], dtype=dtype)
+        if not base and not record["base"]:
+            raise ValueError(f"base=None: {name_or_path} was trained on a folder of its maker's; pass base=")
+        base_revision = None if base else record["base_revision"]
+        parts = load_base(
+            base or record["base"],
+            dtype=dtype,
+            revision=base_revision,
+            prediction_type=record["prediction_type"],
+            **hub,
+        )
         student = TriplaneTurboGenerator.from_adapter(
             folder, parts.unet, parts.vae, parts.scheduler, allow_other_base=allow_other_base
         )
-        return cls(student, parts.encoder, parts.name).to(device)
+        pipe = cls(student, parts.encoder, parts.name).to(device)
+        pipe.facts = read_facts(folder)
+        return pipe
 
     @property
     def device(self) -> torch.device:
@@ -280,17 +296,47 @@ class TriplaneTurbo:
             if self.base_name == "toybox" and (words := unknown_words(text)):
                 logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter (not the base) to a folder that `from_pretrained` reads; dtype: of the tensors on disk."""
-        self.student.save_adapter(folder, dtype=dtype)
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
+    ) -> None:
+        """Write the adapter (not the base) and a model card to a folder that `from_pretrained` reads.
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the adapter to the Hugging Face Hub; returns the commit's address."""
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload PETA adapter"))
+        dtype    of the tensors on disk; None: as they are
+        license  of the adapter in the card, as the Hub names it; None: that of the base
+        """
+        self.student.save_adapter(folder, dtype=dtype)
+        write_card(Path(folder), license=license, facts=self.facts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload PETA adapter",
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload the adapter and its model card to the Hugging Face Hub; returns the commit's address.
+
+        private   of a repository that is made now; None: as the account's default
+        token     None: the one that `hf auth login` stored
+        revision  branch, made if it is missing; None: main
+
+        dtype and license as for `save_pretrained`. Raises ValueError for a repo_id that is no 'owner/name', and OSError
+        where the Hub refuses.
+        """
+        return push_adapter(
+            lambda folder: self.student.save_adapter(folder, dtype=dtype),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            license=license,
+            facts=self.facts,
+        )
 
 
 def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
@@ -305,26 +351,6 @@ def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
     if not prompts:
         raise ValueError("prompt=[]: give at least one prompt")
     return prompts
-
-
-def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of an adapter: shipped ("toybox"), on disk (itself or its `adapter` subfolder), or from the Hub."""
-    if str(name_or_path) == "toybox":
-        return Path(asset("adapter"))
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        for folder in (path, path / "adapter"):
-            if (folder / "adapter_config.json").is_file():
-                return folder
-        raise FileNotFoundError(f"{path}: holds no adapter_config.json; give a run folder or a saved adapter")
-    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
-        raise FileNotFoundError(f"{name_or_path}: no such folder; give 'toybox', a run folder or a Hub id 'owner/name'")
-    try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=ADAPTER_FILES))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -141,7 +141,8 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new = Path(temporary)
-        student.peta.target_modules = sorted(student.peta.target_modules or ())
+        if not isinstance(student.peta.target_modules, str):  # peft keeps names in a set
+            student.peta.target_modules = sorted(student.peta.target_modules or ())
         student.peta.save_pretrained(str(new))
         save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,100 @@
+"""The published TriplaneTurbo checkpoint as a student of this library, once: `prd convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from prd.adapters.convert import (
+    HEADS,
+    LAYERS,
+    CheckpointError,
+    convert_published,
+    published_config,
+    published_layers,
+    read_published,
+)
+from prd.adapters.peta import PetaConfig, SixPlaneBackbone
+from prd.base import Base
+from prd.generators.adapter_files import StudentConfig
+from prd.generators.triplane_turbo import TriplaneTurboGenerator
+
+LATENT_SIZE = 32  # of the published pipeline, whatever its base draws
+SDF_BIAS = 0.5  # sdf = MLP + |p| - 0.5
+PAPER_SHARE = 0.025
+
+
+@dataclass(frozen=True)
+class AddedParameters:
+    """What a published checkpoint adds to its base, counted as published (before to_out is folded).
+
+    layers    adapted attentions and convolutions, and the decoder's new conv_out
+    adapters  parameters of these layers, conv_out's among them
+    heads     parameters of the three MLPs
+    base      parameters of what is adapted: the U-Net, the VAE decoder and post_quant_conv, their own conv_out counted
+    """
+
+    layers: int
+    adapters: int
+    heads: int
+    base: int
+
+    @property
+    def share(self) -> float:
+        return (self.adapters + self.heads) / self.base
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, {self.adapters:,} parameters, and {self.heads:,} in the heads: "
+            f"{100 * self.share:.2f} % of the {self.base:,} of the U-Net and the VAE decoder "
+            f"(the paper says {100 * PAPER_SHARE:.1f} %)"
+        )
+
+
+def count_added(state: dict[str, Tensor], unet: UNet2DConditionModel, vae: AutoencoderKL) -> AddedParameters:
+    """The parameters of a published state dict beside those of its base; both may be on the meta device."""
+    backbone = SixPlaneBackbone(unet, vae, PetaConfig())
+    decoder: nn.Module = vae.get_submodule("decoder")
+    return AddedParameters(
+        layers=len(published_layers(backbone)),
+        adapters=sum(tensor.numel() for name, tensor in state.items() if name.startswith(LAYERS)),
+        heads=sum(t.numel() for name, t in state.items() if name.split(".")[1:2] and name.split(".")[1] in HEADS),
+        base=sum(
+            p.numel() for module in (backbone.unet, decoder, backbone.post_quant_conv) for p in module.parameters()
+        ),
+    )
+
+
+def student_from_published(
+    path: str | Path, base: Base, *, latent_size: int | None = None
+) -> tuple[TriplaneTurboGenerator, AddedParameters]:
+    """The student of a published `.pth`, and what it adds.
+
+    latent_size  h = w of the latents that are drawn; None: 32 as published, or the base's own size if that is smaller
+
+    Raises FileNotFoundError, and CheckpointError naming missing, unknown or misshapen entries, or another base.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the published .pth")
+    state = read_published(path)
+    backbone = SixPlaneBackbone(base.unet, base.vae, PetaConfig())
+    width = state.get("geometry.sdf_network.layers.0.weight")
+    try:
+        peta = published_config(state, backbone)
+        converted = convert_published(state, backbone)
+        config = StudentConfig(
+            base=base.name,
+            base_revision=base.revision,
+            latent_size=min(LATENT_SIZE, base.unet.config["sample_size"]) if latent_size is None else latent_size,
+            head_width=0 if width is None else width.shape[0],
+            bias_radius=SDF_BIAS,
+        )
+        student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config)
+        student.load_adapter_state_dict(converted)
+    except ValueError as error:
+        raise CheckpointError(f"{path} on the base {base.name!r}: {error}") from error
+    return student, count_added(state, base.unet, base.vae)
