@@ -13,7 +13,7 @@ from prd.fields import Field
 from prd.rendering.antialias import antialias
 from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
 from prd.rendering.marching import Mesh, marching_cubes
-from prd.rendering.rasterize import interpolate_covered, rasterize
+from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
 from prd.rendering.views import Views, disparity_from_depth
 from prd.rendering.volume import scale_gradient
 
@@ -132,11 +132,7 @@ class SurfaceRenderer:
         meshes, corrected = self.meshes(field, cameras)
         empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
         images = self.draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
-        images = _average(images, self.supersample)
-        rgb, normal, shortfall, opacity = images.split([3, 3, 1, 1], dim=-1)
-        back = torch.as_tensor(background, dtype=rgb.dtype, device=rgb.device)
-        depth = cameras.near_far[1][:, :, None, None, None] - shortfall
-        views = Views(rgb + (1 - opacity) * back, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
+        views = composite(_average(images, self.supersample), cameras, background)
         return views, SurfaceStats(meshes, corrected, empty)
 
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
@@ -157,19 +153,33 @@ class SurfaceRenderer:
         packed = PackedMeshes.pack(meshes)
         clip = packed.clip(cameras, width / height)
         fragments = rasterize(clip, packed.faces, height, width, ranges=packed.ranges)
-        pixels = fragments.covered()
-        attributes = torch.cat([packed.vertices, vertex_normals(packed.vertices, packed.faces)], dim=-1)
-        position, normal = interpolate_covered(attributes, packed.faces, fragments, pixels).split(3, dim=-1)
-        normal = F.normalize(normal, dim=-1, eps=NORMAL_EPS)
-        camera = pixels // (height * width)  # flat index into [B, V]
-        forward = -cameras.camera_to_world[..., :3, 2].reshape(-1, 3)[camera]
-        depth = ((position - cameras.position.reshape(-1, 3)[camera]) * forward).sum(-1, keepdim=True)
-        shortfall = cameras.near_far[1].reshape(-1, 1)[camera] - depth
-        rgb = _colours(field, position, camera // cameras.views, cameras.batch)
-        seen = torch.cat([rgb, normal, shortfall, torch.ones_like(shortfall)], dim=-1)
-        images = seen.new_zeros(fragments.face_index.numel(), 8).index_copy(0, pixels, seen)
-        images = images.view(*fragments.face_index.shape, 8)
+        images = shade(field, packed, fragments, cameras)
         return antialias(images, fragments, clip, packed.faces) if self.antialias else images
+
+
+def shade(field: Field, packed: PackedMeshes, fragments: Fragments, cameras: Cameras) -> Tensor:
+    """Images [B, V, H, W, 8] of what the fragments see: rgb, normal, far - depth and opacity; all 0 elsewhere."""
+    height, width = fragments.face_index.shape[-2:]
+    pixels = fragments.covered()
+    attributes = torch.cat([packed.vertices, vertex_normals(packed.vertices, packed.faces)], dim=-1)
+    position, normal = interpolate_covered(attributes, packed.faces, fragments, pixels).split(3, dim=-1)
+    normal = F.normalize(normal, dim=-1, eps=NORMAL_EPS)
+    camera = pixels // (height * width)  # flat index into [B, V]
+    forward = -cameras.camera_to_world[..., :3, 2].reshape(-1, 3)[camera]
+    depth = ((position - cameras.position.reshape(-1, 3)[camera]) * forward).sum(-1, keepdim=True)
+    shortfall = cameras.near_far[1].reshape(-1, 1)[camera] - depth
+    rgb = _colours(field, position, camera // cameras.views, cameras.batch)
+    seen = torch.cat([rgb, normal, shortfall, torch.ones_like(shortfall)], dim=-1)
+    images = seen.new_zeros(fragments.face_index.numel(), 8).index_copy(0, pixels, seen)
+    return images.view(*fragments.face_index.shape, 8)
+
+
+def composite(images: Tensor, cameras: Cameras, background: float | Tensor) -> Views:
+    """Views of the images [B, V, H, W, 8] of `shade`, over a background broadcastable to [B, V, H, W, 3]."""
+    rgb, normal, shortfall, opacity = images.split([3, 3, 1, 1], dim=-1)
+    back = torch.as_tensor(background, dtype=rgb.dtype, device=rgb.device)
+    depth = cameras.near_far[1][:, :, None, None, None] - shortfall
+    return Views(rgb + (1 - opacity) * back, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
 
 
 def _colours(field: Field, points: Tensor, sample: Tensor, batch: int) -> Tensor:
