@@ -65,6 +65,13 @@ def antialias(colour: Tensor, fragments: Fragments, clip: Tensor, faces: Tensor,
     clip [V, N, 4] and faces [F, 3] are those of `rasterize`, faces wound alike all over a mesh; edges: their
     `mesh_edges`, if at hand. The result is a convex combination of neighbours, differentiable in colour and, through
     the position of the outline, in clip. An edge counts where its faces' side is seen in front of the other side.
+
+    The colours blended are those at the two pixel centres, as in the paper and in nvdiffrast. The front's is therefore
+    taken 0 to 1 pixel, on average half a pixel, inside the outline, and so is the weight with which a moving outline
+    changes the image: where the front's colour changes by k a pixel towards the outline, the gradient with respect to
+    its position leaves out k / 2. It is unbiased for opacity (k = 0) and good for slowly changing colours; normals,
+    which change fastest at an outline, get a gradient that is off by 4 to 20 % on an object 12 to 24 pixels in radius,
+    and by half as much at twice the image size or `supersample`.
     """
     if colour.shape[:-1] != fragments.face_index.shape:
         raise ValueError(

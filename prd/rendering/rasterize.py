@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from prd.rendering._raster_numba import rasterize_numba
 
 Backend = Literal["auto", "torch", "numba", "nvdiffrast"]
+MOST_NVDIFFRAST_FACES = 1 << 24  # it hands back the number of a face as a float32
 Buffers = tuple[Tensor, Tensor, Tensor]  # face_index [images, H, W], barycentric [..., 3], depth, inf where empty
 
 
@@ -59,16 +61,24 @@ def rasterize(
     faces   [F, 3]     integer; either winding is seen, faces without area are skipped
     ranges  [M, 2]     draw M meshes apart: mesh m is faces[ranges[m, 0]:ranges[m, 1]]; None: all faces are one mesh
 
-    Faces that cross the near plane are cut there; of faces at equal depth the one of lower index is seen. backend
-    "auto" is nvdiffrast on CUDA when it is installed, torch on other accelerators, numba on CPU. Barycentrics carry
-    gradient to clip. Raises ValueError for wrong shapes, faces out of range, or non-finite vertices.
+    What is seen, by the torch and numba backends alike:
+    - near and far: the part of a face with -w <= z <= w and w > 0. A face that crosses the near plane, or the plane of
+      the camera, is cut there pixel by pixel; one that lies behind it as a whole is not drawn and gets no gradient.
+    - depth: the smallest z / w as float32; of faces that are equal there, the one of the lowest index.
+    - edges: a pixel belongs to a face if its centre lies in it or on its border, so that no gap is left between two
+      faces; on the common edge both cover it and the rule for depth decides.
+    - degenerate faces (without area on the screen: repeated or collinear corners, or seen edge on) are not drawn.
+
+    backend "auto" is nvdiffrast on CUDA when it is installed, torch on other accelerators, numba on CPU. nvdiffrast
+    snaps vertices to a sixteenth of a pixel and follows its own rule for ties and edges, so that it may choose another
+    face where two meet. Barycentrics carry gradient to clip, by the same formula for every backend. Raises ValueError
+    for wrong shapes, faces out of range, non-finite vertices, or a backend that does not fit the device.
     """
     _check(clip, faces, ranges, height, width)
     if backend == "auto":
         has_nvdiffrast = clip.is_cuda and importlib.util.find_spec("nvdiffrast") is not None
         backend = "nvdiffrast" if has_nvdiffrast else "numba" if clip.device.type == "cpu" else "torch"
-    if backend == "numba" and clip.device.type != "cpu":
-        raise ValueError(f"backend='numba' draws on the CPU, clip is on {clip.device}; use 'auto' or 'torch'")
+    _check_backend(backend, clip.device)
     limits = faces.new_tensor([[0, len(faces)]]) if ranges is None else ranges
     draw = {"numba": rasterize_numba, "torch": _rasterize_torch, "nvdiffrast": _rasterize_nvdiffrast}[backend]
     leading = (clip.shape[0],) if ranges is None else (len(ranges), clip.shape[0])
@@ -81,6 +91,15 @@ def rasterize(
     if not (torch.is_grad_enabled() and clip.requires_grad):
         return fragments
     return Fragments(fragments.face_index, _barycentric(clip, faces, fragments), fragments.depth, ranges)
+
+
+def _check_backend(backend: Backend, device: torch.device) -> None:
+    if backend not in ("torch", "numba", "nvdiffrast"):
+        raise ValueError(f"backend={backend!r}: must be 'auto', 'torch', 'numba' or 'nvdiffrast'")
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"backend='numba' draws on the CPU, clip is on {device}; use 'auto' or 'torch'")
+    if backend == "nvdiffrast" and device.type != "cuda":
+        raise ValueError(f"backend='nvdiffrast' draws on CUDA, clip is on {device}; use 'auto', 'torch' or 'numba'")
 
 
 def _check(clip: Tensor, faces: Tensor, ranges: Tensor | None, height: int, width: int) -> None:
@@ -289,17 +308,32 @@ def _complete(clip: Tensor, faces: Tensor, face_index: Tensor) -> Buffers:
     return face_index, barycentric, depth.view(face_index.shape)
 
 
+@lru_cache(maxsize=8)
+def _nvdiffrast_context(device: torch.device) -> Any:
+    """nvdiffrast's buffers, kept: making them costs more than a small image."""
+    import nvdiffrast.torch as nvdiffrast
+
+    return nvdiffrast.RasterizeCudaContext(device=device)
+
+
 def _rasterize_nvdiffrast(clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int) -> Buffers:
     """Visibility by nvdiffrast (CUDA) in range mode; its row 0 is the bottom. Barycentrics are ours, as everywhere."""
     import nvdiffrast.torch as nvdiffrast
 
     views, vertices = clip.shape[:2]
+    if views * len(faces) >= MOST_NVDIFFRAST_FACES:
+        raise ValueError(
+            f"faces: {views} views of {len(faces)} faces are more than the {MOST_NVDIFFRAST_FACES} that nvdiffrast "
+            "numbers exactly; draw fewer views at a time or use backend='torch'"
+        )
+    if not len(faces):
+        return _complete(clip, faces, torch.full((len(ranges) * views, height, width), -1, device=clip.device))
     offset = torch.arange(views, device=faces.device)[:, None, None] * vertices
     triangles = (faces[None] + offset).reshape(-1, 3).int()  # each view indexes its own copy of the vertices
     first = ranges[:, None, 0] + torch.arange(views, device=ranges.device) * len(faces)  # [M, V]
     pieces = torch.stack([first, (ranges[:, 1:] - ranges[:, :1]).expand_as(first)], dim=-1).reshape(-1, 2)
-    context = nvdiffrast.RasterizeCudaContext(device=clip.device)
+    context = _nvdiffrast_context(clip.device)
     positions = clip.detach().reshape(-1, 4).float().contiguous()
     output, _ = nvdiffrast.rasterize(context, positions, triangles, (height, width), pieces.int().cpu(), grad_db=False)
     found = output[..., 3].flip(1).long() - 1  # [M * V, H, W]
-    return _complete(clip, faces, torch.where(found < 0, -1, found % max(len(faces), 1)))
+    return _complete(clip, faces, torch.where(found < 0, -1, found % len(faces)))

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from scipy.spatial import ConvexHull
 
+from prd.cameras import orbit_cameras
 from prd.rendering import _raster_numba
 from prd.rendering.antialias import antialias, mesh_edges
+from prd.rendering.marching import marching_cubes
 from prd.rendering.rasterize import _rasterize_torch, interpolate, rasterize
 
 BACKENDS = ["numba", "torch"]
@@ -271,8 +274,136 @@ def test_a_square_finds_its_place_and_size(size):
     torch.testing.assert_close(found, torch.tensor([0.45, 0.12, -0.2], dtype=torch.float64), atol=0.01, rtol=0)
 
 
+def test_the_gradient_leaves_out_half_a_pixel_of_colour_change():
+    """What the antialiasing's docstring says: an upright outline that moves over a colour ramp of slope k a pixel.
+
+    The image follows the outline exactly; its gradient is the colour at the pixel centre before the outline, whose
+    mean over a pixel is k / 2 less than the colour at the outline.
+    """
+    for k in (0.0, 0.02, -0.03):
+        places = torch.linspace(18.02, 20.02, 100, dtype=torch.float64)  # of 32 columns: two whole pixels
+        total, slopes = [], []
+        for place in places:
+            edge = place.clone().requires_grad_()
+            x = torch.stack([torch.full_like(edge, -8.0), edge, edge, torch.full_like(edge, -8.0)])
+            clip = torch.stack([x / 16 - 1, x.new_tensor([-2, -2, 2, 2]), 0 * x, 0 * x + 1], dim=-1)[None]
+            faces = torch.tensor([[0, 1, 2], [0, 2, 3]])
+            fragments = rasterize(clip, faces, 4, 32)
+            ramp = interpolate(0.3 + k * x[:, None], faces, fragments)
+            row = antialias(ramp, fragments, clip, faces)[0, 1, :, 0].sum()
+            (slope,) = torch.autograd.grad(row, edge)
+            assert slope.item() == pytest.approx(0.3 + k * ((place - 0.5).floor() + 0.5).item(), abs=1e-6)
+            total.append(row.item())
+            slopes.append(slope.item())
+        exact = 0.3 + k * (places[0] + places[-1]).item() / 2  # the mean colour at the outline
+        assert (total[-1] - total[0]) / (places[-1] - places[0]).item() == pytest.approx(exact, abs=1e-3)
+        assert sum(slopes) / len(slopes) == pytest.approx(exact - k / 2, abs=1e-3)
+
+
+def sphere(resolution):
+    axis = torch.linspace(-1, 1, resolution)
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+    vertices, faces = marching_cubes(grid.norm(dim=-1) - 0.5)
+    return vertices * (2 / (resolution - 1)) - 1, faces
+
+
+def test_a_mesh_finds_the_silhouettes_of_another_shape():
+    """From a ball of free vertices to a box, by outlines alone (and smoothing): the overlap of its images rises."""
+    vertices, faces = sphere(11)
+    cams = orbit_cameras(torch.tensor([[0.0, 0, 0, 0, 60, -60]]), torch.tensor([[0.0, 45, 90, 135, 20, 70]]), 2.4, 50.0)
+    matrices = (cams.projection(1.0) @ cams.world_to_camera())[0]
+
+    def silhouettes(points, triangles):
+        clip = points @ matrices[:, :, :3].transpose(1, 2) + matrices[:, None, :, 3]
+        fragments = rasterize(clip, triangles, 40, 40)
+        return antialias((fragments.face_index >= 0).float()[..., None], fragments, clip, triangles)
+
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1])] * 3) * torch.tensor([0.65, 0.35, 0.45])
+    hull = torch.from_numpy(ConvexHull(corners.numpy()).simplices).long()
+    a, b, c = (corners[hull[:, k]] for k in range(3))
+    turned = (torch.linalg.cross(b - a, c - a) * a).sum(-1) < 0
+    hull = torch.where(turned[:, None], hull.flip(1), hull)  # wound alike, outward
+    target = silhouettes(corners, hull)
+
+    def overlap(images):
+        return (torch.minimum(images, target).sum() / torch.maximum(images, target).sum()).item()
+
+    edges = mesh_edges(faces).vertices
+    place = vertices.clone().requires_grad_()
+    optimizer = torch.optim.Adam([place], lr=0.02)
+    assert overlap(silhouettes(place, faces)) < 0.8
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 80)
+        optimizer.zero_grad()
+        lengths = (place[edges[:, 0]] - place[edges[:, 1]]).square().sum(-1)
+        ((silhouettes(place, faces) - target).square().mean() + 0.3 * lengths.mean()).backward()
+        optimizer.step()
+    assert overlap(silhouettes(place.detach(), faces)) > 0.95
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mesh_behind_the_camera_is_background_without_gradient(backend):
+    clip, faces = soup(4, count=20)
+    clip = (clip * torch.tensor([1.0, 1, -1, -1])).double().requires_grad_()  # w < 0
+    fragments = rasterize(clip, faces, 16, 16, backend=backend)
+    colours = torch.rand(60, 3, dtype=torch.float64, requires_grad=True)
+    image = antialias(interpolate(colours, faces, fragments), fragments, clip, faces)
+    assert (fragments.face_index == -1).all() and (image == 0).all() and fragments.depth.isinf().all()
+    for gradient in torch.autograd.grad(image.sum() + fragments.barycentric.sum(), (clip, colours)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_degenerate_faces_leave_no_trace(backend):
+    """Repeated, collinear and coincident corners, edge-on faces, also such that reach behind the camera."""
+    clip, faces = soup(9, count=30, behind=True)
+    clip = clip.double()
+    bad = [
+        faces[:, [0, 0, 1]], faces[:, [2, 1, 2]], faces[:, [1, 1, 1]],
+    ]  # fmt: skip
+    middle = clip[:, faces[:, 0]] * 0.25 + clip[:, faces[:, 1]] * 0.75  # exact in binary: collinear with 0 and 1
+    line = torch.stack([faces[:, 0], faces[:, 1], torch.arange(30) + clip.shape[1]], dim=1)
+    mixed = torch.cat([*bad, line, faces])
+    clip = torch.cat([clip, middle], dim=1).requires_grad_()
+    alone, among = (rasterize(clip, f, 24, 24, backend=backend) for f in (faces, mixed))
+    shifted = torch.where(alone.face_index >= 0, alone.face_index + len(mixed) - len(faces), -1)
+    drawn = among.face_index >= len(mixed) - len(faces)
+    assert torch.equal(among.face_index[drawn], shifted[drawn]) and (drawn == (shifted >= 0)).float().mean() > 0.999
+    none = rasterize(clip, torch.cat(bad), 24, 24, backend=backend)
+    image = antialias((none.face_index >= 0).double()[..., None] + none.barycentric, none, clip, torch.cat(bad))
+    assert (image == 0).all()
+    (gradient,) = torch.autograd.grad(image.sum() + 0 * clip.sum(), clip)
+    assert (gradient == 0).all()
+
+
+def test_backends_agree_on_ties_degenerate_faces_and_the_near_plane():
+    """Coordinates on a coarse lattice, so that vertices, edges and depths coincide all the time."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(10):
+        xy = torch.randint(-6, 7, (2, 24, 2), generator=generator) / 4
+        z = torch.randint(-5, 6, (2, 24, 1), generator=generator) / 4
+        w = torch.randint(-1, 4, (2, 24, 1), generator=generator) / 2
+        clip, faces = torch.cat([xy, z, w], dim=-1), torch.randint(0, 24, (80, 3), generator=generator)
+        a, b = (rasterize(clip, faces, 16, 24, backend=backend) for backend in BACKENDS)
+        assert torch.equal(a.face_index, b.face_index) and (a.face_index >= 0).any()
+        torch.testing.assert_close(a.barycentric, b.barycentric, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a.depth, b.depth, atol=1e-5, rtol=0)
+
+
 def test_bad_input_is_named():
     clip, faces = soup(0, count=2)
+    with pytest.raises(ValueError, match="indices -1..5"):
+        rasterize(clip, faces - torch.tensor([1, 0, 0]), 8, 8)
+    with pytest.raises(ValueError, match="faces="):
+        rasterize(clip, faces.float(), 8, 8)
+    with pytest.raises(ValueError, match="height=0"):
+        rasterize(clip, faces, 0, 8)
+    with pytest.raises(ValueError, match="backend='nvdiffrast'"):
+        rasterize(clip, faces, 8, 8, backend="nvdiffrast")
+    with pytest.raises(ValueError, match="backend='opengl'"):
+        rasterize(clip, faces, 8, 8, backend="opengl")
+    with pytest.raises(ValueError, match="colour="):
+        antialias(torch.zeros(2, 9, 8, 1), rasterize(clip, faces, 8, 8), clip, faces)
     with pytest.raises(ValueError, match="indices 0..6"):
         rasterize(clip, faces + torch.tensor([0, 0, 1]), 8, 8)
     with pytest.raises(ValueError, match="clip="):
