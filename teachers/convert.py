@@ -28,10 +28,7 @@ from prd.teachers.richdreamer import RichDreamerConfig
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 UNUSED = ("cond_stage_model.",)  # the text encoder of `base`
-SCHEDULE = re.compile(
-    r"(sqrt_)?(one_minus_|recip_|recipm1_)?(betas|alphas_cumprod(_prev)?)|log_one_minus_alphas_cumprod|"
-    r"posterior_(variance|log_variance_clipped|mean_coef[12])|(model_ema\.)?(decay|num_updates)|logvar"
-)
+COUNTERS = ("model_ema.decay", "model_ema.num_updates", "logvar")  # of the training
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -217,15 +214,38 @@ def stable_diffusion_scheduler() -> DDPMScheduler:
     )
 
 
+def schedule_buffers() -> dict[str, Tensor]:
+    """The buffers [1000] that latent diffusion saves with a model, for Stable Diffusion's schedule, in float64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0)
+    previous = torch.cat([alphas.new_ones(1), alphas[:-1]])
+    variance = betas * (1 - previous) / (1 - alphas)
+    return {
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas),
+    }
+
+
 def account_for(state: Mapping[str, Tensor], *prefixes: str) -> None:
     """Raises CheckpointError for a key that is neither converted nor known to be of no use, or another schedule."""
-    left = [k for k in state if not k.startswith((*prefixes, *UNUSED)) and not SCHEDULE.fullmatch(k)]
+    buffers = schedule_buffers()
+    left = [k for k in state if not k.startswith((*prefixes, *UNUSED)) and k not in buffers and k not in COUNTERS]
     if left:
         raise CheckpointError(f"{left[0]} and {len(left) - 1} more keys are not of this model")
-    recorded = state.get("alphas_cumprod")
-    ours = stable_diffusion_scheduler().alphas_cumprod
-    if recorded is not None and not torch.allclose(recorded.float(), ours, atol=1e-5):
-        raise CheckpointError("alphas_cumprod: not the noise schedule of Stable Diffusion")
+    for name, expected in buffers.items():
+        recorded = state.get(name, expected)
+        if recorded.shape != expected.shape or not torch.allclose(recorded.double(), expected, rtol=1e-3, atol=1e-7):
+            raise CheckpointError(f"{name}: is not of the noise schedule of Stable Diffusion")
 
 
 def convert_mvdream(path: Path | str, folder: Path | str, base: str, *, head_channels: int = 64) -> None:

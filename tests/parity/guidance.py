@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prd.cameras import Cameras, orbit_cameras
 from prd.distillation.asd import asd_loss, select_views, shifted_timesteps
+from prd.distillation.schedules import LinearSchedule
 from prd.rendering.views import Views
 from prd.teachers import MVDreamConfig, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher, StableDiffusionTeacher
 from prd.teachers.base import UNetTeacher
@@ -33,7 +34,10 @@ WEIGHTINGS = {  # published name -> ours
     "dmd_mv": {"weighting": "dmd", "average_over": "prompt"},
     "uniform": {"weighting": "uniform"},
     "sds": {"weighting": "sds"},
+    "sds_sqrt": {"weighting": "sqrt"},
 }
+TEACHERS = ("mv", "rd", "sd")
+T_MIN_OF_TABLES = 20  # of the `tplus.*` tables, by the reference data's README
 
 
 def recorded_text(width: int) -> dict:
@@ -48,6 +52,14 @@ def recorded_text(width: int) -> dict:
         eos_token_id=1,
     )
     return {"tokenizer": None, "text_encoder": CLIPTextModel(config)}
+
+
+def linear(value: float | list[float], step: int, scale: float = 1.0) -> float:
+    """A published schedule, a number or [start step, start, end, end step], at a step, times `scale`."""
+    if isinstance(value, int | float):
+        return value * scale
+    first, start, end, last = value
+    return LinearSchedule(start * scale, end * scale, int(first), int(last))(step)
 
 
 class GuidanceParity:
@@ -66,7 +78,7 @@ class GuidanceParity:
         self.cameras = orbit_cameras(elevation, azimuth, distance, fovy)
         base, case = folder / "generator", next(iter(self.meta["cases"]))
         sizes = [io.tensors[f"{case}.{name}.latents"].shape[-1] for name in ("mv", "rd")]
-        parts = RecordedTeachers(folder / "teachers", *sizes)
+        parts = RecordedTeachers(folder / "teachers", *sizes)  # each case then says its own
         unet = UNet2DConditionModel.from_config(json.loads((base / "base_unet_config.json").read_text()))
         unet.load_state_dict(load_file(base / "base_unet.safetensors"), strict=True)
         vae = AutoencoderKL.from_config(json.loads((base / "base_vae_config.json").read_text()))
@@ -90,9 +102,25 @@ class GuidanceParity:
     def run(self) -> int:
         self.camera_inputs()
         self.shifts()
+        first = next(iter(self.meta["cases"].values()))
+        for step, recorded in self.meta["schedules"].items():
+            self.schedules(f"schedules.{step}", int(step), first["config"], recorded)
         for name, case in self.meta["cases"].items():
+            self.schedules(f"{name}.resolved", case["global_step"], case["config"], case["resolved"])
             self.case(name, case)
         return self.io.finish()
+
+    def schedules(self, name: str, step: int, config: dict, recorded: dict) -> None:
+        """The limits, guidance scales and weights that the schedules of `config` come to at a training step."""
+        for key, expected in recorded.items():
+            if key.endswith("_step"):
+                value = config[f"{key}_percent"]
+                # truncated as published; schedules of timesteps and of fractions may round to either side of a whole
+                found = {int(linear(value, step, scale) * 1000 / scale) for scale in (1, 1000)}
+                self.io.report(f"{name}.{key}", f"{expected} in {sorted(found)}", ok=expected in found)
+            else:
+                value = torch.tensor(linear(config[key], step), dtype=torch.float64)
+                self.io.check(f"{name}.{key}", value, torch.tensor(expected, dtype=torch.float64), CLOSED_FORM)
 
     def camera_inputs(self) -> None:
         io, cameras = self.io, self.cameras
@@ -107,18 +135,12 @@ class GuidanceParity:
                 io.compare("cam.c2w_after_inplace_normalisation", vector, CLOSED_FORM)
 
     def shifts(self) -> None:
-        """The largest shift of each table: eta (t - t_min) as in the recipe ("v1", "v2"), or eta t ("v3", "v4").
-
-        The table "sqrt_25" belongs to a schedule no recipe uses; any t_plus can be given to `asd_loss` instead.
-        """
+        """The largest shift of each table: eta (t - t_min) as in the recipe, eta t, or eta sqrt(t + bias)."""
         t = self.io.input("tplus.t")
         for name in sorted(self.io.left):
-            if not name.startswith("tplus.v"):
-                continue
-            version, ratio = name.split(".", 2)[1], float(name.split("ratio")[1].removesuffix(".norandom"))
-            t_min = 20 if version in ("v1", "v2") else 0
-            self.io.compare(name, shifted_timesteps(t, torch.ones(t.shape), ratio, t_min), 0)
-        self.io.input("tplus.sqrt_25.ratio4.norandom")
+            if name.startswith("tplus."):
+                schedule, ratio = name.split(".", 2)[1], float(name.split("ratio")[1].removesuffix(".norandom"))
+                self.io.compare(name, shift(t, torch.ones(t.shape), ratio, T_MIN_OF_TABLES, schedule), 0)
 
     def renderings(self, dual: bool) -> tuple[dict[str, Tensor], Views]:
         """The recorded renderings as leaves, and as views, those of a second renderer as more prompts."""
@@ -142,44 +164,33 @@ class GuidanceParity:
     def case(self, case_name: str, case: dict) -> None:
         leaves, views = self.renderings(case["dual"])
         totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        norms = 0.0
+        norms: dict[str, Tensor] = {}
         for name, teacher in self.teachers.items():
-            gradients, norm = self.teacher_case(f"{case_name}.", name, teacher, case, leaves, views)
-            norms += norm
+            gradients, norms[name] = self.teacher_case(f"{case_name}.", name, teacher, case, leaves, views)
             for leaf, gradient in gradients.items():
-                totals[leaf] += gradient
+                totals[leaf] += case["resolved"][f"{name}_weight"] * gradient
         for leaf, total in totals.items():
             if f"{case_name}.total_grad.{leaf}" in self.io.tensors:  # recorded for some cases
                 self.io.compare(f"{case_name}.total_grad.{leaf}", total, GRADIENT)
-        if not case["dual"]:  # the published code adds losses to norms otherwise
-            self.io.check(
-                f"{case_name} gradient norm", torch.tensor(norms), torch.tensor(case["returned_grad_norm"]), GUIDANCE
-            )
+        expected = torch.tensor(case["returned_grad_norm"]).flatten()
+        self.io.check(f"{case_name}.returned_grad_norm", returned_norms(norms, case), expected, GUIDANCE)
 
     def teacher_case(
         self, case: str, name: str, teacher: UNetTeacher, settings: dict, leaves: dict[str, Tensor], views: Views
-    ) -> tuple[dict[str, Tensor], float]:
-        """One teacher's gradients at the renderings, and the norm of that at its input."""
-        io, config, resolved = self.io, settings["config"], settings["resolved"]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One teacher's gradients at the renderings, and the norm of that at its input, [renderers]."""
+        io, config = self.io, settings["config"]
         rng, renderers = f"{case}rng.{name}.", 2 if settings["dual"] else 1
+        teacher.unet.register_to_config(sample_size=io.tensors[f"{case}{name}.latents"].shape[-1])
         if name == "sd":
-            first = io.input(f"{case}sd.view_idx")
-            io.compare(f"{rng}view_idx_raw", first, 0)
-            index = first % self.views
-            if settings["dual"]:
-                second = (index + 2) % self.views
-                io.compare(f"{case}sd.view_idx_2nd", second, 0)
-                index = torch.cat([index, second])
-            views = select_views(views, index[:, None])
+            views = select_views(views, self.single_view(case, settings)[:, None])
         x = teacher.encode(views, noise=None if name == "rd" else io.input(f"{rng}vae_noise"))
         io.compare(f"{case}{name}.latents", x, GUIDANCE)
-        t, u = io.input(f"{rng}t_raw"), io.input(f"{rng}u_plus")
-        t_plus = shifted_timesteps(t, u, config[f"{name}_plus_ratio"], resolved[f"{name}_min_step"])
-        io.compare(f"{case}{name}.t", t.repeat_interleave(teacher.num_views), 0)
-        io.compare(f"{case}{name}.t_plus", t_plus.repeat_interleave(teacher.num_views), 0)
+        t, t_plus = self.timesteps(case, name, teacher, settings)
 
         noise = io.input(f"{rng}noise")
         condition = teacher.condition(self.prompts * renderers, views.cameras, "negative")
+        sds = bool(config.get(f"{name}_use_sds", False))
         for part, steps, text in (
             ("noise_pred_text", t, condition),
             ("noise_pred_uncond", t, condition.negative()),
@@ -188,7 +199,7 @@ class GuidanceParity:
             steps = steps.repeat_interleave(teacher.num_views)
             a = teacher.alphas_cumprod[steps].view(-1, 1, 1, 1)
             predicted = teacher.predict_noise(a.sqrt() * x.detach() + (1 - a).sqrt() * noise, steps, text)
-            io.compare(f"{case}{name}.{part}", predicted, GUIDANCE)
+            io.compare(f"{case}{name}.{part}", noise if sds and part.endswith("second") else predicted, GUIDANCE)
 
         result = asd_loss(
             teacher,
@@ -196,10 +207,11 @@ class GuidanceParity:
             condition,
             t=t,
             noise=noise,
-            t_plus=t_plus if config[f"{name}_plus_ratio"] > 0 else None,
-            guidance_scale=resolved.get(f"{name}_guidance_scale", config[f"{name}_guidance_scale"]),
+            t_plus=t_plus if config[f"{name}_plus_ratio"] > 0 and not sds else None,
+            guidance_scale=linear(config[f"{name}_guidance_scale"], settings["global_step"]),
             delta=config["eps"],
             x0_from="clean",
+            reference="noise" if sds else "shifted",
             **WEIGHTINGS[config[f"{name}_weighting_strategy"]],  # type: ignore[arg-type]
         )
         asd_grad = result.gradient * teacher.num_views  # recorded before the division by the number of views
@@ -210,7 +222,53 @@ class GuidanceParity:
         gradients = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         for leaf, gradient in gradients.items():
             io.compare(f"{case}{name}.grad.{leaf}", gradient, GRADIENT)
-        return gradients, asd_grad.norm().item()
+        return gradients, asd_grad.reshape(renderers, -1).norm(dim=1)
+
+    def single_view(self, case: str, settings: dict) -> Tensor:
+        """The view of each prompt that Stable Diffusion is shown, [renderers * prompts]; recorded counting images."""
+        first = self.io.input(f"{case}rng.sd.view_idx_raw")
+        start = torch.arange(len(self.prompts)) * self.views
+        self.io.compare(f"{case}sd.view_idx", first + start, 0)
+        if not settings["dual"]:
+            return first
+        second = self.io.tensors[f"{case}sd.view_idx_2nd"] - start
+        if settings["config"]["sd_oppo_side"]:
+            second = (first + self.views // 2) % self.views
+        self.io.compare(f"{case}sd.view_idx_2nd", second + start, 0)
+        return torch.cat([first, second])
+
+    def timesteps(self, case: str, name: str, teacher: UNetTeacher, settings: dict) -> tuple[Tensor, Tensor]:
+        """t and t_plus from the recorded draws, each of which must lie where it is drawn."""
+        io, config, resolved = self.io, settings["config"], settings["resolved"]
+        t, u = io.input(f"{case}rng.{name}.t_raw"), io.input(f"{case}rng.{name}.u_plus")
+        low, high = resolved[f"{name}_min_step"], resolved[f"{name}_max_step"]
+        inside = bool(((t >= low) & (t < high)).all()) and bool(((u >= 0) & (u < 1)).all())
+        io.report(f"{case}rng.{name}", f"t in [{low}, {high}), u in [0, 1)", ok=inside)
+        if not config[f"{name}_plus_random"]:
+            u = torch.ones_like(u)
+        schedule = config["plus_schedule"]
+        schedule = config.get("t_plus_type", "v1") if schedule == "linear" else schedule
+        t_plus = shift(t, u, config[f"{name}_plus_ratio"], low, schedule)
+        io.compare(f"{case}{name}.t", t.repeat_interleave(teacher.num_views), 0)
+        io.compare(f"{case}{name}.t_plus", t_plus.repeat_interleave(teacher.num_views), 0)
+        return t, t_plus
+
+
+def shift(t: Tensor, u: Tensor, ratio: float, t_min: int, schedule: str) -> Tensor:
+    """t_plus of a published schedule: "v1", "v2" (from t_min), "v3", "v4" (from 0), "sqrt" or "sqrt_BIAS"."""
+    if schedule.startswith("sqrt"):
+        return shifted_timesteps(t, u, ratio, t_min, sqrt_bias=float(schedule.partition("_")[2] or 0))
+    return shifted_timesteps(t, u, ratio, t_min if schedule in ("v1", "v2") else 0)
+
+
+def returned_norms(norms: dict[str, Tensor], case: dict) -> Tensor:
+    """The norm the published code logs, [renderers]: with two, it adds returned losses (each the constant 1) instead
+    of norms for the multi-view teacher in the first rendering and for Stable Diffusion in both."""
+    counted = {name: norm.clone() for name, norm in norms.items()}
+    if case["dual"]:
+        counted["mv"][0] = 1.0
+        counted["sd"][:] = 1.0
+    return torch.stack([case["resolved"][f"{name}_weight"] * counted[name] for name in TEACHERS]).sum(dim=0)
 
 
 def main(arguments: list[str] | None = None) -> int:

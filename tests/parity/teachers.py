@@ -21,6 +21,7 @@ from prd.teachers.convert import (
     convert_unet,
     convert_vae,
     read_checkpoint,
+    schedule_buffers,
     stable_diffusion_scheduler,
 )
 from prd.teachers.multiview import set_joint_attention
@@ -52,7 +53,7 @@ def full_size(folder: Path, name: str, io: Recording) -> None:
     heads, has_vae = FULL_SIZE[name]
     keys = json.loads((folder / name).read_text())["keys"]
     state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    schedule = {"alphas_cumprod": stable_diffusion_scheduler().alphas_cumprod}
+    schedule = {key: value for key, value in schedule_buffers().items() if keys.get(key) == list(value.shape)}
     account_for(state | schedule, "model.diffusion_model.", *(["first_stage_model."] if has_vae else []))
     models = [convert_unet(state, sample_size=32, **heads)]
     if has_vae:
