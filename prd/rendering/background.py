@@ -76,9 +76,9 @@ class HyperHead(nn.Module):
             raise ValueError(f"text={tuple(text.shape)}: expected [{len(features)}, {self.text_dim}]")
         weights = self.layers(text)
         first, second = weights.split([self.features * self.width, self.width * 3], dim=-1)
-        first, second = first.view(-1, self.width, self.features), second.view(-1, 3, self.width)
-        hidden = F.relu(features @ first.transpose(1, 2))  # [B, N, width]
-        return torch.sigmoid(hidden @ second.transpose(1, 2)) * 1.002 - 0.001  # as the object's colours
+        hidden = F.relu(features @ first.view(-1, self.features, self.width))  # [B, N, width]
+        colour = torch.sigmoid(hidden @ second.view(-1, self.width, 3))
+        return colour * 1.002 - 0.001  # as the object's colours
 
 
 class TextBackground(nn.Module):
