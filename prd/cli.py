@@ -1,4 +1,4 @@
-"""The command line: `prd generate "a red cube" -o cube.glb`, `prd train --config toybox`."""
+"""The command line: `prd generate "a red cube" -o cube.glb`, `prd train --config toybox`, `prd convert FILE OUT`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to")
     generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
     generate.add_argument("--device", default="cpu")
+    convert = commands.add_parser("convert", help="the published triplane_turbo_sd_v1.pth becomes an adapter folder")
+    convert.add_argument("checkpoint", help="the .pth, read as tensors alone")
+    convert.add_argument("output", help="folder to write")
+    convert.add_argument("--base", required=True, help="Stable Diffusion 2.1-base: a Hub id, a folder, a .safetensors")
+    convert.add_argument(
+        "--latent-size", type=int, default=None, help="side of the latents (default: 32, as published)"
+    )
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
     if words[:1] == ["train"]:
         return _train(words[1:])
     args = parser.parse_args(words)
     try:
-        return _generate(args)
+        return _convert(args) if args.command == "convert" else _generate(args)
     except (ValueError, TypeError, OSError) as error:
-        print(f"prd: {error}", file=sys.stderr)
+        print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -63,6 +70,24 @@ def _generate(args: argparse.Namespace) -> int:
     path = mesh.export(args.output)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     print(f"{path}: {len(mesh.faces)} triangles ({stages})")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+        raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
+    from prd.base import load_base
+    from prd.generators.published import student_from_published
+    from prd.hub import write_card
+
+    base = load_base(args.base, text=False, prediction_type="epsilon")  # as Stable Diffusion 2.1-base predicts
+    student, added = student_from_published(args.checkpoint, base, latent_size=args.latent_size)
+    student.save_adapter(output)
+    write_card(output)
+    print(f"{output}: {added}")
     return 0
 
 
