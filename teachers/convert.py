@@ -6,7 +6,9 @@ accounted for, and what is written is safetensors:
     python -m prd.teachers.convert mvdream sd-v2.1-base-4view.pt teachers/mvdream --base ORG/stable-diffusion-2-1-base
     python -m prd.teachers.convert richdreamer nd_mv_ema.ckpt teachers/richdreamer --base ORG/stable-diffusion-v1-5
 
-`--base` names the Stable Diffusion whose text encoder the teacher was trained with.
+`--base` names the Stable Diffusion whose text encoder the teacher was trained with. The checkpoint may also be a
+`.safetensors` file of the same keys, or a folder in the diffusers layout whose `unet` still has its authors' layers
+(community copies of MVDream: keys `input_blocks.*` without prefix, a diffusers `vae`).
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 
-from prd.teachers.loading import CONFIG_NAME, CheckpointError
+from prd.teachers.loading import CONFIG_NAME, CheckpointError, load_strict
 from prd.teachers.mvdream import MVDreamConfig
 from prd.teachers.richdreamer import RichDreamerConfig
 
@@ -52,11 +55,19 @@ VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     """The tensors of an original checkpoint, a plain state dict or one under "state_dict".
 
-    ema: if the file holds both the trained weights and their moving average (keys `model_ema.*` without dots), take
-    the average. Raises CheckpointError for a pickle that holds more than tensors or is no state dict.
+    path: a pickle, a .safetensors file, or a folder whose `unet` holds the same layers without prefix
+    ema:  if the file holds both the trained weights and their moving average (keys `model_ema.*` without dots), take
+          the average
+
+    Raises CheckpointError for a pickle that holds more than tensors or is no state dict.
     """
+    if Path(path).is_dir():
+        return {UNET + key: value for key, value in _read_safetensors(Path(path) / "unet").items()}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises several types, all of which mean the same here
         raise CheckpointError(f"{path}: cannot be read as tensors alone ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
@@ -76,6 +87,14 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     if averages:
         raise CheckpointError(f"{path}: {len(averages)} moving averages of no weight, {min(averages)} among them")
     return merged
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the one .safetensors file of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"{folder}: holds {len(files)} .safetensors files; keep the one with the full weights")
+    return load_file(files[0])
 
 
 def unet_key(key: str, layers: int) -> str:
@@ -249,13 +268,23 @@ def account_for(state: Mapping[str, Tensor], *prefixes: str) -> None:
 
 
 def convert_mvdream(path: Path | str, folder: Path | str, base: str, *, head_channels: int = 64) -> None:
-    """Write MVDream's `sd-v2.1-base-4view.pt` as a folder for `MVDreamTeacher.from_pretrained`.
+    """Write MVDream's `sd-v2.1-base-4view.pt`, or a community copy, as a folder for `MVDreamTeacher.from_pretrained`.
 
+    path: see `read_checkpoint`
     base: the Stable Diffusion 2.1 whose text encoder it shares (a Hub id, or a folder beside this one as "../name").
     """
     state = read_checkpoint(path)
     account_for(state, UNET, VAE)
-    vae = convert_vae(state, sample_size=256)
+    if Path(path).is_dir():
+        vae = load_strict(AutoencoderKL, str(path), "vae", torch.float32)
+        scheduler = DDPMScheduler.from_pretrained(str(path), subfolder="scheduler")
+        account_for({"alphas_cumprod": scheduler.alphas_cumprod})
+        if scheduler.config.prediction_type != "epsilon":
+            raise CheckpointError(
+                f"{path}/scheduler: prediction_type={scheduler.config.prediction_type!r}, not epsilon"
+            )
+    else:
+        vae = convert_vae(state, sample_size=256)
     convert_unet(state, sample_size=32, head_channels=head_channels).save_pretrained(Path(folder) / "unet")
     vae.save_pretrained(Path(folder) / "vae")
     _save_settings(Path(folder), MVDreamConfig(base=base))

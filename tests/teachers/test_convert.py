@@ -1,7 +1,10 @@
 """Original checkpoints: parity with recorded numbers, and everything that is not such a checkpoint is named."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from prd.teachers import MVDreamTeacher, RichDreamerTeacher
 from prd.teachers.convert import (
@@ -11,6 +14,7 @@ from prd.teachers.convert import (
     convert_richdreamer,
     convert_unet,
     read_checkpoint,
+    schedule_buffers,
 )
 from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity import teachers as parity
@@ -68,6 +72,43 @@ def test_a_checkpoint_of_another_model_or_with_a_key_too_few_or_many():
         account_for(state | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, "model.diffusion_model.")
     with pytest.raises(ValueError, match="exactly one"):
         convert_unet(state, sample_size=8)
+
+
+def test_community_copies_of_mvdream_become_the_same_folder(tmp_path):
+    state = read_checkpoint(MV)
+    convert_mvdream(MV, tmp_path / "mv", "../sd", head_channels=16)
+    save_file(state, tmp_path / "mv.safetensors")
+    convert_mvdream(tmp_path / "mv.safetensors", tmp_path / "from_file", "../sd", head_channels=16)
+    copy = tmp_path / "copy"  # the authors' U-Net layers without prefix, the VAE in diffusers' names
+    for part in ("vae", "scheduler"):
+        shutil.copytree(tmp_path / "mv" / part, copy / part)
+    (copy / "unet").mkdir()
+    prefix = "model.diffusion_model."
+    unet = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    save_file(unet, copy / "unet" / "diffusion_pytorch_model.safetensors")
+    convert_mvdream(copy, tmp_path / "from_copy", "../sd", head_channels=16)
+    for part in ("unet", "vae"):
+        expected = load_file(tmp_path / "mv" / part / "diffusion_pytorch_model.safetensors")
+        for other in ("from_file", "from_copy"):
+            found = load_file(tmp_path / other / part / "diffusion_pytorch_model.safetensors")
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+    unet.pop("out.2.bias")
+    save_file(unet, copy / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="conv_out.bias"):
+        convert_mvdream(copy, tmp_path / "bad", "../sd", head_channels=16)
+    save_file(unet, copy / "unet" / "second.safetensors")
+    with pytest.raises(CheckpointError, match="holds 2 .safetensors files"):
+        convert_mvdream(copy, tmp_path / "bad", "../sd", head_channels=16)
+
+
+def test_every_schedule_buffer_is_checked():
+    state = read_checkpoint(ND)
+    for name in schedule_buffers():
+        changed = state[name].clone()
+        changed[500] *= 1.01
+        with pytest.raises(CheckpointError, match=f"^{name}: is not of the noise schedule"):
+            account_for(state | {name: changed}, "model.diffusion_model.")
 
 
 class Payload:
