@@ -69,9 +69,10 @@ def antialias(colour: Tensor, fragments: Fragments, clip: Tensor, faces: Tensor,
     The colours blended are those at the two pixel centres, as in the paper and in nvdiffrast. The front's is therefore
     taken 0 to 1 pixel, on average half a pixel, inside the outline, and so is the weight with which a moving outline
     changes the image: where the front's colour changes by k a pixel towards the outline, the gradient with respect to
-    its position leaves out k / 2. It is unbiased for opacity (k = 0) and good for slowly changing colours; normals,
-    which change fastest at an outline, get a gradient that is off by 4 to 20 % on an object 12 to 24 pixels in radius,
-    and by half as much at twice the image size or `supersample`.
+    its position leaves out k / 2. It is unbiased for opacity (measured: within 1 %) and good for slowly changing
+    colours. Normals turn without bound towards a smooth outline, as the square root of the distance to it: the slope of
+    their images with the place of a ball was 10 to 16 % too large at 32 to 96 pixels, and falls as slowly with their
+    number; `supersample=2` takes a third off.
     """
     if colour.shape[:-1] != fragments.face_index.shape:
         raise ValueError(
