@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from prd.fields import AutogradGradient
 
 GRID_SAMPLE_TWICE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-POINTS_A_SLAB = 1 << 12  # nodes the dense grid handles at a time: their activations stay in the cache
+NODES_A_TILE = 1 << 12  # nodes the dense grid handles at a time: their activations stay in the cache
 
 
 def plane_coordinates(points: Tensor) -> Tensor:
@@ -199,9 +199,10 @@ class TriplaneField(AutogradGradient):
 
 
 class _DenseHead(torch.autograd.Function):
-    """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made slab by slab along x.
+    """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made tile by tile.
 
-    xy and xz may hold a part of the x axis alone. The R^3 activations never exist together: the backward pass makes each slab's again while it is in the cache.
+    xy and xz may hold a part of the x axis alone. The R^3 activations never exist together: the backward pass makes
+    each tile's again while it is in the cache.
     """
 
     @staticmethod
@@ -209,37 +210,42 @@ class _DenseHead(torch.autograd.Function):
         ctx.save_for_backward(xy, xz, yz, w2, w3)
         batch, resolution = yz.shape[:2]
         out = xy.new_empty(batch, xy.shape[1], resolution, resolution, len(w3))
-        for x in _slabs(xy):
-            out[:, x] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x), w2)), w3)
+        for x, y in _tiles(xy):
+            out[:, x, y] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x, y), w2)), w3)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         xy, xz, yz, w2, w3 = ctx.saved_tensors
-        grad_xy, grad_xz, grad_yz = torch.empty_like(xy), torch.empty_like(xz), torch.zeros_like(yz)
+        grad_xy, grad_xz, grad_yz = torch.empty_like(xy), torch.zeros_like(xz), torch.zeros_like(yz)
         grad_w2, grad_w3 = torch.zeros_like(w2), torch.zeros_like(w3)
-        for x in _slabs(xy):
-            h1 = _first_hidden(xy, xz, yz, x)
+        for x, y in _tiles(xy):
+            h1 = _first_hidden(xy, xz, yz, x, y)
             h2 = F.relu_(F.linear(h1, w2))
-            grad = grad_out[:, x].reshape(-1, len(w3))
+            grad = grad_out[:, x, y].reshape(-1, len(w3))
             flat1, flat2 = h1.view(-1, h1.shape[-1]), h2.view(-1, h2.shape[-1])
             grad_w3.addmm_(grad.T, flat2)
             grad2 = torch.ops.aten.threshold_backward(grad @ w3, flat2, 0)
             grad_w2.addmm_(grad2.T, flat1)
-            grad1 = torch.ops.aten.threshold_backward(grad2 @ w2, flat1, 0).view_as(h1)  # [B, slab, y, z, width]
-            grad_xy[:, x] = grad1.sum(3)
-            grad_xz[:, x] = grad1.sum(2)
-            grad_yz += grad1.sum(1)
+            grad1 = torch.ops.aten.threshold_backward(grad2 @ w2, flat1, 0).view_as(
+                h1
+            )  # [B, x, y, z, width] of the tile
+            grad_xy[:, x, y] = grad1.sum(3)
+            grad_xz[:, x] += grad1.sum(2)
+            grad_yz[:, y] += grad1.sum(1)
         return grad_xy, grad_xz, grad_yz, grad_w2, grad_w3
 
 
-def _slabs(xy: Tensor) -> list[slice]:
-    """Parts of the x axis of xy [B, x, y, C] with some POINTS_A_SLAB nodes each."""
+def _tiles(xy: Tensor) -> list[tuple[slice, slice]]:
+    """Parts of the x and y axes of xy [B, x, y, C] that hold some NODES_A_TILE nodes each with all of z."""
     batch, planes, resolution, _ = xy.shape
-    size = max(1, POINTS_A_SLAB // (batch * resolution**2))
-    return [slice(start, start + size) for start in range(0, planes, size)]
+    rows = min(resolution, max(1, NODES_A_TILE // (batch * resolution)))
+    size = max(1, NODES_A_TILE // (batch * resolution**2))
+    return [
+        (slice(x, x + size), slice(y, y + rows)) for x in range(0, planes, size) for y in range(0, resolution, rows)
+    ]
 
 
-def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice) -> Tensor:
-    return F.relu_((xy[:, x, :, None] + xz[:, x, None]).add_(yz[:, None]))  # [B, slab, y, z, width]
+def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice, y: slice) -> Tensor:
+    return F.relu_((xy[:, x, y, None] + xz[:, x, None]).add_(yz[:, None, y]))  # [B, x, y, z, width] of the tile

@@ -51,7 +51,9 @@ def test_grid_equals_pointwise_queries(resolution: int) -> None:
     assert field.grid(resolution, rgb=False, deformation=False)[1:] == (None, None)
 
 
-def test_grid_gradients_equal_pointwise_ones() -> None:
+@pytest.mark.parametrize("tile", [1, 12, 70, 4096])
+def test_grid_gradients_equal_pointwise_ones(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prd.triplane.NODES_A_TILE", tile)
     field = make_field(dtype=torch.float64)
     axis = torch.linspace(-1, 1, 5, dtype=torch.float64)
     points = torch.cartesian_prod(axis, axis, axis).expand(2, -1, -1)
