@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
 
 CONV_OUT = "decoder.conv_out"
-LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded in pairs
+LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded one by one
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
@@ -57,7 +57,8 @@ class PetaLinear(LoraLinear):
 
     def fused(self) -> nn.Module:
         """A plain layer with W + B A as its weight."""
-        return _merged_layer(self)
+        base, up, down = fusable(self)
+        return with_weight(base, torch.addmm(base.weight, up, down))
 
 
 class PlaneLora(PetaLinear):
@@ -89,15 +90,13 @@ class PlaneLora(PetaLinear):
 
     def fused(self) -> nn.Module:
         """A `PlaneLinear` with W + B_p A_p and b + b_p as the weight and the bias of plane p."""
-        base: Any = self.get_base_layer()
-        name = self.active_adapters[0]
-        up: Any = self.lora_B[name]
-        delta = self.get_delta_weight(name)
+        base, up, down = fusable(self)
+        planes = len(up)
         layer = PlaneLinear(0, 0, 0)
-        layer.weight = _frozen(_sum(base.weight.expand_as(delta), delta))
-        biases = [bias for bias in (base.bias, up.bias) if bias is not None]
-        if biases:
-            layer.bias = _frozen(sum(biases).expand(len(delta), -1).contiguous())
+        layer.weight = frozen(torch.baddbmm(base.weight.expand(planes, -1, -1), up, down))
+        own: Any = self.lora_B[self.active_adapters[0]]
+        biases = [bias for bias in (base.bias, own.bias) if bias is not None]
+        layer.bias = frozen(sum(biases).to(base.weight.dtype).expand(planes, -1).contiguous()) if biases else None
         return layer
 
 
@@ -126,24 +125,29 @@ class PetaConv(LoraConv):
 
     def fused(self) -> nn.Module:
         """A plain convolution with W + B A as its weight."""
-        return _merged_layer(self)
+        base, up, down = fusable(self)
+        if base.groups > 1:
+            merged = base.weight + self.get_delta_weight(self.active_adapters[0])
+        else:
+            merged = torch.addmm(base.weight.flatten(1), up.flatten(1), down.flatten(1)).view(base.weight.shape)
+        last = base.weight.is_contiguous(memory_format=torch.channels_last)
+        return with_weight(base, merged.contiguous(memory_format=torch.channels_last) if last else merged)
 
 
-def _merged_layer(adapted: Any) -> nn.Module:
-    """The layer without its adapter, with W + B A as its weight; W itself is left as it is."""
-    base: Any = adapted.get_base_layer()
+def fusable(adapted: Any) -> tuple[Any, Tensor, Tensor]:
+    """The layer without its adapter, and B and A in its dtype (products of half precision are summed in float32)."""
+    base, name = adapted.get_base_layer(), adapted.active_adapters[0]
+    return base, *(part[name].weight.to(base.weight.dtype) for part in (adapted.lora_B, adapted.lora_A))
+
+
+def with_weight(base: Any, weight: Tensor) -> nn.Module:
+    """The layer with another weight; `base` is left as it is and the bias is shared."""
     layer: Any = copy.copy(base)
-    layer._parameters = dict(base._parameters)
-    layer.weight = _frozen(_sum(base.weight, adapted.get_delta_weight(adapted.active_adapters[0])))
+    layer._parameters = {**base._parameters, "weight": frozen(weight)}
     return layer
 
 
-def _sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """weight + delta in the weight's dtype, added in float32."""
-    return (weight.float() + delta.float()).to(weight.dtype)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
@@ -239,15 +243,16 @@ class SixPlaneBackbone(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
 
-        Without gradients, large planes are decoded two at a time (a geometry and a texture plane): the activations of
-        six planes of 256^2 are 2 GB in float32, and slower for lying outside the cache.
+        Without gradients, large planes are decoded one by one: the activations of six planes of 256^2 take 2 GB in
+        float32, and are slower for it.
         """
         z = self.post_quant_conv(latents)
         if torch.is_grad_enabled() or z.shape[-2] * z.shape[-1] < LARGE_LATENT:
             return self.decoder(z)
-        pairs = z.unflatten(0, (-1, 2, self.num_planes // 2)).transpose(1, 2).flatten(0, 1)  # [B P/2, 2, 4, h, w]
-        planes = torch.stack([self.decoder(pair) for pair in pairs])
-        return planes.unflatten(0, (-1, self.num_planes // 2)).transpose(1, 2).flatten(0, 2)
+        half = self.num_planes // 2
+        channels = [self.decoder(z[row, None]) for row in range(len(z))]  # [1, 2C, H, W] each
+        kinds = [(row // half) % 2 for row in range(len(z))]  # geometry planes keep the first half
+        return torch.cat([both.chunk(2, dim=1)[kind] for both, kind in zip(channels, kinds, strict=True)])
 
 
 def shared_copy(module: Any) -> Any:

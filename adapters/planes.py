@@ -95,8 +95,8 @@ class PlaneLinear(nn.Module):
 class PlaneConvOut(nn.Conv2d):
     """The decoder's last convolution: 2C channels, the first C for geometry planes, the last C for texture planes.
 
-    forward [B * P, in, H, W] -> [B * P, C, H, W]; only the half each plane keeps is computed. Two rows are one geometry
-    plane and one texture plane.
+    forward [B * P, in, H, W] -> [B * P, C, H, W]; only the half each plane keeps is computed. A single row
+    [1, in, H, W], which does not say which plane it is, gives all 2C channels.
     """
 
     def __init__(self, in_channels: int, plane_channels: int, num_planes: int = NUM_PLANES) -> None:
@@ -104,7 +104,9 @@ class PlaneConvOut(nn.Conv2d):
         self.num_planes = num_planes
 
     def forward(self, input: Tensor) -> Tensor:
-        channels, half = self.out_channels // 2, 1 if len(input) == 2 else self.num_planes // 2
+        if len(input) == 1:
+            return super().forward(input)
+        channels, half = self.out_channels // 2, self.num_planes // 2
         grouped = input.unflatten(0, (-1, 2, half))  # [B, 2, P/2, in, H, W]
         biases = (None, None) if self.bias is None else self.bias.split(channels)
         kinds = [

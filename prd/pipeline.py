@@ -21,6 +21,7 @@ from prd.adapters.planes import load_xformers_attention
 from prd.base import load_base
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.hub import find_adapter, push_adapter, read_facts, write_card
+from prd.memory import release_freed_memory
 from prd.mesh import Mesh, build_meshes
 from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
 from prd.teachers.base import PromptEncoder
@@ -145,6 +146,7 @@ class TriplaneTurbo:
     def fuse(self) -> TriplaneTurbo:
         """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
         self.student.fuse()
+        release_freed_memory()
         return self
 
     def compile(self, **kwargs: Any) -> TriplaneTurbo:
