@@ -152,6 +152,10 @@ class UNetTeacher(nn.Module):
         size = self.unet.config.sample_size
         return size if isinstance(size, int) else size[0]
 
+    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """What every teacher writes itself; see `Teacher.encode`."""
+        raise NotImplementedError(f"{type(self).__name__}.encode: a teacher says how renderings become its input")
+
     def camera_input(self, cameras: Cameras) -> Tensor | None:
         """The camera vectors [B*V, D] the U-Net takes as class_labels; None for a model without cameras."""
         return None

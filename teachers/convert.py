@@ -64,10 +64,8 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     if Path(path).is_dir():
         return {UNET + key: value for key, value in _read_safetensors(Path(path) / "unet").items()}
     try:
-        if Path(path).suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        pickled = Path(path).suffix != ".safetensors"
+        state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
     except Exception as error:  # torch's unpickler raises several types, all of which mean the same here
         raise CheckpointError(f"{path}: cannot be read as tensors alone ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state

@@ -25,6 +25,7 @@ from prd.distillation.asd import (
 from prd.fields import Field
 from prd.rendering.views import Views
 from prd.teachers.base import Teacher
+from prd.teachers.offload import resident
 
 
 class Student(Protocol):
@@ -106,8 +107,9 @@ def judge_views(
     total: dict[str, Tensor] = {}
     earlier: dict[str, dict[str, Tensor]] = {}
     for judge in judges:
-        result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
-        gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
+        with resident(judge.teacher, views.rgb.device):
+            result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
+            gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
         name = f"{judge.teacher.name}/{renderer}"
         norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
         log.add(f"gradient_norm/{name}", norm)

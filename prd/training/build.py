@@ -17,11 +17,14 @@ from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import Teacher
+from prd.teachers.deepfloyd import DeepFloydTeacher
+from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
+from prd.teachers.offload import set_offload
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.toybox import asset
-from prd.training.config import Schedule, TeacherConfig, TrainConfig
+from prd.training.config import Schedule, StableDiffusionConfig, TeacherConfig, TrainConfig
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
@@ -48,24 +51,57 @@ def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
 
 
 def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
-    """The enabled teachers, frozen, in the run's precision."""
-    dtype = DTYPES[config.mixed_precision]
+    """The enabled teachers, frozen, in the precision and the place the config gives them."""
     section = config.teachers
+    dtype = getattr(torch, section.dtype) if section.dtype else DTYPES[config.mixed_precision]
+    sd, mv, rd, pixels = section.stable_diffusion, section.mvdream, section.richdreamer, section.deepfloyd
     loaded: list[tuple[Teacher, TeacherConfig]] = []
-    for name, teacher_class in (
-        ("stable_diffusion", StableDiffusionTeacher),
-        ("mvdream", MVDreamTeacher),
-        ("richdreamer", RichDreamerTeacher),
-    ):
-        settings: TeacherConfig = getattr(section, name)
-        if settings.enabled:
-            path = asset(name) if settings.path == "toybox" else settings.path
-            teacher: Teacher = teacher_class.from_pretrained(path, torch_dtype=dtype).to(device)
-            convention = getattr(settings, "input_convention", None)
-            if convention is not None and isinstance(teacher, RichDreamerTeacher):
-                teacher.config = replace(teacher.config, **RICHDREAMER_INPUTS[convention])
-            loaded.append((teacher, settings))
+    if sd.enabled:
+        loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), sd))
+    if mv.enabled:
+        folder = _place("mvdream", mv)
+        loaded.append(
+            (MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae), mv)
+        )
+    if rd.enabled:
+        normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
+        if rd.input_convention is not None:
+            normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
+        loaded.append((normals, rd))
+    if pixels.enabled:
+        told = pixels.view_dependent_prompts
+        loaded.append((DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told), pixels))
+    for teacher, _ in loaded:
+        if isinstance(teacher, torch.nn.Module):
+            set_offload(teacher) if section.offload else teacher.to(device)
     return loaded
+
+
+def _stable_diffusion(
+    settings: StableDiffusionConfig, dtype: torch.dtype, checkpoint_vae: bool
+) -> StableDiffusionTeacher:
+    """Stable Diffusion, with its ControlNet if the config names one."""
+    folder = _place("stable_diffusion", settings)
+    if settings.controlnet is None:
+        return StableDiffusionTeacher.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            checkpoint_vae=checkpoint_vae,
+            view_dependent=settings.view_dependent_prompts,
+        )
+    return DepthControlTeacher.from_pretrained(
+        folder,
+        controlnet=settings.controlnet,
+        controlnet_scale=settings.controlnet_scale,
+        torch_dtype=dtype,
+        checkpoint_vae=checkpoint_vae,
+        view_dependent=settings.view_dependent_prompts,
+    )
+
+
+def _place(name: str, settings: TeacherConfig) -> str:
+    """Folder or Hub id of a teacher; "toybox" is the one shipped in the package."""
+    return str(asset(name)) if settings.path == "toybox" else settings.path
 
 
 def at(schedule: Schedule, config: TrainConfig, step: int) -> float:
@@ -86,6 +122,7 @@ def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guid
         x0_from=distillation.x0_from,
         average_over=distillation.average_over,
         reference=distillation.reference,
+        grad_clip=distillation.grad_clip,
         negative_prompt=settings.negative_prompt,
     )
 

@@ -121,6 +121,25 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKS)
+class StableDiffusionConfig(TeacherConfig):
+    """Stable Diffusion, which sees one view of a prompt and may be told which."""
+
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
+    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKS)
+class DeepFloydConfig(TeacherConfig):
+    """DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
+
+    enabled: bool = False  # True: loaded
+    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
+    guidance_scale: Schedule = 20.0  # classifier-free guidance
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKS)
 class RichDreamerConfig(TeacherConfig):
     """RichDreamer, whose normal and disparity images have two conventions."""
 
@@ -130,15 +149,25 @@ class RichDreamerConfig(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKS)
 class TeachersConfig:
-    """The three teachers of the paper, section 3.4."""
+    """The three teachers of the paper, section 3.4, and how all are kept."""
 
-    stable_diffusion: TeacherConfig = field(default_factory=TeacherConfig)  # one random view a prompt
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
+    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
+    offload: bool = False  # keep idle teachers in main memory
+    stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)  # one random view a prompt
     mvdream: TeacherConfig = field(default_factory=TeacherConfig)  # all views jointly, RGB
     richdreamer: RichDreamerConfig = field(default_factory=RichDreamerConfig)  # all views jointly, normal + disparity
+    deepfloyd: DeepFloydConfig = field(default_factory=DeepFloydConfig)  # one random view a prompt, in pixels
+
+    @property
+    def enabled(self) -> list[TeacherConfig]:
+        """Those that are enabled."""
+        every = (self.stable_diffusion, self.mvdream, self.richdreamer, self.deepfloyd)
+        return [teacher for teacher in every if teacher.enabled]
 
     @model_validator(mode="after")
     def _check(self) -> TeachersConfig:
-        if not (self.stable_diffusion.enabled or self.mvdream.enabled or self.richdreamer.enabled):
+        if not self.enabled:
             raise ValueError("no teacher is enabled; enable at least one, as teachers.mvdream.enabled: true")
         return self
 
@@ -154,6 +183,7 @@ class DistillationConfig:
     reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
     x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
     average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
+    grad_clip: Positive | None = None  # bound on each element of a teacher's gradient at its input; null: none
 
     @model_validator(mode="after")
     def _check(self) -> DistillationConfig:
@@ -240,8 +270,7 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        teachers = (self.teachers.stable_diffusion, self.teachers.mvdream, self.teachers.richdreamer)
-        if self.distillation.reference == "noise" and any(t.enabled and t.eta > 0 for t in teachers):
+        if self.distillation.reference == "noise" and any(t.eta > 0 for t in self.teachers.enabled):
             raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
         if self.cameras.views != 4 and (self.teachers.mvdream.enabled or self.teachers.richdreamer.enabled):
             raise ValueError(f"cameras.views={self.cameras.views}: must be 4, which MVDream and RichDreamer see")

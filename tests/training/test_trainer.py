@@ -7,11 +7,14 @@ import logging
 
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 
+from prd.teachers import DepthControlTeacher
 from prd.training import trainer as trainer_module
 from prd.training.checkpoints import CheckpointError
 from prd.training.config import ConfigError, load_config
 from prd.training.trainer import CollapseError, Trainer
+from tests.teachers.tiny import save_deepfloyd
 
 SMALL = [
     *("--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "2", "--optimizer.warmup_steps", "1"),
@@ -186,6 +189,37 @@ def test_settings_that_would_do_nothing_are_refused():
 def test_validation_prompts_are_checked_before_training(toybox):
     with pytest.raises(ConfigError, match="validation.prompts.*pink"):
         make("--validation.prompts", "[a pink cube]")
+
+
+def test_how_the_teachers_are_kept_changes_no_number_and_grad_clip_does(toybox):
+    plain = losses(make(), steps=1)
+    kept = ["--teachers.checkpoint_vae", "true", "--teachers.offload", "true"]
+    offloaded = make(*kept)
+    assert all(teacher.offload for teacher, _ in offloaded.teachers)
+    assert losses(offloaded, steps=1) == plain
+    assert losses(make("--distillation.grad_clip", "0.001"), steps=1) != plain
+    half = make("--teachers.dtype", "bfloat16")
+    assert {teacher.unet.dtype for teacher, _ in half.teachers} == {torch.bfloat16}
+    assert losses(half, steps=1)[0]["skipped"] == 0
+
+
+def test_stable_diffusion_with_depth_control_and_sides(toybox, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(toybox / "stable_diffusion" / "unet")
+    ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8)).save_pretrained(tmp_path)
+    words = ["--teachers.stable_diffusion.controlnet", str(tmp_path)]
+    trainer = make(*words, "--teachers.stable_diffusion.view_dependent_prompts", "true", "--renderers", "volume")
+    teacher = trainer.teachers[0][0]
+    assert isinstance(teacher, DepthControlTeacher) and teacher.view_dependent
+    row = trainer.train_step(0)
+    assert row["skipped"] == 0 and row["gradient_norm/stable_diffusion/volume"] > 0
+    assert [text for text in teacher.prompt_encoder.encoded if text.endswith(" view")]
+
+
+def test_deepfloyd_among_the_teachers(toybox, tmp_path):
+    words = ["--teachers.deepfloyd.enabled", "true", "--teachers.deepfloyd.path", str(save_deepfloyd(tmp_path))]
+    row = make(*words, "--renderers", "volume").train_step(0)
+    assert row["gradient_norm/deepfloyd/volume"] > 0
+    assert -1 <= row["cosine/stable_diffusion-deepfloyd/volume"] <= 1
 
 
 def test_the_published_input_convention_reaches_the_normal_teacher(toybox):
