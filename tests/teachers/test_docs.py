@@ -1,0 +1,43 @@
+"""The example of docs/teachers.md runs as it is printed there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from prd.rendering.views import Views
+from tests.teachers.tiny import random_views, save_teacher
+
+PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model of two channels."""
+    save_teacher(tmp_path, "stable_diffusion")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    two = UNet2DConditionModel.from_config(dict(unet.config) | {"in_channels": 2, "out_channels": 2})
+    two.save_pretrained(tmp_path / "unet")
+    return str(tmp_path)
+
+
+def test_the_page_runs_from_top_to_bottom(folder, capsys):
+    views = random_views(1, 4)
+    tensors = {k: getattr(views, k).requires_grad_() for k in ("rgb", "normal", "depth", "disparity", "opacity")}
+    names = {"FOLDER": folder, "views": Views(**tensors, cameras=views.cameras)}
+    code = blocks()
+    assert len(code) == 3
+    for block in code:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert sorted(names["gradient"]) == ["disparity", "opacity"]
+    pulled = [k for k, tensor in tensors.items() if tensor.grad is not None and bool(tensor.grad.abs().max() > 0)]
+    assert pulled == ["disparity", "opacity"]
+    assert "gradient_norm/silhouette/volume" in capsys.readouterr().out
+    teacher = names["teacher"]
+    assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
