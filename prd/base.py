@@ -7,15 +7,14 @@ What it is gets read off its configs, or the file's header, before any weight is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModel
 
@@ -25,6 +24,7 @@ from prd.toybox import asset
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
+VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]  # of the weights: the plain files are read
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -78,33 +78,57 @@ def load_base(
         return _from_file(path, name, dtype, text, prediction_type, hub)
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
         raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
-    place = str(path) if path.is_dir() else name
-    find = _finder(place, hub)
-    unet_settings, vae_settings = _config(find("unet/config.json")), _config(find("vae/config.json"))
-    if wrong := foreign_parts(unet_settings, vae_settings):
-        index = _config(find("model_index.json"))
-        if not index and not unet_settings:
-            where = "in the Hub's cache, and local_files_only=True" if local_files_only else "there"
-            raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is {where}")
+    commit = None
+    if not path.is_dir():
+        path = _download(name, ["model_index.json", "*/*.json"], hub)
+        commit = path.name
+    check_backbone(name, path)
+    if text is None:
+        text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
+    if commit is not None:
+        modules = ("unet", "vae", *(["text_encoder"] if text else []))
+        files = [f"{module}/*{suffix}" for module in modules for suffix in (".json", ".safetensors")]
+        path = _download(name, [*files, "tokenizer/*", "scheduler/*.json"], {**hub, "revision": commit})
+    unet, vae = (
+        _load(kind, path, part, dtype) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    encoder = None
+    if text:
+        model = _load(CLIPTextModel, path, "text_encoder", dtype)
+        tokenizer = _tokenizer(name, pretrained_model_name_or_path=path / "tokenizer")
+        encoder = PromptEncoder(tokenizer, model)
+    return Base(name, unet, vae, scheduler, encoder, commit)
+
+
+def _download(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
+    """The folder of a Hub id's files in the cache, .../snapshots/COMMIT; variants of the weights are left out."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=VARIANTS, **hub))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def check_backbone(name: str, folder: Path) -> None:
+    """Refuse, by the configs in its folder, a base that PETA is not made for.
+
+    Raises UnsupportedBase, saying what was found, and FileNotFoundError for a folder that holds no model or scheduler.
+    """
+    if wrong := foreign_parts(_config(folder / "unet/config.json"), _config(folder / "vae/config.json")):
+        index = _config(folder / "model_index.json")
+        if not index and not (folder / "unet/config.json").is_file():
+            raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is there")
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
         found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
         raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
-    scheduler_file = find("scheduler/scheduler_config.json")
-    check_scheduler(name, _config(scheduler_file))
-    if text is None:
-        text = find("text_encoder/config.json") is not None and find("tokenizer/tokenizer_config.json") is not None
-    weights = {**hub, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    unet = _load(UNet2DConditionModel, place, "unet", weights)
-    vae = _load(AutoencoderKL, place, "vae", weights)
-    scheduler = DDIMScheduler.from_pretrained(place, subfolder="scheduler", **hub)
-    encoder = None
-    if text:
-        model = _load(CLIPTextModel, place, "text_encoder", weights)
-        encoder = PromptEncoder(
-            _tokenizer(name, hub, pretrained_model_name_or_path=place, subfolder="tokenizer"), model
-        )
-    commit = None if path.is_dir() or scheduler_file is None else _commit(scheduler_file)
-    return Base(name, unet, vae, scheduler, encoder, commit)
+    scheduler = _config(folder / "scheduler/scheduler_config.json")
+    if not scheduler:
+        raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
+    if "beta_schedule" not in scheduler:
+        raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
 
 
 def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
@@ -131,36 +155,9 @@ def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
 EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
 
 
-def check_scheduler(name: str, scheduler: Mapping[str, Any]) -> None:
-    """FileNotFoundError without a scheduler, UnsupportedBase for one that is no diffusion schedule."""
-    if not scheduler:
-        raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
-    if "beta_schedule" not in scheduler:
-        raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
-
-
-def _finder(place: str, hub: dict[str, Any]) -> Callable[[str], Path | None]:
-    """A function that gives the path of one of the base's files, downloaded if need be; None if there is none."""
-    if Path(place).is_dir():
-        return lambda file: found if (found := Path(place) / file).is_file() else None
-
-    def find(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(place, file, **hub))
-        except RemoteEntryNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            if hub["local_files_only"] and isinstance(error, LocalEntryNotFoundError):
-                return None
-            raise FileNotFoundError(
-                f"{place}: is no folder here, and the Hub did not give its {file} ({type(error).__name__}: {error})"
-            ) from error
-
-    return find
-
-
-def _config(path: Path | None) -> dict[str, Any]:
-    if path is None:
+def _config(path: Path) -> dict[str, Any]:
+    """A JSON file's contents, {} if there is none."""
+    if not path.is_file():
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -169,16 +166,12 @@ def _config(path: Path | None) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _commit(path: Path) -> str | None:
-    """The commit in a path of the Hub's cache, .../snapshots/COMMIT/scheduler/scheduler_config.json."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-
-
-def _load(kind: Any, place: str, subfolder: str, weights: dict[str, Any]) -> Any:
-    """A frozen model of a folder or Hub id; every tensor it has must be in the file, and have its shape."""
+def _load(kind: Any, place: Path, subfolder: str, dtype: torch.dtype) -> Any:
+    """A frozen model of a folder; every tensor it has must be in the file, and have its shape."""
     try:
-        model, info = kind.from_pretrained(place, subfolder=subfolder, **weights)
+        model, info = kind.from_pretrained(
+            place, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedBase(
@@ -202,20 +195,20 @@ def _from_file(
     tokenizer = None
     if text or (text is None and file.has_text):
         beside = path.parent / "tokenizer"
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(beside)}
+        source: dict[str, Any] = {"pretrained_model_name_or_path": beside}
         if not beside.is_dir():
-            source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer"}
-            hub = {**hub, "revision": None}  # that of the file says nothing about the tokenizer's
+            elsewhere = {**hub, "revision": None}  # the revision of a file says nothing about the tokenizer's
+            source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer", **elsewhere}
         remedy = f"a single file holds none: put its folder `tokenizer` beside the file, as {beside}"
-        tokenizer = _tokenizer(name, hub, remedy, **source)
+        tokenizer = _tokenizer(name, remedy, **source)
     unet, vae = file.models(dtype)
     encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder(dtype))
     return Base(name, unet, vae, scheduler, encoder)
 
 
-def _tokenizer(name: str, hub: dict[str, Any], remedy: str = "copy the folder again", **source: Any) -> Any:
+def _tokenizer(name: str, remedy: str = "copy the folder again", **source: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(**source, **hub)
+        return AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{name}: no tokenizer could be loaded ({reason}); {remedy}") from error
