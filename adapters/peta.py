@@ -34,6 +34,7 @@ CONV_OUT = "decoder.conv_out"
 LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded one by one
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
+GROUPS = ("self_attention", "cross_attention", "convolutions", "decoder_attention", "decoder_convolutions")
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
 
 
@@ -105,7 +106,7 @@ class PetaConv(LoraConv):
 
     An output position costs, in products with a k x k patch, 2 out + 3 r apart and 3 out merged when it is trained
     (the frozen W then needs its gradient too), and out + r against out when it is not; making W + B A costs r out
-    once. Half precision stays apart: a small B A would be rounded away in W.
+    once. In half precision a trained adapter stays apart: its small changes would be rounded away in W.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,7 +119,7 @@ class PetaConv(LoraConv):
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
         trained = torch.is_grad_enabled() and down.weight.requires_grad
         wide = conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions)
-        if wide or conv.groups > 1 or x.dtype in HALF_PRECISIONS:
+        if wide or conv.groups > 1 or (trained and x.dtype in HALF_PRECISIONS):
             return conv(x) + up(down(x))
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
@@ -272,13 +273,7 @@ def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str
 
     Raises ValueError if a group that every Stable Diffusion has is empty, or a block is not of a known form.
     """
-    groups: dict[str, list[str]] = {
-        "self_attention": [],
-        "cross_attention": [],
-        "convolutions": [],
-        "decoder_attention": [],
-        "decoder_convolutions": [],
-    }
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
 
     def convolutions(name: str, module: nn.Module) -> list[str]:
         children: tuple[str, ...] = ()
@@ -336,11 +331,13 @@ def fuse_peta(backbone: SixPlaneBackbone) -> None:
 
     Ordinary LoRA becomes W + B A, plane-wise LoRA six stacked weights. The base's own tensors are not changed.
     """
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, PetaLinear | PetaConv):
-            _replace(backbone, name, module.fused())
-        elif isinstance(module, ModulesToSaveWrapper):
+    kinds = (PetaLinear, PetaConv, ModulesToSaveWrapper)
+    for name in [name for name, module in backbone.named_modules() if isinstance(module, kinds)]:
+        module: Any = backbone.get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
             _replace(backbone, name, module.modules_to_save[module.active_adapters[0]].requires_grad_(False))
+        else:
+            _replace(backbone, name, module.fused())
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

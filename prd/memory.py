@@ -7,7 +7,6 @@ the next one: at Stable Diffusion 2.1's size that is an eighth of the time of a 
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from typing import Any
 
@@ -32,7 +31,6 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Return to the system what was freed, after large parts of a model were replaced."""
-    gc.collect()
+    """Return to the system what was freed: after a stage that needed much, before one that needs other sizes."""
     if library := _glibc():
         library.malloc_trim(0)

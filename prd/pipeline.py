@@ -146,8 +146,12 @@ class TriplaneTurbo:
     def fuse(self) -> TriplaneTurbo:
         """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
         self.student.fuse()
-        release_freed_memory()
+        self._release()
         return self
+
+    def _release(self) -> None:
+        if self.device.type == "cpu":
+            release_freed_memory()
 
     def compile(self, **kwargs: Any) -> TriplaneTurbo:
         """torch.compile the U-Net and the decoder, in place; kwargs as for torch.compile. Fuse first.
@@ -228,8 +232,10 @@ class TriplaneTurbo:
                 return x
 
             z = self.student.sample_latents(embeds, generator, k, latents, on_step)
+        self._release()
         watch.lap("denoise")
         field = self.student.decode(z)
+        self._release()
         watch.lap("decode")
         output = TriplaneTurboOutput([], prompts, field, watch.seconds)
         if output_type == "mesh":

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prd.adapters.peta import PetaConfig
+from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
 from prd.base import Base
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance
@@ -36,9 +36,19 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
     """The base with PETA and heads as the config sizes them."""
     model = config.model
-    peta = PetaConfig(r=model.rank, plane_wise=model.plane_wise, plane_channels=model.plane_channels)
+    ranks = {} if model.self_attention_rank is None else {SELF_ATTENTION.pattern: model.self_attention_rank}
+    adapted = {group: getattr(model, group) for group in GROUPS}
+    peta = PetaConfig(
+        r=model.rank,
+        rank_pattern=ranks,
+        plane_wise=model.plane_wise,
+        plane_channels=model.plane_channels,
+        full=model.full,
+        **adapted,
+    )
     student = StudentConfig(
         base=base.name,
+        base_revision=base.revision,
         latent_size=model.latent_size,
         head_width=model.head_width,
         bias_radius=model.sphere_radius,

@@ -48,6 +48,13 @@ class ModelConfig:
     revision: str | None = None  # branch, tag or commit of a Hub id
     rank: Count = 16  # rank of every LoRA pair
     plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
+    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
+    self_attention: bool = True  # whether it is adapted, as the next four
+    cross_attention: bool = True
+    convolutions: bool = True  # of the U-Net
+    decoder_attention: bool = True
+    decoder_convolutions: bool = True
+    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
     plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
     head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
     latent_size: Count = 32  # height and width of each plane's latents
