@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 HALF_DIAGONAL = math.sqrt(3.0)  # of the scene's cube [-1, 1]^3
+RIGID = 1e-3  # largest entry of R R^T - 1 of a rotation
+MIN_DISTANCE = 1e-6  # scene units; nearer to the origin a camera has no direction to it
 
 
 @dataclass(frozen=True)
 class Cameras:
     """Perspective cameras that look at the origin.
 
-    camera_to_world [B, V, 4, 4]; fovy [B, V] vertical field of view in radians.
+    camera_to_world [B, V, 4, 4]; fovy [B, V] vertical field of view in radians. Raises ValueError for a pose that is
+    not finite or no rigid motion, a camera at the origin, or a field of view outside (0, pi).
     """
 
     camera_to_world: Tensor
@@ -32,6 +35,20 @@ class Cameras:
             raise ValueError(
                 f"camera_to_world={tuple(shape)}, fovy={tuple(self.fovy.shape)}: expected [B, V, 4, 4] and [B, V]"
             )
+        pose, fovy = self.camera_to_world.detach(), self.fovy.detach()
+        rotation = pose[..., :3, :3]
+        straight = ((rotation @ rotation.transpose(-1, -2) - torch.eye(3).to(pose)).abs() < RIGID).flatten(2).all(-1)
+        right_handed = torch.linalg.det(rotation.float()) > 0
+        for name, ok, allowed in (
+            ("camera_to_world", torch.isfinite(pose).flatten(2).all(-1), "must be finite"),
+            ("camera_to_world", straight & right_handed, "its 3 x 3 part must be a rotation"),
+            ("camera_to_world", pose[..., :3, 3].norm(dim=-1) > MIN_DISTANCE, "the camera must not be at the origin"),
+            ("fovy", (fovy > 0) & (fovy < math.pi), "must lie between 0 and pi radians (0 and 180 degrees)"),
+        ):
+            if not bool(ok.all()):
+                sample, view = (~ok).nonzero()[0].tolist()
+                value = getattr(self, name)[sample, view].tolist()
+                raise ValueError(f"{name}[{sample}, {view}]={value}: {allowed}")
 
     @property
     def batch(self) -> int:
@@ -81,6 +98,8 @@ class Cameras:
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Origins and unit directions of the rays through the pixel centres, each [B, V, H, W, 3]."""
+        if height < 1 or width < 1:
+            raise ValueError(f"height={height}, width={width}: must be positive")
         device, dtype = self.fovy.device, self.fovy.dtype
         rows = torch.arange(height, device=device, dtype=dtype) + 0.5
         columns = torch.arange(width, device=device, dtype=dtype) + 0.5
@@ -99,6 +118,19 @@ class Cameras:
         bottom = self.camera_to_world[..., 3:, :]
         return torch.cat([torch.cat([rotation, translation], dim=-1), bottom], dim=-2)
 
+    def project(self, points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Where points [B, N, 3] are seen: (column, row) [B, V, N, 2] in pixels, and depth [B, V, N] along the axis.
+
+        The centre of the first pixel is (0.5, 0.5), row 0 at the top; depth in scene units, positive before the
+        camera. A point beside or behind it has coordinates outside the image, or a depth that is not positive.
+        """
+        local = (points[:, None] - self.position[:, :, None]) @ self.camera_to_world[..., :3, :3]  # [B, V, N, 3]
+        depth = -local[..., 2]
+        scale = height / (2 * torch.tan(self.fovy / 2))[..., None]  # pixels per unit at depth 1
+        column = width / 2 + scale * local[..., 0] / depth
+        row = height / 2 - scale * local[..., 1] / depth
+        return torch.stack([column, row], dim=-1), depth
+
     def projection(self, aspect: float = 1.0, near: float = 0.1, far: float = 100.0) -> Tensor:
         """OpenGL projection [B, V, 4, 4]: clip = projection @ world_to_camera @ [x, y, z, 1], y up, z in [-w, w]."""
         f = 1 / torch.tan(self.fovy / 2)
@@ -115,7 +147,7 @@ def orbit_cameras(elevation: Tensor, azimuth: Tensor, distance: Tensor | float, 
     """Cameras on a sphere around the origin, looking at it.
 
     elevation, azimuth [B, V] in degrees (elevation strictly between -90 and 90); distance [B, V] or a number, scene
-    units; fovy [B, V] or a number, degrees.
+    units; fovy [B, V] or a number, degrees, between 0 and 180. Raises ValueError outside these ranges or for NaN.
     """
     if elevation.ndim != 2 or elevation.shape != azimuth.shape:
         raise ValueError(
@@ -139,15 +171,31 @@ def orbit_cameras(elevation: Tensor, azimuth: Tensor, distance: Tensor | float, 
 
 @dataclass(frozen=True)
 class CameraSampling:
-    """How training cameras are drawn: `views` cameras 90 degrees apart (360 / views), one draw a prompt."""
+    """How training cameras are drawn: `views` cameras 90 degrees apart (360 / views), one draw a prompt.
+
+    The paper says four views at uniform azimuth intervals (section 3.4); the defaults are the published recipe's.
+    """
 
     views: int = 4  # cameras a prompt, at uniform azimuth intervals
     elevation: tuple[float, float] = (0.0, 30.0)  # degrees, uniform, shared by the views of a prompt
     relative_distance: tuple[float, float] = (0.8, 1.0)  # distance * tan(fovy / 2), uniform
     fovy: float = 60.0  # degrees
 
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ValueError(f"views={self.views}: must be positive")
+        for name, (low, high), least, most in (
+            ("elevation", self.elevation, -90.0, 90.0),
+            ("relative_distance", self.relative_distance, 0.0, math.inf),
+            ("fovy", (self.fovy, self.fovy), 0.0, 180.0),
+        ):
+            if not least < low <= high < most:
+                raise ValueError(f"{name}={getattr(self, name)}: must ascend strictly between {least:g} and {most:g}")
+
     def sample(self, uniforms: Tensor) -> Cameras:
         """Cameras [B, views] from uniforms [B, 3] in [0, 1): elevation, azimuth offset, distance."""
+        if uniforms.ndim != 2 or uniforms.shape[1] != 3:
+            raise ValueError(f"uniforms={tuple(uniforms.shape)}: expected [B, 3]")
         low, high = self.elevation
         elevation = (low + (high - low) * uniforms[:, 0:1]).expand(-1, self.views)
         steps = torch.arange(self.views, dtype=uniforms.dtype, device=uniforms.device)

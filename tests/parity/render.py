@@ -145,7 +145,9 @@ class RenderParity:
         shapes = {name: list(tensor.shape) for name, tensor in io.tensors.items()}
         io.report("meta.json tensors", f"{len(meta['tensors'])} names and shapes", ok=shapes == meta["tensors"])
         plain = {"radius": 1.0, "use_volsdf": False, "trainable_variance": False, "estimator": "importance"}
-        found = {name: config[name] for name in plain}
+        plain |= {"train_chunk_size": 0, "rgb_grad_shrink from step": 0}
+        begin = {"rgb_grad_shrink from step": config["rgb_grad_shrink"][0]}
+        found = {name: (config | begin)[name] for name in plain}
         io.report("meta.json renderer", f"{found}", ok=found == plain)
         step = 2 * SQRT3 * config["radius"] / config["num_samples_per_ray"]
         io.check("meta.json render_step_size", torch.tensor(meta["render_step_size"]), torch.tensor(step), CLOSED_FORM)
