@@ -179,7 +179,7 @@ class TriplaneField(AutogradGradient):
         return sdf, self._dense(self.heads.deformation, lattices) if deformation else None
 
     def _lattices(self, planes: Tensor, nodes: Tensor) -> list[Tensor]:
-        """Three planes [B, 3, C, H, W] at the nodes of their axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
+        """Planes [B, 3, C, H, W] at the nodes of their axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
         rows, columns = planes.shape[-2:]
         down, up = resampling_matrix(nodes, rows), resampling_matrix(-nodes, rows)
         right, left = resampling_matrix(nodes, columns), resampling_matrix(-nodes, columns)

@@ -65,6 +65,27 @@ class PackedMeshes:
         return torch.cat(parts, dim=1)
 
 
+class MeshError(ValueError):
+    """A mesh that cannot be drawn: of a wrong shape or type, not finite, with faces out of range or without area."""
+
+
+def _check_mesh(index: int, vertices: Tensor, faces: Tensor) -> None:
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or not vertices.is_floating_point():
+        raise MeshError(f"meshes[{index}]: vertices are {vertices.dtype} {tuple(vertices.shape)}, not floats [N, 3]")
+    if faces.ndim != 2 or faces.shape[1] != 3 or faces.is_floating_point():
+        raise MeshError(f"meshes[{index}]: faces are {faces.dtype} {tuple(faces.shape)}, not integers [F, 3]")
+    if not bool(torch.isfinite(vertices).all()):
+        raise MeshError(f"meshes[{index}]: vertices hold NaN or infinity; look for a diverged field or a bad file")
+    if not len(faces):
+        return
+    low, high = (int(value) for value in torch.aminmax(faces))
+    if low < 0 or high >= len(vertices):
+        raise MeshError(f"meshes[{index}]: faces name vertices {low}..{high} of {len(vertices)}; they count from 0")
+    a, b, c = (vertices.detach()[corner] for corner in faces.unbind(1))
+    if not bool((torch.linalg.cross(b - a, c - a) != 0).any()):
+        raise MeshError(f"meshes[{index}]: none of its {len(faces)} faces has an area; there is nothing to draw")
+
+
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     """Unit normals [N, 3]: the area-weighted mean of the faces around a vertex (0 where that cancels)."""
     a, b, c = (vertices.index_select(0, corner) for corner in faces.unbind(1))
@@ -131,7 +152,7 @@ class SurfaceRenderer:
         """
         meshes, corrected = self.meshes(field, cameras)
         empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
-        images = self.draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
+        images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
         views = composite(_average(images, self.supersample), cameras, background)
         return views, SurfaceStats(meshes, corrected, empty)
 
@@ -149,7 +170,17 @@ class SurfaceRenderer:
         return grid_to_meshes(sdf, deformation, isosurface=self.isosurface, on_empty=self.on_empty), corrected
 
     def draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
-        """Images [B, V, H, W, 8]: rgb, normal, far - depth and opacity, all premultiplied (0 where nothing is seen)."""
+        """Images [B, V, H, W, 8] of any B meshes: rgb, normal, far - depth and opacity, all 0 where nothing is seen.
+
+        A mesh without faces is seen nowhere. Raises MeshError for one that is malformed or has no area.
+        """
+        if len(meshes) != cameras.batch:
+            raise MeshError(f"meshes: {len(meshes)} for the cameras of {cameras.batch} samples")
+        for index, (vertices, faces) in enumerate(meshes):
+            _check_mesh(index, vertices, faces)
+        return self._draw(field, meshes, cameras, height, width)
+
+    def _draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
         packed = PackedMeshes.pack(meshes)
         clip = packed.clip(cameras, width / height)
         fragments = rasterize(clip, packed.faces, height, width, ranges=packed.ranges)

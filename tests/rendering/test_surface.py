@@ -8,7 +8,7 @@ from prd.fields import AutogradGradient
 from prd.rendering.grid import GridField
 from prd.rendering.isosurface import EmptySurfaceError
 from prd.rendering.marching import marching_cubes
-from prd.rendering.surface import SurfaceRenderer, vertex_normals
+from prd.rendering.surface import MeshError, SurfaceRenderer, vertex_normals
 from prd.rendering.tetrahedra import marching_tetrahedra
 from prd.rendering.views import disparity_from_depth
 from prd.rendering.volume import VolumeRenderer
@@ -249,6 +249,28 @@ def test_a_surface_behind_the_camera_is_background_with_zero_gradient():
     images = (views.rgb, views.normal, views.depth, views.disparity, views.opacity)
     (gradient,) = torch.autograd.grad(sum(image[0, 1].sum() for image in images), field.radius)
     assert (gradient == 0).all()
+
+
+def test_any_meshes_can_be_drawn_and_bad_ones_are_named():
+    renderer, cams, field = SurfaceRenderer(), cameras(batch=2, views=1), two_balls()
+    triangle = torch.tensor([[0.0, -0.5, -0.5], [0.0, 0.5, -0.5], [0.0, 0.0, 0.5]]), torch.tensor([[0, 1, 2]])
+    nothing = torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)
+    images = renderer.draw(field, [triangle, nothing], cams, 16, 16)
+    assert images[0, ..., -1].sum() > 5 and (images[1] == 0).all()
+    vertices, faces = triangle
+    for mesh, message in (
+        ((vertices[:, :2], faces), r"meshes\[1\]: vertices are torch.float32 \(3, 2\)"),
+        ((vertices, faces.float()), "faces are torch.float32"),
+        ((vertices * torch.nan, faces), "NaN"),
+        ((vertices, faces + 1), r"vertices 1..3 of 3"),
+        ((vertices, faces - 1), r"vertices -1..1 of 3"),
+        ((vertices, faces[:, [0, 1, 1]]), "none of its 1 faces has an area"),
+        ((vertices[:1].expand(3, 3), faces), "none of its 1 faces has an area"),
+    ):
+        with pytest.raises(MeshError, match=message):
+            renderer.draw(field, [triangle, mesh], cams, 16, 16)
+    with pytest.raises(MeshError, match="1 for the cameras of 2"):
+        renderer.draw(field, [triangle], cams, 16, 16)
 
 
 def test_inside_the_surface_nothing_breaks():
