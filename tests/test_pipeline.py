@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 
 from prd import EmptySurfaceError, TriplaneTurbo
+from prd.rendering.isosurface import evaluate_grid
 
 POINTS = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
@@ -114,30 +118,157 @@ def test_a_missing_adapter_says_what_to_give(toybox, tmp_path):
 
 def test_an_empty_field_raises_or_is_flagged(pipe, monkeypatch):
     """The second of two shapes has no surface: its signed distance is lifted far above zero."""
-    field_type = type(pipe("a red cube", generator=seeds(0)[0], **SMALL).field)
-    plain = field_type.grid
 
-    def lifted(self, *args, **kwargs):
-        sdf, *rest = plain(self, *args, **kwargs)
-        sdf = sdf.clone()
-        sdf[1:] += 10
-        return sdf, *rest
+    def lifted(*args, **options):
+        sdf, deformation = evaluate_grid(*args, **options)
+        return sdf + 10 * torch.arange(len(sdf)).view(-1, 1, 1, 1), deformation
 
-    plain_sdf = field_type.sdf
-
-    def lifted_sdf(self, points):
-        sdf = plain_sdf(self, points).clone()
-        sdf[1:] += 10
-        return sdf
-
-    monkeypatch.setattr(field_type, "grid", lifted)
-    monkeypatch.setattr(field_type, "sdf", lifted_sdf)
+    monkeypatch.setattr("prd.pipeline.evaluate_grid", lifted)
     prompts = ["a red cube", "a blue mug"]
     with pytest.raises(EmptySurfaceError) as caught:
         pipe(prompts, generator=seeds(1, 2), **SMALL)
     assert caught.value.samples == [1]
     flagged = pipe(prompts, generator=seeds(1, 2), on_empty="flag", **SMALL).meshes
     assert flagged[0] is not None and flagged[1] is None
+
+
+def test_several_meshes_a_prompt_stand_beside_each_other(pipe):
+    many = pipe(
+        ["a red cube", "a blue mug"], num_meshes_per_prompt=2, generator=seeds(1, 2, 3, 4), output_type="planes"
+    )
+    assert many.prompts == ["a red cube"] * 2 + ["a blue mug"] * 2 and many.meshes == []
+    for i, (prompt, seed) in enumerate([("a red cube", 1), ("a red cube", 2), ("a blue mug", 3), ("a blue mug", 4)]):
+        alone = pipe(prompt, generator=seeds(seed), output_type="planes").planes
+        assert (alone[0] - many.planes[i]).abs().max() <= 1e-4 * alone.abs().max()
+
+
+def test_how_far_to_go_and_the_tuple(pipe):
+    options = {"generator": seeds(1)[0], "return_dict": False}
+    (planes,) = pipe("a red cube", output_type="planes", **options)
+    (field,) = pipe("a red cube", output_type="field", **{**options, "generator": seeds(1)[0]})
+    (meshes,) = pipe("a red cube", output_type="mesh", **{**options, "generator": seeds(1)[0]}, **SMALL)
+    assert torch.equal(field.planes, planes) and planes.shape[:2] == (1, 6)
+    assert len(meshes) == 1 and meshes[0].is_watertight
+
+
+def test_embeddings_and_latents_replace_the_text_and_the_draw(pipe):
+    prompts = ["a red cube", "a blue mug"]
+    embeds, latents = pipe.encoder(prompts), pipe.student.draw_latents(2, seeds(1)[0])
+    expected = pipe(prompts, generator=seeds(1)[0], output_type="planes").planes
+    bare = TriplaneTurbo(pipe.student)  # no text encoder at all
+    found = bare(prompt_embeds=embeds, latents=latents, output_type="planes")
+    assert torch.equal(found.planes, expected) and found.prompts == ["", ""]
+    with pytest.raises(ValueError, match="without a text encoder; give prompt_embeds= instead"):
+        bare("a red cube")
+    with pytest.raises(ValueError, match="not both"):
+        pipe("a red cube", prompt_embeds=embeds)
+    with pytest.raises(ValueError, match=r"prompt_embeds=\(2, 16, 3\): expected \[prompts, tokens, "):
+        pipe(prompt_embeds=embeds[..., :3])
+    for wrong in (latents[:1], latents[:, :5], latents[0], latents[..., :3]):
+        with pytest.raises(ValueError, match=r"latents=\("):
+            pipe(prompts, latents=wrong, output_type="planes")
+
+
+def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
+    seen = []
+
+    def watch(caller, step, timestep, tensors):
+        assert caller is pipe
+        seen.append((step, timestep, tensors["latents"].shape))
+
+    plain = pipe("a red cube", generator=seeds(1)[0], output_type="planes", callback_on_step_end=watch).planes
+    shape = (1, *pipe.student.draw_latents(1).shape[1:])
+    assert seen == [(0, 999, shape), (1, 749, shape), (2, 499, shape), (3, 249, shape)]
+    other = pipe(
+        "a red cube",
+        generator=seeds(1)[0],
+        output_type="planes",
+        callback_on_step_end=lambda *call: {"latents": torch.zeros_like(call[3]["latents"])},
+    ).planes
+    assert not torch.equal(other, plain)
+
+
+@pytest.mark.parametrize(("k", "timesteps"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])])
+def test_the_timesteps_of_k_steps(pipe, k, timesteps):
+    seen = []
+    pipe(
+        "a red cube",
+        num_inference_steps=k,
+        output_type="planes",
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(timestep),
+    )
+    assert seen == timesteps
+
+
+def test_the_progress_bar_can_be_silenced(pipe, capfd):
+    loud, silent = TriplaneTurbo(pipe.student, pipe.encoder), TriplaneTurbo(pipe.student, pipe.encoder)
+    loud.set_progress_bar_config(disable=False)
+    silent.set_progress_bar_config(disable=True)
+    loud("a red cube", output_type="planes")
+    assert "denoise: 100%" in capfd.readouterr().err
+    silent("a red cube", output_type="planes")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_meshes_per_prompt": 0},
+        {"isosurface_resolution": 1},
+        {"isosurface_resolution": 24.0},
+        {"output_type": "glb"},
+        {"keep": "some"},
+    ],
+)
+def test_arguments_out_of_range_are_named(pipe, options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
+        pipe("a red cube", **options)
+
+
+def test_it_moves_to_half_precision_and_back(toybox):
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    exact = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    half = pipe.to(torch.bfloat16)("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    assert pipe.dtype == torch.bfloat16 and half.dtype == torch.float32
+    assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
+    assert {p.dtype for n, p in pipe.student.named_parameters() if "heads" not in n} == {torch.bfloat16}
+    assert pipe.to("cpu", torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype=torch.float64: must be torch.float32"):
+        pipe.to(torch.float64)
+
+
+def test_channels_last_and_fused_give_the_same_planes(toybox):
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    exact = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    pipe.to(memory_format=torch.channels_last)
+    assert pipe.student.backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for again in (pipe, pipe.fuse()):
+        found = again("a red cube", generator=seeds(1)[0], output_type="planes").planes
+        assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def test_xformers_is_asked_for_by_name(pipe, monkeypatch):
+    """Without it an ImportError says what to do; with it, its function gets [B, L, heads, d]."""
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ImportError, match="prd\\[cuda\\]"):
+        pipe.enable_xformers_memory_efficient_attention()
+    plain = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    calls = []
+
+    def memory_efficient_attention(query, key, value):
+        calls.append(query.shape)
+        swap = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*swap).transpose(1, 2)
+
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.setitem(
+            sys.modules, name, types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+        )
+    pipe.enable_xformers_memory_efficient_attention()
+    found = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    pipe.student.set_attention(None)
+    assert calls and (found - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 
 def test_unknown_words_and_cut_prompts_are_reported(pipe, caplog):
