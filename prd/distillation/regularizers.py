@@ -1,9 +1,16 @@
-"""Losses on the geometry alone, of the volume rendering (paper, supplement B)."""
+"""Losses on the geometry alone: pure functions of what a renderer or an isosurface gives.
+
+The paper's recipe (supplement B) has eikonal and sparsity; the others belong to DreamFusion, Magic3D and their kin.
+Each returns a scalar.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
 
 def eikonal_loss(gradient: Tensor) -> Tensor:
@@ -29,3 +36,67 @@ def opaque_loss(opacity: Tensor, eps: float = 1e-3) -> Tensor:
     """
     p = opacity.clamp(eps, 1 - eps)
     return -(p * torch.log(p) + (1 - p) * torch.log1p(-p)).mean()
+
+
+def orientation_loss(weights: Tensor, normal: Tensor, direction: Tensor) -> Tensor:
+    """Mean over rays of sum_i w_i max(0, n_i . d)^2: what is seen faces the camera (Ref-NeRF, Verbin et al., Eq. 11).
+
+    weights [..., N] of the segments of a ray, taken as constants; normal [..., N, 3] unit; direction [..., 3] unit.
+    Of an image: weights = opacity [..., 1], normal [..., 1, 3].
+    """
+    away = (normal * direction[..., None, :]).sum(-1).clamp(min=0)  # [..., N]
+    return (weights.detach() * away.square()).sum(-1).mean()
+
+
+def z_variance_loss(z_variance: Tensor, opacity: Tensor, above: float = 0.5) -> Tensor:
+    """Mean variance of the distance along the rays that hit: a thin surface (HiFA, Zhu et al., 2023).
+
+    z_variance, opacity [...]: of Views; only pixels with opacity > `above` count, 0 if there is none.
+    """
+    hit = (opacity.detach() > above).to(z_variance.dtype)
+    return (z_variance * hit).sum() / hit.sum().clamp(min=1)
+
+
+def normal_consistency_loss(vertices: Tensor, faces: Tensor) -> Tensor:
+    """Mean of 1 - cos of the angle between the normals of faces that share an edge; 0 for a flat mesh.
+
+    vertices [N, 3]; faces [F, 3] wound alike. An edge counts once if exactly two faces share it.
+    """
+    a, b, c = (vertices[corner] for corner in faces.unbind(1))
+    normal = F.normalize(torch.linalg.cross(b - a, c - a), dim=-1, eps=NORMAL_EPS)
+    first, second = _face_pairs(faces)
+    if not len(first):
+        return vertices.sum() * 0
+    return (1 - (normal[first] * normal[second]).sum(-1)).mean()
+
+
+def laplacian_loss(vertices: Tensor, faces: Tensor) -> Tensor:
+    """Mean distance of a vertex from the mean of its neighbours (uniform Laplacian, Nealen et al., 2006).
+
+    vertices [N, 3]; faces [F, 3]. Vertices without a face do not count.
+    """
+    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    edges = edges.sort(dim=1).values.unique(dim=0)
+    tail, head = torch.cat([edges, edges.flip(1)]).unbind(1)  # each edge both ways
+    total = torch.zeros_like(vertices).index_add(0, tail, vertices[head])
+    degree = vertices.new_zeros(len(vertices)).index_add(0, tail, vertices.new_ones(len(tail)))
+    used = degree > 0
+    if not bool(used.any()):
+        return vertices.sum() * 0
+    offset = total[used] / degree[used, None] - vertices[used]
+    return _length(offset).mean()
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Norms [...] of [..., 3], whose gradient at 0 is 0."""
+    squared = vectors.square().sum(-1)
+    return torch.where(squared > 0, squared.clamp(min=torch.finfo(vectors.dtype).tiny).sqrt(), 0.0)
+
+
+def _face_pairs(faces: Tensor) -> tuple[Tensor, Tensor]:
+    """The faces [P], [P] that share an edge with exactly one other."""
+    edges = torch.stack([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]], dim=1).flatten(0, 1)  # face-major
+    _, key, count = edges.sort(dim=1).values.unique(dim=0, return_inverse=True, return_counts=True)
+    order = torch.argsort(key, stable=True)
+    shared = order[count[key[order]] == 2] // 3
+    return shared[0::2], shared[1::2]

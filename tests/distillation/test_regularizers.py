@@ -5,7 +5,21 @@ import math
 import pytest
 import torch
 
-from prd.distillation.regularizers import eikonal_loss, opaque_loss, sparsity_loss
+from prd.distillation.regularizers import (
+    eikonal_loss,
+    laplacian_loss,
+    normal_consistency_loss,
+    opaque_loss,
+    orientation_loss,
+    sparsity_loss,
+    z_variance_loss,
+)
+
+CUBE = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)], dtype=torch.float64)
+CUBE_FACES = torch.tensor(
+    [[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4]]
+    + [[1, 5, 7], [1, 7, 3]]
+)
 
 
 def test_eikonal_is_zero_on_unit_gradients_and_finite_on_zero_ones() -> None:
@@ -30,3 +44,59 @@ def test_opaque_is_the_entropy_of_a_hit() -> None:
     assert opacity.grad is not None
     assert opacity.grad[0] > 0 > opacity.grad[1]  # descent pushes a faint pixel to 0, a dense one to 1
     assert torch.isfinite(opacity.grad).all()
+
+
+def test_orientation_counts_what_faces_away() -> None:
+    direction = torch.tensor([[0.0, 0.0, -1.0]])
+    normal = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 0.6, -0.8], [0.0, 0.0, -1.0]]], requires_grad=True)
+    weights = torch.tensor([[0.5, 0.25, 0.1]], requires_grad=True)
+    loss = orientation_loss(weights, normal, direction)
+    assert float(loss.detach()) == pytest.approx(0.25 * 0.64 + 0.1)
+    loss.backward()
+    assert weights.grad is None  # opacity is not paid for by turning away
+    assert normal.grad is not None and normal.grad[0, 0].abs().max() == 0 and normal.grad[0, 1, 2] < 0
+
+
+def test_z_variance_counts_the_rays_that_hit() -> None:
+    variance, opacity = torch.tensor([0.2, 0.4, 9.0]), torch.tensor([0.9, 0.6, 0.1])
+    assert z_variance_loss(variance, opacity) == pytest.approx(0.3)
+    assert z_variance_loss(variance, torch.zeros(3)) == 0
+
+
+def test_normal_consistency_of_a_cube_and_of_a_plane() -> None:
+    # of 18 edges 12 are right angles (1 - cos = 1), 6 are the faces' diagonals (0)
+    assert normal_consistency_loss(CUBE, CUBE_FACES) == pytest.approx(12 / 18)
+    plane = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    assert normal_consistency_loss(plane, torch.tensor([[0, 1, 2], [1, 3, 2]])) == pytest.approx(0, abs=1e-7)
+    assert normal_consistency_loss(plane, torch.tensor([[0, 1, 2]])) == 0  # no edge is shared
+
+
+def test_laplacian_of_a_tetrahedron_and_of_a_flat_fan() -> None:
+    corners = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    faces = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
+    assert laplacian_loss(corners, faces) == pytest.approx(4 / 3 * math.sqrt(3))  # neighbours' mean is -corner / 3
+    alone = torch.cat([corners, torch.full((1, 3), 9.0)])
+    assert laplacian_loss(alone, faces) == pytest.approx(4 / 3 * math.sqrt(3))
+    together = torch.zeros(4, 3, requires_grad=True)
+    laplacian_loss(together, faces).backward()
+    assert together.grad is not None and torch.isfinite(together.grad).all()
+
+
+@pytest.mark.parametrize("loss", [normal_consistency_loss, laplacian_loss])
+def test_mesh_losses_have_the_gradient_of_their_finite_differences(loss) -> None:
+    noise = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vertices = (CUBE + 0.1 * noise).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: loss(v, CUBE_FACES), vertices)
+    step = vertices.detach() - 0.02 * torch.autograd.grad(loss(vertices, CUBE_FACES), vertices)[0]
+    assert loss(step, CUBE_FACES) < loss(vertices.detach(), CUBE_FACES)
+
+
+@pytest.mark.parametrize("loss", [sparsity_loss, opaque_loss, lambda x: z_variance_loss(x, torch.ones_like(x))])
+def test_image_losses_have_the_gradient_of_their_finite_differences(loss) -> None:
+    opacity = torch.linspace(0.05, 0.95, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, opacity)
+
+
+def test_eikonal_has_the_gradient_of_its_finite_differences() -> None:
+    gradient = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(eikonal_loss, gradient)
