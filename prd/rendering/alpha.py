@@ -60,7 +60,7 @@ class AlphaModel(Protocol):
         ...
 
     def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
-        """Which segments [..., S] along rays may reach this weight in (0, 1): bool, never wrongly False."""
+        """Which segments [..., S] along rays may reach this weight in (0, 1), or about it: bool."""
         ...
 
 

@@ -47,6 +47,7 @@ WHITE = (1.0, 1.0, 1.0)
 SAMPLES = 1e-6, 1e-3  # 90% of a ray's segments, and all: inverting a flat distribution amplifies rounding in some
 ROUNDED = 5e-5  # quantities whose recorded float32 value is that far from what float64 gives
 VARIANCE = 1e-4
+RATIO = 1e-2  # of opacities down to 1e-5, differences of numbers near 1
 LOSS = 1e-6  # of a sum of products with recorded weights, relative to the root of the sum of their squares
 ADAN = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
 
@@ -236,6 +237,8 @@ class RenderParity:
             alpha = neus_alpha(sdf, cos, self.tensor("alpha.dists"), inv_std, PUBLISHED_ALPHA_FLOOR)
             io.compare(f"{prefix}.inv_std", inv_std, CLOSED_FORM)
             io.compare(name, alpha, CLOSED_FORM)
+            ratio = alpha / self.tensor(name)  # most opacities are small: each against its own size too
+            io.check(f"{name} ratio", ratio, torch.ones_like(ratio), RATIO)
             io.compare(f"{prefix}.d_sdf", torch.autograd.grad(alpha.sum(), sdf)[0], GRADIENT)
         alpha = self.tensor("weights.alpha")
         io.compare("weights.weights", render_weights(alpha), CLOSED_FORM)

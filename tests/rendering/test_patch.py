@@ -1,0 +1,70 @@
+"""Two resolutions in one image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from prd.cameras import orbit_cameras
+from prd.fields import AutogradGradient
+from prd.rendering.patch import PatchRenderer, paste, resize
+from prd.rendering.volume import VolumeRenderer
+
+CAMERAS = orbit_cameras(torch.tensor([[10.0, -20.0]]), torch.tensor([[0.0, 120.0]]), 2.4, 50.0)
+PLAIN = VolumeRenderer(num_samples=32)
+
+
+class Sphere(AutogradGradient):
+    def __init__(self, radius: Tensor) -> None:
+        self.radius = radius
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return points.norm(dim=-1, keepdim=True) - self.radius
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return 0.5 * points + 0.5
+
+
+def test_the_patch_is_the_full_render_and_the_rest_the_enlarged_coarse_one() -> None:
+    field, back = Sphere(torch.tensor(0.6)), torch.rand(1, 2, 24, 20, 3, generator=torch.Generator().manual_seed(1))
+    views = PatchRenderer(PLAIN, patch=8, downsample=4)(field, CAMERAS, height=24, width=20, background=back)
+    full = PLAIN(field, CAMERAS, height=24, width=20, background=back)
+    coarse = PLAIN(field, CAMERAS, height=6, width=5, background=resize(back, 6, 5))
+    for name in ("rgb", "normal", "depth", "disparity", "opacity", "z_variance"):
+        image, fine = getattr(views, name), getattr(full, name)
+        square = (slice(None), slice(None), slice(8, 16), slice(6, 14))  # the middle, without a generator
+        torch.testing.assert_close(image[square], fine[square], rtol=0, atol=1e-6)
+        expected = paste(getattr(coarse, name), fine[square], 8, 6, 24, 20)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+    assert (views.rgb - full.rgb).abs().max() > 0.05  # the rest is coarse
+
+
+def test_both_resolutions_carry_gradient_and_a_seed_repeats() -> None:
+    def render(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        radius = torch.tensor(0.5, requires_grad=True)
+        generator = torch.Generator().manual_seed(seed)
+        views, gradient = PatchRenderer(PLAIN, patch=6, downsample=2).render_with_samples(
+            Sphere(radius), CAMERAS, height=16, width=16, generator=generator
+        )
+        return views.opacity, torch.autograd.grad(views.opacity.sum(), radius)[0], gradient
+
+    image, slope, gradient = render(0)
+    again, same_slope, _ = render(0)
+    other, _, _ = render(1)
+    assert torch.equal(image, again) and torch.equal(slope, same_slope) and not torch.equal(image, other)
+    assert slope > 10  # pixels of area gained a unit of radius
+    torch.testing.assert_close(gradient.norm(dim=-1), torch.ones(gradient.shape[:2]))
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"patch": 1}, "patch"), ({"downsample": 0}, "downsample")])
+def test_bad_settings_are_refused(settings: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        PatchRenderer(PLAIN, **settings)
+
+
+@pytest.mark.parametrize(("size", "named"), [(6, "patch"), (16, "height")])
+def test_images_too_small_are_refused(size: int, named: str) -> None:
+    renderer = PatchRenderer(PLAIN, patch=8, downsample=1 if size == 6 else 16)
+    with pytest.raises(ValueError, match=named):
+        renderer(Sphere(torch.tensor(0.5)), CAMERAS, height=size, width=size)
