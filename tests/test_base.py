@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from prd import TriplaneTurbo
+from prd.adapters import PetaConfig
 from prd.base import UnsupportedBase, load_base
+from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
 from prd.teachers.convert import RESNET, UNET_ENDS, VAE_ATTENTION
 
 WIDTHS, VAE_WIDTHS = (64, 128), (32, 32)
@@ -184,6 +187,28 @@ def test_a_single_file_computes_what_the_models_it_was_made_of_do(context: int, 
     )
     half = load_base(str(path), dtype=torch.bfloat16, prediction_type="epsilon", text=False)
     assert half.encoder is None and half.unet.dtype == half.vae.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Conv projections and context 768; the hash of the weights is the same by whichever way they came."""
+    unet, vae = models(768)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    config = StudentConfig(base="made/elsewhere", latent_size=4, head_width=8)
+    student = TriplaneTurboGenerator(unet, vae, scheduler, PetaConfig(r=2, plane_channels=4), config)
+    student.save_adapter(tmp_path / "adapter")
+    path = tmp_path / "model.safetensors"
+    state = {k: t.to(dtype).clone().contiguous() for k, t in ldm_state(unet, vae).items()}
+    save_file(state, path)
+    pipe = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(path))
+    text, latents = torch.randn(1, 77, 768), torch.randn(1, 6, 4, 4, 4)
+    if dtype == torch.float32:
+        ours, theirs = (s.generate(text, latents=latents).planes for s in (pipe.student, student))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({**state, first: state[first] * 2}, path)
+    with pytest.raises(AdapterMismatch, match="'made/elsewhere', whose weights differ"):
+        TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(path))
 
 
 def sparse_file(state: dict[str, Tensor], path: Path) -> None:
