@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from prd.cameras import Cameras, orbit_cameras
 from prd.fields import AutogradGradient
 from prd.rendering.volume import VolumeRenderer, cube_near_far, neus_alpha, render_weights
+from prd.triplane import TriplaneField, TriplaneHeads
 
 SHARP = VolumeRenderer(num_samples=256, inv_std=400.0)
 SOFT = VolumeRenderer(num_samples=48, inv_std=30.0, cull_below=0)
@@ -233,3 +236,98 @@ def test_jitter_of_the_wrong_shape_is_refused() -> None:
         SOFT.render_with_samples(
             Sphere(torch.tensor([0.5])), two_cameras(), height=4, width=4, jitter=torch.zeros(1, 1, 2, 4, 5)
         )
+
+
+def test_the_variance_along_a_ray_is_that_of_its_density() -> None:
+    """Before a wall, NeuS's density is logistic along the normal: variance pi^2 / (3 s^2) for a frontal ray."""
+
+    class Wall(Sphere):
+        def sdf(self, points: Tensor) -> Tensor:
+            return points[..., :1]
+
+    cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 1.0)  # nearly parallel rays along -X
+    renderer = VolumeRenderer(num_samples=400, inv_std=20.0, cull_below=0)
+    views = renderer(Wall(torch.zeros(1)), cameras, height=2, width=2)
+    assert views.opacity.min() > 0.999
+    expected = torch.full_like(views.z_variance, math.pi**2 / (3 * 20.0**2))
+    torch.testing.assert_close(views.z_variance, expected, rtol=5e-3, atol=0)
+
+
+def test_chunks_change_no_gradient_of_first_or_second_order() -> None:
+    """Of images and of an eikonal term: the chunks' activations are made again in the backward pass."""
+    torch.manual_seed(0)
+    heads = TriplaneHeads(4, 8).double()
+    planes = (0.3 * torch.randn(2, 6, 4, 8, 8, dtype=torch.float64)).requires_grad_()
+    inv_std = torch.tensor(30.0, dtype=torch.float64, requires_grad=True)
+    cameras = two_cameras(torch.float64, batch=2)
+
+    def gradients(max_rays: int | None) -> tuple[Tensor, ...]:
+        renderer = VolumeRenderer(num_samples=12, num_importance_samples=12, inv_std=inv_std, max_rays=max_rays)
+        generator = torch.Generator().manual_seed(0)
+        views = renderer(TriplaneField(planes, heads), cameras, height=5, width=5, generator=generator)
+        loss = views.rgb.square().sum() + views.packed_normal().square().sum() + views.z_variance.sum()
+        return loss.detach(), *torch.autograd.grad(loss, (planes, inv_std, heads.sdf[0].weight))
+
+    for whole, chunked in zip(gradients(None), gradients(7), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-11)
+    eikonal = VolumeRenderer(num_samples=12, inv_std=inv_std, cull_below=0)  # every segment counts: no padding
+    second = []
+    for max_rays in (None, 7):
+        renderer = replace(eikonal, max_rays=max_rays)
+        _, gradient = renderer.render_with_samples(TriplaneField(planes, heads), cameras, height=5, width=5)
+        second.append(torch.autograd.grad((gradient.norm(dim=-1) - 1).square().mean(), planes)[0])
+    assert second[0].abs().max() > 1e-4
+    torch.testing.assert_close(second[0], second[1], rtol=1e-9, atol=1e-13)
+
+
+MEMORY = """
+import resource, torch
+from prd.cameras import CameraSampling
+from prd.distillation.regularizers import eikonal_loss, sparsity_loss
+from prd.rendering.volume import VolumeRenderer
+from prd.triplane import TriplaneField, TriplaneHeads
+torch.manual_seed(0)
+planes = (0.1 * torch.randn(1, 6, 32, 256, 256)).requires_grad_()
+planes.grad = torch.zeros_like(planes)
+field = TriplaneField(planes, TriplaneHeads(32, 64, sdf_init_scale=0.3))
+renderer = VolumeRenderer(num_samples=64, num_importance_samples=128, near=0.1, far=4.0, max_rays=1024)
+cameras = CameraSampling().sample(torch.rand(1, 3))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+views, gradient = renderer.render_with_samples(
+    field, cameras, height=128, width=128, generator=torch.Generator().manual_seed(0)
+)
+loss = views.rgb.square().mean() + views.packed_normal().mean() + views.disparity.mean()
+(loss + eikonal_loss(gradient) + sparsity_loss(views.opacity)).backward()
+print((peak() - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_training_render_takes_at_most_three_gigabytes() -> None:
+    """4 views of 128 x 128 with 192 samples a ray, forward and backward with the eikonal loss, above the model."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(result.stdout) <= 3.0
+
+
+@pytest.mark.parametrize("answer", ["sdf", "gradient", "rgb", "batch"])
+def test_a_field_that_answers_in_the_wrong_shape_is_refused(answer: str) -> None:
+    class Wrong(Sphere):
+        def sdf(self, points: Tensor) -> Tensor:
+            return super().sdf(points)[..., 0] if answer == "sdf" else super().sdf(points)
+
+        def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            sdf, gradient = super().sdf_and_gradient(points)
+            return sdf, gradient[..., :2] if answer == "gradient" else gradient
+
+        def rgb(self, points: Tensor) -> Tensor:
+            return points[..., :1] if answer == "rgb" else points
+
+    radius = torch.tensor([0.5, 0.4] if answer == "batch" else [0.5])
+    with pytest.raises(ValueError, match="field.sdf" if answer in ("sdf", "batch") else "field"):
+        SHARP(Wrong(radius), two_cameras(), height=4, width=4)
+
+
+def test_images_below_two_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="height=1"):
+        SOFT(Sphere(torch.tensor([0.5])), two_cameras(), height=1, width=4)
