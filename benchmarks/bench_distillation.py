@@ -138,6 +138,7 @@ def make_teacher(name: str, full: bool, checkpoint_vae: bool) -> UNetTeacher:
 def fill(teacher: UNetTeacher, dtype: torch.dtype, device: str) -> UNetTeacher:
     """Random weights on a device; products keep the scale of their inputs."""
     teacher = teacher.to(dtype).to_empty(device=device)
+    teacher.text_encoder.tie_weights()  # T5's embedding, which to_empty makes two of
     for parameter in teacher.parameters():
         parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.fill_(0.5)
     for name, buffer in teacher.named_buffers():
