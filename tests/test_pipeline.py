@@ -248,6 +248,14 @@ def test_channels_last_and_fused_give_the_same_planes(toybox):
         assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
+@pytest.mark.slow
+def test_compiled_it_makes_the_same_planes(toybox):
+    pipe = TriplaneTurbo.from_pretrained("toybox").fuse()
+    exact = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    found = pipe.compile()("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
 def test_xformers_is_asked_for_by_name(pipe, monkeypatch):
     """Without it an ImportError says what to do; with it, its function gets [B, L, heads, d]."""
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
