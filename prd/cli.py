@@ -53,7 +53,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
     from transformers.utils import logging as transformers_logging
 
-    from prd.pipeline import TriplaneTurbo
+    from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
 
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=args.device)
@@ -65,6 +65,7 @@ def _generate(args: argparse.Namespace) -> int:
         target_faces=args.faces,
         texture_size=args.texture,
     )
+    assert isinstance(result, TriplaneTurboOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
     path = mesh.export(args.output)

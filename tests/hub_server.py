@@ -112,8 +112,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(404, "RevisionNotFound")
         return found, oid
 
-    # -- uploading ---------------------------------------------------------------------------------------------------
-
     def create(self) -> dict:
         self._signed_in(needed=True)
         asked = json.loads(self.body)
@@ -150,14 +148,11 @@ class Handler(BaseHTTPRequestHandler):
         self._repository(repo)
         asked = json.loads(self.body)
         assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
-        objects = []
         for entry in asked["objects"]:
             if entry["oid"] not in self.server.objects:
                 places = {"upload": "lfs", "verify": "verify"}
-                links = {name: {"href": f"{self.server.url}/{at}/{entry['oid']}"} for name, at in places.items()}
-                entry["actions"] = links
-            objects.append(entry)
-        return {"transfer": "basic", "objects": objects}
+                entry["actions"] = {n: {"href": f"{self.server.url}/{at}/{entry['oid']}"} for n, at in places.items()}
+        return {"transfer": "basic", "objects": asked["objects"]}
 
     def lfs_put(self, oid: str) -> dict:
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -186,8 +181,6 @@ class Handler(BaseHTTPRequestHandler):
                 )
         oid = found.commit(revision, files, message)
         return {"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid}
-
-    # -- downloading -------------------------------------------------------------------------------------------------
 
     def info(self, repo: str, revision: str = "main") -> dict:
         found, oid = self._commit_of(repo, revision)

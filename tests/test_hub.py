@@ -21,7 +21,7 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.base import load_base
 from prd.generators.adapter_files import ADAPTER_FILES
-from tests.hub_server import HubServer, hub_server
+from tests.hub_server import HubServer, Repository, hub_server
 
 TOKEN = "hf_" + "t" * 34
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,7 @@ def test_what_is_pushed_comes_back(
     hub: HubServer, random_toybox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Create, upload, commit; then download by branch and commit, into a cache of its own, and offline from it."""
+    cache = tmp_path / "cache"
     done = client(
         f"""
         pipe = TriplaneTurbo.from_pretrained("toybox")
@@ -68,11 +69,31 @@ def test_what_is_pushed_comes_back(
         except OSError as error:
             assert "401" in str(error), error
         url = pipe.push_to_hub("me/shapes", private=True, token={TOKEN!r}, commit_message="First")
-        first = sdf(pipe)
+        first, main = sdf(pipe), url.rpartition("/")[2]
         with torch.no_grad():
             pipe.student.heads.sdf[4].weight.mul_(2)
         pipe.push_to_hub("me/shapes", token={TOKEN!r}, revision="wider", commit_message="Twice the sdf")
-        torch.save((url, first, sdf(pipe)), {str(tmp_path / "pushed.pt")!r})
+        second = sdf(pipe)
+        assert not torch.equal(first, second)
+
+        def load(**options):
+            return TriplaneTurbo.from_pretrained("me/shapes", cache_dir={str(cache)!r}, **options)
+
+        def refused(message, **options):
+            try:
+                load(**options)
+            except FileNotFoundError as error:
+                assert message in str(error) and "\\n" not in str(error), error
+            else:
+                raise SystemExit("loaded: " + message)
+
+        refused("RepositoryNotFoundError")
+        refused("local", local_files_only=True, token={TOKEN!r})
+        refused("RevisionNotFoundError", token={TOKEN!r}, revision="absent")
+        assert torch.equal(sdf(load(token={TOKEN!r})), first)
+        assert torch.equal(sdf(load(token={TOKEN!r}, revision="wider")), second)
+        assert torch.equal(sdf(load(token={TOKEN!r}, revision=main)), first)
+        assert torch.equal(sdf(load(local_files_only=True, revision="wider")), second)
         """,
         hub,
         tmp_path / "home",
@@ -81,50 +102,24 @@ def test_what_is_pushed_comes_back(
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/shapes"]
     assert repository.private and repository.messages == ["initial commit", "First", "Twice the sdf"]
-    main = repository.branches["main"]
-    assert set(repository.commits[main]) == {*ADAPTER_FILES, "README.md", ".gitattributes"}
+    uploaded = repository.commits[repository.branches["main"]]
+    assert set(uploaded) == {*ADAPTER_FILES, "README.md", ".gitattributes"}
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
-    url, *_ = torch.load(tmp_path / "pushed.pt", weights_only=True)
-    assert url == f"{hub.url}/me/shapes/commit/{main}"
-
-    asked = len(hub.requests)
-    done = client(
-        f"""
-        _, first, second = torch.load({str(tmp_path / "pushed.pt")!r}, weights_only=True)
-        cache = {str(tmp_path / "cache")!r}
-        def load(**options):
-            return TriplaneTurbo.from_pretrained("me/shapes", cache_dir=cache, **options)
-        def refused(message, **options):
-            try:
-                load(**options)
-            except FileNotFoundError as error:
-                assert message in str(error) and "\\n" not in str(error), error
-            else:
-                raise SystemExit("loaded: " + message)
-        refused("RepositoryNotFoundError")
-        refused("local", local_files_only=True, token={TOKEN!r})
-        refused("RevisionNotFoundError", token={TOKEN!r}, revision="absent")
-        assert torch.equal(sdf(load(token={TOKEN!r})), first)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision="wider")), second)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision={main!r})), first)
-        assert torch.equal(sdf(load(local_files_only=True, revision="wider")), second)
-        assert not torch.equal(first, second)
-        """,
-        hub,
-        tmp_path / "other home",
-        random_toybox,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(hub.requests) > asked and list((tmp_path / "cache").iterdir())
     asked = len(hub.requests)
     monkeypatch.setattr("prd.toybox.ASSETS", random_toybox)
-    TriplaneTurbo.from_pretrained("me/shapes", cache_dir=tmp_path / "cache", local_files_only=True)
+    TriplaneTurbo.from_pretrained("me/shapes", cache_dir=cache, local_files_only=True)
     assert len(hub.requests) == asked
 
 
 def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path) -> None:
-    """Its commit is recorded, its text encoder may be left out, another backbone is refused by its configs alone."""
-    from tests.hub_server import Repository
+    """Its commit is recorded, its text encoder may be left out, another backbone is refused by its configs alone.
+
+    A base on disk is forgotten when the adapter is uploaded.
+    """
+    adapter = Path(shutil.copytree(random_toybox / "adapter", tmp_path / "adapter"))
+    record = json.loads((adapter / "config.json").read_text())
+    local = str(random_toybox / "stable_diffusion")
+    (adapter / "config.json").write_text(json.dumps({**record, "base": local}))
 
     def publish(name: str, folder: Path, skip: str = " ") -> str:
         repository = hub.repositories[name] = Repository(private=False)
@@ -154,7 +149,13 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
             load_base("some/absent")
         except FileNotFoundError as error:
             assert "RepositoryNotFoundError" in str(error), error
-        pipe = TriplaneTurbo.from_pretrained("toybox", base="some/base")
+        expected = sdf(TriplaneTurbo.from_pretrained("toybox", base="some/base"))
+        TriplaneTurbo.from_pretrained({str(adapter)!r}).push_to_hub("me/shapes", token={TOKEN!r})
+        try:
+            TriplaneTurbo.from_pretrained("me/shapes")
+        except ValueError as error:
+            assert "pass base=" in str(error), error
+        assert torch.equal(sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base")), expected)
         """,
         hub,
         tmp_path / "home",
@@ -162,6 +163,9 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert not [r for r in hub.requests if "some/xl" in r and "safetensors" in r]
+    repository = hub.repositories["me/shapes"]
+    for name, content in repository.commits[repository.branches["main"]].items():
+        assert local.encode() not in content, name
 
 
 def test_the_card_runs_as_printed_and_names_no_path(
@@ -206,30 +210,6 @@ def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_pat
     assert local.data.base_model is None and str(toybox) not in local.content and "FOLDER_OF_ITS_BASE" in local.content
     with pytest.raises(ValueError, match="repo_id='shapes': must be 'owner/name'"):
         push_adapter(lambda _: None, "shapes")
-
-
-def test_an_upload_forgets_a_base_on_disk(hub: HubServer, random_toybox: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(random_toybox / "adapter", tmp_path / "adapter"))
-    record = json.loads((folder / "config.json").read_text())
-    base = str(random_toybox / "stable_diffusion")
-    (folder / "config.json").write_text(json.dumps({**record, "base": base}))
-    done = client(
-        f"""
-        TriplaneTurbo.from_pretrained({str(folder)!r}).push_to_hub("me/shapes", token={TOKEN!r})
-        try:
-            TriplaneTurbo.from_pretrained("me/shapes")
-        except ValueError as error:
-            assert "pass base=" in str(error), error
-        sdf(TriplaneTurbo.from_pretrained("me/shapes", base={base!r}))
-        """,
-        hub,
-        tmp_path / "home",
-        random_toybox,
-    )
-    assert done.returncode == 0, done.stderr
-    repository = hub.repositories["me/shapes"]
-    for name, content in repository.commits[repository.branches["main"]].items():
-        assert base.encode() not in content, name
 
 
 def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
