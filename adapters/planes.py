@@ -82,9 +82,12 @@ class PlaneLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         planes, out_features, in_features = self.weight.shape
         samples, length = x.shape[0] // planes, x.shape[1]
-        tokens, weight = x.view(samples, planes, length, in_features), self.weight.transpose(1, 2)
+        weight = self.weight.transpose(1, 2)
+        if samples == 1:
+            return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], x, weight)
+        tokens = x.view(samples, planes, length, in_features)
         # matmul copies the weights once a sample: where they are smaller than the tokens, that is the cheaper copy
-        if samples > 1 and out_features * in_features <= length * (out_features + in_features):
+        if out_features * in_features <= length * (out_features + in_features):
             y = tokens @ weight  # [B, P, L, out]
             return (y if self.bias is None else y + self.bias[:, None]).view(*x.shape[:-1], out_features)
         side = tokens.transpose(0, 1).reshape(planes, samples * length, in_features)  # one product a plane
