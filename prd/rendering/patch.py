@@ -70,7 +70,8 @@ class PatchRenderer:
         )
         row, column = (self._place(size, generator) for size in (height, width))
         offsets = self.renderer.offsets(cameras, self.patch, self.patch, generator)
-        rays = self.renderer.bundle(*(self.crop(x, row, column) for x in cameras.rays(height, width)), offsets)
+        origins, directions = (self.crop(x, row, column) for x in cameras.rays(height, width))
+        rays = self.renderer.bundle(origins, directions, offsets)
         square = self.crop(back, row, column)
         fine, _ = self.renderer.render_rays(
             field, cameras, rays, height=self.patch, width=self.patch, background=square

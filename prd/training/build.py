@@ -144,6 +144,7 @@ def build_volume_renderer(config: TrainConfig, step: int) -> VolumeRenderer:
         num_samples=volume.num_samples,
         num_importance_samples=volume.num_importance_samples,
         inv_std=at(volume.inv_std, config, step),
+        max_rays=volume.max_rays,
         rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),
         rgb_weight_gradient_scale=at(volume.rgb_weight_gradient_scale, config, step),
     )

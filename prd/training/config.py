@@ -100,6 +100,7 @@ class VolumeConfig:
     num_importance_samples: Annotated[int, Field(ge=0)] = 128  # proposal samples a ray; 0: none
     inv_std: Positive | tuple[Positive, Positive] = 100.0  # s of the logistic density, 1 / scene units
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
+    max_rays: Count | None = None  # rays of a prompt at a time, made again in the backward pass; null: all at once
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
 
@@ -258,6 +259,7 @@ class TrainConfig:
     num_denoising_steps: Count = 4  # K of Algorithm 1
     renderers: Literal["both", "alternate", "volume", "surface"] = "both"  # at each of the K steps; alternate: in turn
     background: Fraction = 0.5  # grey level behind the object
+    text_background: bool = False  # train over an environment made from the text instead, trained along; shown: grey
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all

@@ -28,6 +28,7 @@ from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.progressive import Judge, JudgeLog, draw_generator, judge_views, rollout
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields import Field
+from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
 from prd.rendering.views import Views
 from prd.toybox.score import summarise
@@ -97,6 +98,10 @@ class Trainer:
         self.encoder.model.to(self.device)
         self.teachers = load_teachers(config, self.device)
         self.parameters = self.student.trainable_parameters()
+        self.background: TextBackground | None = None
+        if config.text_background:
+            self.background = TextBackground(base.unet.config["cross_attention_dim"]).to(self.device)
+            self.parameters = [*self.parameters, *self.background.parameters()]
         self.optimizer = build_optimizer(config, self.parameters)
         self.lr_factor = learning_rate(config)
         self.cameras = camera_sampling(config)
@@ -147,6 +152,7 @@ class Trainer:
         place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
         draws = [draw_generator(config.seed, step, place, stream) for stream in range(5)]
         prompts = self.corpus.draw(config.train_batch_size, draws[PROMPTS])
+        embeds = self.encoder(prompts).to(self.device)
         judges = [
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
         ]
@@ -155,7 +161,7 @@ class Trainer:
         def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
             cameras = self.cameras.sample(torch.rand(len(prompts), 3, generator=draws[CAMERAS])).to(self.device)
             loss = torch.zeros((), device=self.device)
-            for name, views, regularizer in self.render(step, k, field, cameras, draws[JITTER], log):
+            for name, views, regularizer in self.render(step, k, field, cameras, embeds, draws[JITTER], log):
                 loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
             return loss / config.gradient_accumulation_steps
 
@@ -164,7 +170,6 @@ class Trainer:
             shape = (len(prompts), 6, channels, size, size)
             return torch.randn(shape, generator=draws[NOISE]).to(self.device)
 
-        embeds = self.encoder(prompts).to(self.device)
         with self.accelerator.autocast():
             rollout(
                 self.student,
@@ -175,8 +180,24 @@ class Trainer:
                 noise=noise,
             )
 
+    def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
+        """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
+
+        embeds [B, L, C]: a prompt is told by the mean over its tokens.
+        """
+        if self.background is None:
+            return self.config.background
+        return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
+
     def render(
-        self, step: int, k: int, field: Field, cameras: Cameras, jitter: torch.Generator, log: JudgeLog
+        self,
+        step: int,
+        k: int,
+        field: Field,
+        cameras: Cameras,
+        embeds: Tensor,
+        jitter: torch.Generator,
+        log: JudgeLog,
     ) -> Iterator[tuple[str, Views, Tensor]]:
         """Dual rendering: (renderer, its views, the regularisers it carries) of estimate k."""
         config = self.config
@@ -189,7 +210,7 @@ class Trainer:
                     cameras,
                     height=config.volume.height,
                     width=config.volume.width,
-                    background=config.background,
+                    background=self.backdrop(cameras, config.volume.height, config.volume.width, embeds),
                     generator=jitter,
                 )
                 yield name, views, self.regularizer(step, views, gradient, log)
@@ -199,7 +220,7 @@ class Trainer:
                     cameras,
                     height=config.surface.height,
                     width=config.surface.width,
-                    background=config.background,
+                    background=self.backdrop(cameras, config.surface.height, config.surface.width, embeds),
                 )
                 log.add("surfaces_corrected", stats.corrected.sum())
                 yield name, views, torch.zeros((), device=self.device)
@@ -251,9 +272,11 @@ class Trainer:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> Path:
-        """Write `checkpoint-{step}`: adapter, optimizer, average. Draws are keyed by the step and need no state."""
+        """Write `checkpoint-{step}`: adapter, background, optimizer, average. Draws are keyed by the step: no state."""
         tensors, plain = optimizer_state(self.optimizer)
         groups = {"adapter": self.student.adapter_state_dict(), "optimizer": tensors}
+        if self.background is not None:
+            groups["background"] = self.background.state_dict()
         if self.average is not None:
             groups["average"] = {str(i): value for i, value in enumerate(self.average)}
         return save_checkpoint(
@@ -272,6 +295,10 @@ class Trainer:
             )
         checkpoint = load_checkpoint(path)
         self.student.load_adapter_state_dict(checkpoint.tensors["adapter"])
+        if self.background is not None:
+            if "background" not in checkpoint.tensors:
+                raise CheckpointError(f"{path}: holds no background; resume without text_background")
+            self.background.load_state_dict(checkpoint.tensors["background"], strict=True)
         load_optimizer_state(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         if self.average is not None:
             saved = checkpoint.tensors.get("average")

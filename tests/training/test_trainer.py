@@ -153,10 +153,12 @@ def test_a_disabled_teacher_is_not_asked(toybox):
     assert row["gradient_norm/richdreamer/surface"] > 0
 
 
-@pytest.mark.parametrize("average", ["null", "0.9"])
-def test_a_resumed_run_equals_an_uninterrupted_one(toybox, tmp_path, average):
+@pytest.mark.parametrize(("average", "background"), [("null", "false"), ("0.9", "true")])
+def test_a_resumed_run_equals_an_uninterrupted_one(toybox, tmp_path, average, background):
     options = ["--schedule_steps", "3", "--ema_decay", average, "--checkpointing_steps", "2"]
+    options += ["--text_background", background]
     whole = make(*options, "--output_dir", str(tmp_path / "whole"))
+    start = [parameter.detach().clone() for parameter in whole.parameters]
     for step in range(3):
         whole.train_step(step)
 
@@ -170,6 +172,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toybox, tmp_path, average):
 
     for a, b in zip(whole.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
+    if background == "true":  # the last ones, trained along
+        count = len(list(whole.background.parameters()))
+        assert count and all(
+            not torch.equal(a, b) for a, b in zip(start[-count:], whole.parameters[-count:], strict=True)
+        )
     if average != "null":
         assert all(torch.equal(a, b) for a, b in zip(whole.average, second.average, strict=True))
 
