@@ -47,16 +47,18 @@ VIEWS = 4
 HEADS = ("sdf", "deformation", "rgb")
 
 
-def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, Record]:
+def interleaved(ways: dict[str, Callable[[], object]], threads: int, repeats: int) -> dict[str, Record]:
     """Milliseconds of each way, least and median of `repeats`, taken in turn after one unmeasured call each."""
     for way in ways.values():
         way()
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
+            torch.set_num_threads(threads)  # numba's OpenMP layer, when it starts, sets this for torch too
             start = time.perf_counter()
             way()
             times[name].append((time.perf_counter() - start) * 1e3)
+    torch.set_num_threads(threads)
     return {
         name: {"least_ms": round(min(t), 3), "median_ms": round(statistics.median(t), 3)} for name, t in times.items()
     }
@@ -129,7 +131,7 @@ def raster_record(args: argparse.Namespace, rates: Record, grid: int, size: int)
     if module is not None:
         ways["sketch"] = lambda: module.raster(clip_array, face_array, size, size)
     record: Record = {"triangles": len(faces), "pixels": size, "views": VIEWS}
-    record |= interleaved(ways, 2 if args.quick else 30)
+    record |= interleaved(ways, args.threads, 2 if args.quick else 30)
     moved = VIEWS * (clip[0].numel() * 4 + faces.numel() * 8 + size * size * 24)
     record["floor_ms"] = round(moved / rates["bytes_per_second"] * 1e3, 3)
     record["bound_by"] = (
@@ -161,7 +163,7 @@ def bench_isosurface(args: argparse.Namespace, rates: Record) -> list[Record]:
             if module is not None:
                 ways["sketch"] = lambda march=march: march(module.marching_cubes)
             record: Record = {"grid": grid, "backward": backward}
-            record |= interleaved(ways, 2 if args.quick else 20)
+            record |= interleaved(ways, args.threads, 2 if args.quick else 20)
             # forward: read sdf, write and read a bool a node, a byte a cell; backward: zero and write both gradients
             moved = grid**3 * (4 + 2 + 2 + (16 if backward else 0))
             record["floor_ms"] = round(moved / rates["bytes_per_second"] * 1e3, 3)
@@ -200,7 +202,7 @@ def bench_grid(args: argparse.Namespace, rates: Record) -> list[Record]:
         "grid_sample_lookup": lambda: F.grid_sample(planes, coordinates, align_corners=False),
     }
     record: Record = {"grid": grid, "planes": 6, "channels": 32, "plane_size": 256}
-    record |= interleaved(ways, 1 if args.quick else 5)
+    record |= interleaved(ways, args.threads, 1 if args.quick else 5)
     for figure in ("least_ms", "median_ms"):
         times = {name: record[name][figure] for name in ways}
         lookup_ratio = times["grid_sample_lookup"] / times["ours_lookup"]
@@ -315,8 +317,8 @@ def main() -> None:
         else:
             print(json.dumps(child_memory(int(rest[0]), rest[1], int(rest[2]))))
         return
-    torch.set_num_threads(args.threads)
     numba.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     rates: Record = {"bytes_per_second": bandwidth(), "flops_per_second": matmul_rate(torch.float32, "cpu", 1024)}
     report: Record = {"machine": describe(), "quick": args.quick, "measured": rates}
     for name in tqdm(args.only):

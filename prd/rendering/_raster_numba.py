@@ -116,18 +116,19 @@ def _draw(
         det = x0 * a0 + y0 * b0 + w0 * c0
         if det == 0.0:
             continue
-        sign = 1.0 if det > 0.0 else -1.0
         za, zb, zc = (
             (a0 * z0 + a1 * z1 + a2 * z2) / det,
             (b0 * z0 + b1 * z1 + b2 * z2) / det,
             (c0 * z0 + c1 * z1 + c2 * z2) / det,
         )
+        if det < 0.0:  # edge functions are positive inside for either winding
+            a0, b0, c0, a1, b1, c1, a2, b2, c2 = -a0, -b0, -c0, -a1, -b1, -c1, -a2, -b2, -c2
         for row in range(y_min, y_max + 1):
             py = row + 0.5
             r0, r1, r2, rz = b0 * py + c0, b1 * py + c1, b2 * py + c2, zb * py + zc
             for column in range(x_min, x_max + 1):
                 px = column + 0.5
-                e0, e1, e2 = (a0 * px + r0) * sign, (a1 * px + r1) * sign, (a2 * px + r2) * sign
+                e0, e1, e2 = a0 * px + r0, a1 * px + r1, a2 * px + r2
                 if e0 < 0.0 or e1 < 0.0 or e2 < 0.0:
                     continue
                 z = np.float32(za * px + rz)
@@ -159,9 +160,9 @@ def rasterize_numba(
     limits = [(first, last) for first, last in ranges.tolist()]
     work = views * sum(last - first for first, last in limits) + face_index.numel()
     threads = min(torch.get_num_threads(), max(1, work // WORK_A_THREAD))
-    bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-2 * threads // max(images, 1)))
+    bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-4 * threads // max(images, 1)))
 
-    for view in range(views):
+    def project(view: int) -> None:
         _project(points[view], width, height, vertices[view])
 
     def draw(number: int) -> None:
@@ -169,6 +170,7 @@ def rasterize_numba(
         rows = (band * height // bands, (band + 1) * height // bands)
         _draw(vertices[image % views], corners, limits[image // views], rows, *(buffer[image] for buffer in buffers))
 
+    _share(project, views, threads)
     _share(draw, images * bands, threads)
     return face_index, barycentric, depth
 
@@ -180,17 +182,19 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def _share(job: Callable[[int], None], count: int, threads: int) -> None:
-    """job(0) ... job(count - 1) on this thread and `threads - 1` others, every threads-th job on each."""
+    """job(0) ... job(count - 1) on this thread and `threads - 1` others, each taking the next when it is free."""
+    numbers = iter(range(count))  # its next() is atomic
 
-    def work(first: int) -> None:
-        for number in range(first, count, threads):
+    def work() -> None:
+        for number in numbers:
             job(number)
 
-    if threads == 1:
-        work(0)
+    helpers = min(threads, count) - 1
+    if helpers < 1:
+        work()
         return
     pool = _pool(os.getpid(), threads - 1)
-    others = [pool.submit(work, first) for first in range(1, threads)]
-    work(0)
+    others = [pool.submit(work) for _ in range(helpers)]
+    work()
     for other in others:
         other.result()
