@@ -247,7 +247,7 @@ class RenderParity:
     def volume(self, case: str) -> None:
         io = self.io
         views, height, width = io.tensors[f"{case}.comp_rgb"].shape[:3]
-        cameras = self.first("evalcam" if case == "vol_eval" else "cam", views)
+        cameras = self.first("evalcam" if case.startswith("vol_eval") else "cam", views)
         step = int(number[1]) if (number := re.search(r"_step(\d+)$", case)) else 0
         begin, start, end, until = self.config["rgb_grad_shrink"]
         renderer = replace(self.renderer, rgb_gradient_scale=LinearSchedule(start, end, begin, until)(step))
