@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.fields import Field
-from prd.rendering.isosurface import grid_points
+from prd.rendering.isosurface import grid_points, values_at
 
 Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R]; rgb, deformation [B, R, R, R, 3], the latter or None
 
@@ -24,21 +24,26 @@ NODES_A_CHUNK = 1 << 18  # points of one query where the field has no grid of it
 def evaluate_nodes(field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> Grid:
     """Signed distance, colour and deformation at the nodes of the cube, by the field's own `grid(R)` if it has one.
 
-    `batch` and `device` say how many samples and where, for a field without it.
+    `batch` and `device` say how many samples and where, for a field without it. Raises ValueError for a field that
+    answers in the wrong shape.
     """
     fast: Callable[[int], Grid] | None = getattr(field, "grid", None)
     if fast is not None:
-        return fast(resolution)
-    points = grid_points(resolution, device).view(1, -1, 3).expand(batch, -1, -1)
-    chunks = points.split(NODES_A_CHUNK, dim=1)
-    geometry = [field.sdf_and_deformation(chunk) for chunk in chunks]
+        sdf, rgb, deformation = fast(resolution)
+        shape = (len(sdf), resolution, resolution, resolution)
+        for name, values, channels in (("sdf", sdf, ()), ("rgb", rgb, (3,)), ("deformation", deformation, (3,))):
+            if values is not None and values.shape != (*shape, *channels):
+                raise ValueError(f"field: {name} of its grid is {tuple(values.shape)}; expected {(*shape, *channels)}")
+        return sdf, rgb, deformation
+    points = grid_points(resolution, device).view(-1, 3)
+    sdf, deformation = values_at(field, points, batch, NODES_A_CHUNK)
+    colours = [field.rgb(chunk.expand(batch, -1, -1)) for chunk in points.split(NODES_A_CHUNK)]
+    for chunk, colour in zip(points.split(NODES_A_CHUNK), colours, strict=True):
+        if colour.shape != (batch, len(chunk), 3):
+            raise ValueError(f"field: rgb gave {tuple(colour.shape)}; expected {(batch, len(chunk), 3)}")
     shape = (batch, resolution, resolution, resolution)
-    offsets = [offset for _, offset in geometry if offset is not None]
-    return (
-        torch.cat([sdf for sdf, _ in geometry], dim=1).view(shape),
-        torch.cat([field.rgb(chunk) for chunk in chunks], dim=1).view(*shape, 3),
-        torch.cat(offsets, dim=1).view(*shape, 3) if offsets else None,
-    )
+    offset = None if deformation is None else deformation.view(*shape, 3)
+    return sdf.view(shape), torch.cat(colours, dim=1).view(*shape, 3), offset
 
 
 def sdf_gradient_grid(sdf: Tensor) -> Tensor:

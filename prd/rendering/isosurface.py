@@ -119,11 +119,11 @@ def values_at(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
     """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
     parts = [field.sdf_and_deformation(p.expand(batch, -1, -1)) for p in points.split(chunk)]
     for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
-        if sdf.shape[1:] != (len(p), 1) or (deformation is not None and deformation.shape != (*sdf.shape[:2], 3)):
+        if sdf.shape != (batch, len(p), 1) or (deformation is not None and deformation.shape != (*sdf.shape[:2], 3)):
             found = None if deformation is None else tuple(deformation.shape)
             raise ValueError(
                 f"field: sdf_and_deformation of points [{batch}, {len(p)}, 3] gave {tuple(sdf.shape)} and {found}; "
-                "expected [B, N, 1] and [B, N, 3] or None"
+                "expected [B, N, 1] and [B, N, 3] or None (batch says how many samples the field has)"
             )
     sdf = torch.cat([sdf[..., 0] for sdf, _ in parts], dim=1)
     offsets = [deformation for _, deformation in parts if deformation is not None]

@@ -220,7 +220,10 @@ def _colours(field: Field, points: Tensor, sample: Tensor, batch: int) -> Tensor
     size = max(int(counts.max()), 1)
     slot = sample * size + place
     padded = points.new_zeros(batch * size, 3).index_copy(0, slot, points).view(batch, size, 3)
-    return field.rgb(padded).reshape(-1, 3).index_select(0, slot)
+    colours = field.rgb(padded)
+    if colours.shape != padded.shape:
+        raise ValueError(f"field: rgb of points {tuple(padded.shape)} gave {tuple(colours.shape)}; expected the same")
+    return colours.reshape(-1, 3).index_select(0, slot)
 
 
 def _average(images: Tensor, factor: int) -> Tensor:

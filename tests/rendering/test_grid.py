@@ -8,6 +8,7 @@ from prd.cameras import orbit_cameras
 from prd.fields import AutogradGradient
 from prd.rendering.grid import GridField
 from prd.rendering.isosurface import extract_isosurface, grid_points
+from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.triplane import TriplaneField, TriplaneHeads
 
@@ -134,6 +135,34 @@ def test_a_half_precision_field_is_interpolated_in_float32() -> None:
     half, full = GridField(Half(radius), 16), GridField(Ball(radius), 16)
     assert half.sdf(points).dtype == torch.float32
     torch.testing.assert_close(half.sdf(points), full.sdf(points), rtol=0, atol=0.01)
+
+
+def test_a_field_of_the_wrong_shape_is_named() -> None:
+    class Grey(Ball):
+        def rgb(self, points: Tensor) -> Tensor:
+            return super().rgb(points)[..., :1]
+
+    class Flat(Ball):
+        def sdf(self, points: Tensor) -> Tensor:
+            return super().sdf(points)[..., 0]
+
+    class Gridded(Ball):
+        def grid(self, resolution: int) -> tuple[Tensor, Tensor, None]:
+            return torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), None
+
+    radius = torch.tensor([0.5])
+    for field, message in (
+        (Grey(radius), "rgb gave"),
+        (Flat(radius), "sdf_and_deformation"),
+        (Gridded(radius), "rgb of"),
+    ):
+        with pytest.raises(ValueError, match=f"field: {message}"):
+            GridField(field, 4)
+    cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 50.0)
+    with pytest.raises(ValueError, match="field: rgb of points"):
+        SurfaceRenderer(resolution=8)(Grey(radius), cameras, height=8, width=8)
+    with pytest.raises(ValueError, match="batch says how many"):
+        GridField(Ball(torch.tensor([0.5, 0.4])), 4)
 
 
 def test_misuse_names_the_remedy() -> None:
