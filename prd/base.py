@@ -25,6 +25,7 @@ from prd.toybox import asset
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
 VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]  # of the weights: the plain files are read
+FULL_WIDTH = 320
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -51,7 +52,8 @@ class Base:
 def load_base(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -61,6 +63,7 @@ def load_base(
 ) -> Base:
     """The parts of a Stable Diffusion 1.x or 2.x, frozen: "toybox", a Hub id, a folder, or a .safetensors file.
 
+    dtype, device    None: `inference_dtype` of that device; the parts stay on the CPU
     text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
     prediction_type  "epsilon" or "v_prediction", for a single file, which does not say; elsewhere the scheduler does
 
@@ -75,7 +78,7 @@ def load_base(
     if path.suffix in PICKLES:
         raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
     if path.suffix == ".safetensors":
-        return _from_file(path, name, dtype, text, prediction_type, hub)
+        return _from_file(path, name, dtype, device, text, prediction_type, hub)
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
         raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
     commit = None
@@ -83,6 +86,8 @@ def load_base(
         path = _download(name, ["model_index.json", "*/*.json"], hub)
         commit = path.name
     check_backbone(name, path)
+    if dtype is None:
+        dtype = inference_dtype(_config(path / "unet/config.json")["block_out_channels"][0], device)
     if text is None:
         text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
     if commit is not None:
@@ -99,6 +104,19 @@ def load_base(
         tokenizer = _tokenizer(name, pretrained_model_name_or_path=path / "tokenizer")
         encoder = PromptEncoder(tokenizer, model)
     return Base(name, unet, vae, scheduler, encoder, commit)
+
+
+def inference_dtype(width: int, device: str | torch.device) -> torch.dtype:
+    """The fastest type to generate in: bfloat16 where the device computes in it, else CUDA's float16, a CPU's float32.
+
+    width  channels of the U-Net's first level; below Stable Diffusion's 320 a model is small enough for float32
+    """
+    if width < FULL_WIDTH:
+        return torch.float32
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
 def _download(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
@@ -187,7 +205,13 @@ def _load(kind: Any, place: Path, subfolder: str, dtype: torch.dtype) -> Any:
 
 
 def _from_file(
-    path: Path, name: str, dtype: torch.dtype, text: bool | None, prediction_type: str | None, hub: dict[str, Any]
+    path: Path,
+    name: str,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    text: bool | None,
+    prediction_type: str | None,
+    hub: dict[str, Any],
 ) -> Base:
     """A single file of the original layout: U-Net, VAE and text encoder from it, the tokenizer from beside it."""
     file = SingleFile(path)
@@ -201,6 +225,8 @@ def _from_file(
             source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer", **elsewhere}
         remedy = f"a single file holds none: put its folder `tokenizer` beside the file, as {beside}"
         tokenizer = _tokenizer(name, remedy, **source)
+    if dtype is None:
+        dtype = inference_dtype(file.width, device)
     unet, vae = file.models(dtype)
     encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder(dtype))
     return Base(name, unet, vae, scheduler, encoder)

@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user are one sentence on standard error."""
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
     generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to")
     generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
-    generate.add_argument("--device", default="cpu")
+    generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
     convert = commands.add_parser("convert", help="the published triplane_turbo_sd_v1.pth becomes an adapter folder")
     convert.add_argument("checkpoint", help="the .pth, read as tensors alone")
     convert.add_argument("output", help="folder to write")
@@ -53,10 +56,14 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
     from transformers.utils import logging as transformers_logging
 
+    from prd.memory import keep_freed_memory
     from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
 
+    keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
-    pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=args.device)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=device, dtype=dtype)
     result = pipe(
         args.prompt,
         generator=torch.Generator().manual_seed(args.seed),
@@ -70,7 +77,7 @@ def _generate(args: argparse.Namespace) -> int:
     assert mesh is not None  # on_empty="raise"
     path = mesh.export(args.output)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    print(f"{path}: {len(mesh.faces)} triangles ({stages})")
+    print(f"{path}: {len(mesh.faces)} triangles ({device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
     return 0
 
 

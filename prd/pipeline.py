@@ -75,7 +75,7 @@ class TriplaneTurbo:
         *,
         base: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -86,6 +86,9 @@ class TriplaneTurbo:
 
         name_or_path      "toybox" (shipped, needs no network), a run folder, an adapter folder, or a Hub id
         base              another place of the same Stable Diffusion; its weights' hash must be the recorded one
+        device, dtype     where and in what to compute; dtype=None: bfloat16 where the device computes in it (float16 on
+                          older CUDA devices, float32 on older CPUs and for models as small as the toy box's);
+                          `pipe.dtype` says which. Half precision is laid out channels_last
         revision          branch, tag or commit of the adapter on the Hub; its base comes at the commit recorded there
         token, cache_dir  of the Hub, for the adapter and for its base
         local_files_only  take both from the cache, without asking the Hub
@@ -103,6 +106,7 @@ class TriplaneTurbo:
         parts = load_base(
             base or record["base"],
             dtype=dtype,
+            device=device,
             revision=base_revision,
             prediction_type=record["prediction_type"],
             **hub,
@@ -110,7 +114,9 @@ class TriplaneTurbo:
         student = TriplaneTurboGenerator.from_adapter(
             folder, parts.unet, parts.vae, parts.scheduler, allow_other_base=allow_other_base
         )
-        pipe = cls(student, parts.encoder, parts.name).to(device)
+        pipe = cls(student, parts.encoder, parts.name).to(device, student.dtype)
+        if pipe.dtype != torch.float32:
+            pipe.to(memory_format=torch.channels_last)
         pipe.facts = read_facts(folder)
         return pipe
 

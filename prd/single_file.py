@@ -41,6 +41,7 @@ class SingleFile:
     """The file's header and what it says; `models` and `text_encoder` read its tensors.
 
     context   width of the text embeddings: 768 (Stable Diffusion 1.x) or 1024 (2.x)
+    width     channels of the U-Net's first level
     has_text  whether a text encoder is in it
 
     Raises FileNotFoundError, and UnsupportedBase for a damaged file or another model.
@@ -65,6 +66,7 @@ class SingleFile:
         if any(len(shape) < 2 for shape in shapes):
             raise UnsupportedBase(f"{path}: is no latent-diffusion model (shapes {shapes}); {EXPECTED}")
         self.context, channels, latents = (shape[1] for shape in shapes)
+        self.width = shapes[1][0]
         if self.context not in (768, 1024) or channels != 4 or latents != 4:
             raise UnsupportedBase(
                 f"{path}: its U-Net takes {channels} channels and text of width {self.context}, its VAE has {latents} "

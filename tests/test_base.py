@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prd import TriplaneTurbo
 from prd.adapters import PetaConfig
-from prd.base import UnsupportedBase, load_base
+from prd.base import UnsupportedBase, inference_dtype, load_base
 from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
 from prd.teachers.convert import RESNET, UNET_ENDS, VAE_ATTENTION
 
@@ -331,3 +331,11 @@ def test_damaged_weights_are_one_typed_error(folder: Path) -> None:
     edit(folder / "unet/config.json", layers_per_block=2)
     with pytest.raises(UnsupportedBase, match="unet has no whole safetensors weights for its config"):
         load_base(str(folder))
+
+
+def test_the_type_to_generate_in(monkeypatch):
+    """Small models stay in float32; large ones take what the processor computes in."""
+    for found, expected in (({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert inference_dtype(320, "cpu") == expected
+        assert inference_dtype(64, "cpu") == torch.float32

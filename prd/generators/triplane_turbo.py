@@ -239,8 +239,8 @@ class TriplaneTurboGenerator(nn.Module):
         sides = latents.shape[3:]
         if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or any(not s or s % multiple for s in sides):
             raise ValueError(
-                f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] with h and w multiples of {multiple} "
-                f"(trained: {size} x {size})"
+                f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] with h and w multiples of "
+                f"{multiple} (trained: {size} x {size})"
             )
         return latents.shape[0]
 
