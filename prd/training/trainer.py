@@ -92,7 +92,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.folder = Path(config.output_dir)
         self.corpus = load_corpus(config.prompts)
-        base = load_base(config.model.base, revision=config.model.revision)
+        base = load_base(config.model.base, revision=config.model.revision, text=True)
+        assert base.encoder is not None  # text=True
         self.encoder = base.encoder
         self.student = build_student(config, base).to(self.device)
         self.encoder.model.to(self.device)
