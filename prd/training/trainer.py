@@ -110,7 +110,7 @@ class Trainer:
             check_captions(config.validation.prompts)
         self.timesteps = self.student.timesteps(config.num_denoising_steps)
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
-        self.skipped = 0  # steps in a row
+        self.skipped = self.skipped_total = 0  # steps in a row, and in this run
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +144,9 @@ class Trainer:
             logger.warning("step %d: the gradient is not finite; the step was skipped", step)
         else:
             raise FloatingPointError(f"step {step}: {self.skipped} steps in a row had no finite gradient; lower the lr")
+        self.skipped_total += self.skipped > 0
         log.add("skipped", float(self.skipped > 0))
+        log.add("skipped_total", float(self.skipped_total))
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
 
     def accumulate(self, step: int, micro: int, log: JudgeLog) -> None:
