@@ -1,5 +1,7 @@
 """Asynchronous score distillation: the gradient is the formula, and every setting of it."""
 
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from prd.distillation.asd import (
     select_views,
     shifted_timesteps,
 )
+from prd.distillation.progressive import Judge, JudgeLog, judge_views
 from prd.teachers.base import Condition
 from tests.teachers.tiny import random_views, tiny_teacher
 
@@ -259,6 +262,34 @@ def test_gradient_taken_at_the_rendering_is_that_through_it(tmp_path):
     )
     rendering_loss(views, gradient).backward()
     torch.testing.assert_close(colour.grad, expected)
+
+
+def test_a_teachers_graph_is_freed_before_the_next_is_asked(tmp_path):
+    activations = []
+
+    def watched(teacher):
+        encode = teacher.encode
+
+        def watching(views, **draws):
+            assert not [ref for ref in activations if ref() is not None]  # those of the teachers before
+            kept = views.rgb.exp()  # which its backward pass needs
+            activations.append(weakref.ref(kept))
+            return encode(replace(views, rgb=kept.log()), **draws)
+
+        teacher.encode = watching
+        return Judge(teacher, 1.0, Guidance(3.0))
+
+    kinds = ("stable_diffusion", "mvdream", "stable_diffusion")
+    judges = [watched(tiny_teacher(tmp_path / str(i), kind)) for i, kind in enumerate(kinds)]
+    views = random_views(B, V)
+    views = replace(views, rgb=views.rgb.clamp(0.1).requires_grad_())
+    log = JudgeLog()
+    judge_views(views, judges, ["a", "b"], torch.Generator().manual_seed(0), log, "volume").backward()
+    assert len(activations) == 3 and views.rgb.grad.abs().max() > 0
+    logged = log.means()
+    assert -1 <= logged["cosine/stable_diffusion-mvdream/volume"] <= 1
+    for quantity in ("gradient_norm", "weight"):
+        assert logged[f"{quantity}/mvdream/volume"] > 0 and logged[f"{quantity}/stable_diffusion/volume"] > 0
 
 
 def test_select_views_keeps_cameras_and_pixels_together():

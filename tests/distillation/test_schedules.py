@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from prd.distillation.schedules import LinearSchedule
+from prd.training.build import guidance_at
+from prd.training.config import load_config
+from tests.fixtures import OFFICIAL, needs_fixtures
 
 
 def test_constant_before_and_after_linear_between() -> None:
@@ -24,3 +29,20 @@ def test_anything_else_is_refused(value: object) -> None:
 def test_an_empty_span_is_refused() -> None:
     with pytest.raises(ValueError, match="end_step=5"):
         LinearSchedule(1, 0, 5, 5)
+
+
+@needs_fixtures
+def test_the_released_recipe_comes_to_the_recorded_values() -> None:
+    config = load_config("triplane_turbo_sd21")
+    recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
+    assert {"0", "1", "20000"} <= recorded.keys()
+    for step, values in recorded.items():
+        for name, settings in (
+            ("mv", config.teachers.mvdream),
+            ("rd", config.teachers.richdreamer),
+            ("sd", config.teachers.stable_diffusion),
+        ):
+            guidance = guidance_at(config, settings, int(step))
+            assert guidance.t_min == values[f"{name}_min_step"] and guidance.t_max == values[f"{name}_max_step"]
+        mvdream = guidance_at(config, config.teachers.mvdream, int(step))
+        assert mvdream.guidance_scale == pytest.approx(values["mv_guidance_scale"], rel=1e-9)
