@@ -8,8 +8,8 @@
 A call is what a training step asks of a teacher for one rendering of four views: encoding, all passes of the U-Net
 (two, and a third with --eta), the loss, and the gradient at the rendering; with --offload the visit to the device too.
 Peak bytes are live tensors, weights included. --sum-only adds up what all teachers need beside the student, from the
-shapes alone (the meta device): weights, and the largest live activations of one teacher at a time, attention maps
-included, which fused kernels do not keep: an upper bound. JSON goes to benchmarks/results/.
+shapes alone (the meta device): weights, and the largest live activations of one teacher at a time, with attention as
+fused kernels do it, which keep no attention maps. JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,6 +239,26 @@ def peak_of(call: Callable[[], None], known: list[Tensor], device: str, weights:
     return weights + live.peak
 
 
+class FusedAttention(torch.autograd.Function):
+    """The memory of a fused attention kernel, without its numbers: what it keeps are its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """In the place of `F.scaled_dot_product_attention`, which the meta device takes apart."""
+    return FusedAttention.apply(query, key, value)
+
+
 def activation_bytes(teacher: UNetTeacher, args: argparse.Namespace) -> dict[str, int]:
     """Largest live activations of a call from shapes alone: encoding, the U-Net's passes, the encoder's backward."""
     views = leaf_views(renderings(args.prompts, args.render_size, "meta", views=teacher.num_views))
@@ -245,7 +267,8 @@ def activation_bytes(teacher: UNetTeacher, args: argparse.Namespace) -> dict[str
     text = torch.empty(passes * n, 77, width, dtype=teacher.unet.dtype, device="meta")
     camera = torch.empty(passes * n, CAMERA_DIMENSIONS, device="meta") if teacher.takes_cameras else None
     peaks = {}
-    with LiveBytes([*teacher.parameters(), *teacher.buffers()]) as live:
+    known = [*teacher.parameters(), *teacher.buffers()]
+    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention), LiveBytes(known) as live:
         x = teacher.encode(views)
         peaks["encode"], live.peak = live.peak, live.live
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The distillation benchmark runs, and its memory from shapes alone bounds that of a call."""
+"""The distillation benchmark runs, and its memory from shapes alone is that of a call."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_distillation.py"
 
 
 @pytest.mark.slow
-def test_every_teacher_is_measured_and_memory_is_bounded(tmp_path):
+def test_every_teacher_is_measured_and_memory_agrees(tmp_path):
     words = ["--repeats", "1", "--devices", "cpu", "--eta", "0.1", "--output", str(tmp_path)]
     subprocess.run([sys.executable, str(SCRIPT), *words], check=True, capture_output=True, cwd=SCRIPT.parents[1])
     report = json.loads((tmp_path / "distillation_tiny_float32_cpu.json").read_text())
@@ -21,5 +21,4 @@ def test_every_teacher_is_measured_and_memory_is_bounded(tmp_path):
         predicted = report["memory"]["teachers"][call["teacher"]]
         assert call["seconds"] > 0 and call["weight_bytes"] == predicted["weights"]
         measured = call["peak_bytes"] - call["weight_bytes"]
-        bound = max(predicted["activations"].values())  # with attention maps, which a fused kernel does not keep
-        assert bound / 5 < measured < 1.1 * bound, call["teacher"]
+        assert measured == pytest.approx(max(predicted["activations"].values()), rel=0.25), call["teacher"]
