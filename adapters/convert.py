@@ -139,8 +139,9 @@ def convert_published(state: dict[str, Tensor], backbone: SixPlaneBackbone) -> d
     box = take("geometry.bbox")
     if missing or rest:
         raise CheckpointError(f"published checkpoint: missing {sorted(missing)}, unknown {sorted(rest)}")
-    if not box.is_meta and not torch.equal(box.detach().abs(), torch.ones_like(box)):
-        raise CheckpointError(f"geometry.bbox={box.tolist()}: expected the cube from -1 to 1")
+    if box.shape != (2, 3) or not (box.is_meta or box.tolist() == [[-1.0] * 3, [1.0] * 3]):
+        found = f"shape {list(box.shape)}" if box.is_meta else box.tolist()
+        raise CheckpointError(f"geometry.bbox={found}: expected the cube from -1 to 1")
     return converted
 
 
