@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -59,3 +63,23 @@ class Recording:
             self.report(name, "recorded, but neither used as an input nor compared", ok=False)
         print(f"{self.room}: {self.lines} quantities, {len(self.failures)} past tolerance")
         return 1 if self.failures else 0
+
+
+def compared(folder: Path, compare: Callable[[], int]) -> int:
+    """The exit status of `compare`; 2, and one sentence, if `folder` lacks or garbles what the comparison needs."""
+    try:
+        return compare()
+    except FileNotFoundError as error:
+        reason = f"{error.filename}: no such file" if error.filename else str(error)
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        LookupError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    print(f"{folder}: not a folder of reference data in the format of its README ({reason})", file=sys.stderr)
+    return 2

@@ -2,7 +2,8 @@
 
     python -m tests.parity.generator FOLDER        # FOLDER/generator as in the reference data's README
 
-One line a quantity with its error; the exit status is 1 if any is past tolerance, or recorded and not compared.
+One line a quantity with its error; the exit status is 1 if any is past tolerance, or recorded and not compared, and 2
+if the folder lacks or garbles what is needed. Nothing is presumed of its sizes: they are read off what is recorded.
 """
 
 from __future__ import annotations
@@ -19,42 +20,32 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prd.adapters.convert import (
-    convert_published,
-    published_config,
-    published_layers,
-    read_published,
-)
-from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta
+from prd.adapters.convert import convert_published, published_config, published_layers
+from prd.adapters.peta import PetaConfig, SixPlaneBackbone
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.triplane import TriplaneField, colour_from_features
-from tests.parity import CLOSED_FORM, GRADIENT, NETWORK, Recording
-
-GEOMETRY = {
-    "radius": 1.0,
-    "rotate_planes": "v1",
-    "split_channels": "v1",
-    "geo_interpolate": "v1",
-    "tex_interpolate": "v2",
-    "sdf_bias": "sphere",
-}
+from tests.parity import CLOSED_FORM, GRADIENT, NETWORK, Recording, compared
+from tests.parity.generator_records import compare_records, plain
 
 
 class GeneratorParity:
     """One recorded folder, the student built from it, and the comparisons."""
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; give the one that holds generator/")
         self.folder = folder
+        self.files = {"io.safetensors"}  # of tensors, that were read
         self.meta = json.loads((folder / "meta.json").read_text())
         self.io = Recording("generator", folder / "io.safetensors")
         self.unet = UNet2DConditionModel.from_config(self._json("base_unet_config.json"))
-        self.unet.load_state_dict(load_file(folder / "base_unet.safetensors"), strict=True)
+        self.unet.load_state_dict(self._tensors("base_unet.safetensors"), strict=True)
         self.vae = AutoencoderKL.from_config(self._json("base_vae_config.json"))
-        self.vae.load_state_dict(load_file(folder / "base_vae.safetensors"), strict=True)
+        self.vae.load_state_dict(self._tensors("base_vae.safetensors"), strict=True)
         self.unet.requires_grad_(False).eval()
         self.vae.requires_grad_(False).eval()
-        scheduler = DDIMScheduler.from_config(self._json("scheduler_config.json"))
-        published = load_file(folder / "adapter_state_dict.safetensors")
+        self.scheduler = DDIMScheduler.from_config(self._json("scheduler_config.json"))
+        published = self._tensors("adapter_state_dict.safetensors")
         self.published = {name: tensor.requires_grad_(True) for name, tensor in published.items()}
         plain = SixPlaneBackbone(self.unet, self.vae, PetaConfig())
         self.layers = published_layers(plain)
@@ -65,7 +56,7 @@ class GeneratorParity:
             bias_radius=self.meta["geometry_config"]["sdf_bias_params"],
         )
         self.student = TriplaneTurboGenerator(
-            self.unet, self.vae, scheduler, published_config(self.published, plain), config
+            self.unet, self.vae, self.scheduler, published_config(self.published, plain), config
         )
         self.student.load_adapter_state_dict({name: tensor.detach() for name, tensor in self.native.items()})
         self.text = self.io.input("text_embed")
@@ -74,13 +65,17 @@ class GeneratorParity:
     def _json(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())
 
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        self.files.add(name)
+        return load_file(self.folder / name)
+
     def planes(self, name: str) -> Tensor:
         """A recorded tensor [B * 6, 4, h, w] as [B, 6, 4, h, w]."""
         return self.io.input(name).unflatten(0, (self.batch, 6))
 
     def run(self) -> int:
         with torch.no_grad():
-            self.records()
+            compare_records(self)
             self.base()
             self.denoise()
             self.sampling()
@@ -90,68 +85,10 @@ class GeneratorParity:
         self.normals()
         self.gradients()
         self.eikonal()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self.files:
+                self.io.report(path.name, "recorded, but not read", ok=False)
         return self.io.finish()
-
-    def records(self) -> None:
-        """What is recorded besides the tensors of io.safetensors agrees with it and with what we build."""
-        io, meta = self.io, self.meta
-        shapes = {name: list(tensor.shape) for name, tensor in io.tensors.items()}
-        recorded = {name: entry["shape"] for name, entry in meta["tensors"].items()}
-        io.report("meta.json tensors", f"{len(recorded)} names and shapes", ok=shapes == recorded)
-        sizes = [meta["batch"], meta["latent_size"], meta["geometry_config"]["space_generator_config"]["output_dim"]]
-        built = [self.batch, io.tensors["latents_T"].shape[-1], 2 * self.student.peta.plane_channels]
-        io.report("meta.json batch, latent size, channels", f"{built} against {sizes}", ok=built == sizes)
-        geometry = {name: meta["geometry_config"][name] for name in GEOMETRY}
-        io.report("meta.json geometry", f"{geometry}", ok=geometry == GEOMETRY)
-        modules = [entry["module"] for entry in meta["peft_layer_index_to_module"]]
-        io.report("meta.json layers", f"{len(modules)} modules", ok=modules == _published_names(self.layers))
-        entries = {
-            f"geometry.space_generator.peft_layers.layers.{entry['index']}.{name}": list(shape)
-            for entry in meta["peft_layer_index_to_module"]
-            for name, shape in entry["shapes"].items()
-        }
-        own = {name: list(t.shape) for name, t in self.published.items() if "peft_layers" in name}
-        io.report("meta.json layer shapes", f"{len(entries)} tensors", ok=entries == own)
-        for path in sorted(self.folder.glob("*.pth")):
-            state = read_published(path)
-            same = state.keys() == self.published.keys() and all(
-                torch.equal(state[n], self.published[n]) for n in state
-            )
-            io.report(path.name, f"{len(state)} tensors as in adapter_state_dict.safetensors", ok=same)
-        for path in sorted(self.folder.glob("*full_size_keys.json")):
-            self._full_size(json.loads(path.read_text()), path.name)
-
-    def _full_size(self, record: dict, name: str) -> None:
-        """Every key of a released-layout checkpoint at Stable Diffusion 2.1's size, without its memory."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(
-                block_out_channels=(320, 640, 1280, 1280),
-                attention_head_dim=(5, 10, 20, 20),
-                cross_attention_dim=1024,
-                use_linear_projection=True,
-            )
-            vae = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-            )
-            backbone = SixPlaneBackbone(unet, vae, PetaConfig())
-            layers = published_layers(backbone)
-            state = {key: torch.empty(shape) for key, shape in record["state_dict"].items()}
-            adapted = attach_peta(backbone, published_config(state, backbone))
-            converted = convert_published(state, backbone)
-            own = {n: p.shape for n, p in adapted.named_parameters() if p.requires_grad}
-        modules = [entry["module"] for entry in record["index_to_module"]]
-        count = sum(tensor.numel() for key, tensor in state.items() if "peft_layers" in key)
-        agree = (
-            modules == _published_names(layers)
-            and len(layers) == record["num_layers"]
-            and count == record["num_peft_params"]
-            and {_plain(n): s for n, s in own.items()}
-            == {n: t.shape for n, t in converted.items() if not n.startswith("heads.")}
-        )
-        self.io.report(name, f"{len(layers)} layers, {count} parameters", ok=agree)
 
     def base(self) -> None:
         io = self.io
@@ -176,53 +113,66 @@ class GeneratorParity:
             self.io.compare(name, out, NETWORK)
 
     def sampling(self) -> None:
+        """Each DDIM step from the recorded result of the one before, and then all of them in one call."""
         io, student = self.io, self.student
-        recorded = io.input("ddim.timesteps").tolist()
-        timesteps = student.timesteps(len(recorded))
+        recorded, total = io.input("ddim.timesteps").tolist(), len(student.alphas_cumprod)
+        count, stride = len(recorded), total // len(recorded)
+        timesteps = [total - 1 - i * stride for i in range(count)]
         io.report("ddim.timesteps", f"{timesteps}", ok=timesteps == recorded)
-        x, stride = self.planes("latents_T"), len(student.alphas_cumprod) // len(timesteps)
-        x0 = x
+        x = x0 = self.planes("latents_T")
         for i, t in enumerate(timesteps):
             x0 = student.denoise(x, t, self.text)
             io.compare(f"ddim.step{i}.noise_pred", student.predict(x, t, self.text), NETWORK)
             io.compare(f"ddim.step{i}.pred_original_sample", x0, NETWORK)
             x = student.ddim_step(x, x0, t, t - stride)
+            if t < stride and self.scheduler.config["set_alpha_to_one"]:
+                x = x0
             io.compare(f"ddim.step{i}.prev_sample", x, NETWORK)
-        final = student.sample_latents(self.text, num_inference_steps=len(timesteps), latents=self.planes("latents_T"))
-        io.compare("ddim.final_latents", final, NETWORK)
+            x = self.planes(f"ddim.step{i}.prev_sample")
+        io.compare("ddim.final_latents", x0, NETWORK)
+        if total % count == 0:
+            final = student.sample_latents(self.text, num_inference_steps=count, latents=self.planes("latents_T"))
+            expected = self.planes("ddim.final_latents")
+            io.check(f"ddim.final_latents of {student.timesteps(count)}", final, expected, count * NETWORK)
 
     def rollout(self) -> None:
+        """Each step of the training roll-out from the recorded x0 of the one before."""
         io, student = self.io, self.student
-        recorded = io.input("train.timesteps").tolist()
-        timesteps = student.timesteps(len(recorded))
-        io.report("train.timesteps", f"{timesteps}", ok=timesteps == recorded)
         x0 = self.planes("latents_T")
-        for i, t in enumerate(timesteps):
+        for i, t in enumerate(io.input("train.timesteps").tolist()):
             noisy = student.add_noise(x0, self.planes(f"train.step{i}.noise"), t)
-            x0 = student.denoise(noisy, t, self.text)
             io.compare(f"train.step{i}.noisy", noisy, NETWORK)
+            noisy = self.planes(f"train.step{i}.noisy")
             io.compare(f"train.step{i}.noise_pred", student.predict(noisy, t, self.text), NETWORK)
-            io.compare(f"train.step{i}.x0", x0, NETWORK)
+            io.compare(f"train.step{i}.x0", student.denoise(noisy, t, self.text), NETWORK)
+            x0 = self.planes(f"train.step{i}.x0")
 
     def decode(self) -> None:
         latents = self.planes("ddim.final_latents")
-        seen: list[Tensor] = []
+        seen: list[Tensor] = []  # of conv_out: all rows at once, or row by row
         conv_out = self.student.backbone.decoder.conv_out.modules_to_save["default"]
         hook = conv_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         self.io.compare("planes", self.student.decode_planes(latents), NETWORK)
         hook.remove()
-        full = F.conv2d(seen[0], conv_out.weight, conv_out.bias, padding=1).unflatten(0, (self.batch, 6))
         for name in sorted(self.io.left):
             if match := re.fullmatch(r"forward_decode\.b(\d+)\.planes(\d+(?:and\d+)*)", name):
-                planes = [int(plane) for plane in match[2].split("and")]
-                self.io.compare(name, full[int(match[1]), planes], NETWORK)
+                planes = [6 * int(match[1]) + int(plane) for plane in match[2].split("and")]
+                rows = torch.cat(seen)[planes]
+                self.io.compare(name, F.conv2d(rows, conv_out.weight, conv_out.bias, padding=1), NETWORK)
 
-    def field(self, name: str) -> TriplaneField:
-        """The field of recorded planes."""
-        return TriplaneField(self.io.input(name), self.student.heads, self.student.config.bias_radius)
+    def field(self, name: str, count: int | None = None) -> TriplaneField:
+        """The field of recorded planes, of the first `count` samples if it is given."""
+        planes = self.io.input(name)
+        if count is not None:
+            planes = samples(planes, count)
+        return TriplaneField(planes, self.student.heads, self.student.config.bias_radius)
+
+    def points(self, name: str) -> Tensor:
+        """Recorded points [B, N, 3]."""
+        return samples(self.io.input(name), self.batch)
 
     def queries(self) -> None:
-        io, points = self.io, self.io.input("points")
+        io, points = self.io, self.points("points")
         field = self.field("planes")
         sdf, deformation = field.sdf_and_deformation(points)
         features = field.colour_features(points)
@@ -240,25 +190,27 @@ class GeneratorParity:
         for name in sorted(io.left):
             if match := re.fullmatch(r"export\.features\.b(\d+)", name):
                 io.compare(name, features[int(match[1])], NETWORK)
-        self._grid(field)
-        probe = self.field("probe.planes")
-        points = points.expand(len(probe.planes), -1, -1)
+        self._grid()
+        count = io.tensors["probe.sdf"].numel() // points.shape[1]
+        probe, points = self.field("probe.planes", count), samples(points, count)
         io.compare("probe.enc_geo", probe.geometry_features(points), NETWORK)
         io.compare("probe.enc_tex", probe.texture_features(points), NETWORK)
         io.compare("probe.sdf", probe.sdf(points), NETWORK)
         io.compare("probe.features", probe.colour_features(points), NETWORK)
 
-    def _grid(self, field: TriplaneField) -> None:
-        resolution = round(len(self.io.tensors["grid.points"]) ** (1 / 3))
+    def _grid(self) -> None:
+        nodes = self.io.tensors["grid.points"].shape[-2]
+        resolution = round(nodes ** (1 / 3))
         axis = torch.linspace(-1, 1, resolution)
         self.io.compare("grid.points", torch.cartesian_prod(axis, axis, axis), CLOSED_FORM)
+        field = self.field("planes", self.io.tensors["grid.sdf"].numel() // nodes)
         sdf, _, deformation = field.grid(resolution, rgb=False)
         assert deformation is not None
         self.io.compare("grid.sdf", sdf, NETWORK)
         self.io.compare("grid.deformation", deformation, NETWORK)
 
     def normals(self) -> None:
-        io, points, field = self.io, self.io.input("train_query.points"), self.field("planes")
+        io, points, field = self.io, self.points("train_query.points"), self.field("planes")
         sdf, gradient = field.sdf_and_gradient(points)
         io.compare("train_query.sdf", sdf, NETWORK)
         io.compare("train_query.sdf_orig", field.heads.sdf(field.geometry_features(points)), NETWORK)
@@ -269,12 +221,13 @@ class GeneratorParity:
     def gradients(self) -> None:
         """d loss / d parameter in the published parametrisation: through the student, then through the conversion."""
         io, student = self.io, self.student
-        t = int(io.input("train.timesteps")[1])
-        x0 = student.denoise(self.planes("train.step1.noisy"), t, self.text)
+        timesteps = io.input("train.timesteps").tolist()
+        step = min(1, len(timesteps) - 1)
+        x0 = student.denoise(self.planes(f"train.step{step}.noisy"), timesteps[step], self.text)
         x0.retain_grad()
         field = student.decode(x0)
         field.planes.retain_grad()
-        points = io.input("points")
+        points = self.points("points")
         sdf, deformation = field.sdf_and_deformation(points)
         features = field.colour_features(points)
         terms = {"w_sdf": sdf, "w_feat": features, "w_def": deformation}
@@ -287,10 +240,10 @@ class GeneratorParity:
         io.compare("grad.d_x0", x0.grad, GRADIENT)
         io.compare("grad.d_planes", field.planes.grad, GRADIENT)
         trained = {f"heads.{n}": p for n, p in student.heads.named_parameters()}
-        trained |= {_plain(n): p for n, p in student.peft.named_parameters() if p.requires_grad}
+        trained |= {plain(n): p for n, p in student.peft.named_parameters() if p.requires_grad}
         names = [name for name, parameter in trained.items() if parameter.grad is not None]
         torch.autograd.backward([self.native[name] for name in names], [trained[name].grad for name in names])
-        expected = load_file(self.folder / "grad_adapter.safetensors")
+        expected = self._tensors("grad_adapter.safetensors")
         own = {name: tensor.grad for name, tensor in self.published.items() if tensor.grad is not None}
         left = (own.keys() ^ expected.keys()) - {"geometry.bbox"}
         io.report("grad_adapter names", f"{len(expected)} gradients, unmatched {sorted(left)}", ok=not left)
@@ -303,7 +256,7 @@ class GeneratorParity:
         io = self.io
         planes = io.input("planes").clone().requires_grad_(True)
         field = TriplaneField(planes, self.student.heads, self.student.config.bias_radius)
-        _, gradient = field.sdf_and_gradient(io.input("eik.points"))
+        _, gradient = field.sdf_and_gradient(self.points("eik.points"))
         loss = ((gradient.norm(dim=-1) - 1) ** 2).mean()
         head: nn.Module = self.student.heads.sdf
         named = dict(head.named_parameters())
@@ -315,24 +268,16 @@ class GeneratorParity:
             io.compare(f"eik.d_sdf_network.layers.{name}", value, GRADIENT)
 
 
-def _plain(name: str) -> str:
-    """The key in a saved adapter of a parameter of the peft model."""
-    return name.replace(".modules_to_save.default", "").replace(".default", "")
-
-
-def _published_names(layers: list[tuple[str, str]]) -> list[str]:
-    """The names under which the published code knew the adapted modules."""
-    names = []
-    for group, module in layers:
-        suffix = {"conv_out": ""}.get(group, ".lora_layer" if group.endswith("convolutions") else ".processor")
-        names.append(("" if module.startswith("unet.") else "vae.") + module + suffix)
-    return names
+def samples(tensor: Tensor, count: int) -> Tensor:
+    """The first `count` samples of [B, ...]; a single sample is shared by all."""
+    return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:count]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
-    return GeneratorParity(parser.parse_args(arguments).folder / "generator").run()
+    folder = parser.parse_args(arguments).folder / "generator"
+    return compared(folder, lambda: GeneratorParity(folder).run())
 
 
 if __name__ == "__main__":
