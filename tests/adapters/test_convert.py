@@ -108,8 +108,9 @@ def test_every_key_counts() -> None:
     with pytest.raises(CheckpointError) as error:
         convert_published(broken, backbone)
     assert str(error.value) == f"published checkpoint: missing ['{lost}'], unknown ['geometry.odd']"
-    with pytest.raises(CheckpointError, match="expected the cube from -1 to 1"):
-        convert_published({**state, "geometry.bbox": torch.zeros(2, 3)}, backbone)
+    for box in (torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([-1.0, 1.0])):
+        with pytest.raises(CheckpointError, match="expected the cube from -1 to 1"):
+            convert_published({**state, "geometry.bbox": box}, backbone)
     with pytest.raises(CheckpointError, match="expected one rank in each of"):
         published_config({**state, f"{LAYERS}0.to_q_xy_lora_geo.down.weight": torch.zeros(7, 8)}, backbone)
 
