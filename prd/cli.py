@@ -119,6 +119,9 @@ def _train(overrides: Sequence[str]) -> int:
 
     try:
         config = parse_args(overrides)
+        from prd.training.run_folder import check_run
+
+        check_run(config)
         from prd.training.trainer import CollapseError, Trainer
 
         try:

@@ -237,6 +237,7 @@ class ValidationConfig:
 
     prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
     every_steps: Count | None = None  # measure every so many steps; null: before and after only
+    gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
     num_inference_steps: Count = 4  # denoising steps of the student
     views: Count = 4  # views a prompt on the contact sheet
     stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones
@@ -264,7 +265,7 @@ class TrainConfig:
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "latest"
-    report_to: str | None = None  # an Accelerate tracker besides metrics.jsonl, as "tensorboard" or "wandb"
+    report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none
     num_threads: Count | None = None  # torch's CPU threads; null: all cores
     model: ModelConfig = field(default_factory=ModelConfig)  # the student
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
@@ -281,6 +282,8 @@ class TrainConfig:
     def _check(self) -> TrainConfig:
         if self.distillation.reference == "noise" and any(t.eta > 0 for t in self.teachers.enabled):
             raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
+        if self.validation.gallery_steps and not self.validation.prompts:
+            raise ValueError("validation.gallery_steps: a gallery draws validation.prompts, of which there are none")
         if self.cameras.views != 4 and (self.teachers.mvdream.enabled or self.teachers.richdreamer.enabled):
             raise ValueError(f"cameras.views={self.cameras.views}: must be 4, which MVDream and RichDreamer see")
         for name, k in (

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ from prd.training.checkpoints import (
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.prompts import load_corpus
+from prd.training.run_folder import check_run, peak_memory, write_environment
 from prd.training.validation import contact_sheet, export_meshes, measure, toybox_splits
 
 logger = logging.getLogger(__name__)
@@ -88,9 +90,12 @@ class Trainer:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // processes))
         keep_freed_memory()
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to)
-        torch.manual_seed(config.seed)
         self.folder = Path(config.output_dir)
+        places = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "trackers"))
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places
+        )
+        torch.manual_seed(config.seed)
         self.corpus = load_corpus(config.prompts)
         base = load_base(config.model.base, revision=config.model.revision, text=True)
         assert base.encoder is not None  # text=True
@@ -315,9 +320,11 @@ class Trainer:
     def train(self) -> Path:
         """The whole run; returns its folder."""
         config = self.config
+        check_run(config)
         main = self.accelerator.is_main_process
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            write_environment(self.folder, self.accelerator.num_processes)
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
         first = self.resume()
@@ -337,6 +344,8 @@ class Trainer:
             if main and every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
                 values["r_at_1"] = self.quick_recognition()
                 shown["R@1"] = f"{values['r_at_1']:.2f}"
+            values["peak_gigabytes"] = peak_memory(self.device)
+            shown["peak"] = f"{values['peak_gigabytes']:.1f} GB"
             if main and metrics is not None:
                 self.accelerator.log(values, step=step + 1)
                 metrics.write(json.dumps({"step": step + 1, **_rounded(values)}) + "\n")

@@ -1,0 +1,143 @@
+"""The folder of a run before its first step: that it is free, who writes into it, and where the run took place."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from prd.training.config import ConfigError, TrainConfig
+
+ENVIRONMENT = "environment.json"
+PACKAGES = (
+    *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
+    *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
+)
+
+
+def check_run(config: TrainConfig) -> None:
+    """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
+    check_output_folder(config)
+    check_tracker(config)
+
+
+def check_output_folder(config: TrainConfig) -> None:
+    """`ConfigError` if `output_dir` is no folder, or holds a run that this one does not continue."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir!r}: is a file; name a folder")
+    resumed = config.resume_from_checkpoint
+    if resumed == "latest" or (resumed is not None and Path(resumed).resolve().parent == folder.resolve()):
+        return
+    if found := _traces_of_a_run(folder):
+        raise ConfigError(
+            f"output_dir={config.output_dir!r}: holds another run ({found}); continue it with "
+            "--resume_from_checkpoint latest, or name another folder"
+        )
+
+
+def _traces_of_a_run(folder: Path) -> str:
+    """What a run has left in a folder, in words; empty if it has not taken a step there."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        return metrics.name
+    if (folder / "adapter").exists():
+        return "adapter"
+    return next((path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()), "")
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """`ConfigError` for a `report_to` that Accelerate does not know or whose package is not installed."""
+    name = config.report_to
+    if name is None or name == "all":
+        return
+    known = sorted(str(logger) for logger in LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise ConfigError(f"report_to={name!r}: no tracker of Accelerate; allowed are null, all, {', '.join(known)}")
+    if name not in {str(logger) for logger in get_available_trackers()}:
+        raise ConfigError(f"report_to={name!r}: its package is not installed; pip install {name}, or --report_to null")
+
+
+def environment(num_processes: int = 1) -> dict[str, Any]:
+    """Package versions, git revision, hardware and command of this process, as JSON can hold them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": git_revision(Path(__file__).resolve().parents[2]),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "hardware": {
+            "cpu": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gigabytes": round(memory / 1e9, 1),
+            "devices": [{"name": d.name, "memory_gigabytes": round(d.total_memory / 1e9, 1)} for d in devices],
+            "cuda": torch.version.cuda,
+        },
+        "processes": num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_environment(folder: Path, num_processes: int = 1) -> None:
+    """Write `environment.json`; a resumed run's goes to the end of the list, since it may be another machine."""
+    path = folder / ENVIRONMENT
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    path.write_text(json.dumps([*earlier, environment(num_processes)], indent=1) + "\n", encoding="utf-8")
+
+
+def git_revision(root: Path) -> dict[str, Any] | None:
+    """Commit of the work tree whose top is `root`, and whether files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # an installed copy inside somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes at the process's peak so far: allocated on its CUDA device, or resident in main memory.
+
+    NaN where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,66 @@
+"""A run folder is free or refused before a model is loaded; it says where the run took place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from prd.cli import main
+from prd.training.config import ConfigError, load_config
+from prd.training.run_folder import check_output_folder, check_run, git_revision, peak_memory, write_environment
+
+
+def config(folder: Path, *words: str):
+    return load_config("toybox", ["--output_dir", str(folder), *words])
+
+
+def test_a_folder_that_holds_another_run_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prd.base.load_base", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.training.trainer.load_base", lambda *a, **k: pytest.fail("loaded a model"))
+    (tmp_path / "config.yaml").write_text("seed: 0\n")  # a run that died before its first step is no loss
+    (tmp_path / "metrics.jsonl").touch()
+    check_output_folder(config(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert main(["train", "--output_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"output_dir='{tmp_path}': holds another run (metrics.jsonl)" in error and "latest" in error
+
+
+@pytest.mark.parametrize("trace", ["adapter", "checkpoint-10"])
+def test_a_folder_is_continued_from_its_own_checkpoints_alone(tmp_path, trace):
+    (tmp_path / "a" / trace).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=trace):
+        check_output_folder(config(tmp_path / "a"))
+    check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", "latest"))
+    check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-10")))
+    with pytest.raises(ConfigError, match=trace):  # another run's checkpoint does not make this folder free
+        check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "b" / "checkpoint-10")))
+
+
+def test_a_file_in_the_folders_place_and_unknown_trackers_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        check_run(config(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="report_to='tensorbord'.*tensorboard"):
+        check_run(config(tmp_path / "new", "--report_to", "tensorbord"))
+    with pytest.raises(ConfigError, match="report_to='aim': its package is not installed"):
+        check_run(config(tmp_path / "new", "--report_to", "aim"))
+    check_run(config(tmp_path / "new"))  # TensorBoard comes with the package
+    check_run(config(tmp_path / "new", "--report_to", "null"))
+
+
+def test_the_environment_names_packages_revision_and_hardware(tmp_path):
+    write_environment(tmp_path, 2)
+    write_environment(tmp_path, 1)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert (first["processes"], second["processes"]) == (2, 1)
+    assert first["packages"]["torch"] == torch.__version__
+    assert first["hardware"]["cores"] >= 1 and first["hardware"]["memory_gigabytes"] > 0
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        assert len(first["git"]["commit"]) == 40 and isinstance(first["git"]["modified"], bool)
+    assert git_revision(root / "prd") is None and git_revision(tmp_path) is None
+    assert 0.01 < peak_memory(torch.device("cpu")) < 1000
