@@ -1,6 +1,6 @@
 """Pig64 and Animal2400: prompts composed from the word lists of AToM (arXiv 2402.00867, appendix C.1 and C.2).
 
-Both sets are ATT3D's (arXiv 2306.07349, section 4); AToM prints their words in full, and they are written here as there.
+Both sets are ATT3D's (arXiv 2306.07349, section 4). AToM prints their words in full; they stand here in its order.
 """
 
 from __future__ import annotations

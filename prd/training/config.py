@@ -67,7 +67,11 @@ class ModelConfig:
 class PromptsConfig:
     """What is asked of the student."""
 
-    source: str = "toybox"  # "toybox", or a .txt (a prompt a line) or .json (a list of strings) file
+    source: str = "toybox"  # "toybox", "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub dataset
+    column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
+    split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
+    revision: str | None = None  # branch, tag or commit of a Hub dataset
+    embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
     held_out: tuple[str, ...] = ()  # prompts never trained on; exactly these texts
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 

@@ -96,10 +96,14 @@ class Trainer:
             mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places
         )
         torch.manual_seed(config.seed)
-        self.corpus = load_corpus(config.prompts)
+        self.corpus = load_corpus(config.prompts, config.seed)
         base = load_base(config.model.base, revision=config.model.revision, text=True)
         assert base.encoder is not None  # text=True
         self.encoder = base.encoder
+        if self.accelerator.is_main_process:
+            model = self.encoder.model
+            if found := self.corpus.report(self.encoder.tokenizer, model.config.max_position_embeddings):
+                logger.warning(found)
         self.student = build_student(config, base).to(self.device)
         self.encoder.model.to(self.device)
         self.teachers = load_teachers(config, self.device)
@@ -159,7 +163,9 @@ class Trainer:
         config = self.config
         place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
         draws = [draw_generator(config.seed, step, place, stream) for stream in range(5)]
-        prompts = self.corpus.draw(config.train_batch_size, draws[PROMPTS])
+        count = config.train_batch_size
+        first = (step * self.accelerator.num_processes * config.gradient_accumulation_steps + place) * count
+        prompts = [self.corpus.prompt(position, draws[PROMPTS]) for position in range(first, first + count)]
         embeds = self.encoder(prompts).to(self.device)
         judges = [
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
