@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneL
 CONV_OUT = "decoder.conv_out"
 LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded one by one
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own records
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"),
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
+    *("peft_version", "runtime_config"),
+}
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 GROUPS = ("self_attention", "cross_attention", "convolutions", "decoder_attention", "decoder_convolutions")
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
@@ -66,9 +71,11 @@ class PlaneLora(PetaLinear):
     """LoRA of a linear layer with one pair of factors a plane; input [B * P, L, in]."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        assert isinstance(config, PetaConfig)
-        if config.use_dora:
-            raise ValueError("use_dora=True: DoRA is not defined for plane-wise LoRA; set plane_wise=False")
+        if not isinstance(config, PetaConfig):
+            raise TypeError(
+                f"adapter {adapter_name!r} has a {type(config).__name__}: give peft the adapter's own config, "
+                "config=PetaConfig.from_pretrained(folder)"
+            )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         bias = config.plane_bias and kwargs["target_name"].endswith("to_out.0")
         base: Any = self.get_base_layer()
@@ -158,10 +165,12 @@ class PetaConfig(LoraConfig):
 
     `r` is the rank everywhere, `rank_pattern` (peft's: regex -> rank) overrides it for some modules. Plane-wise LoRA
     against basic LoRA of the same parameter count is `plane_wise=False, rank_pattern={SELF_ATTENTION.pattern: 6 * r}`.
-    `target_modules` is found by module type when the adapter is attached and need not be given.
+    `target_modules` and `modules_to_save` are found when the adapter is attached, whatever is given. ValueError for the
+    options of peft's LoRA that PETA does not have (dropout, another alpha, DoRA, ...).
     """
 
     r: int = field(default=16)
+    lora_alpha: int | None = field(default=None)  # type: ignore[assignment]  # always r: nothing is scaled
     num_planes: int = field(default=NUM_PLANES)
     plane_channels: int = field(default=32)  # C of the decoded planes; the new conv_out has 2C channels
     plane_wise: bool = field(default=True)  # False: one A/B pair shared by the planes in self-attention
@@ -180,6 +189,10 @@ class PetaConfig(LoraConfig):
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
         if self.num_planes % 2:
             raise ValueError(f"num_planes={self.num_planes}: must be even, geometry planes and as many texture planes")
+        for name in (*GROUPS, "plane_wise", "plane_bias", "full"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
+        self._refuse_other_options()
         if self.init_lora_weights is True:
             self.init_lora_weights = "gaussian"  # A ~ N(0, 1 / r) as a standard deviation, B = 0
         self.lora_alpha = self.r  # peft scales by alpha / r; here by 1
@@ -188,6 +201,19 @@ class PetaConfig(LoraConfig):
         super().__post_init__()
         layers: Any = {nn.Linear: self._linear, nn.Conv2d: PetaConv}
         self._register_custom_module(layers)
+
+    def _refuse_other_options(self) -> None:
+        """ValueError for an option of peft's LoRA that PETA does not have: it would be ignored."""
+        if self.lora_alpha not in (None, self.r):
+            raise ValueError(f"lora_alpha={self.lora_alpha}: PETA scales nothing; leave it out, or give r={self.r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r}: must be True, False or 'gaussian'")
+        for option in fields(LoraConfig):
+            if option.name in OPTIONS or not option.init:
+                continue
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if getattr(self, option.name) not in (default, None):
+                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: PETA has no such option; leave it out")
 
     def _linear(self, target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> LoraLayer:
         name = kwargs["target_name"]

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         return _convert(args) if args.command == "convert" else _generate(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -146,6 +146,8 @@ class TriplaneTurbo:
             module: Any = self.student  # whose signature has no memory_format for type checkers
             module.to(memory_format=memory_format)
         if self.encoder is not None:
+            if dtype not in (None, self.encoder.model.dtype):
+                self.encoder.encoded.clear()
             self.encoder.model.to(device=device, dtype=dtype)
         return self
 
@@ -224,6 +226,12 @@ class TriplaneTurbo:
         _at_least("isosurface_resolution", isosurface_resolution, 2)
         k = self.student.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.student.timesteps(k)  # raises for a bad K before anything is computed
+        if target_faces is not None:
+            _at_least("target_faces", target_faces, 4)
+        if texture_size is not None:
+            _at_least("texture_size", texture_size, 1)
+        if latents is not None:
+            _floating("latents", latents)
         watch = _Stopwatch(self.device)
         prompts, embeds = self._encode(prompt, prompt_embeds)
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
@@ -232,15 +240,20 @@ class TriplaneTurbo:
         with tqdm(total=k, desc="denoise", **self._progress) as bar:
 
             def on_step(step: int, timestep: int, x: Tensor) -> Tensor:
-                if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
                 bar.update()
-                return x
+                if callback_on_step_end is None:
+                    return x
+                return _replaced(x, callback_on_step_end(self, step, timestep, {"latents": x}))
 
             z = self.student.sample_latents(embeds, generator, k, latents, on_step)
         self._release()
         watch.lap("denoise")
         field = self.student.decode(z)
+        if not bool(field.planes.isfinite().all()):
+            raise FloatingPointError(
+                f"the planes of {prompts!r} hold NaN or infinity (dtype {self.dtype}): generate in torch.float32, or "
+                "train again"
+            )
         self._release()
         watch.lap("decode")
         output = TriplaneTurboOutput([], prompts, field, watch.seconds)
@@ -259,7 +272,8 @@ class TriplaneTurbo:
             if prompt is not None:
                 raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
             width = self.student.backbone.unet.config["cross_attention_dim"]
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds.shape[0]:
+            _floating("prompt_embeds", prompt_embeds)
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
                 raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
             return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
         prompts = check_prompts(prompt)
@@ -375,6 +389,28 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def _floating(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is a {found}: must be a floating-point torch.Tensor")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: holds NaN or infinity")
+
+
+def _replaced(latents: Tensor, answer: object) -> Tensor:
+    """The latents that a callback's answer puts in the place of `latents`."""
+    if answer is None:
+        return latents
+    if not isinstance(answer, dict) or not answer.keys() <= {"latents"}:
+        raise TypeError(f"callback_on_step_end returned {answer!r}: must return None or {{'latents': tensor}}")
+    new = answer.get("latents", latents)
+    _floating("callback_on_step_end's latents", new)
+    if new.shape != latents.shape:
+        raise ValueError(f"callback_on_step_end's latents={tuple(new.shape)}: must stay {tuple(latents.shape)}")
+    return new.to(latents)
 
 
 class _Stopwatch:

@@ -98,7 +98,7 @@ def test_an_empty_prompt_is_an_error(pipe, prompt):
 
 
 def test_generators_must_be_one_a_prompt(pipe):
-    with pytest.raises(ValueError, match="2 generators for 1 prompts"):
+    with pytest.raises(ValueError, match="2 generators for 1 samples"):
         pipe("a red cube", generator=seeds(1, 2))
 
 
@@ -188,6 +188,48 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
     assert not torch.equal(other, plain)
 
 
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (torch.zeros(1), TypeError),
+        ({"latent": torch.zeros(1)}, TypeError),
+        ({"latents": None}, TypeError),
+        ({"latents": torch.zeros(2, 6, 4, 8, 8)}, ValueError),
+        ({"latents": torch.full((1, 6, 4, 8, 8), torch.nan)}, ValueError),
+    ],
+)
+def test_a_callback_s_answer_is_checked(pipe, answer, error):
+    with pytest.raises(error, match="callback_on_step_end"):
+        pipe("a red cube", output_type="planes", callback_on_step_end=lambda *call: answer)
+
+
+def test_what_is_no_tensor_or_not_finite_is_named(pipe):
+    embeds, latents = pipe.encoder(["a red cube"]), pipe.student.draw_latents(1)
+    for name, value in (("latents", latents), ("prompt_embeds", embeds)):
+        others = {"latents": latents, "prompt_embeds": embeds}
+        for wrong in (value.tolist(), value.bool()):
+            with pytest.raises(TypeError, match=f"{name} is a"):
+                pipe(**{**others, name: wrong}, output_type="planes")
+        with pytest.raises(ValueError, match=f"{name}: holds NaN"):
+            pipe(**{**others, name: value * torch.inf}, output_type="planes")
+    for generator in (1, [1], "0"):
+        with pytest.raises(TypeError, match="generator="):
+            pipe("a red cube", generator=generator, output_type="planes")
+
+
+def test_planes_that_are_not_finite_are_an_error(pipe, monkeypatch):
+    decode = pipe.student.decode
+
+    def broken(latents):
+        field = decode(latents)
+        field.planes[0, 0, 0, 0, 0] = torch.nan
+        return field
+
+    monkeypatch.setattr(pipe.student, "decode", broken)
+    with pytest.raises(FloatingPointError, match="'a red cube'.*float32"):
+        pipe("a red cube", output_type="planes")
+
+
 @pytest.mark.parametrize(("k", "timesteps"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])])
 def test_the_timesteps_of_k_steps(pipe, k, timesteps):
     seen = []
@@ -218,6 +260,9 @@ def test_the_progress_bar_can_be_silenced(pipe, capfd):
         {"isosurface_resolution": 24.0},
         {"output_type": "glb"},
         {"keep": "some"},
+        {"target_faces": 3},
+        {"target_faces": "a"},
+        {"texture_size": 0},
     ],
 )
 def test_arguments_out_of_range_are_named(pipe, options):
@@ -233,7 +278,8 @@ def test_it_moves_to_half_precision_and_back(toybox):
     assert pipe.dtype == torch.bfloat16 and half.dtype == torch.float32
     assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
     assert {p.dtype for n, p in pipe.student.named_parameters() if "heads" not in n} == {torch.bfloat16}
-    assert pipe.to("cpu", torch.float32).dtype == torch.float32
+    again = pipe.to("cpu", torch.float32)("a red cube", generator=seeds(1)[0], output_type="planes").planes
+    assert pipe.dtype == torch.float32 and (again - exact).abs().max() < (half - exact).abs().max()
     with pytest.raises(ValueError, match="dtype=torch.float64: must be torch.float32"):
         pipe.to(torch.float64)
 

@@ -114,7 +114,7 @@ class TriplaneTurboGenerator(nn.Module):
         return self
 
     def set_attention(self, attention: Callable[..., Tensor] | None) -> None:
-        """The attention of q, k, v [B, heads, L, d] in the U-Net (`xformers_attention`, say); None: torch's."""
+        """The attention of q, k, v [B, heads, L, d] in the U-Net (`load_xformers_attention()`, say); None: torch's."""
         for processor in {id(p): p for p in self.backbone.unet.attn_processors.values()}.values():
             assert isinstance(processor, PlaneAttention)
             processor.attention = attention or F.scaled_dot_product_attention
@@ -186,8 +186,10 @@ class TriplaneTurboGenerator(nn.Module):
         if generator is None or isinstance(generator, torch.Generator):
             source = self.device if generator is None else generator.device
             return torch.randn(batch, *shape, generator=generator, device=source).to(self.device)
+        if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
+            raise TypeError(f"generator={generator!r}: must be a torch.Generator or a list of them, one a sample")
         if len(generator) != batch:
-            raise ValueError(f"generator: {len(generator)} generators for {batch} prompts; give one a prompt")
+            raise ValueError(f"generator: {len(generator)} generators for {batch} samples; give one a sample")
         return torch.stack([torch.randn(shape, generator=g, device=g.device).to(self.device) for g in generator])
 
     def ddim_step(self, latents: Tensor, x0: Tensor, timestep: int, previous: int) -> Tensor:

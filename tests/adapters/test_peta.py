@@ -156,3 +156,30 @@ def test_bad_configs_and_bases_are_named() -> None:
     )
     with pytest.raises(ValueError, match="base without self_attention, cross_attention"):
         attach_peta(SixPlaneBackbone(plain, vae, PetaConfig(**CONFIG)), PetaConfig(**CONFIG))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"lora_alpha": 64},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_dropout": 0.5},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"plane_wise": "no"},
+        {"exclude_modules": ["conv1"]},
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(option: dict) -> None:
+    (name, value), *_ = option.items()
+    with pytest.raises(ValueError, match=rf"{name}={value!r}".replace("[", r"\[")):
+        PetaConfig(**{**CONFIG, **option})
+
+
+def test_a_second_adapter_needs_its_own_config() -> None:
+    from peft import LoraConfig
+
+    _, model = adapted()
+    with pytest.raises(TypeError, match="PetaConfig.from_pretrained"):
+        model.add_adapter("second", LoraConfig(target_modules=["attn1.to_q"]))

@@ -62,7 +62,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra key": (lambda f: tensors(f, lambda s: s.update(odd=torch.ones(1))), "extra ['odd']"),
     "shape": (lambda f: tensors(f, lambda s: s.update({BIAS: torch.ones(3)})), f"{BIAS} is [3], expected [32]"),
     "nan": (lambda f: tensors(f, nan), f"['{BIAS}'] hold values that are no finite numbers"),
-    "rank": (lambda f: edit(f / "adapter_config.json", r=8), "its tensors have rank [16], not [8] as adapter_config"),
+    "rank": (
+        lambda f: edit(f / "adapter_config.json", r=8, lora_alpha=8),
+        "its tensors have rank [16], not [8] as adapter_config",
+    ),
     "class": (lambda f: edit(f / "config.json", _class_name="UNet"), "_class_name is 'UNet', expected 'TriplaneTurbo'"),
     "peft class": (another_config, "adapter_config.json: is a peft config of another class"),
     "unknown field": (lambda f: edit(f / "config.json", sphere=1), "extra ['sphere']"),

@@ -191,7 +191,7 @@ def test_bad_inputs_are_named() -> None:
         model.denoise(latents[:, 0], 999, TEXT)
     with pytest.raises(ValueError, match=r"prompt_embeds=\(1, 77, 12\): expected \[2, 77, Ct\]"):
         model.denoise(latents, 999, TEXT[:1])
-    with pytest.raises(ValueError, match="1 generators for 2 prompts"):
+    with pytest.raises(ValueError, match="1 generators for 2 samples"):
         model.generate(TEXT, [torch.Generator()])
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         student(prediction_type="sample")
