@@ -164,7 +164,7 @@ def test_embeddings_and_latents_replace_the_text_and_the_draw(pipe):
         pipe("a red cube", prompt_embeds=embeds)
     with pytest.raises(ValueError, match=r"prompt_embeds=\(2, 16, 3\): expected \[prompts, tokens, "):
         pipe(prompt_embeds=embeds[..., :3])
-    for wrong in (latents[:1], latents[:, :5], latents[0], latents[..., :3]):
+    for wrong in (latents[:1], latents[:, :5], latents[0], latents[..., :0]):
         with pytest.raises(ValueError, match=r"latents=\("):
             pipe(prompts, latents=wrong, output_type="planes")
 

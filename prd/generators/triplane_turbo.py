@@ -236,13 +236,10 @@ class TriplaneTurboGenerator(nn.Module):
         return self.decode(self.sample_latents(prompt_embeds, generator, num_inference_steps, latents))
 
     def _check_latents(self, latents: Tensor) -> int:
-        config, size = self.backbone.unet.config, self.config.latent_size
-        channels, multiple = config["in_channels"], 2 ** (len(config["block_out_channels"]) - 1)
-        sides = latents.shape[3:]
-        if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or any(not s or s % multiple for s in sides):
+        channels, size = self.backbone.unet.config["in_channels"], self.config.latent_size
+        if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or 0 in latents.shape:
             raise ValueError(
-                f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] with h and w multiples of "
-                f"{multiple} (trained: {size} x {size})"
+                f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] (trained: {size} x {size})"
             )
         return latents.shape[0]
 
