@@ -35,12 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument(
         "--latent-size", type=int, default=None, help="side of the latents (default: 32, as published)"
     )
+    runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
+    runs.add_argument("folder", help="a folder that holds run folders, at any depth")
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
     if words[:1] == ["train"]:
         return _train(words[1:])
     args = parser.parse_args(words)
     try:
+        if args.command == "runs":
+            return _runs(args)
         return _convert(args) if args.command == "convert" else _generate(args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
@@ -78,6 +82,15 @@ def _generate(args: argparse.Namespace) -> int:
     path = mesh.export(args.output)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     print(f"{path}: {len(mesh.faces)} triangles ({device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
+    return 0
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from prd.training.report import runs_table
+
+    Console().print(runs_table(args.folder))
     return 0
 
 

@@ -55,8 +55,9 @@ from prd.training.checkpoints import (
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.prompts import load_corpus
+from prd.training.report import write_report
 from prd.training.run_folder import check_run, peak_memory, write_environment
-from prd.training.validation import contact_sheet, export_meshes, measure, toybox_splits
+from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
 
 logger = logging.getLogger(__name__)
 
@@ -350,6 +351,9 @@ class Trainer:
             if main and every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
                 values["r_at_1"] = self.quick_recognition()
                 shown["R@1"] = f"{values['r_at_1']:.2f}"
+            gallery = config.validation.gallery_steps
+            if main and gallery and done % gallery == 0:
+                values |= self.gallery(done)
             values["peak_gigabytes"] = peak_memory(self.device)
             shown["peak"] = f"{values['peak_gigabytes']:.1f} GB"
             if main and metrics is not None:
@@ -379,6 +383,14 @@ class Trainer:
         over = self.accelerator.is_main_process and (time.time() - self.started) / 60 > limit
         flag = torch.tensor([float(over)], device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def gallery(self, steps: int) -> dict[str, float]:
+        """Draw, measure and export the validation prompts as they are after `steps`; returns the means."""
+        with self.averaged_weights():
+            folder = self.folder / "gallery" / f"step-{steps:06d}"
+            means = save_gallery(self.student, self.encoder, self.config, folder)
+        write_report(self.folder)
+        return {f"gallery/{name}": value for name, value in means.items()}
 
     def quick_recognition(self) -> float:
         """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
@@ -429,6 +441,7 @@ class Trainer:
             }
             (folder / "adapter" / "record.json").write_text(json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
+        write_report(folder)
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
 
 

@@ -1,0 +1,85 @@
+"""What a run shows: fixed prompts and noise give the same gallery, measured and on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from prd.base import load_base
+from prd.training.build import build_student
+from prd.training.config import ConfigError, load_config
+from prd.training.pictures import LABEL_HEIGHT
+from prd.training.validation import mesh_names, save_gallery
+
+SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
+
+
+@pytest.fixture
+def student_and_encoder(toybox):
+    base = load_base("toybox", text=True)
+    torch.manual_seed(0)
+    return build_student(load_config("toybox"), base), base.encoder
+
+
+def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
+    prompts = ["a red cube", "a blue mug", "a red torus"]
+    config = load_config("toybox", [*SMALL, "--validation.prompts", f"[{', '.join(prompts)}]"])
+    torch.manual_seed(1)
+    means = save_gallery(*student_and_encoder, config, tmp_path / "a")
+    torch.manual_seed(2)  # nothing of the gallery comes from the global generator
+    assert save_gallery(*student_and_encoder, config, tmp_path / "b") == means
+    for name in ("sheet.png", "metrics.json", "a_red_cube.glb"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    # RGB and normals, four views each
+    assert Image.open(tmp_path / "a" / "sheet.png").size == (8 * 25, 3 * (25 + LABEL_HEIGHT))
+
+    rows = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert [row["prompt"] for row in rows] == prompts
+    assert {row["mesh"] for row in rows} == {path.name for path in (tmp_path / "a").glob("*.glb")}
+    mesh = trimesh.load(tmp_path / "a" / rows[0]["mesh"], force="mesh")
+    assert len(mesh.faces) == rows[0]["triangles"] and mesh.volume == pytest.approx(rows[0]["volume"], rel=1e-3)
+    for key in ("coverage", "iou", "triangles"):
+        assert means[key] == pytest.approx(sum(row[key] for row in rows) / 3)
+    assert means["empty"] == 0 and 0 < means["coverage"] < 1
+
+    # what a prompt gives does not depend on its company, and other noise gives another shape
+    alone = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]"])
+    save_gallery(*student_and_encoder, alone, tmp_path / "c")
+    (row,) = json.loads((tmp_path / "c" / "metrics.json").read_text())
+    assert row["iou"] == pytest.approx(rows[0]["iou"], abs=1e-3)
+    other = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--seed", "1"])
+    save_gallery(*student_and_encoder, other, tmp_path / "d")
+    assert (tmp_path / "d" / "sheet.png").read_bytes() != (tmp_path / "c" / "sheet.png").read_bytes()
+
+
+def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encoder, tmp_path, monkeypatch):
+    student, encoder = student_and_encoder
+    generate = student.generate
+
+    def vanished(*words):
+        field = generate(*words)
+        field.bias_radius = -5.0
+        return field
+
+    monkeypatch.setattr(student, "generate", vanished)
+    config = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--background", "0.25"])
+    means = save_gallery(student, encoder, config, tmp_path)
+    assert means["empty"] == 1 and means["coverage"] == 0 and not list(tmp_path.glob("*.glb"))
+    assert json.loads((tmp_path / "metrics.json").read_text())[0]["mesh"] is None
+    picture = Image.open(tmp_path / "sheet.png").crop((0, LABEL_HEIGHT, 24, LABEL_HEIGHT + 24))
+    assert picture.getextrema() == ((64, 64),) * 3
+
+
+def test_every_prompt_has_a_file_name_of_its_own():
+    names = mesh_names(["A cat!", "a cat 2", "a cat", "a  cat?", "猫", "...", "x" * 300])
+    assert names[0] == "a_cat.glb" and names[4] == "猫.glb" and names[5] == "prompt.glb"
+    assert len(set(names)) == len(names) and max(map(len, names)) < 100
+
+
+def test_a_gallery_of_no_prompts_is_refused():
+    with pytest.raises(ConfigError, match="gallery_steps"):
+        load_config("toybox", ["--validation.gallery_steps", "5", "--validation.prompts", "[]"])
