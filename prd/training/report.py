@@ -111,8 +111,9 @@ def write_report(folder: str | Path) -> Path:
     name = html.escape(run.folder.resolve().name)
     total = run.config.get("max_train_steps", "?")
     parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>',
-        f"<body><h1>{name}</h1><p>{run.steps} of {html.escape(str(total))} steps, {duration(run.seconds)} in them.</p>",
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f"<title>{name}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{name}</h1><p>{run.steps} of {html.escape(str(total))} steps, {duration(run.seconds)} in them.</p>",
         _scores_section(run.scores),
         _curves_section(run.metrics),
         _galleries_section(run.folder),
@@ -202,12 +203,11 @@ def _galleries_section(folder: Path) -> str:
         if not (place / "sheet.png").is_file():
             continue
         rows = _read_json(place / "metrics.json", [])
-        shown = {row["prompt"]: {k: v for k, v in row.items() if k not in ("prompt", "mesh")} for row in rows}
+        measured = {row["prompt"]: {k: v for k, v in row.items() if k not in ("prompt", "mesh")} for row in rows}
         links = [_link(folder, place / row["mesh"], row["prompt"]) for row in rows if row.get("mesh")]
         step = int(place.name.removeprefix("step-"))
-        parts.append(
-            f"<h3>After {step} steps</h3>{_image(folder, place / 'sheet.png')}{_grid(shown)}<p>{' &middot; '.join(links)}</p>"
-        )
+        parts.append(f"<h3>After {step} steps</h3>{_image(folder, place / 'sheet.png')}")
+        parts.append(f"{_grid(measured)}<p>{' &middot; '.join(links)}</p>")
     return f"<h2>Galleries</h2>{''.join(parts)}" if parts else ""
 
 
@@ -228,7 +228,9 @@ def _environment_section(sessions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown(value))}</td></tr>" for key, value in values.items())
+    rows = (
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown(value))}</td></tr>" for key, value in values.items()
+    )
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -306,9 +308,7 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def final_scores(run: Run) -> dict[str, float]:
     """R@1 and IoU of every split at the end; before that the last of each validation figure."""
     if run.scores:
-        return {
-            f"{split} {key}": summary[key] for split, summary in run.scores.items() for key in ("r_at_1", "iou")
-        }
+        return {f"{split} {key}": summary[key] for split, summary in run.scores.items() for key in ("r_at_1", "iou")}
     latest: dict[str, float] = {}
     for row in run.metrics:
         latest |= {name: value for name, value in row.items() if name == "r_at_1" or name.startswith("gallery/")}
