@@ -37,6 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
     runs.add_argument("folder", help="a folder that holds run folders, at any depth")
+    embed = commands.add_parser("embed", help="encode the prompts of a training run once")
+    embed.add_argument("--source", required=True, help="as prompts.source of `prd train`")
+    embed.add_argument("--column", default="prompt", help="as prompts.column")
+    embed.add_argument("--split", default="train", help="as prompts.split")
+    embed.add_argument("--revision", default=None, help="as prompts.revision")
+    embed.add_argument(
+        "--encoder", action="append", required=True, help="whose text encoder: a folder or Hub id; may be repeated"
+    )
+    embed.add_argument("--output", required=True, help="folder to write, or to go on with")
+    embed.add_argument("--dtype", default="float32", choices=DTYPES, help="of the encoder's weights, as in training")
+    embed.add_argument("--batch-size", type=int, default=32, help="prompts at a time")
+    embed.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
     if words[:1] == ["train"]:
@@ -45,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "runs":
             return _runs(args)
-        return _convert(args) if args.command == "convert" else _generate(args)
+        return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -109,6 +121,32 @@ def _convert(args: argparse.Namespace) -> int:
     student.save_adapter(output)
     write_card(output)
     print(f"{output}: {added}")
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from prd.toybox import asset
+    from prd.training.config import PromptsConfig
+    from prd.training.embeddings import embed, load_encoder
+    from prd.training.prompts import load_corpus
+
+    transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
+    if args.batch_size < 1:
+        raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
+    names = ("column", "split", "revision")
+    asked = PromptsConfig(source=args.source, stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+    texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    toybox = [asset("stable_diffusion"), asset("richdreamer")]
+    for place in [str(p) for name in args.encoder for p in (toybox if name == "toybox" else [name])]:
+        encoder = load_encoder(place, getattr(torch, args.dtype), device)
+        folder = embed(texts, encoder, args.output, name=Path(place).name, batch_size=args.batch_size)
+        print(f"{folder}: {len(texts)} prompts, encoded by {place}")
     return 0
 
 
