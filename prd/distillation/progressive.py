@@ -10,21 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from prd.distillation.asd import (
+    AsdResult,
     Guidance,
+    NonFinitePrediction,
+    asd_loss,
     distill,
     gradient_cosine,
+    last_timestep,
     leaf_views,
     rendering_gradient,
     rendering_loss,
+    sample_timesteps,
+    select_views,
+    shifted_timesteps,
 )
+from prd.distillation.draws import draw_normal, draw_uniform
 from prd.fields import Field
 from prd.rendering.views import Views
-from prd.teachers.base import Teacher
+from prd.teachers.base import Teacher, ViewConditioned
 from prd.teachers.offload import resident
 
 
@@ -94,11 +103,13 @@ def judge_views(
     views: Views,
     judges: Sequence[Judge],
     prompts: Sequence[str],
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     log: JudgeLog,
     renderer: str,
 ) -> Tensor:
     """Line 15: a scalar whose gradient at the renderings is the teachers' weighted sum, a mean over prompts.
+
+    generator  what the teachers draw from: one for the batch, or one a prompt (then a prompt's draws are its own)
 
     Each teacher's gradient is taken at the renderings and its graph freed before the next teacher is asked, so that
     the renderer's backward pass runs once and only one teacher's activations exist at a time.
@@ -108,7 +119,10 @@ def judge_views(
     earlier: dict[str, dict[str, Tensor]] = {}
     for judge in judges:
         with resident(judge.teacher, views.rgb.device):
-            result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
+            if isinstance(generator, torch.Generator):
+                result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
+            else:
+                result = distill_samples(judge.teacher, leaves, prompts, judge.guidance, generator)
             gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
         name = f"{judge.teacher.name}/{renderer}"
         norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
@@ -123,7 +137,62 @@ def judge_views(
     return rendering_loss(views, total)
 
 
-def draw_generator(seed: int, step: int, process: int, stream: int) -> torch.Generator:
-    """Random numbers of one stream (noise, cameras, teachers, ...) of one optimiser step, the same after a resume."""
-    mixed = (seed * 1_000_003 + step) * 1_000_003 + process * 1009 + stream
-    return torch.Generator().manual_seed(mixed % (2**63))
+_encoded: WeakKeyDictionary[Teacher, torch.Size] = WeakKeyDictionary()  # shape [C, h, w] of each teacher's input
+
+
+def distill_samples(
+    teacher: Teacher,
+    views: Views,
+    prompts: Sequence[str],
+    guidance: Guidance,
+    generators: Sequence[torch.Generator],
+) -> AsdResult:
+    """`distill` in which prompt b draws from generators[b] alone, whatever its company in the batch."""
+    if not len(generators) == len(prompts) == views.cameras.batch:
+        raise ValueError(
+            f"generators: {len(generators)} for {len(prompts)} prompts and {views.cameras.batch} shapes; one for each"
+        )
+    device, count = views.rgb.device, len(prompts)
+
+    def uniforms() -> Tensor:
+        return draw_uniform((count,), generators).to(device)
+
+    if teacher.num_views == 1 and views.cameras.views > 1:
+        index = (uniforms() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
+        views = select_views(views, index[:, None])
+    x = encode_samples(teacher, views, generators)
+    condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
+    if isinstance(teacher, ViewConditioned):
+        condition = teacher.condition_on(condition, views)
+    last = last_timestep(teacher)
+    t = sample_timesteps(uniforms(), guidance.t_min, min(guidance.t_max, last + 1))
+    t_plus = None
+    if guidance.eta > 0:
+        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=last)
+    try:
+        return asd_loss(
+            teacher,
+            x,
+            condition,
+            t=t,
+            noise=draw_normal(x.shape, generators).to(device),
+            t_plus=t_plus,
+            guidance_scale=guidance.guidance_scale,
+            weighting=guidance.weighting,
+            delta=guidance.delta,
+            x0_from=guidance.x0_from,
+            average_over=guidance.average_over,
+            reference=guidance.reference,
+            grad_clip=guidance.grad_clip,
+        )
+    except NonFinitePrediction as error:
+        raise error.of(prompts) from None
+
+
+def encode_samples(teacher: Teacher, views: Views, generators: Sequence[torch.Generator]) -> Tensor:
+    """`teacher.encode` of B prompts' views with an encoder noise of each prompt's own, in one call."""
+    if teacher not in _encoded:  # what the encoder draws is known by what it gives
+        with torch.no_grad():
+            _encoded[teacher] = teacher.encode(views).shape[1:]
+    shape = (len(generators) * teacher.num_views, *_encoded[teacher])
+    return teacher.encode(views, noise=draw_normal(shape, generators).to(views.rgb.device))

@@ -26,12 +26,14 @@ from tqdm import tqdm
 from prd.base import load_base
 from prd.cameras import Cameras
 from prd.distillation.asd import NonFinitePrediction
-from prd.distillation.progressive import Judge, JudgeLog, draw_generator, judge_views, rollout
+from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
+from prd.distillation.progressive import Judge, JudgeLog, judge_views, rollout
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields import Field
 from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
 from prd.rendering.views import Views
+from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
 from prd.training.build import (
@@ -54,6 +56,7 @@ from prd.training.checkpoints import (
     save_checkpoint,
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
+from prd.training.embeddings import Embeddings
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.run_folder import check_run, peak_memory, write_environment
@@ -98,6 +101,9 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.corpus = load_corpus(config.prompts, config.seed)
+        embeddings = None if config.prompts.embeddings is None else Embeddings(config.prompts.embeddings)
+        if embeddings is not None:
+            embeddings.check_covers(self.corpus.prompts)
         base = load_base(config.model.base, revision=config.model.revision, text=True)
         assert base.encoder is not None  # text=True
         self.encoder = base.encoder
@@ -108,6 +114,10 @@ class Trainer:
         self.student = build_student(config, base).to(self.device)
         self.encoder.model.to(self.device)
         self.teachers = load_teachers(config, self.device)
+        if embeddings is not None:
+            self.encoder = embeddings.encoder(self.encoder, "student")
+            for teacher in (teacher for teacher, _ in self.teachers if isinstance(teacher, UNetTeacher)):
+                teacher.prompt_encoder = embeddings.encoder(teacher.prompt_encoder, teacher.name)
         self.parameters = self.student.trainable_parameters()
         self.background: TextBackground | None = None
         if config.text_background:
@@ -125,6 +135,12 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts of an optimiser step, over all processes and batches."""
+        config = self.config
+        return self.accelerator.num_processes * config.gradient_accumulation_steps * config.train_batch_size
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -163,10 +179,10 @@ class Trainer:
         """The rollout of one micro-batch: K estimates, each rendered and judged, gradients added up."""
         config = self.config
         place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
-        draws = [draw_generator(config.seed, step, place, stream) for stream in range(5)]
-        count = config.train_batch_size
-        first = (step * self.accelerator.num_processes * config.gradient_accumulation_steps + place) * count
-        prompts = [self.corpus.prompt(position, draws[PROMPTS]) for position in range(first, first + count)]
+        samples = range(place * config.train_batch_size, (place + 1) * config.train_batch_size)  # of the whole step
+        draws = [[sample_generator(config.seed, step, i, stream) for i in samples] for stream in range(5)]
+        first = step * self.prompts_a_step
+        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws[PROMPTS], strict=True)]
         embeds = self.encoder(prompts).to(self.device)
         judges = [
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
@@ -174,7 +190,7 @@ class Trainer:
 
         @torch.autocast(self.device.type, enabled=False)  # geometry and losses are float32
         def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
-            cameras = self.cameras.sample(torch.rand(len(prompts), 3, generator=draws[CAMERAS])).to(self.device)
+            cameras = self.cameras.sample(draw_uniform((len(prompts), 3), draws[CAMERAS])).to(self.device)
             loss = torch.zeros((), device=self.device)
             for name, views, regularizer in self.render(step, k, field, cameras, embeds, draws[JITTER], log):
                 loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
@@ -183,7 +199,7 @@ class Trainer:
         def noise(k: int) -> Tensor:
             size, channels = self.student.config.latent_size, self.student.backbone.unet.config["in_channels"]
             shape = (len(prompts), 6, channels, size, size)
-            return torch.randn(shape, generator=draws[NOISE]).to(self.device)
+            return draw_normal(shape, draws[NOISE]).to(self.device)
 
         with self.accelerator.autocast():
             rollout(
@@ -211,7 +227,7 @@ class Trainer:
         field: Field,
         cameras: Cameras,
         embeds: Tensor,
-        jitter: torch.Generator,
+        jitter: Sequence[torch.Generator],
         log: JudgeLog,
     ) -> Iterator[tuple[str, Views, Tensor]]:
         """Dual rendering: (renderer, its views, the regularisers it carries) of estimate k."""
@@ -220,13 +236,15 @@ class Trainer:
         grid = GridField(field, resolution) if resolution else field
         for name in renderers_of(config, step, k):
             if name == "volume":
-                views, gradient = build_volume_renderer(config, step).render_with_samples(
+                renderer = build_volume_renderer(config, step)
+                size = (len(jitter), renderer.passes, cameras.views, config.volume.height, config.volume.width)
+                views, gradient = renderer.render_with_samples(
                     grid,
                     cameras,
                     height=config.volume.height,
                     width=config.volume.width,
                     background=self.backdrop(cameras, config.volume.height, config.volume.width, embeds),
-                    generator=jitter,
+                    jitter=draw_uniform(size, jitter).transpose(0, 1),
                 )
                 yield name, views, self.regularizer(step, views, gradient, log)
             else:
@@ -237,7 +255,7 @@ class Trainer:
                     width=config.surface.width,
                     background=self.backdrop(cameras, config.surface.height, config.surface.width, embeds),
                 )
-                log.add("surfaces_corrected", stats.corrected.sum())
+                log.add("surfaces_corrected", stats.corrected.float().mean())  # the rate of empty ones
                 yield name, views, torch.zeros((), device=self.device)
 
     def regularizer(self, step: int, views: Views, gradient: Tensor, log: JudgeLog) -> Tensor:
