@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prd.adapters.planes import load_xformers_attention
-from prd.base import load_base
+from prd.base import check_dtype, load_base
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.hub import find_adapter, push_adapter, read_facts, write_card
 from prd.memory import release_freed_memory
@@ -81,22 +81,28 @@ class TriplaneTurbo:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         allow_other_base: bool = False,
+        text: bool | None = None,
     ) -> TriplaneTurbo:
         """Load an adapter and the base it was trained on.
 
         name_or_path      "toybox" (shipped, needs no network), a run folder, an adapter folder, or a Hub id
-        base              another place of the same Stable Diffusion; its weights' hash must be the recorded one
+        base              another place of the same Stable Diffusion, in any of float32 and its half precision copies;
+                          the hash of its weights (and of its text encoder's, where recorded) must be the recorded one
         device, dtype     where and in what to compute; dtype=None: bfloat16 where the device computes in it (float16 on
                           older CUDA devices, float32 on older CPUs and for models as small as the toy box's);
                           `pipe.dtype` says which. Half precision is laid out channels_last
         revision          branch, tag or commit of the adapter on the Hub; its base comes at the commit recorded there
         token, cache_dir  of the Hub, for the adapter and for its base
         local_files_only  take both from the cache, without asking the Hub
-        allow_other_base  accept a base with other weights
+        allow_other_base  accept a base with other weights, another noise schedule or another kind of prediction
+        text              False: without text encoder and tokenizer, for prompt_embeds= alone; None: with them if the
+                          base has them
 
-        Raises FileNotFoundError if there is no adapter, `AdapterMismatch` if it does not fit the base, and
-        `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
+        Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if there is no adapter,
+        `AdapterMismatch` if it does not fit the base, and `UnsupportedBase` for a base that is no Stable Diffusion
+        1.x or 2.x.
         """
+        check_dtype(dtype)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_adapter(name_or_path, revision, **hub)
         _, record = read_configs(folder)
@@ -108,12 +114,20 @@ class TriplaneTurbo:
             dtype=dtype,
             device=device,
             revision=base_revision,
+            text=text,
             prediction_type=record["prediction_type"],
+            expected=record["base_hash"],
             **hub,
         )
         student = TriplaneTurboGenerator.from_adapter(
-            folder, parts.unet, parts.vae, parts.scheduler, allow_other_base=allow_other_base
+            folder,
+            parts.unet,
+            parts.vae,
+            parts.scheduler,
+            allow_other_base=allow_other_base,
+            base_hash=parts.hashes,
         )
+        logger.info("%s: computes in %s on %s", name_or_path, student.dtype, device)
         pipe = cls(student, parts.encoder, parts.name).to(device, student.dtype)
         if pipe.dtype != torch.float32:
             pipe.to(memory_format=torch.channels_last)
@@ -329,7 +343,8 @@ class TriplaneTurbo:
     ) -> None:
         """Write the adapter (not the base) and a model card to a folder that `from_pretrained` reads.
 
-        dtype    of the tensors on disk; None: as they are
+        dtype    of the tensors on disk (float32, bfloat16 or float16); None: as they are, and what was loaded and not
+                 trained since as it was on disk, whatever the pipeline computes in
         license  of the adapter in the card, as the Hub names it; None: that of the base
         """
         self.student.save_adapter(folder, dtype=dtype)

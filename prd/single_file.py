@@ -6,6 +6,7 @@ their diffusers names one by one, and each must find its place (`prd.teachers.co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,21 @@ OTHERS = {  # a key that only the named model has
     "double_blocks.": "Flux",
     "unet.": "a file of diffusers' layout",
 }
+STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPECTED = "expected Stable Diffusion 1.x or 2.x in the original layout, U-Net and VAE together"
 
 
 class UnsupportedBase(ValueError):
     """A base that PETA is not made for, or that cannot be read."""
+
+
+def stored_dtype(names: Iterable[str]) -> torch.dtype:
+    """The type that holds weights of all these types (by safetensors' names) exactly; ValueError for no such types."""
+    found = set(names)
+    if unknown := found - STORED.keys():
+        raise ValueError(f"holds {', '.join(sorted(unknown))} tensors; give weights in float32, float16 or bfloat16")
+    dtypes = {STORED[name] for name in found}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 class SingleFile:
@@ -53,7 +64,9 @@ class SingleFile:
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
-                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                self.shapes = {key: tuple(entry.get_shape()) for key, entry in slices.items()}
+                dtypes = {entry.get_dtype() for key, entry in slices.items() if key.startswith((UNET, VAE))}
         except (SafetensorError, ValueError, KeyError) as error:
             raise UnsupportedBase(f"{path}: not a whole safetensors file ({error}); download it again") from error
         for prefix, model in OTHERS.items():
@@ -72,10 +85,16 @@ class SingleFile:
                 f"{path}: its U-Net takes {channels} channels and text of width {self.context}, its VAE has {latents} "
                 f"latent channels, not 4, 768 or 1024, and 4; {EXPECTED}"
             )
+        try:
+            stored_dtype(dtypes)
+        except ValueError as error:
+            raise UnsupportedBase(f"{path}: {error}") from error
         self.has_text = any(key.startswith((CLIP, OPEN_CLIP)) for key in self.shapes)
 
     def scheduler(self, prediction_type: str | None) -> DDIMScheduler:
         """The published noise schedule; 2.x exists with both kinds of prediction, so it must be said which."""
+        if prediction_type == "epsilon" and "v_pred" in self.shapes:
+            raise UnsupportedBase(f"{self.path}: says that it predicts v (it has v_pred), not epsilon as asked for")
         if prediction_type is None:
             if self.context == 1024 and "v_pred" not in self.shapes:
                 raise UnsupportedBase(
@@ -93,8 +112,8 @@ class SingleFile:
             steps_offset=1,
         )
 
-    def models(self, dtype: torch.dtype = torch.float32) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-        """The U-Net (64 x 64 latents) and the VAE, frozen."""
+    def models(self) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+        """The U-Net (64 x 64 latents) and the VAE, frozen, in the precision they are stored in."""
         old = self._tensors(UNET)
         # the width of a camera embedding is what the multi-view checkpoints add to the same layout
         heads: dict[str, Any] = {"heads": 8, "head_channels": None}
@@ -105,13 +124,13 @@ class SingleFile:
             config = {k: v for k, v in config.items() if "class_embed" not in k}
             with init_empty_weights():
                 unet = UNet2DConditionModel(sample_size=64, **config)
-            _assign(unet, {unet_key(k, config["layers_per_block"]): t for k, t in old.items()}, dtype)
-            vae: Any = convert_vae({VAE + k: t for k, t in self._tensors(VAE).items()}, sample_size=512)
+            _assign(unet, {unet_key(k, config["layers_per_block"]): t for k, t in old.items()})
+            vae = convert_vae({VAE + k: t for k, t in self._tensors(VAE).items()}, sample_size=512)
         except (CheckpointError, KeyError, IndexError, ValueError) as error:
             raise UnsupportedBase(f"{self.path}: {error}; {EXPECTED}") from error
-        return unet, vae.to(dtype)
+        return unet, vae
 
-    def text_encoder(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+    def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder in the file; 2.x stores OpenCLIP's names, and its last layer is not used."""
         open_clip = self.context == 1024
         state = self._tensors("cond_stage_model.")
@@ -144,7 +163,7 @@ class SingleFile:
         plain = {key.removeprefix("text_model."): t for key, t in new.items() if not key.endswith("position_ids")}
         named = {f"text_model.{key}" if f"text_model.{key}" in own else key: t for key, t in plain.items()}
         try:
-            return _assign(model, named, dtype)
+            return _assign(model, named)
         except CheckpointError as error:
             raise UnsupportedBase(f"{self.path}: text encoder: {error}") from error
 
@@ -157,8 +176,8 @@ class SingleFile:
             raise UnsupportedBase(f"{self.path}: not a whole safetensors file ({error}); download it again") from error
 
 
-def _assign(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Put the tensors in the place of an empty model's, cast; each must have its place, and each place its tensor."""
+def _assign(model: Any, tensors: dict[str, Tensor]) -> Any:
+    """Put the tensors in the place of an empty model's; each must have its place, and each place its tensor."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in tensors.items()}
     wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
@@ -167,5 +186,5 @@ def _assign(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
             f"{len(wrong)} of {len(expected)} tensors do not fit, {wrong[0]} first: it has shape "
             f"{given.get(wrong[0])}, expected {expected.get(wrong[0])}"
         )
-    model.load_state_dict({key: t.to(dtype).contiguous() for key, t in tensors.items()}, strict=True, assign=True)
+    model.load_state_dict({key: t.contiguous() for key, t in tensors.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)

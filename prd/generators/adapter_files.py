@@ -3,6 +3,9 @@
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
 heads.safetensors                                 the three MLPs
 config.json                                       what the student is besides, which base it belongs to, and hashes
+
+The base is known by its weights, its kind of prediction and its noise schedule, and by its text encoder's weights if it
+had one when the adapter was saved (a converted adapter records none).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 import prd
 from prd.adapters.peta import PetaConfig
+from prd.base_hash import HALF_PRECISIONS, NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
 
 if TYPE_CHECKING:
     from prd.generators.triplane_turbo import TriplaneTurboGenerator
@@ -33,8 +37,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG)
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 SHOWN = 5  # names listed in an error
+SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
 @dataclass(frozen=True)
@@ -116,28 +120,37 @@ def _some(names: Iterable[Any]) -> str:
     return str(listed) if len(listed) <= SHOWN else f"{str(listed[:SHOWN])[:-1]}, ...] ({len(listed)})"
 
 
-@torch.no_grad()
 def base_hash(backbone: nn.Module) -> dict[str, str]:
-    """SHA-256 of the base's weights as the adapter uses them, rounded to each half precision.
+    """Hashes of the base's weights as they are in this backbone, adapted or not (`prd.base_hash.weights_hash`).
 
-    A base loaded in, or saved from, half precision agrees with its float32 original in one of the two.
+    `load_base` computes them of the weights as they were stored, which is what half precision needs.
     """
     frozen = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for name, tensor in backbone.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
-    frozen = {name: tensor for name, tensor in frozen.items() if not name.startswith("decoder.conv_out.")}
-    return {str(dtype).removeprefix("torch."): _digest(frozen, dtype) for dtype in HALF_PRECISIONS}
+    return weights_hash({name: tensor for name, tensor in frozen.items() if not name.startswith(NEW_LAYER)})
+
+
+def noise_schedule(student: TriplaneTurboGenerator) -> dict[str, Any]:
+    """The base's noise schedule: how many timesteps, and alphas_cumprod at evenly spaced ones, the ends among them."""
+    alphas = student.alphas_cumprod.double().cpu()
+    points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS).round().long()
+    return {"num_train_timesteps": len(alphas), "alphas_cumprod": [float(f"{a:.7g}") for a in alphas[points].tolist()]}
 
 
 def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all.
 
-    dtype  of the tensors on disk; None: as they are
+    dtype  of the tensors on disk; None: as they are, and those that were loaded and not trained since as they were on
+           disk, whatever precision the student computes in
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in student.adapter_state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in student.adapter_state_dict().items()}
+    if dtype is None:
+        state = {name: _as_loaded(tensor, student.loaded_state.get(name)) for name, tensor in state.items()}
+    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new = Path(temporary)
@@ -152,11 +165,22 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
             **asdict(student.config),
             "prediction_type": student.prediction_type,
             "base_hash": student.base_hash(),
+            "noise_schedule": noise_schedule(student),
             "weights_hash": {name: _file_hash(new / name) for name in (ADAPTER_WEIGHTS, HEADS_WEIGHTS)},
         }
         (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+        mode = (new / STUDENT_CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for name in ADAPTER_FILES:
+            (new / name).chmod(mode)
             os.replace(new / name, folder / name)
+
+
+def _as_loaded(tensor: Tensor, loaded: Tensor | None) -> Tensor:
+    """`loaded`, as it was on disk, if all that became of it since is rounding."""
+    if loaded is None or loaded.shape != tensor.shape:
+        return tensor
+    types = (tensor.dtype, *HALF_PRECISIONS)
+    return loaded if any(torch.equal(loaded.to(dtype).to(tensor.dtype), tensor) for dtype in types) else tensor
 
 
 def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_base: bool = False) -> None:
@@ -179,20 +203,44 @@ def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_b
                 "download the folder again"
             )
     student.load_adapter_state_dict(state)
+    if not student.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
+        student.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
+    own = student.base_hash()
+    if same_weights(record["base_hash"], own):  # a text encoder that was not loaded is still the recorded one
+        student.keep_base_hash({**record["base_hash"], **own})
 
 
 def _check_base(student: TriplaneTurboGenerator, folder: Path, record: dict[str, Any]) -> None:
+    """AdapterMismatch unless the base is the recorded one; what is not recorded, or not loaded, is not compared."""
     recorded, own = record["base_hash"], student.base_hash()
     remedy = "load that base, or pass allow_other_base=True"
-    if not any(recorded.get(name) == digest for name, digest in own.items()):
+    if not same_weights(recorded, own):
         raise AdapterMismatch(
             f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded; {remedy}"
+        )
+    both_have_text = all(any(name in hashes for name in hash_names(TEXT)) for hashes in (recorded, own))
+    if both_have_text and not same_weights(recorded, own, TEXT):
+        raise AdapterMismatch(
+            f"{folder}: trained on the base {record['base']!r}, whose text encoder's weights differ from those loaded; "
+            f"{remedy}"
+        )
+    if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(student)):
+        raise AdapterMismatch(
+            f"{folder}: trained on the noise schedule {record['noise_schedule']}, and the scheduler of the base loaded "
+            f"has {noise_schedule(student)}; {remedy}"
         )
     if record["prediction_type"] != student.prediction_type:
         raise AdapterMismatch(
             f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
             f"loaded says {student.prediction_type}; {remedy}"
         )
+
+
+def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one["num_train_timesteps"] == other["num_train_timesteps"] and all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-7)
+        for a, b in zip(one["alphas_cumprod"], other["alphas_cumprod"], strict=True)
+    )
 
 
 def read_student(folder: Path) -> tuple[PetaConfig, StudentConfig]:
@@ -212,22 +260,38 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     if (found := record.get("_class_name")) != CLASS_NAME:
         raise AdapterMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
     known = {field.name for field in fields(StudentConfig)} | {
-        *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
+        *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash", "noise_schedule")
     }
-    if record.keys() != known:
+    missing, extra = known - record.keys() - {"noise_schedule"}, record.keys() - known  # the first ones have none
+    if missing or extra:
         raise AdapterMismatch(
-            f"{path}: missing {sorted(known - record.keys())}, extra {sorted(record.keys() - known)}; saved by prd "
+            f"{path}: missing {sorted(missing)}, extra {sorted(extra)}; saved by prd "
             f"{record.get('_prd_version')}, read by {prd.__version__}: use the version that saved it"
         )
     for name, keys in (("base_hash", None), ("weights_hash", {ADAPTER_WEIGHTS, HEADS_WEIGHTS})):
         value = record[name]
         if not isinstance(value, dict) or not value or (keys and value.keys() != keys):
             raise AdapterMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
+    schedule = record.get("noise_schedule", {"num_train_timesteps": 1, "alphas_cumprod": [0.0] * SCHEDULE_POINTS})
+    if not _is_schedule(schedule):
+        raise AdapterMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
     try:
         StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
     except ValueError as error:
         raise AdapterMismatch(f"{path}: {error}") from error
     return _read_peta(folder), record
+
+
+def _is_schedule(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"num_train_timesteps", "alphas_cumprod"}:
+        return False
+    alphas = value["alphas_cumprod"]
+    return (
+        type(value["num_train_timesteps"]) is int
+        and isinstance(alphas, list)
+        and len(alphas) == SCHEDULE_POINTS
+        and all(type(alpha) in (int, float) for alpha in alphas)
+    )
 
 
 def _read_peta(folder: Path) -> PetaConfig:
@@ -274,12 +338,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(tensors: dict[str, Tensor], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", dtype).contiguous()
-        digest.update(f"{name} {list(values.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

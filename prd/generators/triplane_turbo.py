@@ -5,7 +5,7 @@ noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA-->
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class TriplaneTurboGenerator(nn.Module):
     unet, vae: the base; its modules stay unadapted, its weights are shared (moving or casting either moves or casts
     both), frozen and never trained.
     scheduler: any diffusers scheduler; its `alphas_cumprod` and `prediction_type` (epsilon or v_prediction) are read.
+    base_hash: `Base.hashes`, of the weights as they were stored; None: of the weights as they are here.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TriplaneTurboGenerator(nn.Module):
         config: StudentConfig | None = None,
         *,
         gradient_checkpointing: bool = False,
+        base_hash: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.peta = peta or PetaConfig()
@@ -61,7 +63,8 @@ class TriplaneTurboGenerator(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
-        self._base_hash: dict[str, str] | None = None
+        self._base_hash = dict(base_hash) if base_hash else None
+        self.loaded_state: Mapping[str, Tensor] = {}  # of the adapter, as it was on disk
         self._unfused_state: dict[str, Tensor] | None = None  # of the adapter, once it is fused
         self.eval()
 
@@ -260,10 +263,14 @@ class TriplaneTurboGenerator(nn.Module):
         adapter_files.load_adapter_state(self, state)
 
     def base_hash(self) -> dict[str, str]:
-        """SHA-256 of the base's weights as the adapter uses them, rounded to each half precision."""
+        """SHA-256 of the base's weights as the adapter uses them, rounded once to each half precision."""
         if self._base_hash is None:
             self._base_hash = adapter_files.base_hash(self.backbone)
         return self._base_hash
+
+    def keep_base_hash(self, hashes: Mapping[str, str]) -> None:
+        """Record these as the base's from now on."""
+        self._base_hash = dict(hashes)
 
     def save_adapter(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the adapter, the heads and their configs to `folder`; dtype: of the tensors on disk, None: as is."""
@@ -287,9 +294,10 @@ class TriplaneTurboGenerator(nn.Module):
         scheduler: Any,
         *,
         allow_other_base: bool = False,
+        base_hash: Mapping[str, str] | None = None,
     ) -> TriplaneTurboGenerator:
         """A student built as the configs in `folder` say, on this base, with the saved adapter loaded."""
         peta, config = adapter_files.read_student(Path(folder))
-        student = cls(unet, vae, scheduler, peta, config)
+        student = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
         student.load_adapter(folder, allow_other_base=allow_other_base)
         return student

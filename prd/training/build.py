@@ -56,7 +56,13 @@ def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
         num_inference_steps=config.num_denoising_steps,
     )
     return TriplaneTurboGenerator(
-        base.unet, base.vae, base.scheduler, peta, student, gradient_checkpointing=model.gradient_checkpointing
+        base.unet,
+        base.vae,
+        base.scheduler,
+        peta,
+        student,
+        gradient_checkpointing=model.gradient_checkpointing,
+        base_hash=base.hashes,
     )
 
 

@@ -16,6 +16,7 @@ class TinyBase:
     """What `build_student` reads of a base."""
 
     name, revision = "tiny", None
+    hashes: dict[str, str] = {}
 
     def __init__(self) -> None:
         self.unet, self.vae, self.scheduler = tiny_base()

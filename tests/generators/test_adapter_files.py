@@ -107,7 +107,10 @@ def test_the_record_says_what_wrote_it(toybox: Path) -> None:
 
     _, record = read_configs(toybox / "adapter")
     assert (record["_class_name"], record["_prd_version"]) == ("TriplaneTurbo", prd.__version__)
-    assert record["base"] == "toybox" and set(record["base_hash"]) == {"float16", "bfloat16"}
+    halves = {"float16", "bfloat16"}
+    assert record["base"] == "toybox"
+    assert set(record["base_hash"]) == halves | {f"text_encoder.{half}" for half in halves}
+    assert record["noise_schedule"]["num_train_timesteps"] == 1000
     assert set(record["weights_hash"]) == {WEIGHTS, HEADS}
 
 
