@@ -9,6 +9,7 @@ B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one a plane. Nothing is
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,8 +40,9 @@ class CheckpointError(ValueError):
 def read_published(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a published .pth, read without unpickling code. CheckpointError if that cannot be."""
     try:
+        _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path}: damaged, or cannot be read without running code from it ({reason}); download it again from its "
@@ -52,6 +54,14 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path}: expected a checkpoint with a 'state_dict' of tensors")
     return state
+
+
+def _check_sums(path: str | Path) -> None:
+    """BadZipFile if an entry of the archive that a .pth is does not have its checksum: torch does not look."""
+    if zipfile.is_zipfile(path):  # else it is of torch before 1.6, without checksums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
 
 
 def published_layers(backbone: SixPlaneBackbone) -> list[tuple[str, str]]:

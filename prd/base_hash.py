@@ -72,5 +72,5 @@ def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
             raise NonFiniteWeights(f"{name} holds NaN or infinity")
         values = stored.to(dtype).contiguous()
         digest.update(f"{name} {list(values.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy())
+        digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()

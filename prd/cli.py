@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("-o", "--output", default="mesh.glb", help="file ending in .glb, .obj or .ply")
     generate.add_argument("--adapter", default="toybox", help="'toybox', a run folder, an adapter folder or a Hub id")
     generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
+    generate.add_argument("--revision", default=None, help="branch, tag or commit of the adapter on the Hub")
+    generate.add_argument(
+        "--token", default=None, help="of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
+    )
+    generate.add_argument("--allow-other-base", action="store_true", help="accept a base it was not trained on")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
     generate.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
@@ -32,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument("checkpoint", help="the .pth, read as tensors alone")
     convert.add_argument("output", help="folder to write")
     convert.add_argument("--base", required=True, help="Stable Diffusion 2.1-base: a Hub id, a folder, a .safetensors")
+    convert.add_argument("--revision", default=None, help="branch, tag or commit of the base on the Hub")
+    convert.add_argument("--token", default=None, help="of the Hub (default: HF_TOKEN, or what `hf auth login` stored)")
     convert.add_argument(
         "--latent-size", type=int, default=None, help="side of the latents (default: 32, as published)"
     )
@@ -79,7 +86,15 @@ def _generate(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pipe = TriplaneTurbo.from_pretrained(args.adapter, base=args.base, device=device, dtype=dtype)
+    pipe = TriplaneTurbo.from_pretrained(
+        args.adapter,
+        base=args.base,
+        device=device,
+        dtype=dtype,
+        revision=args.revision,
+        token=args.token,
+        allow_other_base=args.allow_other_base,
+    )
     result = pipe(
         args.prompt,
         generator=torch.Generator().manual_seed(args.seed),
@@ -116,7 +131,9 @@ def _convert(args: argparse.Namespace) -> int:
     from prd.generators.published import student_from_published
     from prd.hub import write_card
 
-    base = load_base(args.base, text=False, prediction_type="epsilon")  # as Stable Diffusion 2.1-base predicts
+    base = load_base(  # a single file does not say what it predicts; Stable Diffusion 2.1-base predicts epsilon
+        args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
+    )
     student, added = student_from_published(args.checkpoint, base, latent_size=args.latent_size)
     student.save_adapter(output)
     write_card(output)

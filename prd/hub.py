@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from prd.generators.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES, STUDENT_CONFIG, read_configs
 from prd.toybox import asset
 
+logger = logging.getLogger(__name__)
+
 CARD, FACTS = "README.md", "record.json"
+LIBRARY = "prd"
 TOYBOX = "toybox"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 METRICS = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
@@ -30,11 +36,16 @@ def find_adapter(
 ) -> Path:
     """The folder of an adapter: shipped ("toybox"), on disk (itself or its `adapter` subfolder), or from the Hub.
 
-    Raises FileNotFoundError, also where the Hub has no such repository or revision, or does not show it without token.
+    Raises FileNotFoundError, also where the Hub has no such repository or revision, or does not show it without token,
+    and ValueError for a revision of what is not on the Hub.
     """
+    path = Path(name_or_path).expanduser()
+    if revision is not None and (str(name_or_path) == TOYBOX or path.exists()):
+        raise ValueError(f"revision={revision!r}: {name_or_path} is on this disk and has no revisions; leave it out")
     if str(name_or_path) == TOYBOX:
         return Path(asset("adapter"))
-    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise FileNotFoundError(f"{path}: is a file; give the folder it lies in, {path.parent}")
     if path.is_dir():
         for folder in (path, path / "adapter"):
             if (folder / ADAPTER_CONFIG).is_file():
@@ -67,27 +78,57 @@ def on_hub(base: str) -> bool:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What is known of a training run: record.json beside the adapter, else the run folder's scores.json, else {}."""
-    if (folder / FACTS).is_file():
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return facts if isinstance(facts, dict) else {}
-    scores = folder.parent / "scores.json"
-    if folder.name == "adapter" and scores.is_file():
-        return {"measured": {name: part["summary"] for name, part in json.loads(scores.read_text()).items()}}
-    return {}
+    path = folder / FACTS
+    if not path.is_file():
+        path = folder.parent / "scores.json"
+        if folder.name != "adapter" or not path.is_file():
+            return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if path.name != FACTS:
+            facts = {"measured": {name: part["summary"] for name, part in facts.items()}}
+        _check_facts(facts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        logger.warning("%s: is ignored, for it is no record of a training run (%s)", path, error)
+        return {}
+    return facts
+
+
+def _check_facts(facts: object) -> None:
+    """TypeError or ValueError unless the model card can be written of these facts."""
+    if not isinstance(facts, dict):
+        raise TypeError(f"it holds a {type(facts).__name__}, not an object")
+    measured, held_out = facts.get("measured"), facts.get("held_out")
+    if not isinstance(held_out, list | None) or not isinstance(measured, dict | None):
+        raise TypeError("held_out must be a list and measured an object")
+    for name, row in (measured or {}).items():
+        if not isinstance(row, dict) or any(type(row[key]) not in (int, float) for key in METRICS if key in row):
+            raise TypeError(f"measured {name!r} must hold numbers by name")
 
 
 def write_card(
     folder: Path, *, name: str | None = None, license: str | None = None, facts: dict[str, Any] | None = None
 ) -> None:
-    """Write README.md, and record.json if `facts` are known, beside a saved adapter.
+    """Write README.md, unless there is one that was not written here, and record.json if `facts` are known.
 
     name     what `from_pretrained` is given in the card's usage: a Hub id; None: the folder's own name
     license  of the adapter, as the Hub names it ("openrail++", "apache-2.0", ...); None: that of the base
     """
     if facts:
         (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if not _may_write(folder / CARD):
+        logger.warning("%s: is kept, for its front matter does not say library_name: %s", folder / CARD, LIBRARY)
+        return
     card = model_card(folder, name or f"./{folder.resolve().name}", license, facts or {})
     (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def _may_write(card: Path) -> bool:
+    """Whether there is no card yet, or one of this library's."""
+    if not card.is_file():
+        return True
+    front = re.match(r"---\s*\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return front is not None and f"library_name: {LIBRARY}" in front[1].splitlines()
 
 
 def model_card(folder: Path, name: str, license: str | None, facts: dict[str, Any]) -> ModelCard:
@@ -95,7 +136,7 @@ def model_card(folder: Path, name: str, license: str | None, facts: dict[str, An
     peta, record = read_configs(folder)
     base, shared = record["base"], on_hub(record["base"])
     data: dict[str, Any] = {
-        "library_name": "prd",
+        "library_name": LIBRARY,
         "pipeline_tag": "text-to-3d",
         "tags": ["text-to-3d", "triplane", "mesh", "peft", "lora", "progressive-rendering-distillation"],
         "license": license or ("apache-2.0" if base == TOYBOX else "other"),
@@ -119,6 +160,7 @@ def model_card(folder: Path, name: str, license: str | None, facts: dict[str, An
         "training": _training(facts),
         "license": TOY_LICENSE if base == TOYBOX else BASE_LICENSE,
         "name": name,
+        "where": f", in the folder that holds {name.removeprefix('./')}" if name.startswith("./") else "",
     }
     return ModelCard(f"---\n{ModelCardData(**data)}\n---\n\n{TEXT.format(**words)}")
 
@@ -139,7 +181,8 @@ def push_adapter(
     private         of a repository that is made now; None: as the account's default
     revision        branch, made if it is missing; None: main
 
-    A base that is a path on this machine is not named in what is uploaded. Raises ValueError for a repo_id that is no
+    A base that is a path on this machine is not named in what is uploaded, and a README.md on the Hub that was not
+    written here stays as it is. Raises ValueError for a repo_id that is no
     'owner/name', and the Hub's own errors (OSError).
     """
     if not HUB_ID.fullmatch(repo_id):
@@ -153,6 +196,12 @@ def push_adapter(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            if not _may_write(Path(api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder / ".there"))):
+                (folder / CARD).unlink()
+        except EntryNotFoundError:
+            pass  # there is none yet
+        shutil.rmtree(folder / ".there", ignore_errors=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
@@ -208,6 +257,8 @@ decoder and three small heads, on {base}{revision}, trained by
 of {channels} channels, and these a signed distance and a colour at every point of a cube.
 
 ## Use
+
+With the library `prd` (Python 3.11 or later), which is installed by `pip install .` in a copy of its repository{where}:
 
 ```python
 import torch

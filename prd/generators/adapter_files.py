@@ -146,6 +146,8 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
     dtype  of the tensors on disk; None: as they are, and those that were loaded and not trained since as they were on
            disk, whatever precision the student computes in
     """
+    if dtype not in (None, torch.float32, *HALF_PRECISIONS):
+        raise ValueError(f"dtype={dtype!r}: must be torch.float32, torch.bfloat16, torch.float16 or None")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in student.adapter_state_dict().items()}
     if dtype is None:
@@ -270,7 +272,8 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
         )
     for name, keys in (("base_hash", None), ("weights_hash", {ADAPTER_WEIGHTS, HEADS_WEIGHTS})):
         value = record[name]
-        if not isinstance(value, dict) or not value or (keys and value.keys() != keys):
+        strings = isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+        if not value or not strings or (keys and value.keys() != keys):
             raise AdapterMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
     schedule = record.get("noise_schedule", {"num_train_timesteps": 1, "alphas_cumprod": [0.0] * SCHEDULE_POINTS})
     if not _is_schedule(schedule):

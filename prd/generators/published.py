@@ -75,11 +75,22 @@ def student_from_published(
 
     latent_size  h = w of the latents that are drawn; None: 32 as published, or the base's own size if that is smaller
 
-    Raises FileNotFoundError, and CheckpointError naming missing, unknown or misshapen entries, or another base.
+    Raises FileNotFoundError, ValueError for a latent size or a base that it cannot have, and CheckpointError naming
+    missing, unknown or misshapen entries, or another base.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the published .pth")
+    if (found := base.scheduler.config.prediction_type) != "epsilon":
+        raise ValueError(
+            f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts epsilon; "
+            "give Stable Diffusion 2.1-base"
+        )
+    multiple = 2 ** (len(base.unet.config["block_out_channels"]) - 1)
+    if latent_size is not None and (latent_size < 1 or latent_size % multiple):
+        raise ValueError(
+            f"latent_size={latent_size}: must be a positive multiple of {multiple}, as its U-Net halves it"
+        )
     state = read_published(path)
     backbone = SixPlaneBackbone(base.unet, base.vae, PetaConfig())
     width = state.get("geometry.sdf_network.layers.0.weight")
@@ -93,7 +104,7 @@ def student_from_published(
             head_width=0 if width is None else width.shape[0],
             bias_radius=SDF_BIAS,
         )
-        student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config)
+        student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
         student.load_adapter_state_dict(converted)
     except ValueError as error:
         raise CheckpointError(f"{path} on the base {base.name!r}: {error}") from error
