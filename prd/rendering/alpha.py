@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +55,17 @@ def density_alpha(density: Tensor, dt: Tensor) -> Tensor:
 class AlphaModel(Protocol):
     """How the volume renderer turns a field's `sdf` into opacity."""
 
+    @property
+    def uses_normal(self) -> bool:
+        """Whether the opacity depends on `cos`, so that it cannot be told before the gradient is known."""
+        ...
+
     def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
         """Opacity [...] of segments: value at the middle, direction . normal <= 0, length; [...] each."""
         ...
 
-    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
-        """Which segments [..., S] along rays may reach this weight in (0, 1), or about it: bool."""
+    def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
+        """Which segments [...] may have this opacity in (0, 1), whatever their normal: bool, never too few."""
         ...
 
 
@@ -70,6 +75,7 @@ class NeusAlpha:
 
     inv_std: float | Tensor = 100.0  # s, 1 / scene units (published: exp(10 * 0.4605)); a tensor may carry gradient
     floor: float = 0.0  # see neus_alpha
+    uses_normal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive("inv_std", self.inv_std)
@@ -77,18 +83,9 @@ class NeusAlpha:
     def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
         return neus_alpha(sdf, cos, dt, self.inv_std, self.floor)
 
-    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
-        """Bounds instead of exact opacities, without exponentials.
-
-        A segment's opacity is at most exp(-s (sdf - dt / 2)), and between two middles the density's logarithm,
-        min(s sdf, 0) up to log 2, falls by what is absorbed.
-        """
-        limit = math.log(weight)
-        relevant = (self.inv_std * (0.5 * dt - sdf) > limit) & (dt > 0)
-        density = (self.inv_std * sdf).clamp(max=0)
-        passed = density.diff(dim=-1).clamp(max=0).cumsum(dim=-1)  # log of the transmittance from middle 0 to i + 1
-        relevant[..., 2:] &= passed[..., :-1] > limit
-        return relevant
+    def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
+        """By a bound without exponentials: as |cos| <= 1 the opacity is at most exp(-s (sdf - dt / 2))."""
+        return (self.inv_std * (0.5 * dt - sdf) > math.log(opacity)) & (dt > 0)
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,7 @@ class VolSDFAlpha:
     """VolSDF's Laplace density of a signed distance."""
 
     beta: float | Tensor = 0.01  # scene units: the width of the surface; a tensor may carry gradient
+    uses_normal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_positive("beta", self.beta)
@@ -103,8 +101,8 @@ class VolSDFAlpha:
     def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
         return density_alpha(volsdf_density(sdf, self.beta), dt)
 
-    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
-        return _reaches(self(sdf, sdf, dt), weight)
+    def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
+        return self(sdf, sdf, dt) >= opacity
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,7 @@ class DensityAlpha:
     """
 
     threshold: float  # density of the exported isosurface, 1 / scene units
+    uses_normal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_positive("threshold", self.threshold)
@@ -123,8 +122,8 @@ class DensityAlpha:
     def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
         return density_alpha((self.threshold - sdf).clamp(min=0), dt)
 
-    def matters(self, sdf: Tensor, dt: Tensor, weight: float) -> Tensor:
-        return _reaches(self(sdf, sdf, dt), weight)
+    def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
+        return self(sdf, sdf, dt) >= opacity
 
 
 class LearnedInvStd(nn.Module):
@@ -150,10 +149,6 @@ def render_weights(alpha: Tensor) -> Tensor:
 def transmittance(alpha: Tensor) -> Tensor:
     """Share of the light that reaches each segment, prod_{j<i} (1 - alpha_j); [..., N] to [..., N]."""
     return F.pad(torch.cumprod(1 - alpha[..., :-1], dim=-1), (1, 0), value=1.0)
-
-
-def _reaches(alpha: Tensor, weight: float) -> Tensor:
-    return render_weights(alpha) >= weight
 
 
 def _check_positive(name: str, value: float | Tensor) -> None:

@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
-from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights
+from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
 from prd.rendering.views import Views, check_image_size, disparity_from_depth
 
 __all__ = ["PUBLISHED_ALPHA_FLOOR", "RayBundle", "RayColours", "VolumeRenderer", "neus_alpha", "render_weights"]
 
+CULLED_AT_ONCE = 1 << 17  # segments of a sample whose gradient is asked for at a time to tell which of them matter
 NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit normal
 
 
@@ -124,7 +125,7 @@ class VolumeRenderer:
     rgb_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the colours
     rgb_weight_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the weights, hence to geometry
     alpha_floor: float = 0.0  # see neus_alpha; PUBLISHED_ALPHA_FLOOR reproduces the published images
-    cull_below: float = 1e-4  # segments that cannot reach this weight are left out; 0: none is
+    cull_below: float = 1e-4  # segments less opaque, or reached by less light, are left out; 0: none is
     max_rays: int | None = None  # rays of one sample rendered at a time; None: all
     alpha: AlphaModel | None = None  # VolSDFAlpha, DensityAlpha, ...; None: NeusAlpha(inv_std, alpha_floor)
     proposal_step: float | None = None  # scene units, of the proposal's density; None: 2 sqrt(3) / num_samples
@@ -309,13 +310,9 @@ class VolumeRenderer:
         """`march` at the segments index [B, K] of M * S, of which those with valid [B, K] = 1 count."""
         middles = (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
         batch, count, segments = middles.shape
-        ray = index // segments
-        directions = rays.directions.gather(1, _to3(ray))
-        begin, end = (edges.flatten(1).gather(1, index + ray + side) for side in (0, 1))  # a ray has S + 1 edges
-        dt, t = end - begin, ((end + begin) / 2)[..., None]
-        sdf, gradient, colour = _query(field, rays.origins.gather(1, _to3(ray)) + t * directions)
-        normal = F.normalize(gradient, dim=-1, eps=NORMAL_EPS)
-        cos = (directions * normal).sum(-1).clamp(max=0)
+        directions, dt, points = _segments(rays, edges, index)
+        sdf, gradient, colour = _query(field, points)
+        cos, normal = _facing(directions, gradient)
         some = self.model(sdf[..., 0], cos, dt) * valid
         alpha = torch.zeros_like(middles).flatten(1).scatter_add(1, index, some).view(middles.shape)
         weights = render_weights(alpha)
@@ -323,7 +320,7 @@ class VolumeRenderer:
         colour_w = scale_gradient(w, self.rgb_weight_gradient_scale)
         colour = scale_gradient(colour, self.rgb_gradient_scale)
         parts = torch.cat([colour_w * colour, colour_w, w * normal], dim=-1)  # [B, K, 7]
-        row = (ray + torch.arange(batch, device=ray.device)[:, None] * count).flatten()
+        row = (index // segments + torch.arange(batch, device=index.device)[:, None] * count).flatten()
         sums = parts.new_zeros(batch * count, 7).index_add(0, row, parts.flatten(0, 1)).view(batch, count, 7)
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         distance = (weights * middles).sum(-1, keepdim=True)
@@ -332,24 +329,58 @@ class VolumeRenderer:
 
     @torch.no_grad()
     def _relevant(self, field: Field, rays: RayBundle, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Segments whose weight may reach `cull_below`: their index among M * S and whether it counts, [B, K] each.
+        """Segments that are opaque and reached by light: their index among M * S and whether it counts, [B, K] each.
 
-        K is the most any sample of the batch needs (at least 1); the rest is padding.
+        `cull_below` is the least opacity, and the least share of the light that gets there: behind, less than that
+        share is lost altogether. K is the most any sample of the batch needs (at least 1); the rest is padding. Where
+        the opacity depends on the normal, the gradient is asked for at all segments that may be opaque: differences of
+        the signed distance would not tell what is absorbed, unless its slope is 1.
         """
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
-        batch, total = widths.shape[0], widths[0].numel()
-        everything = torch.arange(total, device=widths.device).expand(batch, -1)
         if self.cull_below == 0:
+            everything = torch.arange(widths[0].numel(), device=widths.device).expand(len(widths), -1)
             return everything, torch.ones_like(everything, dtype=widths.dtype)
         sdf = _sdf(field, rays.points(middles)).view(widths.shape)
-        relevant = self.model.matters(sdf, widths, self.cull_below)
-        relevant = relevant.flatten(1)
-        counts = relevant.sum(dim=1, keepdim=True)
-        size = max(int(counts.max()), 1)
-        slots = torch.arange(size, device=widths.device) < counts  # [B, K]
-        place = torch.where(relevant, relevant.cumsum(dim=1) - 1, size)  # the others go to a last, dropped slot
-        index = everything.new_zeros(batch, size + 1).scatter_(1, place, everything)[:, :size]
-        return index * slots, slots.to(widths.dtype)
+        opaque = self.model.may_reach(sdf, widths, self.cull_below)
+        if not self.model.uses_normal:
+            reached = transmittance(self.model(sdf, sdf, widths)) >= self.cull_below
+            return _gathered((opaque & reached).flatten(1), widths.dtype)
+        index, valid = _gathered(opaque.flatten(1), widths.dtype)
+        alpha = torch.zeros_like(widths).flatten(1)
+        for some, counts in zip(index.split(CULLED_AT_ONCE, 1), valid.split(CULLED_AT_ONCE, 1), strict=True):
+            directions, dt, points = _segments(rays, edges, some)
+            values, gradient = field.sdf_and_gradient(points)
+            _expect("sdf", values, points, 1), _expect("sdf_and_gradient", gradient, points, 3)
+            alpha.scatter_add_(1, some, self.model(values[..., 0], _facing(directions, gradient)[0], dt) * counts)
+        reached = transmittance(alpha.view(widths.shape)).flatten(1) >= self.cull_below
+        return _gathered(reached & (alpha > 0), widths.dtype)
+
+
+def _gathered(chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where chosen [B, N] holds: indices [B, K], ascending, and which of them count, [B, K] of 0 and 1.
+
+    K is the most of any row and at least 1; the others are padded with index 0.
+    """
+    counts = chosen.sum(dim=1, keepdim=True)
+    size = max(int(counts.max()), 1)
+    slots = torch.arange(size, device=chosen.device) < counts  # [B, K]
+    index = torch.zeros_like(slots, dtype=torch.int64)
+    index[slots] = chosen.nonzero()[:, 1]  # both row by row
+    return index, slots.to(dtype)
+
+
+def _segments(rays: RayBundle, edges: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Direction [B, K, 3], length [B, K] and middle [B, K, 3] of the segments index [B, K] of edges [B, M, S + 1]."""
+    ray = index // (edges.shape[2] - 1)
+    directions = rays.directions.gather(1, _to3(ray))
+    begin, end = (edges.flatten(1).gather(1, index + ray + side) for side in (0, 1))  # a ray has S + 1 edges
+    return directions, end - begin, rays.origins.gather(1, _to3(ray)) + ((end + begin) / 2)[..., None] * directions
+
+
+def _facing(directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """direction . normal, <= 0 [B, K], and the unit normal [B, K, 3]."""
+    normal = F.normalize(gradient.contiguous(), dim=-1, eps=NORMAL_EPS)  # of a grid's lookup it is channels first
+    return (directions * normal).sum(-1).clamp(max=0), normal
 
 
 def _to3(index: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from prd import TriplaneTurbo
 from prd.cameras import Cameras, orbit_cameras
 from prd.fields import AutogradGradient
+from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
+from prd.rendering.grid import GridField
 from prd.rendering.volume import VolumeRenderer, cube_near_far, neus_alpha, render_weights
 from prd.triplane import TriplaneField, TriplaneHeads
 
@@ -123,6 +126,55 @@ def test_culling_changes_next_to_nothing() -> None:
     assert counted < 0.5 * 2 * 12 * 12 * 48
     assert (images[0] - images[1]).abs().max() < 2e-3
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=0)
+
+
+class Steep(Sphere):
+    """Spheres whose signed distance has the slope `slope` instead of 1."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__(torch.tensor([0.6]))
+        self.slope = slope
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return self.slope * super().sdf(points)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slope", [0.3, 1.0, 3.0, 5.0, 11.0])
+@pytest.mark.parametrize("alpha", [NeusAlpha(64.0), VolSDFAlpha(0.02), DensityAlpha(3.0)])
+def test_culling_removes_no_opacity_at_any_slope(alpha: AlphaModel, slope: float) -> None:
+    renderer, cameras = VolumeRenderer(num_samples=40, alpha=alpha), two_cameras()
+    culled, whole = (r(Steep(slope), cameras, height=16, width=16) for r in (renderer, replace(renderer, cull_below=0)))
+    assert (culled.opacity - whole.opacity).abs().max() < 4e-3  # 40 segments of an opacity of 1e-4 at most
+    assert (culled.rgb - whole.rgb).abs().max() < 4e-3
+    assert (culled.disparity - whole.disparity).abs().max() < 4e-3
+
+
+@torch.no_grad()
+def test_culling_changes_nothing_on_what_the_toy_student_makes() -> None:
+    """Its signed distance has slopes up to 7: as in training, through a grid of 32^3."""
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    prompts, draws = ["a red cube", "a green mug"], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    field = GridField(pipe(prompts, generator=draws, output_type="field").field, 32)
+    assert field.gradient.norm(dim=-1).max() > 2
+    renderer, cameras = VolumeRenderer(num_samples=40, inv_std=64.0), two_cameras(batch=2)
+    culled, whole = (r(field, cameras, height=32, width=32) for r in (renderer, replace(renderer, cull_below=0)))
+    assert (culled.opacity - whole.opacity).abs().max() < 1e-3
+    assert (culled.rgb - whole.rgb).abs().max() < 1e-3
+
+
+def test_culling_asks_for_few_gradients_with_a_graph() -> None:
+    counts: list[tuple[bool, int]] = []
+
+    class Counting(Steep):
+        def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            counts.append((torch.is_grad_enabled(), points.shape[1]))
+            return super().sdf_and_gradient(points)
+
+    VolumeRenderer(num_samples=40)(Counting(3.0), two_cameras(), height=16, width=16)
+    (plain, candidates), (graph, kept) = counts
+    assert not plain and graph
+    assert kept < 0.5 * candidates < 0.2 * 2 * 16 * 16 * 40
 
 
 def test_gradient_scales_touch_only_the_colour_image() -> None:
@@ -284,6 +336,8 @@ MEMORY = """
 import resource, torch
 from prd.cameras import CameraSampling
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
+from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
+from prd.rendering.grid import GridField
 from prd.rendering.volume import VolumeRenderer
 from prd.triplane import TriplaneField, TriplaneHeads
 torch.manual_seed(0)
