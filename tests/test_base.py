@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -19,6 +19,7 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig
 from prd.base import UnsupportedBase, inference_dtype, load_base
 from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
+from prd.generators.adapter_files import read_configs
 from prd.teachers.convert import RESNET, UNET_ENDS, VAE_ATTENTION
 
 WIDTHS, VAE_WIDTHS = (64, 128), (32, 32)
@@ -284,6 +285,150 @@ def test_without_text(folder: Path) -> None:
         load_base(str(folder), text=True)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def store(folder: Path, dtype: torch.dtype, change: float = 1.0, parts: tuple[str, ...] = ("unet", "vae")) -> Path:
+    """Rewrite the weights of a folder's parts in another precision, times `change`."""
+    for part in parts:
+        (path,) = (folder / part).glob("*.safetensors")
+        state = {k: (t * change).to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def original(folder: Path) -> Path:
+    """A base in float32 whose values no half precision holds."""
+    generator = torch.Generator().manual_seed(0)
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = {k: t.float() for k, t in load_file(path).items()}
+        state = {k: t + 0.01 * torch.randn(t.shape, generator=generator) for k, t in state.items()}
+        save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def adapter(original: Path, tmp_path: Path) -> Path:
+    """An adapter on that base."""
+    base = load_base(str(original))
+    config = StudentConfig(base=str(original), latent_size=8, head_width=8)
+    peta = PetaConfig(r=2, plane_channels=4)
+    student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
+    with torch.no_grad():
+        for parameter in student.trainable_parameters():
+            parameter.add_(1e-4 * torch.randn(parameter.shape))
+    student.save_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_base_is_known_in_every_precision(dtype: torch.dtype, original: Path, adapter: Path, tmp_path: Path) -> None:
+    """Stored in one and loaded in another, which rounds twice; what was never it is refused in all of them."""
+    everything = ("unet", "vae", "text_encoder")
+    for stored in (torch.float32, *HALVES):
+        copy = store(Path(shutil.copytree(original, tmp_path / str(stored))), stored, parts=everything)
+        pipe = TriplaneTurbo.from_pretrained(adapter, base=str(copy), dtype=dtype)
+        assert pipe.dtype == dtype and pipe.encoder is not None and pipe.encoder.model.dtype == dtype
+        assert pipe.student.base_hash() == read_configs(adapter)[1]["base_hash"]
+        with pytest.raises(AdapterMismatch, match="whose weights differ"):
+            TriplaneTurbo.from_pretrained(adapter, base=str(store(copy, stored, 1.02, ("vae",))), dtype=dtype)
+
+
+def test_another_schedule_or_text_encoder_is_another_base(original: Path, adapter: Path) -> None:
+    path = original / "scheduler" / "scheduler_config.json"
+    known = path.read_text()
+    for change in ({"beta_end": 0.0121}, {"num_train_timesteps": 500}, {"rescale_betas_zero_snr": True}):
+        edit(path, **change)
+        with pytest.raises(AdapterMismatch, match="trained on the noise schedule"):
+            TriplaneTurbo.from_pretrained(adapter)
+        TriplaneTurbo.from_pretrained(adapter, allow_other_base=True)
+        path.write_text(known)
+    store(original, torch.float32, 1.02, ("text_encoder",))
+    with pytest.raises(AdapterMismatch, match="whose text encoder's weights differ"):
+        TriplaneTurbo.from_pretrained(adapter)
+    pipe = TriplaneTurbo.from_pretrained(adapter, text=False)
+    assert pipe.encoder is None
+    pipe.save_pretrained(adapter.parent / "again")
+    assert read_configs(adapter.parent / "again")[1]["base_hash"] == read_configs(adapter)[1]["base_hash"]
+    assert pipe(prompt_embeds=torch.randn(1, 77, 64), output_type="planes", return_dict=False)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_half_precision_loaded_is_saved_as_it_was(dtype: torch.dtype, adapter: Path, tmp_path: Path) -> None:
+    pipe = TriplaneTurbo.from_pretrained(adapter, dtype=dtype)
+    changed = "base_model.model.decoder.conv_out.bias"
+    pipe.save_pretrained(tmp_path / "same")
+    pipe.student.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)
+    pipe.save_pretrained(tmp_path / "trained")
+    was, same, trained = (
+        load_file(f / "adapter_model.safetensors") for f in (adapter, *map(tmp_path.joinpath, ("same", "trained")))
+    )
+    assert was.keys() == same.keys() and all(
+        torch.equal(was[k], same[k]) and was[k].dtype == same[k].dtype for k in was
+    )
+    assert {k for k in was if not torch.equal(was[k], trained[k].to(was[k].dtype))} == {changed}
+    assert len({path.stat().st_mode for path in (tmp_path / "same").iterdir()}) == 1
+    for wrong in (torch.int8, torch.float64, "bfloat16"):
+        with pytest.raises(ValueError, match=f"dtype={wrong!r}: must be"):
+            pipe.save_pretrained(tmp_path / "other", dtype=wrong)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_dtype_is_checked_before_anything_is_read() -> None:
+    for wrong in ("bfloat16", torch.int8, torch.float64):
+        with pytest.raises(ValueError, match=f"dtype={wrong!r}: must be torch.float32"):
+            load_base("/absent", dtype=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"dtype={wrong!r}: must be torch.float32"):
+            TriplaneTurbo.from_pretrained("/absent", dtype=wrong)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_one_variant_is_read(folder: Path, adapter: Path) -> None:
+    whole = load_base(str(folder))
+    for weights in list(folder.rglob("*model.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    variant = load_base(str(folder))
+    assert variant.hashes == whole.hashes and variant.encoder is not None
+
+
+def test_weights_that_do_not_belong_are_refused(folder: Path) -> None:
+    (path,) = (folder / "unet").glob("*.safetensors")
+    state = load_file(path)
+    first = "conv_in.weight"
+
+    def refused(match: str, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(UnsupportedBase, match=match):
+            load_base(str(folder))
+
+    refused(
+        "unet holds 1 tensors that its config has no place for, odd.weight first",
+        {**state, "odd.weight": torch.ones(1)},
+    )
+    refused("unet.conv_in.weight holds NaN", {**state, first: torch.full_like(state[first], float("nan"))})
+    refused("I8 tensors; give weights in", {**state, first: state[first].to(torch.int8)})
+    save_file(state, path, metadata={"format": "pt"})
+    config = folder / "unet/config.json"
+    known = json.loads(config.read_text())
+    for lost, match in (("block_out_channels", "unet block_out_channels None"), ("_class_name", "without _class_name")):
+        config.write_text(json.dumps({k: v for k, v in known.items() if k != lost}))
+        with pytest.raises(UnsupportedBase, match=match):
+            load_base(str(folder))
+
+
+def test_a_file_or_a_revision_of_a_folder_is_named(folder: Path, toybox: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="config.json: is a file; give the folder"):
+        load_base(str(folder / "unet/config.json"))
+    with pytest.raises(FileNotFoundError, match="config.json: is a file; give the folder"):
+        TriplaneTurbo.from_pretrained(toybox / "adapter" / "config.json")
+    with pytest.raises(ValueError, match="revision='v1': .* has no revisions"):
+        load_base(str(folder), revision="v1")
+    for name in ("toybox", toybox / "adapter"):
+        with pytest.raises(ValueError, match="revision='v1': .* has no revisions"):
+            TriplaneTurbo.from_pretrained(name, revision="v1")
+
+
 @pytest.mark.parametrize(
     "file, changes, found",
     [
@@ -339,3 +484,6 @@ def test_the_type_to_generate_in(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert inference_dtype(320, "cpu") == expected
         assert inference_dtype(64, "cpu") == torch.float32
+    capability = {"cuda": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[str(device)])
+    assert inference_dtype(320, "cuda") == torch.bfloat16 and inference_dtype(320, "cuda:1") == torch.float16

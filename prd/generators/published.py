@@ -83,8 +83,8 @@ def student_from_published(
         raise FileNotFoundError(f"{path}: no such file; give the published .pth")
     if (found := base.scheduler.config.prediction_type) != "epsilon":
         raise ValueError(
-            f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts epsilon; "
-            "give Stable Diffusion 2.1-base"
+            f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts "
+            "epsilon; give Stable Diffusion 2.1-base"
         )
     multiple = 2 ** (len(base.unet.config["block_out_channels"]) - 1)
     if latent_size is not None and (latent_size < 1 or latent_size % multiple):
