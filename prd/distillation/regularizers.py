@@ -13,12 +13,18 @@ from torch import Tensor
 NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
 
-def eikonal_loss(gradient: Tensor) -> Tensor:
+def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
     """Mean of (|grad sdf| - 1)^2: a signed distance changes by one unit a unit (Gropp et al., 2020).
 
-    gradient [..., 3] of the signed distance with respect to the point. Returns a scalar.
+    gradient [..., 3] of the signed distance with respect to the point, or what the volume renderer returns: such
+    gradients and the weights [...] of their mean, None: all alike. Returns a scalar.
     """
-    return (gradient.norm(dim=-1) - 1).square().mean()
+    gradient, weights = (gradient, None) if isinstance(gradient, Tensor) else gradient
+    if gradient.shape[-1:] != (3,) or (weights is not None and weights.shape != gradient.shape[:-1]):
+        found = None if weights is None else tuple(weights.shape)
+        raise ValueError(f"gradient={tuple(gradient.shape)}, weights={found}: expected [..., 3] and [...] or None")
+    error = (gradient.norm(dim=-1) - 1).square()
+    return error.mean() if weights is None else (weights * error).sum()
 
 
 def sparsity_loss(opacity: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from prd.cameras import Cameras
 from prd.fields import Field
 from prd.rendering.views import Views, check_image_size
-from prd.rendering.volume import VolumeRenderer
+from prd.rendering.volume import GradientSamples, VolumeRenderer
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PatchRenderer:
         width: int,
         background: float | Tensor = 0.5,
         generator: torch.Generator | None = None,
-    ) -> tuple[Views, Tensor]:
-        """Views [B, V, height, width, .] and the coarse render's gradients [B, K, 3] for the eikonal loss.
+    ) -> tuple[Views, GradientSamples]:
+        """Views [B, V, height, width, .] and the coarse render's gradients for the eikonal loss.
 
         background  number or tensor broadcastable to [B, V, height, width, 3]
         generator   draws the patch's corner, the same in all views, and the jitter; None: the middle, no jitter

@@ -20,7 +20,15 @@ from prd.fields import Field
 from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
 from prd.rendering.views import Views, check_image_size, disparity_from_depth
 
-__all__ = ["PUBLISHED_ALPHA_FLOOR", "RayBundle", "RayColours", "VolumeRenderer", "neus_alpha", "render_weights"]
+__all__ = [
+    "PUBLISHED_ALPHA_FLOOR",
+    "GradientSamples",
+    "RayBundle",
+    "RayColours",
+    "VolumeRenderer",
+    "neus_alpha",
+    "render_weights",
+]
 
 CULLED_AT_ONCE = 1 << 17  # segments of a sample whose gradient is asked for at a time to tell which of them matter
 NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit normal
@@ -84,6 +92,18 @@ class RayBundle(NamedTuple):
         return (self.origins[:, :, None] + t[..., None] * self.directions[:, :, None]).flatten(1, 2)
 
 
+class GradientSamples(NamedTuple):
+    """Gradients of the signed distance, for `eikonal_loss`.
+
+    gradient [..., 3] at the segments that were looked at of all samples (no padding), or at a grid's nodes
+    weights  [...]    of their mean, which sum to 1 where every sample has some: that over samples of the mean over a
+                      sample's own segments, so that neither chunks nor batch mates change it; None: all alike
+    """
+
+    gradient: Tensor
+    weights: Tensor | None
+
+
 class RayColours(NamedTuple):
     """What volume rendering finds along M rays of each sample.
 
@@ -95,6 +115,7 @@ class RayColours(NamedTuple):
     distance [B, M, 1]      sum of w t, t the distance along the ray
     variance [B, M, 1]      sum of w (t - distance)^2
     gradient [B, K, 3]      gradient of the signed distance at the segments that were looked at
+    valid    [B, K]         1 where there was one, 0 where a sample has fewer than another
     """
 
     edges: Tensor
@@ -106,6 +127,7 @@ class RayColours(NamedTuple):
     distance: Tensor
     variance: Tensor
     gradient: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True)
@@ -186,14 +208,16 @@ class VolumeRenderer:
         background: float | Tensor = 0.5,
         generator: torch.Generator | None = None,
         jitter: Tensor | None = None,
-    ) -> tuple[Views, Tensor]:
-        """Views [B, V, height, width, .] and gradients [B, K, 3] of the signed distance for the eikonal loss.
+    ) -> tuple[Views, GradientSamples]:
+        """Views [B, V, height, width, .] and gradients of the signed distance for the eikonal loss.
 
         background  number or tensor broadcastable to [B, V, height, width, 3]
         generator   draws the jitter, one offset a ray and pass; None: no jitter (offsets of half a segment)
         jitter      the offsets themselves [passes, B, V, height, width] in [0, 1), instead of a generator
 
         The gradients are those at the segments looked at, or those of the field's nodes if it has a `gradient` grid.
+        Culling leaves only segments near the surface, while the published eikonal loss covers all samples of all rays:
+        cull_below=0 gives that one.
         """
         check_image_size(height, width)
         rays = self.rays(cameras, height, width, self.offsets(cameras, height, width, generator, jitter))
@@ -208,7 +232,7 @@ class VolumeRenderer:
         height: int,
         width: int,
         background: float | Tensor = 0.5,
-    ) -> tuple[Views, Tensor]:
+    ) -> tuple[Views, GradientSamples]:
         """`render_with_samples` for rays [B, V * height * width] that may be any of the cameras' (a patch, say)."""
         shape = (cameras.batch, cameras.views, height, width)
         step = self.max_rays or rays.origins.shape[1]
@@ -227,8 +251,7 @@ class VolumeRenderer:
         disparity = disparity_from_depth(depth, cameras)
         views = Views(rgb, normal, depth, disparity, opacity, cameras, image("variance"))
         nodes: Tensor | None = getattr(field, "gradient", None)
-        gradient = torch.cat([part.gradient for part in parts], dim=1) if nodes is None else nodes.flatten(1, -2)
-        return views, gradient
+        return views, _samples(parts) if nodes is None else GradientSamples(nodes.flatten(1, -2), None)
 
     def rays(self, cameras: Cameras, height: int, width: int, jitter: Tensor) -> RayBundle:
         """The rays of all pixels with their range; jitter [passes, B, V, height, width]."""
@@ -325,7 +348,7 @@ class VolumeRenderer:
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         distance = (weights * middles).sum(-1, keepdim=True)
         variance = torch.linalg.vecdot(weights, (middles - distance).square())[..., None]
-        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient)
+        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient, valid)
 
     @torch.no_grad()
     def _relevant(self, field: Field, rays: RayBundle, edges: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,6 +377,15 @@ class VolumeRenderer:
             alpha.scatter_add_(1, some, self.model(values[..., 0], _facing(directions, gradient)[0], dt) * counts)
         reached = transmittance(alpha.view(widths.shape)).flatten(1) >= self.cull_below
         return _gathered(reached & (alpha > 0), widths.dtype)
+
+
+def _samples(parts: list[RayColours]) -> GradientSamples:
+    """The gradients of all chunks, without their padding."""
+    real = [part.valid > 0 for part in parts]
+    gradient = torch.cat([part.gradient[rows] for part, rows in zip(parts, real, strict=True)])
+    counts = torch.stack([rows.sum(dim=1) for rows in real]).sum(dim=0).clamp(min=1)  # [B]
+    sample = torch.cat([rows.nonzero()[:, 0] for rows in real])
+    return GradientSamples(gradient, 1 / (len(counts) * counts[sample]).to(gradient.dtype))
 
 
 def _gathered(chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

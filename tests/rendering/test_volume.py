@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prd import TriplaneTurbo
 from prd.cameras import Cameras, orbit_cameras
+from prd.distillation.regularizers import eikonal_loss
 from prd.fields import AutogradGradient
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
 from prd.rendering.grid import GridField
@@ -74,7 +75,7 @@ def test_a_ray_that_misses_everything_is_empty() -> None:
     )
     assert views.opacity.max() == 0 and views.normal.abs().max() == 0 and views.disparity.max() < 1e-6
     torch.testing.assert_close(views.rgb, torch.full_like(views.rgb, 0.3))
-    assert torch.isfinite(gradient).all()
+    assert torch.isfinite(eikonal_loss(gradient))
     without_culling = VolumeRenderer(num_samples=64, cull_below=0)
     assert without_culling(Sphere(torch.tensor([-3.0])), two_cameras(), height=8, width=8).opacity.max() < 1e-6
 
@@ -122,8 +123,8 @@ def test_culling_changes_next_to_nothing() -> None:
         views, samples = renderer.render_with_samples(field, cameras, height=12, width=12)
         images.append(torch.cat([views.rgb, views.normal, views.disparity, views.opacity], dim=-1))
         gradients.append(torch.autograd.grad(images[-1].sum(), field.radius)[0])
-        counted = samples.shape[1]
-    assert counted < 0.5 * 2 * 12 * 12 * 48
+        counted = len(samples.gradient)
+    assert 0 < counted < 0.5 * 2 * 2 * 12 * 12 * 48
     assert (images[0] - images[1]).abs().max() < 2e-3
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=0)
 
@@ -211,7 +212,7 @@ def test_second_order_gradient_reaches_the_field() -> None:
 
     scale = torch.tensor([1.5], requires_grad=True)
     _, gradient = SOFT.render_with_samples(Scaled(scale), two_cameras(), height=4, width=4)
-    loss = (gradient.norm(dim=-1) - 1).square().mean()
+    loss = eikonal_loss(gradient)
     torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], torch.tensor([1.0]), rtol=1e-4, atol=0)
 
 
@@ -322,14 +323,32 @@ def test_chunks_change_no_gradient_of_first_or_second_order() -> None:
 
     for whole, chunked in zip(gradients(None), gradients(7), strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-11)
-    eikonal = VolumeRenderer(num_samples=12, inv_std=inv_std, cull_below=0)  # every segment counts: no padding
     second = []
     for max_rays in (None, 7):
-        renderer = replace(eikonal, max_rays=max_rays)
+        renderer = VolumeRenderer(num_samples=12, inv_std=inv_std, max_rays=max_rays)
         _, gradient = renderer.render_with_samples(TriplaneField(planes, heads), cameras, height=5, width=5)
-        second.append(torch.autograd.grad((gradient.norm(dim=-1) - 1).square().mean(), planes)[0])
+        second.append(torch.autograd.grad(eikonal_loss(gradient), planes)[0])
     assert second[0].abs().max() > 1e-4
     torch.testing.assert_close(second[0], second[1], rtol=1e-9, atol=1e-13)
+
+
+def test_the_eikonal_loss_of_a_batch_is_the_mean_of_its_samples() -> None:
+    """Samples whose surfaces take up a different number of segments, and one that has none."""
+
+    class Slopes(Sphere):
+        def sdf(self, points: Tensor) -> Tensor:
+            return (1 + self.radius.abs())[:, None, None] * super().sdf(points)
+
+    radii, renderer = torch.tensor([0.3, 0.8, -3.0]), VolumeRenderer(num_samples=24, inv_std=30.0)
+
+    @torch.no_grad()
+    def loss(radius: Tensor) -> float:
+        cameras = two_cameras(batch=len(radius))
+        return float(eikonal_loss(renderer.render_with_samples(Slopes(radius), cameras, height=9, width=9)[1]))
+
+    alone = [loss(radius[None]) for radius in radii]
+    assert alone == pytest.approx([0.09, 0.64, 0.0], rel=1e-4)
+    assert loss(radii) == pytest.approx(sum(alone) / 3, rel=1e-5)
 
 
 MEMORY = """
