@@ -38,6 +38,7 @@ from prd.training.config import ConfigError
 SHARD_BYTES = 256 << 20
 CHECKED = 1000  # prompts of a corpus that are looked up before training starts
 OPEN_SHARDS = 64
+REMEMBERED = 256  # embeddings held in memory: a step asks for the same ones many times, an epoch for all
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
 
@@ -195,7 +196,7 @@ class StoredPromptEncoder(PromptEncoder):
     """An encoder whose texts are looked up; those that are not stored (negative prompts, views) it encodes itself."""
 
     def __init__(self, encoder: PromptEncoder, stored: StoredEmbeddings) -> None:
-        super().__init__(encoder.tokenizer, encoder.model, encoder.cache_size)
+        super().__init__(encoder.tokenizer, encoder.model, cache_size=REMEMBERED)
         self.encoder, self.stored = encoder, stored
 
     def encode(self, prompts: list[str]) -> Tensor:

@@ -193,7 +193,7 @@ def _copy(batches: Iterator[list[str | None]], path: Path) -> tuple[int, np.ndar
             empty += len(batch) - len(prompts)
             digests += b"".join(hashlib.blake2b(p.encode(), digest_size=16).digest() for p in prompts)
             writer.write_batch(pa.record_batch([pa.array(prompts, pa.string())], schema=schema))
-    return empty, np.frombuffer(bytes(digests), dtype="V16")
+    return empty, np.frombuffer(digests, dtype="V16")
 
 
 def _keep(everything: Dataset, first: np.ndarray, missing: set[str], path: Path) -> int:
@@ -253,27 +253,30 @@ def _read_json(path: Path, config: PromptsConfig) -> Iterator[list[str | None]]:
 def _read_table(path: Path | None, config: PromptsConfig) -> Iterator[list[str | None]]:
     """Text, JSONL, CSV and Parquet files, and datasets of the Hub (path None), streamed by `datasets`."""
     import pyarrow as pa
-    from datasets import Features, Value, load_dataset
+    from datasets import Features, Value, load_dataset_builder
 
-    column = config.column
-    options: dict[str, Any] = {"split": "train", "streaming": True}
+    column, split = config.column, config.split if path is None else "train"
+    options: dict[str, Any] = {"data_files": str(path)}
     if path is None:
-        data = load_dataset(config.source, split=config.split, revision=config.revision, streaming=True)
+        builder = load_dataset_builder(config.source, revision=config.revision)
     elif path.suffix == ".txt":
         column = "text"
-        data = load_dataset("text", data_files=str(path), encoding="utf-8-sig", **options)
+        builder = load_dataset_builder("text", encoding="utf-8-sig", **options)
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream), [])
         _check_column(column, header, config.source)
         plain = Features({name: Value("string") for name in header})  # or 007 becomes 7
         kept_as_is = {"encoding": "utf-8-sig", "keep_default_na": False}  # or "None" is no prompt
-        data = load_dataset("csv", data_files=str(path), features=plain, **kept_as_is, **options)
+        builder = load_dataset_builder("csv", features=plain, **kept_as_is, **options)
     else:
-        kind = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
-        data = load_dataset(kind, data_files=str(path), **options)
+        builder = load_dataset_builder({".jsonl": "json", ".parquet": "parquet"}[path.suffix], **options)
+    data = builder.as_streaming_dataset(split=split)
     if data.column_names is not None:
         _check_column(column, data.column_names, config.source)
+        if hasattr(builder.config, "columns"):  # Parquet, whose other columns (images, say) need not be read
+            builder.config.columns = [column]
+            data = builder.as_streaming_dataset(split=split)
         data = data.select_columns([column])
     for table in data.with_format("arrow").iter(BATCH):
         _check_column(column, table.column_names, config.source)

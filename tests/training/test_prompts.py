@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from prd.training import prompt_files
 from prd.training.compositional import ACTIVITIES, PIG_THEMES, animal2400, pig64
 from prd.training.config import ConfigError, PromptsConfig, load_config
 from prd.training.prompts import CorpusError, load_corpus
+from tests.training.dataset_server import serve
 
 HELD_OUT = ("a red cube", "a blue torus on a red cube")
 THREE = ["a cat", "a dog", 'a "red, blue" cow']
@@ -139,29 +145,38 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch)
     assert list(load_corpus(config).prompts) == THREE
 
 
-def test_a_hub_dataset_is_asked_for_by_its_id_split_and_column(tmp_path, monkeypatch):
-    asked = []
-    source = write(tmp_path, "a.parquet", THREE)
-    real = datasets.load_dataset
+FROM_THE_HUB = """
+import sys
+from prd.training.config import PromptsConfig
+from prd.training.prompts import CorpusError, load_corpus
+for source, column, split in (words.split() for words in sys.argv[1:]):
+    try:
+        print(list(load_corpus(PromptsConfig(source=source, column=column, split=split)).prompts))
+    except CorpusError as error:
+        print(error)
+"""
 
-    def hub(name, **options):
-        asked.append((name, options["split"], options["revision"]))
-        return real("parquet", data_files=source, split="train", streaming=True)
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    config = PromptsConfig(source="someone/captions", split="val", revision="v1")
-    assert list(load_corpus(config).prompts) == THREE
-    assert list(load_corpus(config).prompts) == THREE
-    assert asked == [("someone/captions", "val", "v1")]  # prepared once
-    with pytest.raises(CorpusError, match=r"prompts.column='text': someone/captions has the columns \['n', 'prompt'\]"):
-        load_corpus(PromptsConfig(source="someone/captions", column="text"))
-
-    def offline(name, **options):
-        raise ConnectionError(f"Couldn't reach {name!r}")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(CorpusError, match="no file here, and as a Hub dataset cannot be read .*Couldn't reach"):
-        load_corpus(PromptsConfig(source="someone/else"))
+def test_a_hub_dataset_is_read_by_its_id_split_and_column_and_no_more_of_it(tmp_path):
+    content = io.BytesIO()
+    images = [random.Random(i).randbytes(5_000_000) for i in range(4)]
+    pq.write_table(pa.table({"image": images, "caption": ["a cat", "", "a dog", "a cat"]}), content)
+    asked = ["some/captions caption train"] * 2 + ["some/captions prompt train", "some/captions caption val", "a/b c d"]
+    with serve("some/captions", {"data/train-0.parquet": content.getvalue(), "README.md": b"# Captions\n"}) as hub:
+        places = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_DATASETS_CACHE": str(tmp_path / "data"),
+        }
+        command = [sys.executable, "-c", FROM_THE_HUB, *asked]
+        done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, timeout=120)
+    first, second, column, split, absent = done.stdout.splitlines()
+    assert first == second == "['a cat', 'a dog']"
+    assert hub.sent < 500_000  # of 20 MB
+    assert column == "prompts.column='prompt': some/captions has the columns ['image', 'caption']; name one of them"
+    assert split.startswith("prompts.source='some/captions': is no file here, and as a Hub dataset cannot be read")
+    assert "'train'" in split
+    assert "'a/b' doesn't exist on the Hub or cannot be accessed" in absent
 
 
 def test_what_is_left_out_or_cut_is_reported_with_counts(tmp_path, monkeypatch):
