@@ -51,6 +51,24 @@ def test_what_cannot_be_made_is_one_sentence(toybox, capsys, words, message):
     assert message in one_sentence(capsys, ["generate", "a red cube", *words])
 
 
+def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def load(name, **options):
+        seen.append(
+            (name, {k: v for k, v in options.items() if k in ("revision", "token", "allow_other_base", "text")})
+        )
+        raise ValueError("stop")
+
+    monkeypatch.setattr("prd.pipeline.TriplaneTurbo.from_pretrained", load)
+    monkeypatch.setattr("prd.base.load_base", load)
+    place = ["--revision", "v1", "--token", "hf_x"]
+    one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])
+    one_sentence(capsys, ["convert", "a.pth", str(tmp_path / "a"), "--base", "me/b", *place])
+    hub = {"revision": "v1", "token": "hf_x"}
+    assert seen == [("me/a", {**hub, "allow_other_base": True}), ("me/b", {**hub, "text": False})]
+
+
 def test_an_unknown_key_names_the_nearest(capsys):
     error = one_sentence(capsys, ["train", "--optimizer.learning_rate", "1"])
     assert "unknown config key 'optimizer.learning_rate'" in error and "nearest" in error

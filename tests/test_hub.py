@@ -129,6 +129,12 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
     whole = random_toybox / "stable_diffusion"
     commit = publish("some/base", whole)
     publish("some/silent", whole, skip="text_encoder")
+    half = Path(shutil.copytree(whole, tmp_path / "half"))
+    for weights in list(half.rglob("*model.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    (half / "safety_checker").mkdir()
+    (half / "safety_checker" / "config.json").write_text("{}")
+    publish("some/half", half)
     other = Path(shutil.copytree(whole, tmp_path / "xl"))
     config = json.loads((other / "unet/config.json").read_text())
     (other / "unet/config.json").write_text(json.dumps({**config, "addition_embed_type": "text_time"}))
@@ -141,20 +147,21 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
         again = load_base("some/base", local_files_only=True, revision={commit!r})
         assert torch.equal(again.unet.conv_in.weight, base.unet.conv_in.weight)
         assert load_base("some/silent").encoder is None
-        try:
-            load_base("some/xl")
-        except UnsupportedBase as error:
-            assert "addition_embed_type 'text_time'" in str(error), error
-        try:
-            load_base("some/absent")
-        except FileNotFoundError as error:
-            assert "RepositoryNotFoundError" in str(error), error
+        assert torch.equal(load_base("some/half", text=False).unet.conv_in.weight, base.unet.conv_in.weight)
+
+        def refused(load, kind, message):
+            try:
+                load()
+            except kind as error:
+                assert message in str(error), error
+            else:
+                raise SystemExit("loaded: " + message)
+
+        refused(lambda: load_base("some/xl"), UnsupportedBase, "addition_embed_type 'text_time'")
+        refused(lambda: load_base("some/absent"), FileNotFoundError, "RepositoryNotFoundError")
         expected = sdf(TriplaneTurbo.from_pretrained("toybox", base="some/base"))
         TriplaneTurbo.from_pretrained({str(adapter)!r}).push_to_hub("me/shapes", token={TOKEN!r})
-        try:
-            TriplaneTurbo.from_pretrained("me/shapes")
-        except ValueError as error:
-            assert "pass base=" in str(error), error
+        refused(lambda: TriplaneTurbo.from_pretrained("me/shapes"), ValueError, "pass base=")
         assert torch.equal(sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base")), expected)
         """,
         hub,
@@ -163,6 +170,8 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert not [r for r in hub.requests if "some/xl" in r and "safetensors" in r]
+    fetched = {r.partition("/resolve/")[2].partition("/")[2] for r in hub.requests if "some/half/resolve" in r}
+    assert {file.partition("/")[0] for file in fetched} == {"unet", "vae", "scheduler"}
     repository = hub.repositories["me/shapes"]
     for name, content in repository.commits[repository.branches["main"]].items():
         assert local.encode() not in content, name
@@ -185,8 +194,45 @@ def test_the_card_runs_as_printed_and_names_no_path(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "mesh.glb").stat().st_size > 1000
+    assert "pip install" in card.content and "in the folder that holds shared" in card.content
     again = TriplaneTurbo.from_pretrained(folder)
     assert again.facts == pipe.facts
+
+
+def test_only_a_card_of_ours_is_written_over(toybox: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    card = tmp_path / "README.md"
+    for mine in ("# Mine\n", "---\nlicense: mit\n---\n\nlibrary_name: prd\n"):
+        card.write_text(mine)
+        pipe.save_pretrained(tmp_path)
+        assert card.read_text() == mine and f"{card}: is kept" in caplog.text
+    card.unlink()
+    pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path, license="mit")
+    assert ModelCard.load(card).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        '{"measured": 3}',
+        '{"measured": {"a": 1}}',
+        '{"measured": {"a": {"iou": "x"}}}',
+        '{"held_out": 5}',
+        b"\xff",
+    ],
+)
+def test_a_record_that_is_none_is_ignored_and_named(
+    content: str | bytes, toybox: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(toybox / "adapter", tmp_path / "run" / "adapter"))
+    for path in (folder.parent / "scores.json", folder / "record.json"):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        pipe = TriplaneTurbo.from_pretrained(folder)
+        pipe.save_pretrained(tmp_path / "saved")
+        assert pipe.facts == {} and f"{path}: is ignored" in caplog.text
 
 
 def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_path: Path) -> None:

@@ -93,7 +93,10 @@ class Payload:
         return os.getcwd, ()
 
 
-@pytest.mark.parametrize("fault", ["code", "truncated", "missing", "unknown", "list", "absent", "width", "depth"])
+FAULTS = ["code", "truncated", "flipped", "missing", "unknown", "list", "absent", "width", "depth", "velocity", "size"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(
     fault: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +110,11 @@ def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(
     elif fault == "truncated":
         path.write_bytes(CHECKPOINT.read_bytes()[:-1000])
         message = "damaged"
+    elif fault == "flipped":
+        content = bytearray(CHECKPOINT.read_bytes())
+        content[len(content) // 2] ^= 1  # within a tensor
+        path.write_bytes(content)
+        message = "does not have its checksum"
     elif fault == "list":
         torch.save([1], path)
         message = "expected a checkpoint with a 'state_dict'"
@@ -123,7 +131,14 @@ def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(
         changes = {"width": {"block_out_channels": [16, 32]}, "depth": {"layers_per_block": 1}}[fault]
         config = json.loads((base / "unet" / "config.json").read_text())
         UNet2DConditionModel.from_config({**config, **changes}).save_pretrained(base / "unet")
-    assert main(["convert", str(path), str(out), "--base", str(base)]) == 2
+    options: list[str] = []
+    if fault == "velocity":
+        scheduler = base / "scheduler" / "scheduler_config.json"
+        scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "v_prediction"}))
+        message = "predicts v_prediction, and the published adapter was trained on a base that predicts epsilon"
+    if fault == "size":
+        options, message = ["--latent-size", "7"], "latent_size=7: must be a positive multiple of"
+    assert main(["convert", str(path), str(out), "--base", str(base), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1 and not out.exists()
 
