@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -120,6 +119,7 @@ def _key(config: PromptsConfig) -> str:
     """All that decides what a prepared folder holds. Raises CorpusError for a source that is no file and no Hub id."""
     source = config.source
     path = Path(source).expanduser()
+    misplaced = path.suffix and path.parent.is_dir()  # a file's name in a folder of ours is no Hub id
     place: list[Any]
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -128,7 +128,7 @@ def _key(config: PromptsConfig) -> str:
             raise CorpusError(f"prompts.split={config.split!r}: {source} has no splits; leave it 'train'")
         status = path.stat()
         place = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    elif HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES and not path.exists():
+    elif HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES and not path.exists() and not misplaced:
         place = [source, config.revision]
     else:
         raise CorpusError(
@@ -142,7 +142,8 @@ def _prepare(config: PromptsConfig, folder: Path) -> None:
     """Write `folder`, whole or not at all: prompts.arrow, counts.json."""
     from datasets import Dataset
 
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    aside = folder.with_name(f"{folder.name}.part")  # one at a time: the caller holds the lock
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         with _quiet():
@@ -293,6 +294,6 @@ def _check_column(column: str, columns: Sequence[str], source: str) -> None:
 
 def _write(path: Path, text: str) -> None:
     """A file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    aside = path.with_name(f"{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

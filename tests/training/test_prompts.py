@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -130,6 +132,20 @@ def test_a_source_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert list(load_corpus(config).prompts) == [*THREE, "a horse"]
 
 
+def test_processes_that_start_together_prepare_once(tmp_path, monkeypatch):
+    config, real, calls = PromptsConfig(source=write(tmp_path, "a.txt", THREE)), prompt_files._read, []
+
+    def slow(config):
+        calls.append(config)
+        time.sleep(0.3)
+        return real(config)
+
+    monkeypatch.setattr(prompt_files, "_read", slow)
+    with ThreadPoolExecutor(3) as pool:
+        assert [list(corpus.prompts) for corpus in pool.map(load_corpus, [config] * 3)] == [THREE] * 3
+    assert len(calls) == 1
+
+
 def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     config = PromptsConfig(source=write(tmp_path, "a.txt", THREE))
 
@@ -141,8 +157,13 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch)
         patch.setattr(prompt_files, "_read", half)
         with pytest.raises(KeyboardInterrupt):
             load_corpus(config)
-    assert not [p for p in (tmp_path / "cache" / "prd-prompts").iterdir() if p.is_dir()]
+    cache = tmp_path / "cache" / "prd-prompts"
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    (lock,) = cache.glob("*.lock")
+    lock.with_suffix(".part").mkdir()  # what a killed one leaves
+    (lock.with_suffix(".part") / "all.arrow").write_text("half")
     assert list(load_corpus(config).prompts) == THREE
+    assert not lock.with_suffix(".part").exists()
 
 
 FROM_THE_HUB = """
@@ -202,7 +223,10 @@ def test_nothing_is_reported_of_a_clean_corpus(tmp_path):
     assert load_corpus(PromptsConfig(source=str(tmp_path / "a.txt"))).report(tokenizer, 77) is None
 
 
-def test_errors_name_the_key_and_the_value(tmp_path):
+def test_errors_name_the_key_and_the_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+
     def of(name: str, content: str | bytes, **settings) -> PromptsConfig:
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -211,6 +235,7 @@ def test_errors_name_the_key_and_the_value(tmp_path):
     for config, message in (
         (PromptsConfig(source=str(tmp_path / "absent.txt")), "prompts.source=.*absent.txt.*existing"),
         (PromptsConfig(source="prompts"), "prompts.source='prompts'.*existing file"),
+        (PromptsConfig(source="tests/absent.tsv"), "prompts.source='tests/absent.tsv'.*existing file"),
         (PromptsConfig(source=str(tmp_path)), "prompts.source=.*existing file"),
         (of("a.xlsx", "a cat"), "a.xlsx'?: unknown suffix; must end in .txt, .json"),
         (of("b.txt", "\n \n"), "b.txt.*holds no prompt"),
