@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class SurfaceStats:
     """What a render met.
 
     meshes     [(vertices [N, 3], faces [F, 3])] in scene units, one a sample
-    corrected  [B] bool: had no surface and was given one, in training
+    corrected  [B] bool: had no surface and was given one, as `on_empty="correct"` asks
     empty      [B] bool: had no surface and was left without, as `on_empty="flag"` asks
     """
 
@@ -98,9 +99,9 @@ def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
 class SurfaceRenderer:
     """Renders a Field through its isosurface.
 
-    In training (grad enabled) a sample without a surface is given one by `ensure_surface`, and counted in the stats;
-    without grad it raises EmptySurfaceError or is flagged and rendered as background. Colours are the field's, asked at
-    the surface points that the pixels see.
+    A sample without a surface raises EmptySurfaceError; or it is flagged in the stats and rendered as background; or,
+    for training, it is given a surface by `ensure_surface` and counted in the stats: `on_empty` says which, whether
+    gradients are made or not. Colours are the field's, asked at the surface points that the pixels see.
     """
 
     resolution: int = 128  # nodes an axis of the isosurface's grid (the paper's in training; 160 at inference)
@@ -110,13 +111,15 @@ class SurfaceRenderer:
     supersample: int = 1  # rendered at this multiple of the size and averaged
     isosurface: Isosurface = marching_cubes  # or `tetrahedra.marching_tetrahedra` (DMTet, as AToM has it)
     detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
-    on_empty: OnEmpty = "raise"  # without grad: "raise" EmptySurfaceError, or "flag" it in the stats
+    on_empty: Literal["correct", "raise", "flag"] = "raise"  # where there is no surface; training: "correct"
 
     def __post_init__(self) -> None:
         if self.resolution < 3 or self.supersample < 1:
             raise ValueError(
                 f"resolution={self.resolution}, supersample={self.supersample}: must be at least 3 and at least 1"
             )
+        if self.on_empty not in ("correct", "raise", "flag"):
+            raise ValueError(f"on_empty={self.on_empty!r}: must be 'correct', 'raise' or 'flag'")
 
     def __call__(
         self,
@@ -163,11 +166,12 @@ class SurfaceRenderer:
         if deformation is not None:
             deformation = scale_gradient(deformation, self.deformation_gradient_scale)
         corrected = torch.zeros(len(sdf), dtype=torch.bool, device=sdf.device)
-        if torch.is_grad_enabled():
+        if self.on_empty == "correct":
             sdf, corrected = ensure_surface(sdf, detach=self.detach_corrected)
             if self.detach_corrected and deformation is not None:
                 deformation = torch.where(corrected[:, None, None, None, None], deformation.detach(), deformation)
-        return grid_to_meshes(sdf, deformation, isosurface=self.isosurface, on_empty=self.on_empty), corrected
+        missing: OnEmpty = "flag" if self.on_empty == "flag" else "raise"
+        return grid_to_meshes(sdf, deformation, isosurface=self.isosurface, on_empty=missing), corrected
 
     def draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
         """Images [B, V, H, W, 8] of any B meshes: rgb, normal, far - depth and opacity, all 0 where nothing is seen.

@@ -163,6 +163,7 @@ def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
         resolution=surface.grid_resolution,
         sdf_gradient_scale=at(surface.sdf_gradient_scale, config, step),
         deformation_gradient_scale=at(surface.deformation_gradient_scale, config, step),
+        on_empty="correct",
     )
 
 

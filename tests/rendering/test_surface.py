@@ -191,15 +191,26 @@ def test_gradient_scales_act_on_their_own_part():
     torch.testing.assert_close([same_radius, scaled_offset], [radius, 0.01 * offset], rtol=1e-3, atol=1e-6)
 
 
-def test_a_sample_without_surface_is_corrected_in_training_and_an_error_otherwise():
-    radius = torch.zeros(2, requires_grad=True)
-    renderer, cams = SurfaceRenderer(resolution=16), cameras(batch=2, views=2)
-    views, stats = renderer.render_with_stats(Void(radius, torch.zeros(2, 3)), cams, height=64, width=64)
-    assert stats.corrected.all() and (views.opacity.amax(dim=(1, 2, 3, 4)) > 0).all()
-    views.opacity.sum().backward()
-    assert (radius.grad < 0).all()  # asking for more opacity lowers the signed distance
-    with torch.no_grad(), pytest.raises(EmptySurfaceError):
-        renderer(Void(radius, torch.zeros(2, 3)), cams, height=8, width=8)
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_sample_without_surface_becomes_is_an_argument(grad):
+    """Whether gradients are made says nothing: a surface is invented only where it is asked for."""
+    radius, cams = torch.zeros(2, requires_grad=True), cameras(batch=2, views=2)
+    field = Void(radius, torch.zeros(2, 3))
+    with torch.set_grad_enabled(grad):
+        renderer = SurfaceRenderer(resolution=16, on_empty="correct")
+        views, stats = renderer.render_with_stats(field, cams, height=64, width=64)
+        assert stats.corrected.all() and (views.opacity.amax(dim=(1, 2, 3, 4)) > 0).all()
+        flagged, stats = SurfaceRenderer(resolution=16, on_empty="flag").render_with_stats(
+            field, cams, height=8, width=8
+        )
+        assert stats.empty.all() and not stats.corrected.any() and (flagged.opacity == 0).all()
+        with pytest.raises(EmptySurfaceError):
+            SurfaceRenderer(resolution=16)(field, cams, height=8, width=8)
+    if grad:
+        views.opacity.sum().backward()
+        assert (radius.grad < 0).all()  # asking for more opacity lowers the signed distance
+    with pytest.raises(ValueError, match="on_empty='ignore'"):
+        SurfaceRenderer(on_empty="ignore")
 
 
 def test_a_corrected_surface_can_be_kept_from_learning():
@@ -212,7 +223,7 @@ def test_a_corrected_surface_can_be_kept_from_learning():
             )
             return sdf, offset[:, None, None] * torch.ones_like(points)
 
-    renderer = SurfaceRenderer(resolution=16, detach_corrected=True)
+    renderer = SurfaceRenderer(resolution=16, on_empty="correct", detach_corrected=True)
     views, stats = renderer.render_with_stats(
         Deformed(radius, torch.zeros(2, 3)), cameras(batch=2, views=1), height=32, width=32
     )
