@@ -131,8 +131,14 @@ class Cameras:
         row = height / 2 - scale * local[..., 1] / depth
         return torch.stack([column, row], dim=-1), depth
 
-    def projection(self, aspect: float = 1.0, near: float = 0.1, far: float = 100.0) -> Tensor:
-        """OpenGL projection [B, V, 4, 4]: clip = projection @ world_to_camera @ [x, y, z, 1], y up, z in [-w, w]."""
+    def projection(self, aspect: float = 1.0, near: float | Tensor = 0.1, far: float | Tensor = 100.0) -> Tensor:
+        """OpenGL projection [B, V, 4, 4]: clip = projection @ world_to_camera @ [x, y, z, 1], y up, z in [-w, w].
+
+        near, far: planes in scene units along the viewing axis, numbers or [B, V]; ValueError unless 0 < near < far.
+        """
+        ordered = (torch.as_tensor(near) > 0) & (torch.as_tensor(near) < torch.as_tensor(far))
+        if not bool(ordered.all()):
+            raise ValueError(f"near={near}, far={far}: need 0 < near < far")
         f = 1 / torch.tan(self.fovy / 2)
         matrix = self.camera_to_world.new_zeros(self.batch, self.views, 4, 4)
         matrix[..., 0, 0] = f / aspect

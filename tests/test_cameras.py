@@ -149,3 +149,10 @@ def test_bad_sampling_is_refused(settings: dict) -> None:
 def test_no_rays_through_no_pixels() -> None:
     with pytest.raises(ValueError, match="height"):
         orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.0, 50.0).rays(0, 4)
+
+
+def test_planes_in_the_wrong_order_are_refused():
+    cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 50.0)
+    for near, far in ((1.0, 1.0), (0.0, 1.0), (torch.tensor([[2.0]]), torch.tensor([[1.0]]))):
+        with pytest.raises(ValueError, match="near="):
+            cameras.projection(1.0, near, far)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prd.cameras import Cameras
+from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
 from prd.rendering.antialias import antialias
 from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
@@ -19,7 +19,7 @@ from prd.rendering.views import Views, disparity_from_depth
 from prd.rendering.volume import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
-NEAR, FAR = 0.1, 100.0  # scene units, of the projection; nearer and farther surfaces are not drawn
+NEAR = 0.1  # scene units before a camera; what is nearer is cut away
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,19 @@ class PackedMeshes:
         return cls(torch.cat([vertices for vertices, _ in meshes]), packed, limits, [len(v) for v, _ in meshes])
 
     def clip(self, cameras: Cameras, aspect: float) -> Tensor:
-        """Clip-space vertices [V, N, 4], each mesh as its own cameras see it."""
-        matrices = cameras.projection(aspect, NEAR, FAR) @ cameras.world_to_camera()  # [B, V, 4, 4]
+        """Clip-space vertices [V, N, 4], each mesh as its own cameras see it.
+
+        The near and far planes enclose the scene's cube and the meshes, however far the camera is; only what is nearer
+        to it than `NEAR`, or behind it, is cut away.
+        """
+        reach = self.vertices.new_tensor(HALF_DIAGONAL)  # from the origin, of whatever is drawn
+        if len(self.vertices):
+            reach = torch.maximum(reach, self.vertices.detach().norm(dim=-1).max())
+        near = (cameras.distance - 1.01 * reach).clamp(min=NEAR)
+        matrices = (
+            cameras.projection(aspect, near, torch.maximum(cameras.distance, near) + 1.01 * reach)
+            @ cameras.world_to_camera()
+        )  # [B, V, 4, 4]
         parts = [
             vertices @ matrix[..., :3].transpose(1, 2) + matrix[..., 3][:, None]
             for vertices, matrix in zip(self.vertices.split(self.sizes), matrices, strict=True)

@@ -262,6 +262,22 @@ def test_a_surface_behind_the_camera_is_background_with_zero_gradient():
     assert (gradient == 0).all()
 
 
+@torch.no_grad()
+def test_a_far_camera_of_a_narrow_view_sees_the_same_object():
+    field = two_balls()
+    turn = torch.tensor([[0.0, 90.0]]).expand(2, -1)
+    near, far = (
+        SurfaceRenderer(resolution=32)(field, cams, height=32, width=32)
+        for cams in (
+            orbit_cameras(torch.full((2, 2), 20.0), turn, 64.0, 2.0),
+            orbit_cameras(torch.full((2, 2), 20.0), turn, 128.0, 1.0),
+        )
+    )
+    assert far.opacity.mean() > 0.05
+    assert (near.opacity - far.opacity).abs().mean() < 0.01
+    assert (near.disparity - far.disparity).abs().mean() < 0.01
+
+
 def test_any_meshes_can_be_drawn_and_bad_ones_are_named():
     renderer, cams, field = SurfaceRenderer(), cameras(batch=2, views=1), two_balls()
     triangle = torch.tensor([[0.0, -0.5, -0.5], [0.0, 0.5, -0.5], [0.0, 0.0, 0.5]]), torch.tensor([[0, 1, 2]])
