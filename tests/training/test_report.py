@@ -104,7 +104,16 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     assert first == {"seed": 0, "optimizer.lr": 1e-3} and second == {"seed": 3, "optimizer.lr": 5e-4}
     assert main(["runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    for text in ("one", "3/290", "1 min 30 s", "[red]two", "200/290", "1 h 40 min", "optimizer.lr 0.0005", "r_at_1 0.75"):
+    for text in (
+        "one",
+        "3/290",
+        "1 min 30 s",
+        "[red]two",
+        "200/290",
+        "1 h 40 min",
+        "optimizer.lr 0.0005",
+        "r_at_1 0.75",
+    ):
         assert text in table
     assert "output_dir" not in table
 

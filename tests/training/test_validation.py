@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prd.base import load_base
 from prd.training.build import build_student
 from prd.training.config import ConfigError, load_config
 from prd.training.pictures import LABEL_HEIGHT
+from prd.training.trainer import Trainer
 from prd.training.validation import mesh_names, save_gallery
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
@@ -83,3 +85,36 @@ def test_every_prompt_has_a_file_name_of_its_own():
 def test_a_gallery_of_no_prompts_is_refused():
     with pytest.raises(ConfigError, match="gallery_steps"):
         load_config("toybox", ["--validation.gallery_steps", "5", "--validation.prompts", "[]"])
+
+
+def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_path, capfd):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n")
+    run = tmp_path / "run"
+    words = ["--output_dir", str(run), "--prompts.source", str(tmp_path / "prompts.txt"), "--max_train_steps", "2"]
+    words += ["--prompts.held_out", "[]", "--prompts.stack_fraction", "0", "--validation.prompts", "[a red cube]"]
+    words += ["--validation.gallery_steps", "2", "--train_batch_size", "1"]
+    words += ["--num_denoising_steps", "2", "--num_threads", "1", "--volume.grid_resolution", "16"]
+    words += ["--surface.grid_resolution", "16", "--volume.num_samples", "16", "--validation.num_inference_steps", "2"]
+    Trainer(load_config("toybox", [*SMALL, *words])).train()
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (events,) = (path for path in run.rglob("events.out.tfevents.*") if path.parent.name == "prd")
+    recorded = EventAccumulator(str(events)).Reload()
+    for teacher in ("stable_diffusion", "mvdream", "richdreamer"):
+        for renderer in ("volume", "surface"):
+            name = f"gradient_norm/{teacher}/{renderer}"
+            scalars = recorded.Scalars(name)
+            assert [event.step for event in scalars] == [1, 2]
+            assert [event.value for event in scalars] == pytest.approx([row[name] for row in rows], rel=1e-4)
+    for pair in ("stable_diffusion-mvdream", "stable_diffusion-richdreamer", "mvdream-richdreamer"):
+        assert any(f"cosine/{pair}/{renderer}" in row for row in rows for renderer in ("volume", "surface")), pair
+    assert "gallery/coverage" not in rows[0] and 0 < rows[1]["gallery/coverage"] < 1
+    assert rows[1]["peak_gigabytes"] >= rows[0]["peak_gigabytes"] > 0.05
+
+    assert sorted(path.name for path in (run / "gallery").iterdir()) == ["step-000002"]
+    page = (run / "index.html").read_text()
+    assert "2 of 2 steps" in page and "gallery/step-000002/sheet.png" in page and "meshes/a_red_cube.glb" in page
+    bar = capfd.readouterr().err
+    assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d, .*(s/it|it/s).*peak=\d", bar), bar[-500:]
