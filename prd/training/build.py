@@ -30,7 +30,7 @@ RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
     "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
 }
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:

@@ -54,7 +54,7 @@ def save_checkpoint(
     tensors  by group; a group's name becomes its file's
     state    what JSON can hold; tuples come back as lists
 
-    Returns the checkpoint's folder.
+    Returns the checkpoint's folder. Raises CheckpointError if it cannot be written; those before it stay as they are.
     """
     if step < 0:
         raise CheckpointError(f"step={step}: must not be negative")
@@ -64,16 +64,17 @@ def save_checkpoint(
     final, aside, replaced = (run / name for name in (f"checkpoint-{step}", f".writing-{step}", f".replaced-{step}"))
     for leftover in (aside, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for group, values in tensors.items():
-        # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
-        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
-        save_file(copies, aside / f"{group}.safetensors")
-    (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-    (aside / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-    for path in (*aside.iterdir(), aside):
-        _flush(path)
+    try:
+        _write(aside, step, tensors, state)
+    except (OSError, SafetensorError) as error:  # a full disk, mostly: give back what was taken of it
+        shutil.rmtree(aside, ignore_errors=True)
+        last = max((n for n, _ in _checkpoints(run)), default=None)
+        kept = (
+            "there is none before it"
+            if last is None
+            else f"checkpoint-{last} is whole, --resume_from_checkpoint latest"
+        )
+        raise CheckpointError(f"{final} could not be written ({error}); {kept}") from error
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
@@ -84,6 +85,20 @@ def save_checkpoint(
             if old != final:
                 shutil.rmtree(old)
     return final
+
+
+def _write(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
+    folder.mkdir(parents=True)
+    for group, values in tensors.items():
+        # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
+        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+        save_file(copies, folder / f"{group}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
 
 
 def verify_checkpoint(folder: str | Path) -> int:

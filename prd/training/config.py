@@ -36,6 +36,9 @@ Timestep = Annotated[float, Field(ge=1, le=999)]
 _CHECKS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
+SWITCHES = ("start_afresh", "allow_config_change")  # need no value on the command line
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used: an unknown key, a value of the wrong type or outside its range."""
 
@@ -241,6 +244,7 @@ class ValidationConfig:
 
     prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
     every_steps: Count | None = None  # measure every so many steps; null: before and after only
+    spread_steps: Count | None = 100  # check that shapes of different prompts differ every so many steps; null: never
     gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
     num_inference_steps: Count = 4  # denoising steps of the student
     views: Count = 4  # views a prompt on the contact sheet
@@ -258,7 +262,7 @@ class TrainConfig:
     max_train_steps: Count = 15000  # optimiser steps
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
     max_train_minutes: Positive | None = None  # wall-clock limit of the run; null: none
-    mixed_precision: Literal["no", "bf16"] = "no"  # of the teachers' weights and the student's autocast
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the student's autocast
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
     num_denoising_steps: Count = 4  # K of Algorithm 1
@@ -269,8 +273,10 @@ class TrainConfig:
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "latest"
+    start_afresh: bool = False  # where "latest" finds nothing to resume from
+    allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none
-    num_threads: Count | None = None  # torch's CPU threads; null: all cores
+    num_threads: Count | None = None  # torch's CPU threads; null: OMP_NUM_THREADS, or cores / processes of the machine
     model: ModelConfig = field(default_factory=ModelConfig)  # the student
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
     cameras: CamerasConfig = field(default_factory=CamerasConfig)  # where it is seen from
@@ -411,7 +417,9 @@ def _split_words(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
             raise ConfigError(f"{word!r}: expected --key value or --key=value, as --optimizer.lr 1e-3")
-        if not equals:
+        if not equals and key.replace("-", "_") in SWITCHES and (not rest or rest[0].startswith("--")):
+            value = "true"
+        elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             value = rest.pop(0)

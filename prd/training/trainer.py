@@ -7,19 +7,18 @@ micro-batches and exchanged between processes once a step, so the student needs 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
 from prd.distillation.progressive import Judge, JudgeLog, judge_views, rollout
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields import Field
+from prd.memory import keep_freed_memory
 from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
 from prd.rendering.views import Views
@@ -49,17 +49,20 @@ from prd.training.build import (
 )
 from prd.training.checkpoints import (
     CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
     load_optimizer_state,
     optimizer_state,
+    rng_state,
     save_checkpoint,
+    set_rng_state,
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.embeddings import Embeddings
-from prd.training.prompts import load_corpus
+from prd.training.processes import StopRequest, choose_threads
+from prd.training.prompts import Corpus, load_corpus
 from prd.training.report import write_report
-from prd.training.run_folder import check_run, peak_memory, write_environment
+from prd.training.resume import flat, load_resumed, resumed_config
+from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
+from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped
 from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
 
 logger = logging.getLogger(__name__)
@@ -68,37 +71,34 @@ PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS = range(5)  # streams of random number
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
+WATCHED = 4  # prompts whose shapes are compared
+TIME_IS_UP = "max_train_minutes"
 
 
 class CollapseError(RuntimeError):
     """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: returning and fetching its pages again costs a CPU step up to half its time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        trim_threshold, mmap_threshold = -1, -3  # mallopt's names for them
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, -1)
-    except (OSError, AttributeError):  # another C library: nothing to tune
-        logger.debug("no glibc: memory is returned to the system as its allocator likes")
-
-
 class Trainer:
     """One training run of a `TrainConfig`, from the base model to a run folder."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
         self.started = time.time()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // processes))
+        config = replace(config, num_threads=choose_threads(config.num_threads))
+        assert config.num_threads is not None
+        torch.set_num_threads(config.num_threads)
         keep_freed_memory()
+        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
         self.folder = Path(config.output_dir)
         places = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "trackers"))
+        run_data_parallel()
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places
         )
+        self.config = config
+        self.resumed = load_resumed(config)
+        self.config = config = resumed_config(config, self.resumed, self.prompts_a_step)
         torch.manual_seed(config.seed)
         self.corpus = load_corpus(config.prompts, config.seed)
         embeddings = None if config.prompts.embeddings is None else Embeddings(config.prompts.embeddings)
@@ -123,14 +123,18 @@ class Trainer:
         if config.text_background:
             self.background = TextBackground(base.unet.config["cross_attention_dim"]).to(self.device)
             self.parameters = [*self.parameters, *self.background.parameters()]
-        self.optimizer = build_optimizer(config, self.parameters)
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(config, self.parameters))
         self.lr_factor = learning_rate(config)
         self.cameras = camera_sampling(config)
         if config.prompts.source == "toybox":
             check_captions(config.validation.prompts)
         self.timesteps = self.student.timesteps(config.num_denoising_steps)
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.skipped = self.skipped_total = 0  # steps in a row, and in this run
+        self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus)
+        self.stop = StopRequest()
+        self.stopping: str | None = None  # why all processes stop after this step
 
     @property
     def device(self) -> torch.device:
@@ -142,46 +146,71 @@ class Trainer:
         config = self.config
         return self.accelerator.num_processes * config.gradient_accumulation_steps * config.train_batch_size
 
+    def prompts_drawn(self, step: int) -> int:
+        """Prompts drawn before an optimiser step: where the corpus goes on."""
+        return self.first_prompt + (step - self.first) * self.prompts_a_step
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns what is logged."""
-        config, log = self.config, JudgeLog()
+        config, log, witness = self.config, JudgeLog(), Witness()
         begun = time.time()
         lr = config.optimizer.lr * self.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        reason = "the gradient is not finite"
         try:
             for micro in range(config.gradient_accumulation_steps):
-                self.accumulate(step, micro, log)
+                self.accumulate(step, micro, log, witness)
         except NonFinitePrediction as error:
-            logger.warning("step %d: %s", step, error)
+            reason = str(error)
             for parameter in self.parameters:  # every process must skip the same step
                 parameter.grad = torch.full_like(parameter, float("nan"))
-        self.exchange_gradients()
+        own = self.exchange_gradients()
         limit = config.optimizer.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        self.skipped = 0 if bool(torch.isfinite(norm)) else self.skipped + 1
-        if self.skipped == 0:
-            self.optimizer.step()
+        finite = bool(torch.isfinite(norm))
+        if finite or self.accelerator.scaler is not None:
+            self.optimizer.step()  # a scaler leaves a step that is not finite out by itself, and lowers its scale
+        if finite:
             self.update_average(step)
-        elif self.skipped < MOST_SKIPPED:
-            logger.warning("step %d: the gradient is not finite; the step was skipped", step)
+            self.skipped = 0
         else:
-            raise FloatingPointError(f"step {step}: {self.skipped} steps in a row had no finite gradient; lower the lr")
-        self.skipped_total += self.skipped > 0
-        log.add("skipped", float(self.skipped > 0))
+            self.skip(step, reason, own, witness)
+        log.add("skipped", float(not finite))
         log.add("skipped_total", float(self.skipped_total))
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
 
-    def accumulate(self, step: int, micro: int, log: JudgeLog) -> None:
+    def skip(self, step: int, reason: str, own: Tensor | None, witness: Witness) -> None:
+        """Count a step without a finite gradient and record who was asked; FloatingPointError after too many in a row.
+
+        own  this process's gradient before the exchange: the one that spoiled it tells; None: there is no other
+        """
+        self.skipped += 1
+        self.skipped_total += 1
+        if own is None or not bool(torch.isfinite(own).all()):
+            found = witness.suspects(reason)
+            said = record_skipped(self.folder, step, self.accelerator.process_index, found)
+            logger.warning("step %d: %s; the step was skipped: %s", step, reason, said)
+        if self.skipped >= MOST_SKIPPED and not self.scale_is_high():
+            raise FloatingPointError(
+                f"step {step}: {self.skipped} steps in a row had no finite gradient; lower optimizer.lr"
+            )
+
+    def scale_is_high(self) -> bool:
+        """Whether fp16's loss scale can still be lowered: until then a gradient that overflows is expected."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def accumulate(self, step: int, micro: int, log: JudgeLog, witness: Witness) -> None:
         """The rollout of one micro-batch: K estimates, each rendered and judged, gradients added up."""
         config = self.config
         place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
         samples = range(place * config.train_batch_size, (place + 1) * config.train_batch_size)  # of the whole step
         draws = [[sample_generator(config.seed, step, i, stream) for i in samples] for stream in range(5)]
-        first = step * self.prompts_a_step
+        first = self.prompts_drawn(step)
         prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws[PROMPTS], strict=True)]
         embeds = self.encoder(prompts).to(self.device)
         judges = [
@@ -191,9 +220,11 @@ class Trainer:
         @torch.autocast(self.device.type, enabled=False)  # geometry and losses are float32
         def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
             cameras = self.cameras.sample(draw_uniform((len(prompts), 3), draws[CAMERAS])).to(self.device)
+            witness.ask(k, prompts, cameras)
             loss = torch.zeros((), device=self.device)
             for name, views, regularizer in self.render(step, k, field, cameras, embeds, draws[JITTER], log):
                 loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
+            witness.answer(loss)
             return loss / config.gradient_accumulation_steps
 
         def noise(k: int) -> Tensor:
@@ -272,14 +303,30 @@ class Trainer:
             )
         return at(weights.eikonal, self.config, step) * eikonal + at(weights.sparsity, self.config, step) * sparsity
 
-    def exchange_gradients(self) -> None:
-        """Average the accumulated gradients over the processes: one exchange a step."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            p.grad = part.view_as(p)
+    def exchange_gradients(self) -> Tensor | None:
+        """Average the accumulated gradients over the processes, in one exchange a step.
+
+        The wish of any process to stop travels along, so that all stop at the same step. Returns this process's own
+        gradient in one piece, None for a process alone.
+        """
+        wishes = {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: self.out_of_time()}
+        own = None
+        if self.accelerator.num_processes > 1:
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+            own = torch.cat([g.flatten() for g in gradients])
+            flags = own.new_tensor([float(wish) for wish in wishes.values()])
+            mean = self.accelerator.reduce(torch.cat([own, flags]), reduction="mean")
+            *parts, flags = mean.split([p.numel() for p in self.parameters] + [len(flags)])
+            for p, part in zip(self.parameters, parts, strict=True):
+                p.grad = part.view_as(p)
+            wishes = dict(zip(wishes, (flags > 0).tolist(), strict=True))
+        self.stopping = next((why for why, wished in wishes.items() if wished), None)
+        return own
+
+    def out_of_time(self) -> bool:
+        """Whether `max_train_minutes` are over by the main process's clock."""
+        limit = self.config.max_train_minutes
+        return limit is not None and self.accelerator.is_main_process and (time.time() - self.started) / 60 > limit
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
@@ -305,39 +352,53 @@ class Trainer:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> Path:
-        """Write `checkpoint-{step}`: adapter, background, optimizer, average. Draws are keyed by the step: no state."""
+        """Write `checkpoint-{step}`, all that the next step depends on; to be called by every process."""
         tensors, plain = optimizer_state(self.optimizer)
         groups = {"adapter": self.student.adapter_state_dict(), "optimizer": tensors}
         if self.background is not None:
             groups["background"] = self.background.state_dict()
         if self.average is not None:
             groups["average"] = {str(i): value for i, value in enumerate(self.average)}
-        return save_checkpoint(
-            self.folder, step, groups, {"optimizer": plain}, total_limit=self.config.checkpoints_total_limit
-        )
+        for process, state in enumerate(gather_object([rng_state()])):
+            groups[f"rng-{process}"] = state
+        scaler = self.accelerator.scaler
+        values = {
+            "optimizer": plain,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "config": to_dict(self.config),
+            "prompts_a_step": self.prompts_a_step,
+            "prompts_drawn": self.prompts_drawn(step),  # the position in the corpus
+            "skipped": self.skipped,
+            "skipped_total": self.skipped_total,
+            "best_spread": self.watch.best,
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder, step, groups, values, total_limit=self.config.checkpoints_total_limit)
+        return self.folder / f"checkpoint-{step}"
 
     def resume(self) -> int:
-        """Load the checkpoint the config names; returns the steps done, 0 without one."""
-        name = self.config.resume_from_checkpoint
-        if name is None:
+        """Continue from the checkpoint the config names; returns the steps done, 0 without one."""
+        checkpoint, self.resumed = self.resumed, None
+        if checkpoint is None:
             return 0
-        path = latest_checkpoint(self.folder) if name == "latest" else Path(name)
-        if path is None:
-            raise CheckpointError(
-                f"resume_from_checkpoint='latest': {self.folder} has no checkpoint; leave it out to start afresh"
-            )
-        checkpoint = load_checkpoint(path)
-        self.student.load_adapter_state_dict(checkpoint.tensors["adapter"])
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self.student.load_adapter_state_dict(tensors["adapter"])
         if self.background is not None:
-            if "background" not in checkpoint.tensors:
-                raise CheckpointError(f"{path}: holds no background; resume without text_background")
-            self.background.load_state_dict(checkpoint.tensors["background"], strict=True)
-        load_optimizer_state(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+            if "background" not in tensors:
+                raise CheckpointError("the checkpoint holds no background; resume without text_background")
+            self.background.load_state_dict(tensors["background"], strict=True)
+        load_optimizer_state(self.optimizer, tensors["optimizer"], state["optimizer"])
         if self.average is not None:
-            saved = checkpoint.tensors.get("average")
-            if saved is None:
-                raise CheckpointError(f"{path}: holds no averaged weights; resume without ema_decay")
-            self.average = [saved[str(i)].to(self.device) for i in range(len(self.parameters))]
+            if "average" not in tensors:
+                raise CheckpointError("the checkpoint holds no averaged weights; resume without ema_decay")
+            self.average = [tensors["average"][str(i)].to(self.device) for i in range(len(self.parameters))]
+        if (scaler := self.accelerator.scaler) is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        if own := tensors.get(f"rng-{self.accelerator.process_index}"):  # none for a process that has joined
+            set_rng_state(own)
+        self.first, self.first_prompt = checkpoint.step, state["prompts_drawn"]
+        self.skipped, self.skipped_total = state["skipped"], state["skipped_total"]
+        self.watch.best = state["best_spread"]
         return checkpoint.step
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -355,52 +416,83 @@ class Trainer:
         first = self.resume()
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
-        self.accelerator.init_trackers("prd", config=flat(to_dict(config)))
+        self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
+        with self.stop:
+            try:
+                done = self.loop(first)
+            except OSError as error:  # a full disk
+                raise OSError(
+                    f"{error}: the run stopped; its checkpoints in {self.folder} are whole: make room, and continue "
+                    "with --resume_from_checkpoint latest"
+                ) from error
+        self.accelerator.end_training()
+        if done > first and done % config.checkpointing_steps:
+            self.save(done)
+        if main and self.stopping not in (None, TIME_IS_UP):
+            print(f"stopped by {self.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
+        elif main:
+            with self.averaged_weights():
+                self.finish(done)
+        self.accelerator.wait_for_everyone()
+        return self.folder
+
+    def loop(self, first: int) -> int:
+        """The steps from `first` on, shown, logged and saved; returns how many the run has done."""
+        config, main = self.config, self.accelerator.is_main_process
         metrics = open_metrics(self.folder / "metrics.jsonl", first) if main else None
         steps = range(first, config.max_train_steps)
         bar = tqdm(steps, initial=first, total=config.max_train_steps, disable=not main, desc="train", mininterval=1.0)
         shown: dict[str, str] = {}
         done = first
         for step in bar:
-            values = self.train_step(step)
+            try:
+                values = self.train_step(step)
+            except FloatingPointError as error:
+                path = self.save(step)  # the weights are those of the last good step
+                raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
             done = step + 1
-            shown["s/step"] = f"{values['seconds']:.2f}"
-            every = config.validation.every_steps
-            if main and every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
-                values["r_at_1"] = self.quick_recognition()
-                shown["R@1"] = f"{values['r_at_1']:.2f}"
-            gallery = config.validation.gallery_steps
-            if main and gallery and done % gallery == 0:
-                values |= self.gallery(done)
-            values["peak_gigabytes"] = peak_memory(self.device)
-            shown["peak"] = f"{values['peak_gigabytes']:.1f} GB"
             if main and metrics is not None:
-                self.accelerator.log(values, step=step + 1)
-                metrics.write(json.dumps({"step": step + 1, **_rounded(values)}) + "\n")
+                values |= self.look(done)
+                shown |= {"s/step": f"{values['seconds']:.2f}", "peak": f"{values['peak_gigabytes']:.1f} GB"}
+                if "r_at_1" in values:
+                    shown["R@1"] = f"{values['r_at_1']:.2f}"
+                self.accelerator.log(values, step=done)
+                metrics.write(json.dumps({"step": done, **_rounded(values)}) + "\n")
                 metrics.flush()
-            bar.set_postfix(shown)
-            if main and (step + 1) % config.checkpointing_steps == 0:
-                self.save(step + 1)
-            if self.out_of_time():
-                logger.warning("max_train_minutes=%s reached after %d steps", config.max_train_minutes, done)
-                break
-        self.accelerator.end_training()
-        if main:
-            if done > first and done % config.checkpointing_steps:
+                bar.set_postfix(shown)
+            if done % config.checkpointing_steps == 0:
                 self.save(done)
-            with self.averaged_weights():
-                self.finish(done)
-        self.accelerator.wait_for_everyone()
-        return self.folder
+            if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
+                self.stopping = self.stopping or self.stop.name
+            if self.stopping:
+                logger.warning("%s: stopping after %d steps", self.stopping, done)
+                break
+        return done
 
-    def out_of_time(self) -> bool:
-        """Whether `max_train_minutes` are over, by the main process's clock: all processes stop at the same step."""
-        limit = self.config.max_train_minutes
-        if limit is None:
-            return False
-        over = self.accelerator.is_main_process and (time.time() - self.started) / 60 > limit
-        flag = torch.tensor([float(over)], device=self.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+    def look(self, done: int) -> dict[str, float]:
+        """What the main process measures between steps, each thing every so many."""
+        config, values = self.config, {"peak_gigabytes": peak_memory(self.device)}
+        every = config.validation.every_steps
+        if every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
+            values["r_at_1"] = self.quick_recognition()
+        gallery = config.validation.gallery_steps
+        if gallery and done % gallery == 0:
+            values |= self.gallery(done)
+        every = config.validation.spread_steps
+        if every and done % every == 0 and len(self.watched) > 1:
+            values["prompt_spread"] = self.spread()
+            assert config.schedule_steps is not None  # settled when the run began
+            if warning := self.watch.check(values["prompt_spread"], done / config.schedule_steps):
+                logger.warning("step %d: %s", done, warning)
+        return values
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """How far the shapes of the watched prompts differ, all from the same noise."""
+        generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
+        embeds = self.encoder(self.watched).to(self.device)
+        shapes = self.student.generate(embeds, generators, self.config.validation.num_inference_steps)
+        return prompt_spread(shapes, len(self.watched), self.device)
 
     def gallery(self, steps: int) -> dict[str, float]:
         """Draw, measure and export the validation prompts as they are after `steps`; returns the means."""
@@ -463,6 +555,13 @@ class Trainer:
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
 
 
+def watched_prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
+    """Prompts spread over those held out, else over those shown, else over the corpus."""
+    prompts = next((p for p in (config.prompts.held_out, config.validation.prompts) if len(p) > 1), corpus.prompts)
+    count = min(WATCHED, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def check_captions(prompts: Sequence[str]) -> None:
     """ConfigError for a validation prompt that the toy box cannot measure."""
     for prompt in prompts:
@@ -472,24 +571,22 @@ def check_captions(prompts: Sequence[str]) -> None:
             raise ConfigError(f"validation.prompts: {error}") from None
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | float]:
-    """Nested values by dotted name, as trackers take them."""
-    out: dict[str, str | float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value if isinstance(value, int | float) else str(value)
-    return out
+def plain(config: dict[str, Any]) -> dict[str, str | float]:
+    """A config by dotted key, as trackers take it."""
+    return {key: value if isinstance(value, int | float) else str(value) for key, value in flat(config).items()}
 
 
 def open_metrics(path: Path, steps: int) -> TextIO:
-    """metrics.jsonl, ready for the line after `steps`; lines of later steps, from before a resume, are dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if steps and path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= steps]
-    stream = path.open("w", encoding="utf-8")
-    stream.writelines(line + "\n" for line in kept)
-    return stream
+    """metrics.jsonl, ready for the line after `steps`.
+
+    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)  # at no moment are the lines lost
+    return path.open("a", encoding="utf-8")
 
 
 def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:

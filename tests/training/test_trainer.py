@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 
@@ -132,8 +133,8 @@ def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
         trainer.train_step(0)
 
 
-def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog):
-    trainer = make("--renderers", "volume")
+def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog, tmp_path):
+    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path))
     teacher = next(t for t, _ in trainer.teachers if t.name == "richdreamer")
     monkeypatch.setattr(teacher, "predict_noise", lambda x, t, condition: torch.full_like(x, float("nan")))
     start = [p.detach().clone() for p in trainer.parameters]
@@ -143,6 +144,13 @@ def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, mo
     assert re.search(
         r"step 0: teacher=richdreamer: non-finite noise prediction for prompts \[0\] \('a .*'\)", caplog.text
     )
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    suspect = json.loads(line)
+    assert suspect["step"] == suspect["k"] == suspect["process"] == 0 and suspect["prompts"][0] in caplog.text
+    cameras = suspect["cameras"][0]
+    assert [c["distance"] for c in cameras] == pytest.approx([2.4] * 4, abs=0.01)
+    assert (cameras[1]["azimuth"] - cameras[0]["azimuth"]) % 360 == pytest.approx(90, abs=0.01)
+    assert f"azimuth {cameras[0]['azimuth']:.1f}" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(start, trainer.parameters, strict=True))
     with pytest.raises(FloatingPointError, match="in a row"):
         for step in range(1, 30):

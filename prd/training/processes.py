@@ -1,0 +1,83 @@
+"""What a training process owes its machine: its share of the cores, and an answer to SIGTERM and Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
+THREADS = "OMP_NUM_THREADS"
+
+
+def choose_threads(asked: int | None) -> int:
+    """torch's threads for this process: as asked, else as the user set OMP_NUM_THREADS, else its share of the cores."""
+    if asked is not None:
+        return asked
+    if (threads := threads_of_user(os.environ, Path(f"/proc/{os.getppid()}"))) is not None:
+        return threads
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores() // processes)
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of_user(environment: Mapping[str, str], parent: Path) -> int | None:
+    """OMP_NUM_THREADS if the user set it, None if it is unset or set by the launcher of the processes alone.
+
+    Launchers put OMP_NUM_THREADS=1 into the environment of what they launch. It is the user's if the launcher had it
+    itself, or was told a number: `parent` is the launcher's folder in /proc. Without /proc a launcher's 1 counts as its
+    own.
+    """
+    value = environment.get(THREADS, "")
+    if not value.isdigit() or int(value) < 1:
+        return None
+    if value == "1" and any(name in environment for name in LAUNCHED):
+        try:
+            theirs = (parent / "environ").read_bytes().split(b"\0")
+            words = (parent / "cmdline").read_bytes()
+        except OSError:
+            return None
+        if not any(entry.startswith(f"{THREADS}=".encode()) for entry in theirs) and b"num_cpu_threads" not in words:
+            return None
+    return int(value)
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C as a request that the loop grants after its step.
+
+    with StopRequest() as stop:
+        ...
+        if stop.name: save and leave
+
+    Signals that follow the first change nothing: launchers pass on what the terminal has already sent.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the signal that came
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            logger.warning("%s: finishing the step, then saving a checkpoint", self.name)
