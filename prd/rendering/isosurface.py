@@ -6,6 +6,7 @@ are cut is `marching.marching_cubes` or `tetrahedra.marching_tetrahedra`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -156,9 +157,10 @@ def grid_to_meshes(
     """One closed mesh a sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
 
     Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
-    change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces.
+    change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces. NaN and infinity are
+    ValueErrors.
     """
-    _check_batch(sdf, deformation)
+    _check_batch(sdf, deformation, level)
     resolution, inside = sdf.shape[1], sdf.detach() < level
     has_both = inside.flatten(1).any(dim=1) & ~inside.flatten(1).all(dim=1)
     _check_found(has_both.tolist(), resolution, on_empty)
@@ -176,11 +178,21 @@ def grid_to_meshes(
     return meshes
 
 
-def _check_batch(sdf: Tensor, deformation: Tensor | None) -> None:
+def _check_batch(sdf: Tensor, deformation: Tensor | None, level: float) -> None:
     if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 2:
         raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 2")
     if deformation is not None and deformation.shape != (*sdf.shape, 3):
         raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+    _check_level(level)
+    if not bool(torch.isfinite(sdf.detach().sum())):  # before a sample of NaN is called empty
+        bad = (~torch.isfinite(sdf.detach()).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(f"sdf: holds NaN or infinity in sample(s) {bad}; look for a diverged network")
+
+
+def _check_level(level: float) -> None:
+    if not math.isfinite(level):
+        raise ValueError(f"level={level}: must be a finite number")
 
 
 def _check_found(found: list[bool], resolution: int, on_empty: OnEmpty) -> None:
@@ -203,6 +215,7 @@ def meshes_from_slabs(
     slabs()  begins a new pass over the grids' slabs along x, sdf [B, n, R, R] and deformation [B, n, R, R, 3] or None,
              together R planes; a second pass is made if a shape leaves the cube
     """
+    _check_level(level)
     stitchers: list[Stitcher] = []
     facts = []  # of each slab [4, B]: some node inside, some outside, the border inside; the largest |sdf - level|
     first = 0

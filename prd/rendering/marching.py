@@ -49,8 +49,11 @@ def check_grids(sdf: Tensor, deformation: Tensor | None) -> None:
         raise ValueError(f"sdf={tuple(sdf.shape)}: expected [X, Y, Z] with at least 2 nodes an axis")
     if deformation is not None and deformation.shape != (*sdf.shape, 3):
         raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
-    if not bool(torch.isfinite(sdf.detach().sum())) and not bool(torch.isfinite(sdf).all()):
-        raise ValueError("sdf: holds NaN or infinity; a surface needs finite values, look for a diverged network")
+    for name, values in (("sdf", sdf), ("deformation", deformation)):
+        if values is None or bool(torch.isfinite(values.detach().sum())):
+            continue
+        if not bool(torch.isfinite(values).all()):  # else the sum alone overflowed
+            raise ValueError(f"{name}: holds NaN or infinity; these must be finite, look for a diverged network")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from prd.rendering.isosurface import (
     extract_isosurface,
     grid_points,
     grid_to_meshes,
+    meshes_from_slabs,
 )
 from prd.rendering.marching import marching_cubes, pad_border
 from prd.rendering.tetrahedra import marching_tetrahedra
@@ -271,3 +272,19 @@ def test_bad_input_is_named():
         marching_cubes(torch.zeros(3, 3, 3), torch.zeros(3, 3, 3))
     with pytest.raises(ValueError, match="NaN"):
         marching_cubes(torch.full((3, 3, 3), torch.nan))
+
+
+def test_what_is_not_finite_is_named_before_it_is_called_empty():
+    ball = grid_points(8).norm(dim=-1)[None] - 0.5
+    offsets = torch.zeros(1, 8, 8, 8, 3)
+    for sdf, deformation, level, named in (
+        (torch.full_like(ball, torch.nan), None, 0.0, "sdf: holds NaN"),
+        (ball, offsets * torch.nan, 0.0, "deformation: holds NaN"),
+        (ball, offsets, float("nan"), "level=nan"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            grid_to_meshes(sdf, deformation, level)
+    with pytest.raises(ValueError, match="deformation: holds NaN"):
+        marching_cubes(ball[0], offsets[0] * torch.nan)
+    with pytest.raises(ValueError, match="level=nan"):
+        meshes_from_slabs(lambda: [(ball, None)], 8, float("nan"))
