@@ -37,7 +37,9 @@ class Cameras:
             )
         pose, fovy = self.camera_to_world.detach(), self.fovy.detach()
         rotation = pose[..., :3, :3]
-        straight = ((rotation @ rotation.transpose(-1, -2) - torch.eye(3).to(pose)).abs() < RIGID).flatten(2).all(-1)
+        with torch.autocast(pose.device.type, enabled=False):  # whose products are no more exact than RIGID
+            squared = rotation @ rotation.transpose(-1, -2)
+        straight = ((squared - torch.eye(3).to(pose)).abs() < RIGID).flatten(2).all(-1)
         right_handed = torch.linalg.det(rotation.float()) > 0
         for name, ok, allowed in (
             ("camera_to_world", torch.isfinite(pose).flatten(2).all(-1), "must be finite"),

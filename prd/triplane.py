@@ -194,8 +194,9 @@ class TriplaneField(AutogradGradient):
         """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
         first, second, third = (layer.weight for layer in head if isinstance(layer, nn.Linear))
         shares = first.split(self.heads.channels, dim=1) if first.shape[1] > self.heads.channels else (first,) * 3
-        hidden = (F.linear(lattice, share) for lattice, share in zip(lattices, shares, strict=True))
-        return _DenseHead.apply(*hidden, second, third)
+        with torch.autocast(first.device.type, enabled=False):  # the backward pass runs outside of it: one precision
+            hidden = [F.linear(x.to(share.dtype), share) for x, share in zip(lattices, shares, strict=True)]
+            return _DenseHead.apply(*hidden, second, third)
 
 
 class _DenseHead(torch.autograd.Function):

@@ -156,3 +156,10 @@ def test_planes_in_the_wrong_order_are_refused():
     for near, far in ((1.0, 1.0), (0.0, 1.0), (torch.tensor([[2.0]]), torch.tensor([[1.0]]))):
         with pytest.raises(ValueError, match="near="):
             cameras.projection(1.0, near, far)
+
+
+def test_cameras_are_made_under_autocast():
+    angles = torch.tensor([[10.0, 40.0]]), torch.tensor([[33.0, 250.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        cameras = orbit_cameras(*angles, 2.4, 50.0)
+    torch.testing.assert_close(cameras.camera_to_world, orbit_cameras(*angles, 2.4, 50.0).camera_to_world)

@@ -15,7 +15,7 @@ from prd.rendering.antialias import antialias
 from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
 from prd.rendering.marching import Mesh, marching_cubes
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
-from prd.rendering.views import Views, disparity_from_depth
+from prd.rendering.views import Views, check_image_size, disparity_from_depth
 from prd.rendering.volume import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
@@ -164,6 +164,7 @@ class SurfaceRenderer:
 
         A surface behind a camera leaves that view empty, with zero gradient.
         """
+        check_image_size(height, width)
         meshes, corrected = self.meshes(field, cameras)
         empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
         images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)

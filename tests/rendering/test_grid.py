@@ -173,3 +173,16 @@ def test_misuse_names_the_remedy() -> None:
         grid.grid(16)
     with pytest.raises(ValueError, match="points"):
         grid.sdf(torch.zeros(3, 5, 3))
+
+
+def test_a_dense_grid_has_its_gradient_under_autocast() -> None:
+    torch.manual_seed(0)
+    heads, planes = TriplaneHeads(4, 8), torch.randn(1, 6, 4, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        sdf, rgb, _ = TriplaneField(planes, heads).grid(6)
+    assert rgb is not None
+    (gradient,) = torch.autograd.grad(sdf.float().sum() + rgb.float().sum(), planes)
+    sdf, rgb, _ = TriplaneField(planes, heads).grid(6)
+    assert rgb is not None
+    (exact,) = torch.autograd.grad(sdf.sum() + rgb.sum(), planes)
+    assert (gradient - exact).norm() < 0.05 * exact.norm()
