@@ -119,6 +119,10 @@ def _check(clip: Tensor, faces: Tensor, ranges: Tensor | None, height: int, widt
         fits = ranges.ndim == 2 and ranges.shape[1] == 2
         if not fits or not bool(((ranges >= 0) & (ranges <= len(faces))).all() & (ranges[:, 0] <= ranges[:, 1]).all()):
             raise ValueError(f"ranges={ranges.tolist()}: expected pairs (first, last) within {len(faces)} faces")
+        held = ranges[ranges[:, 0] < ranges[:, 1]]
+        held = held[held[:, 0].argsort()]
+        if bool((held[1:, 0] < held[:-1, 1]).any()):
+            raise ValueError(f"ranges={ranges.tolist()}: they overlap; a face belongs to one mesh")
 
 
 def to_pixels(clip: Tensor, height: int, width: int) -> Tensor:

@@ -416,3 +416,11 @@ def test_bad_input_is_named():
         interpolate(torch.zeros(3, 6, 2), faces, rasterize(clip, faces, 8, 8))
     empty = rasterize(clip, faces[:0], 8, 8)
     assert (empty.face_index == -1).all() and (empty.barycentric == 0).all()
+
+
+def test_overlapping_ranges_are_refused():
+    clip = torch.tensor([[[-0.5, -0.5, 0.0, 1.0], [0.5, -0.5, 0.0, 1.0], [0.0, 0.5, 0.0, 1.0]]])
+    faces = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    rasterize(clip, faces, 4, 4, ranges=torch.tensor([[1, 2], [1, 1], [0, 1]]))  # in any order, and empty ones
+    with pytest.raises(ValueError, match="overlap"):
+        rasterize(clip, faces, 4, 4, ranges=torch.tensor([[0, 2], [1, 2]]))
