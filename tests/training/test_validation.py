@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import datasets
 import pytest
 import torch
 import trimesh
@@ -87,9 +88,10 @@ def test_a_gallery_of_no_prompts_is_refused():
         load_config("toybox", ["--validation.gallery_steps", "5", "--validation.prompts", "[]"])
 
 
-def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_path, capfd):
+def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_path, capfd, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n")
     run = tmp_path / "run"
     words = ["--output_dir", str(run), "--prompts.source", str(tmp_path / "prompts.txt"), "--max_train_steps", "2"]
@@ -108,8 +110,8 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
             scalars = recorded.Scalars(name)
             assert [event.step for event in scalars] == [1, 2]
             assert [event.value for event in scalars] == pytest.approx([row[name] for row in rows], rel=1e-4)
-    for pair in ("stable_diffusion-mvdream", "stable_diffusion-richdreamer", "mvdream-richdreamer"):
-        assert any(f"cosine/{pair}/{renderer}" in row for row in rows for renderer in ("volume", "surface")), pair
+    for renderer in ("volume", "surface"):  # of teachers that judge the same pixels: colours
+        assert all(-1 <= row[f"cosine/stable_diffusion-mvdream/{renderer}"] <= 1 for row in rows)
     assert "gallery/coverage" not in rows[0] and 0 < rows[1]["gallery/coverage"] < 1
     assert rows[1]["peak_gigabytes"] >= rows[0]["peak_gigabytes"] > 0.05
 
