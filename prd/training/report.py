@@ -164,10 +164,11 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], width:
         return math.log(value) if logarithmic else value
 
     left, top, right, bottom = 8, 14, width - 8, height - 16
-    span_x, span_y = (max(steps) - min(steps)) or 1, (scale(high) - scale(low)) or 1
+    first, last = min(steps), max(steps)
+    span_x, span_y = (last - first) or 1, (scale(high) - scale(low)) or 1
 
     def place(x: float, y: float) -> str:
-        across = left + (right - left) * (x - min(steps)) / span_x
+        across = left + (right - left) * (x - first) / span_x
         return f"{across:.1f},{bottom - (bottom - top) * (scale(y) - scale(low)) / span_y:.1f}"
 
     polylines, legend = [], []
@@ -178,14 +179,14 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], width:
             if len(points) > 1
             else f'<circle cx="{place(*points[0]).replace(",", chr(34) + " cy=" + chr(34))}" r="2" fill="{colour}"/>'
         )
-        last = f"{lines[name][-1][1]:.4g}"
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {last}')
+        latest = f"{lines[name][-1][1]:.4g}"
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {latest}')
     axis = " (log)" if logarithmic else ""
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
         f"<title>{html.escape(title)}</title>{''.join(polylines)}"
         f'<text x="{left}" y="10">{high:.4g}{axis}</text><text x="{left}" y="{height - 4}">{low:.4g}</text>'
-        f'<text x="{right}" y="{height - 4}" text-anchor="end">step {max(steps):g}</text></svg>'
+        f'<text x="{right}" y="{height - 4}" text-anchor="end">step {last:g}</text></svg>'
         f"<figcaption><b>{html.escape(title)}</b> {' &nbsp; '.join(legend)}</figcaption></figure>"
     )
 
