@@ -11,6 +11,7 @@ distillation of other names is a setting of the same expression:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -101,9 +102,10 @@ def asd_loss(
     grad_clip        clamp every element of the gradient to [-grad_clip, grad_clip], before that division
 
     Conditional, unconditional and shifted predictions are one call of the teacher; there is no third without t_plus.
-    Raises ValueError for shapes or timesteps out of range, NoSignalError for "dmd" at a timestep without signal
-    (alpha_bar = 0, where the estimate of x is 0 / 0), NonFinitePrediction for NaN or infinite x or predictions.
+    Raises ValueError for shapes, timesteps or strengths out of range, NoSignalError for "dmd" at a timestep without
+    signal (alpha_bar = 0, where the estimate of x is 0 / 0), NonFinitePrediction for NaN or infinite x or predictions.
     """
+    _check_strengths(guidance_scale, delta, grad_clip)
     _check_choice("weighting", weighting, ("dmd", "uniform", "sds", "sqrt"))
     _check_choice("x0_from", x0_from, ("noisy", "clean"))
     _check_choice("average_over", average_over, ("prompt", "image"))
@@ -111,8 +113,16 @@ def asd_loss(
         _check_choice("reference", reference, ("shifted", "noise"))
     elif reference.shape != x.shape:
         raise ValueError(f"reference={tuple(reference.shape)}: must have the shape of x, {tuple(x.shape)}")
+    elif not bool(torch.isfinite(reference).all()):
+        raise ValueError("reference: holds NaN or infinity; it is a noise prediction of finite numbers")
     views = teacher.num_views
     t = _timesteps("t", t, len(x), teacher)
+    if t_plus is not None:
+        t_plus = _timesteps("t_plus", t_plus, len(x), teacher)
+        if bool((t_plus < t).any()):
+            raise ValueError(f"t_plus={t_plus.tolist()}: must be no less than t={t.tolist()}, image by image")
+    if len(condition.prompt_embeds) != len(x):
+        raise ValueError(f"condition: {len(condition.prompt_embeds)} rows for {len(x)} images; one for each")
     if noise.shape != x.shape:
         raise ValueError(f"noise={tuple(noise.shape)}: must have the shape of x, {tuple(x.shape)}")
     with torch.no_grad():
@@ -123,7 +133,6 @@ def asd_loss(
         x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
         passes = [(x_t, t, condition), (x_t, t, condition.negative())]
         if t_plus is not None and not isinstance(reference, Tensor) and reference == "shifted":
-            t_plus = _timesteps("t_plus", t_plus, len(x), teacher)
             a_plus = schedule[t_plus].view(-1, 1, 1, 1)
             x_plus = a_plus.sqrt() * clean + (1 - a_plus).sqrt() * noise
             passes.append((x_plus, t_plus, condition))
@@ -166,6 +175,16 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
+def _check_strengths(guidance_scale: float, delta: float, grad_clip: float | None) -> None:
+    """Raises ValueError for numbers that no gradient can be made with."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale}: must be a finite number")
+    if not (math.isfinite(delta) and delta >= 0):
+        raise ValueError(f"delta={delta}: must be a finite number, 0 or more")
+    if grad_clip is not None and not (math.isfinite(grad_clip) and grad_clip > 0):
+        raise ValueError(f"grad_clip={grad_clip}: must be a positive number, or None for no bound")
+
+
 def _timesteps(name: str, t: Tensor, images: int, teacher: Teacher) -> Tensor:
     """Timesteps [n] from [n] or one a prompt [B]."""
     views, steps = teacher.num_views, len(teacher.alphas_cumprod)
@@ -173,7 +192,7 @@ def _timesteps(name: str, t: Tensor, images: int, teacher: Teacher) -> Tensor:
         raise ValueError(f"x: {images} images; {teacher.name} takes a multiple of its {views} views")
     if t.shape == (images // views,):
         t = t.repeat_interleave(views)
-    if t.shape != (images,) or t.is_floating_point():
+    if t.shape != (images,) or t.dtype == torch.bool or t.is_floating_point():
         raise ValueError(
             f"{name}={tuple(t.shape)} {t.dtype}: must be integers, one for each of {images // views} prompts or "
             f"{images} images"
@@ -256,6 +275,13 @@ class Guidance:
     reference: Literal["shifted", "noise"] = "shifted"  # ASD (and CSD at eta 0), or SDS
     grad_clip: float | None = None  # bound on each element of the gradient
     negative_prompt: str = ""  # what guidance moves away from
+
+    def __post_init__(self) -> None:
+        _check_strengths(self.guidance_scale, self.delta, self.grad_clip)
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta={self.eta}: must be a finite number, 0 (no shift) or more")
+        if not 0 <= self.t_min < self.t_max:
+            raise ValueError(f"t_min={self.t_min}, t_max={self.t_max}: must satisfy 0 <= t_min < t_max")
 
 
 def distill(

@@ -305,3 +305,39 @@ def test_gradient_cosine():
     assert gradient_cosine(g, {"rgb": torch.tensor([2.0, 0.0])}).item() == pytest.approx(1)
     assert gradient_cosine(g, {"rgb": torch.tensor([0.0, 2.0])}).item() == pytest.approx(0)
     assert gradient_cosine(g, {"normal": torch.tensor([1.0])}).isnan()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"grad_clip": 0.0}, "grad_clip=0"),
+        ({"grad_clip": float("nan")}, "grad_clip=nan"),
+        ({"delta": -0.1}, "delta=-0.1"),
+        ({"delta": float("inf")}, "delta=inf"),
+        ({"t_plus": torch.tensor([299, 750])}, "t_plus=.*no less than t="),
+        ({"t_plus": torch.tensor([299, 750]), "reference": "noise"}, "t_plus=.*no less than t="),
+        ({"t_plus": torch.tensor([True, True])}, "t_plus=.*bool: must be integers"),
+        ({"reference": torch.full((B * V, 4, 3, 3), float("nan"))}, "reference: holds NaN"),
+    ],
+)
+def test_settings_out_of_range_are_named(case, settings, message):
+    with pytest.raises(ValueError, match=message):
+        call(case, **settings)
+
+
+def test_rows_of_the_condition_are_those_of_the_images(case):
+    case.condition = Condition(case.condition.prompt_embeds[:1], case.condition.negative_prompt_embeds[:1])
+    with pytest.raises(ValueError, match="condition: 1 rows for 8 images"):
+        call(case)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"eta": -1.0}, {"eta": float("nan")}, {"delta": -1.0}, {"grad_clip": -1.0}, {"t_min": 980}, {"t_min": -1}],
+)
+def test_guidance_out_of_range_is_named(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
+        Guidance(3.0, **settings)
+    with pytest.raises(ValueError, match="guidance_scale=nan"):
+        Guidance(float("nan"))
