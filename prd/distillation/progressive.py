@@ -114,6 +114,8 @@ def judge_views(
     Each teacher's gradient is taken at the renderings and its graph freed before the next teacher is asked, so that
     the renderer's backward pass runs once and only one teacher's activations exist at a time.
     """
+    if not judges:
+        raise ValueError("judges: none given; a rendering needs at least one teacher")
     leaves = leaf_views(views)
     total: dict[str, Tensor] = {}
     earlier: dict[str, dict[str, Tensor]] = {}
@@ -124,14 +126,17 @@ def judge_views(
             else:
                 result = distill_samples(judge.teacher, leaves, prompts, judge.guidance, generator)
             gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
-        name = f"{judge.teacher.name}/{renderer}"
+        called = judge.teacher.name
+        if called in earlier:  # a second teacher of that name, as with and without a ControlNet
+            called = f"{called}_{1 + sum(other.startswith(called) for other in earlier)}"
+        name = f"{called}/{renderer}"
         norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
         log.add(f"gradient_norm/{name}", norm)
         log.add(f"weight/{name}", result.weight.mean())
         log.add(f"distillation/{name}", result.loss.detach().mean())
         for other, known in earlier.items():
             log.add(f"cosine/{other}-{name}", gradient_cosine(known, gradient))
-        earlier[judge.teacher.name] = gradient
+        earlier[called] = gradient
         for key, value in gradient.items():
             total[key] = total[key] + value if key in total else value
     return rendering_loss(views, total)

@@ -59,9 +59,9 @@ class Draws:
         self.source = seeds if each else seeds[0]
 
     def uniform(self) -> torch.Tensor:
-        return (
-            draw_uniform((2,), self.source) if isinstance(self.source, list) else torch.rand(2, generator=self.source)
-        )
+        if isinstance(self.source, list):
+            return draw_uniform((2,), self.source)
+        return torch.rand(2, generator=self.source)
 
     def normal(self, *shape: int) -> torch.Tensor:
         if isinstance(self.source, list):
@@ -186,3 +186,14 @@ def test_a_recipes_settings_reach_the_guidance():
     config = TrainConfig(distillation=DistillationConfig(**said), max_train_steps=10)
     expected = Guidance(guidance_scale=6.0, eta=0.3, negative_prompt="ugly", **said)
     assert guidance_at(config, own, 5) == expected
+
+
+def test_teachers_of_one_name_are_logged_apart():
+    pulled, logged = pulled_by([Judge(StubTeacher(4), 1.0, BASE), Judge(StubTeacher(4), 2.0, BASE)])
+    assert {"gradient_norm/stub/volume", "gradient_norm/stub_2/volume", "cosine/stub-stub_2/volume"} <= logged.keys()
+    assert logged["gradient_norm/stub_2/volume"] != logged["gradient_norm/stub/volume"]
+
+
+def test_no_judge_is_an_error():
+    with pytest.raises(ValueError, match="judges: none given"):
+        pulled_by([])
