@@ -25,7 +25,7 @@ from prd.teachers.convert import (
     stable_diffusion_scheduler,
 )
 from prd.teachers.multiview import set_joint_attention
-from tests.parity import CLOSED_FORM, NETWORK, Recording
+from tests.parity import CLOSED_FORM, NETWORK, Recording, compared
 
 FULL_SIZE = {  # recorded key list -> heads of the released model, whether it has a VAE
     "mvdream_full_size_keys.json": ({"head_channels": 64}, True),
@@ -94,7 +94,8 @@ def run(folder: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
-    return run(parser.parse_args(arguments).folder / "teachers")
+    folder = parser.parse_args(arguments).folder / "teachers"
+    return compared(folder, lambda: run(folder))
 
 
 if __name__ == "__main__":
