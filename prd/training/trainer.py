@@ -429,6 +429,7 @@ class Trainer:
         if done > first and done % config.checkpointing_steps:
             self.save(done)
         if main and self.stopping not in (None, TIME_IS_UP):
+            write_report(self.folder)
             print(f"stopped by {self.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
         elif main:
             with self.averaged_weights():
@@ -462,6 +463,8 @@ class Trainer:
                 bar.set_postfix(shown)
             if done % config.checkpointing_steps == 0:
                 self.save(done)
+                if main:
+                    write_report(self.folder)
             if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
                 self.stopping = self.stopping or self.stop.name
             if self.stopping:
