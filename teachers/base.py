@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 
 from prd.cameras import Cameras
 from prd.rendering.views import Views
-from prd.teachers.loading import load_strict
+from prd.teachers.loading import PREDICTIONS, load_schedule, load_strict
 from prd.teachers.text import PromptEncoder, check_prompts, view_prompts
 
 Resize = Literal["bilinear", "area"]
@@ -133,6 +133,11 @@ class UNetTeacher(nn.Module):
             )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
         self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)
+        if scheduler.config.prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"scheduler: prediction_type={scheduler.config.prediction_type!r}; must be one of "
+                f"{', '.join(PREDICTIONS)}"
+            )
         self.prediction_type = scheduler.config.prediction_type
         self.alphas_cumprod = scheduler.alphas_cumprod.float()  # no buffer: it must stay float32 in a half teacher
         self.freeze()
@@ -193,7 +198,16 @@ class UNetTeacher(nn.Module):
                 f"x_t={tuple(x_t.shape)}, t={tuple(t.shape)}, prompt_embeds={tuple(condition.prompt_embeds.shape)}: "
                 f"expected n images of {channels} channels and {size} x {size}, n timesteps and n texts"
             )
-        if t.is_floating_point() or bool(((t < 0) | (t >= steps)).any()):
+        for what, rows in (
+            ("negative_prompt_embeds", condition.negative_prompt_embeds),
+            ("control", condition.control),
+        ):
+            if rows is not None and len(rows) != len(x_t):
+                raise ValueError(f"{what}: {len(rows)} rows for {len(x_t)} images; one for each")
+        if self.takes_cameras and (condition.camera is None or len(condition.camera) != len(x_t)):
+            given = "none" if condition.camera is None else tuple(condition.camera.shape)
+            raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} is told one camera vector for each")
+        if t.is_floating_point() or t.dtype == torch.bool or bool(((t < 0) | (t >= steps)).any()):
             raise ValueError(f"t={t.tolist()}: must be integers in 0..{steps - 1}")
         predicted = self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
         return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
@@ -214,7 +228,7 @@ class UNetTeacher(nn.Module):
         text = base or folder
         return {
             "unet": load_strict(UNet2DConditionModel, folder, "unet", torch_dtype),
-            "scheduler": DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            "scheduler": load_schedule(folder),
             "tokenizer": cls.tokenizer_class.from_pretrained(text, subfolder="tokenizer"),
             "text_encoder": load_strict(cls.text_encoder_class, text, "text_encoder", torch_dtype),
         }
@@ -244,10 +258,10 @@ def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:
     if pixels.ndim != 5 or pixels.shape[2] != pixels.shape[3]:
         raise ValueError(f"views={tuple(pixels.shape)}: must be square renderings [B, V, H, H, C]")
     images = pixels.flatten(0, 1).permute(0, 3, 1, 2)
+    if resize not in ("bilinear", "area"):
+        raise ValueError(f"resize={resize!r}: must be 'bilinear' or 'area'")
     if images.shape[-2:] == (size, size):
         return images
     if resize == "area":
         return F.adaptive_avg_pool2d(images, size)
-    if resize == "bilinear":
-        return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    raise ValueError(f"resize={resize!r}: must be 'bilinear' or 'area'")
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

@@ -6,7 +6,8 @@ accounted for, and what is written is safetensors:
     python -m prd.teachers.convert mvdream sd-v2.1-base-4view.pt teachers/mvdream --base ORG/stable-diffusion-2-1-base
     python -m prd.teachers.convert richdreamer nd_mv_ema.ckpt teachers/richdreamer --base ORG/stable-diffusion-v1-5
 
-`--base` names the Stable Diffusion whose text encoder the teacher was trained with. The checkpoint may also be a
+`--base` names the Stable Diffusion whose text encoder the teacher was trained with. Attention heads cannot be read off
+weights: for models of other widths than the released ones give --heads or --head-channels. The checkpoint may also be a
 `.safetensors` file of the same keys, or a folder in the diffusers layout whose `unet` still has its authors' layers
 (community copies of MVDream: keys `input_blocks.*` without prefix, a diffusers `vae`).
 """
@@ -16,21 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prd.teachers.loading import CONFIG_NAME, CheckpointError, load_strict
+from prd.teachers.loading import CONFIG_NAME, CheckpointError, load_schedule, load_strict
+from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
 from prd.teachers.richdreamer import RichDreamerConfig
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 UNUSED = ("cond_stage_model.",)  # the text encoder of `base`
+WIDTHS = (320, 640, 1280, 1280)  # of the U-Nets of both released models, whose heads are known
 COUNTERS = ("model_ema.decay", "model_ema.num_updates", "logvar")  # of the training
 RESNET = {
     "in_layers.0": "norm1",
@@ -59,8 +65,11 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     ema:  if the file holds both the trained weights and their moving average (keys `model_ema.*` without dots), take
           the average
 
-    Raises CheckpointError for a pickle that holds more than tensors or is no state dict.
+    Raises CheckpointError for a path that is not there, a pickle that holds more than tensors or is no state dict, and
+    a damaged file.
     """
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: no such file or folder")
     if Path(path).is_dir():
         return {UNET + key: value for key, value in _read_safetensors(Path(path) / "unet").items()}
     try:
@@ -69,7 +78,9 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     except Exception as error:  # torch's unpickler raises several types, all of which mean the same here
         raise CheckpointError(f"{path}: cannot be read as tensors alone ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(f"{path}: is no state dict of tensors")
     averages = {key for key in state if key.startswith(EMA)} - {EMA + "decay", EMA + "num_updates"}
     if not averages:
@@ -92,7 +103,10 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise CheckpointError(f"{folder}: holds {len(files)} .safetensors files; keep the one with the full weights")
-    return load_file(files[0])
+    try:
+        return load_file(files[0])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{files[0]}: is damaged ({error}); get it anew") from error
 
 
 def unet_key(key: str, layers: int) -> str:
@@ -142,13 +156,15 @@ def unet_config(state: Mapping[str, Tensor], *, heads: int | None, head_channels
 
     Widths, blocks and projections are read off the shapes; attention heads cannot be: give their number, or channels.
     """
-    if (heads is None) == (head_channels is None):
-        raise ValueError(f"heads={heads}, head_channels={head_channels}: give exactly one of them")
+    if (heads is None) == (head_channels is None) or (heads or head_channels or 0) < 1:
+        raise ValueError(f"heads={heads}, head_channels={head_channels}: give exactly one of them, a positive number")
     steps = sorted(int(key.split(".")[1]) for key in state if re.match(r"input_blocks\.\d+\.0\.op\.weight", key))
     blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("input_blocks."))
     layers = steps[0] - 1 if steps else blocks - 1
     firsts = [1 + level * (layers + 1) for level in range(len(steps) + 1)]
     widths = tuple(state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts)
+    if any(width % (heads or head_channels or 1) for width in widths):
+        raise ValueError(f"heads={heads}, head_channels={head_channels}: must divide the widths {widths}")
     attends = [f"input_blocks.{i}.1.proj_in.weight" in state for i in firsts]
     projection = state["middle_block.1.proj_in.weight"]
     return {
@@ -174,37 +190,61 @@ def convert_unet(
     Raises CheckpointError if a key is missing, left over or of another shape.
     """
     old = {key.removeprefix(UNET): value for key, value in state.items() if key.startswith(UNET)}
-    try:
+
+    def build() -> tuple[UNet2DConditionModel, dict[str, str]]:
         config = unet_config(old, heads=heads, head_channels=head_channels)
-    except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and "heads=" in str(error):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(sample_size=sample_size, **config)
+        return unet, {key: unet_key(key, config["layers_per_block"]) for key in old}
+
+    unet, names = _understood(build, f"{UNET}*: {len(old)} keys that are no camera-conditioned U-Net")
+    return _assign(unet, _renamed(old, names, UNET), UNET)
+
+
+Built = TypeVar("Built")
+
+
+def _understood(build: Callable[[], Built], otherwise: str) -> Built:
+    """What `build` makes of a state dict; CheckpointError saying `otherwise` if it finds no sense in its keys."""
+    try:
+        return build()
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError, TypeError) as error:
+        if isinstance(error, CheckpointError) or "heads=" in str(error):
             raise
-        raise CheckpointError(f"{UNET}*: {len(old)} keys that are no camera-conditioned U-Net ({error})") from error
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=sample_size, **config)
-    return _assign(unet, {unet_key(key, config["layers_per_block"]): value for key, value in old.items()}, UNET)
+        raise CheckpointError(f"{otherwise} ({type(error).__name__}: {error})") from error
+
+
+def _renamed(old: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
+    """The tensors of `old` by their new names; CheckpointError if two of them would have the same."""
+    new = {names[key]: value for key, value in old.items()}
+    if len(new) < len(old):
+        raise CheckpointError(f"{prefix}*: {len(old) - len(new)} keys stand for the same tensor as another one")
+    return new
 
 
 def convert_vae(state: Mapping[str, Tensor], *, sample_size: int) -> AutoencoderKL:
     """The VAE of an original checkpoint (scaling factor 0.18215)."""
     old = {key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)}
-    levels = 1 + max((int(key.split(".")[2]) for key in old if key.startswith("encoder.down.")), default=-1)
-    if levels == 0:
-        raise CheckpointError(f"{VAE}*: {len(old)} keys that are no autoencoder")
-    widths = tuple(old[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-    layers = 1 + max(int(key.split(".")[4]) for key in old if key.startswith("encoder.down.0.block."))
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            layers_per_block=layers,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            latent_channels=old["quant_conv.weight"].shape[0] // 2,
-            sample_size=sample_size,
-        )
-    new = {vae_key(key, levels): value for key, value in old.items()}
+
+    def build() -> tuple[AutoencoderKL, dict[str, str]]:
+        levels = 1 + max(int(key.split(".")[2]) for key in old if key.startswith("encoder.down."))
+        widths = tuple(old[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+        layers = 1 + max(int(key.split(".")[4]) for key in old if key.startswith("encoder.down.0.block."))
+        with torch.device("meta"):
+            vae = AutoencoderKL(
+                block_out_channels=widths,
+                layers_per_block=layers,
+                down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels,
+                latent_channels=old["quant_conv.weight"].shape[0] // 2,
+                sample_size=sample_size,
+            )
+        return vae, {key: vae_key(key, levels) for key in old}
+
+    vae, names = _understood(build, f"{VAE}*: {len(old)} keys that are no autoencoder")
+    new = _renamed(old, names, VAE)
     for key, value in new.items():
-        if ".attentions." in key and value.ndim == 4:
+        if ".attentions." in key and value.ndim == 4 and value.shape[2:] == (1, 1):
             new[key] = value[:, :, 0, 0]  # 1x1 convolutions are linear layers in diffusers
     return _assign(vae, new, VAE)
 
@@ -220,6 +260,11 @@ def _assign(model: torch.nn.Module, tensors: dict[str, Tensor], prefix: str) -> 
             f"{prefix}*: {len(wrong)} of {len(expected)} tensors do not fit; {first} has shape {given.get(first)}, "
             f"expected {expected.get(first)}"
         )
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{prefix}*: {key} is of type {value.dtype}, no floating point weights")
+        if not value.is_meta and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{prefix}*: {key} holds NaN or infinity; get the file anew")
     model.load_state_dict({key: value.contiguous() for key, value in tensors.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -265,37 +310,93 @@ def account_for(state: Mapping[str, Tensor], *prefixes: str) -> None:
             raise CheckpointError(f"{name}: is not of the noise schedule of Stable Diffusion")
 
 
-def convert_mvdream(path: Path | str, folder: Path | str, base: str, *, head_channels: int = 64) -> None:
+def _heads(
+    state: Mapping[str, Tensor], released: dict[str, int], heads: int | None, head_channels: int | None
+) -> dict[str, int | None]:
+    """The attention heads given, or those of the released model, which its widths must be known by."""
+    if heads is not None or head_channels is not None:
+        return {"heads": heads, "head_channels": head_channels}
+    pattern = re.compile(re.escape(UNET) + r"input_blocks\.\d+\.0\.out_layers\.3\.weight")
+    widths = {len(value) for key, value in state.items() if pattern.fullmatch(key) and value.ndim == 4}
+    if widths != set(WIDTHS):
+        raise CheckpointError(
+            f"{UNET}*: its widths {sorted(widths)} are not the released model's {sorted(set(WIDTHS))}, and attention "
+            "heads cannot be read off weights; give --heads or --head-channels as it was trained with"
+        )
+    return dict(released)
+
+
+def _check_kind(unet: UNet2DConditionModel, model: str, context: int, linear: bool) -> None:
+    """Raises CheckpointError unless a converted U-Net can be this model's, and not the other multi-view model's."""
+    config = unet.config
+    released = tuple(config.block_out_channels) == WIDTHS
+    for what, found, expected in (
+        ("in_channels", config.in_channels, 4),
+        ("out_channels", config.out_channels, 4),
+        ("camera numbers", config.projection_class_embeddings_input_dim, CAMERA_DIMENSIONS),
+        ("linear projections", bool(config.use_linear_projection), linear),  # Stable Diffusion 2's, not 1's
+        ("text width", config.cross_attention_dim, context if released else config.cross_attention_dim),
+    ):
+        if found != expected:
+            raise CheckpointError(f"{UNET}*: is no {model}: its {what}: {found}, expected {expected}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError for a place to write to that holds something else than a teacher."""
+    if folder.is_file():
+        raise ValueError(f"folder={str(folder)!r}: is a file; name a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"folder={str(folder)!r}: holds other files than a teacher's; name a new folder")
+
+
+def convert_mvdream(
+    path: Path | str, folder: Path | str, base: str, *, heads: int | None = None, head_channels: int | None = None
+) -> None:
     """Write MVDream's `sd-v2.1-base-4view.pt`, or a community copy, as a folder for `MVDreamTeacher.from_pretrained`.
 
     path: see `read_checkpoint`
-    base: the Stable Diffusion 2.1 whose text encoder it shares (a Hub id, or a folder beside this one as "../name").
+    base: the Stable Diffusion 2.1 whose text encoder it shares (a Hub id, or a folder beside this one as "../name")
+    heads, head_channels: attention heads, or channels of each; 64 channels for a U-Net of the released widths
+
+    Raises CheckpointError for another model, ValueError for a folder that holds something else.
     """
+    _check_folder(Path(folder))
     state = read_checkpoint(path)
     account_for(state, UNET, VAE)
-    if Path(path).is_dir():
-        vae = load_strict(AutoencoderKL, str(path), "vae", torch.float32)
-        scheduler = DDPMScheduler.from_pretrained(str(path), subfolder="scheduler")
-        account_for({"alphas_cumprod": scheduler.alphas_cumprod})
-        if scheduler.config.prediction_type != "epsilon":
-            raise CheckpointError(
-                f"{path}/scheduler: prediction_type={scheduler.config.prediction_type!r}, not epsilon"
-            )
-    else:
-        vae = convert_vae(state, sample_size=256)
-    convert_unet(state, sample_size=32, head_channels=head_channels).save_pretrained(Path(folder) / "unet")
+    given = _heads(state, {"head_channels": 64}, heads, head_channels)
+    vae = _read_copied_vae(str(path)) if Path(path).is_dir() else convert_vae(state, sample_size=256)
+    unet = convert_unet(state, sample_size=32, **given)
+    _check_kind(unet, "MVDream", 1024, linear=True)
+    unet.save_pretrained(Path(folder) / "unet")
     vae.save_pretrained(Path(folder) / "vae")
     _save_settings(Path(folder), MVDreamConfig(base=base))
 
 
-def convert_richdreamer(path: Path | str, folder: Path | str, base: str, *, heads: int = 8) -> None:
+def _read_copied_vae(path: str) -> AutoencoderKL:
+    """The VAE of a community copy, whose noise schedule must be the authors' too."""
+    scheduler = load_schedule(path)
+    account_for({"alphas_cumprod": scheduler.alphas_cumprod})
+    if scheduler.config.prediction_type != "epsilon":
+        raise CheckpointError(f"{path}/scheduler: prediction_type={scheduler.config.prediction_type!r}, not epsilon")
+    return load_strict(AutoencoderKL, path, "vae", torch.float32)
+
+
+def convert_richdreamer(
+    path: Path | str, folder: Path | str, base: str, *, heads: int | None = None, head_channels: int | None = None
+) -> None:
     """Write RichDreamer's `nd_mv_ema.ckpt` (or the file without EMA) as a folder for `RichDreamerTeacher`.
 
-    base: the Stable Diffusion 1.5 whose text encoder it uses (a Hub id, or a folder beside this one as "../name").
+    base: the Stable Diffusion 1.5 whose text encoder it uses (a Hub id, or a folder beside this one as "../name")
+    heads, head_channels: attention heads, or channels of each; 8 heads for a U-Net of the released widths
+
+    Raises as `convert_mvdream` does.
     """
+    _check_folder(Path(folder))
     state = read_checkpoint(path)
     account_for(state, UNET)
-    convert_unet(state, sample_size=32, heads=heads).save_pretrained(Path(folder) / "unet")
+    unet = convert_unet(state, sample_size=32, **_heads(state, {"heads": 8}, heads, head_channels))
+    _check_kind(unet, "RichDreamer", 768, linear=False)
+    unet.save_pretrained(Path(folder) / "unet")
     _save_settings(Path(folder), RichDreamerConfig(base=base))
 
 
@@ -304,16 +405,24 @@ def _save_settings(folder: Path, config: MVDreamConfig | RichDreamerConfig) -> N
     (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("mvdream", "richdreamer"))
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", required=True, help="Stable Diffusion whose text encoder the teacher uses")
-    args = parser.parse_args()
+    parser.add_argument("--heads", type=int, help="attention heads; default: of the released model")
+    parser.add_argument("--head-channels", type=int, help="channels of each head, in the place of --heads")
+    args = parser.parse_args(arguments)
     convert = convert_mvdream if args.model == "mvdream" else convert_richdreamer
-    convert(args.checkpoint, args.folder, args.base)
+    try:
+        convert(args.checkpoint, args.folder, args.base, heads=args.heads, head_channels=args.head_channels)
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"{args.folder}: {args.model} converted from {args.checkpoint}; its text encoder is that of {args.base}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

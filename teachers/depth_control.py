@@ -11,15 +11,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
-from prd.teachers.loading import load_strict
+from prd.teachers.loading import load_strict, load_vae_encoder
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 
 
 class DepthControlTeacher(StableDiffusionTeacher):
     """A Stable Diffusion whose every pass is shown the rendering's depth through a ControlNet (arXiv 2302.05543).
 
-    The control image is the disparity, stretched to [0, 1] in each image as the inverse depth that depth ControlNets
-    were trained on (near is bright, the background 0), at the pixels of the VAE; no gradient flows through it.
+    The control image is the disparity, stretched to [0, 1] in each image (near is bright, the furthest pixel 0), at
+    the pixels of the VAE; no gradient flows through it. `Views.disparity` is linear in depth; depth ControlNets were
+    trained on estimates of inverse depth, which order pixels alike but curve otherwise.
 
     controlnet_scale  factor of what the ControlNet adds to the U-Net
     """
@@ -68,7 +69,7 @@ class DepthControlTeacher(StableDiffusionTeacher):
     ) -> DepthControlTeacher:
         """Load a Stable Diffusion and the depth ControlNet made for it, each a folder or Hub id."""
         return cls(
-            vae=load_strict(AutoencoderKL, str(folder), "vae", torch_dtype),
+            vae=load_vae_encoder(str(folder), torch_dtype),
             controlnet=load_strict(ControlNetModel, str(controlnet), None, torch_dtype),
             controlnet_scale=controlnet_scale,
             checkpoint_vae=checkpoint_vae,

@@ -7,7 +7,7 @@ processor, and `class_embed_type="projection"`, whose two linear layers with a S
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,16 @@ from prd.cameras import Cameras
 
 CameraEncoding = Literal["mvdream", "richdreamer", "fourier"]
 CAMERA_DIMENSIONS = 16  # of every encoding
+
+
+def check_settings(num_views: int, camera_encoding: str, base: str | None) -> None:
+    """Raises ValueError for settings of a multi-view teacher that no model can have."""
+    if not isinstance(num_views, int) or isinstance(num_views, bool) or num_views < 1:
+        raise ValueError(f"num_views={num_views!r}: must be a positive integer")
+    if camera_encoding not in get_args(CameraEncoding):
+        raise ValueError(f"camera_encoding={camera_encoding!r}: must be one of {', '.join(get_args(CameraEncoding))}")
+    if base is not None and (not isinstance(base, str) or not base):
+        raise ValueError(f"base={base!r}: must be a folder beside this one ('../name'), a Hub id, or null")
 
 
 class JointViewAttnProcessor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
-from prd.teachers.loading import load_strict, read_config, shared_folder
-from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
+from prd.teachers.loading import load_vae_encoder, read_config, shared_folder
+from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 
 NEGATIVE_PROMPT = (
@@ -29,6 +29,13 @@ class MVDreamConfig:
     camera_encoding: CameraEncoding = "mvdream"  # how a camera becomes the U-Net's class_labels
     base: str | None = None  # the Stable Diffusion whose text encoder it shares: "../folder" or Hub id, None its own
     shares_vae: bool = False  # whether the VAE is that of `base` too
+
+    def __post_init__(self) -> None:
+        check_settings(self.num_views, self.camera_encoding, self.base)
+        if not isinstance(self.shares_vae, bool) or (self.shares_vae and self.base is None):
+            raise ValueError(
+                f"shares_vae={self.shares_vae!r}, base={self.base!r}: must be a boolean, false without base"
+            )
 
 
 class MVDreamTeacher(StableDiffusionTeacher):
@@ -68,7 +75,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         config = config or read_config(str(folder), MVDreamConfig)
         base = shared_folder(str(folder), config.base)
         parts = cls.load_parts(str(folder), torch_dtype, base)
-        vae = load_strict(AutoencoderKL, base if base and config.shares_vae else str(folder), "vae", torch_dtype)
+        vae = load_vae_encoder(base if base and config.shares_vae else str(folder), torch_dtype)
         return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
 
     def camera_input(self, cameras: Cameras) -> Tensor:

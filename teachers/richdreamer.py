@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -13,14 +15,16 @@ from prd.cameras import Cameras
 from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
 from prd.teachers.base import Resize, UNetTeacher, to_images
 from prd.teachers.loading import read_config, shared_folder
-from prd.teachers.multiview import CameraEncoding, camera_vector, set_joint_attention
+from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 
 
 @dataclass(frozen=True)
 class RichDreamerConfig:
     """Settings of a normal-depth model, in `teacher_config.json`; the defaults are RichDreamer's own.
 
-    The published TriplaneTurbo feeds the same model image_range (0, 1) and resize "area".
+    The published TriplaneTurbo feeds the same model image_range (0, 1) and resize "area". Its other difference, a
+    disparity multiplied by opacity twice, is no setting: it needs depth along the ray, which `Views` does not hold (see
+    `prd.rendering.views.published_disparity`).
     """
 
     num_views: int = 4  # views that attend to each other
@@ -29,6 +33,24 @@ class RichDreamerConfig:
     normal_background: tuple[float, float, float] = RICHDREAMER_BACKGROUND  # packed normal of an empty pixel, in [0, 1]
     resize: Resize = "bilinear"  # from the rendering to the U-Net's sample_size
     base: str | None = None  # the Stable Diffusion whose text encoder it uses: "../folder" or a Hub id; its own if None
+
+    def __post_init__(self) -> None:
+        check_settings(self.num_views, self.camera_encoding, self.base)
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize={self.resize!r}: must be one of {', '.join(get_args(Resize))}")
+        if not _numbers(self.image_range, 2) or self.image_range[0] >= self.image_range[1]:
+            raise ValueError(f"image_range={self.image_range!r}: must be two numbers, the smaller first")
+        if not _numbers(self.normal_background, 3) or not all(0 <= value <= 1 for value in self.normal_background):
+            raise ValueError(f"normal_background={self.normal_background!r}: must be three numbers in [0, 1]")
+
+
+def _numbers(values: object, count: int) -> bool:
+    """Whether `values` is a tuple of so many finite numbers."""
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
 
 
 class RichDreamerTeacher(UNetTeacher):
@@ -71,6 +93,9 @@ class RichDreamerTeacher(UNetTeacher):
     def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Normal and disparity [B*V, 4, h, w]; nothing is drawn, so `generator` and `noise` do not matter."""
         self.check_views(views.cameras.views)
+        views = replace(  # renderings in half precision too
+            views, normal=views.normal.float(), disparity=views.disparity.float(), opacity=views.opacity.float()
+        )
         packed = views.packed_normal(self.config.normal_background)
         pixels = torch.cat([packed, views.disparity], dim=-1)
         low, high = self.config.image_range

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.rendering.views import Views
 from prd.teachers.base import UNetTeacher, to_images
-from prd.teachers.loading import load_strict
+from prd.teachers.loading import load_vae_encoder
 
 
 class StableDiffusionTeacher(UNetTeacher):
@@ -42,7 +41,9 @@ class StableDiffusionTeacher(UNetTeacher):
                 f"vae: its {vae.config.latent_channels} latent channels are not the U-Net's "
                 f"{unet.config.in_channels} input channels; load both from the same folder"
             )
-        self.vae, self.checkpoint_vae = vae, checkpoint_vae
+        self.vae = vae
+        if checkpoint_vae:
+            vae.enable_gradient_checkpointing()  # of every block on its own, so that one block's activations live
         self.freeze()
 
     @classmethod
@@ -56,7 +57,7 @@ class StableDiffusionTeacher(UNetTeacher):
     ) -> StableDiffusionTeacher:
         """Load a Stable Diffusion pipeline's folder or Hub id."""
         parts = cls.load_parts(str(folder), torch_dtype)
-        vae = load_strict(AutoencoderKL, str(folder), "vae", torch_dtype)
+        vae = load_vae_encoder(str(folder), torch_dtype)
         return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
 
     @property
@@ -68,7 +69,7 @@ class StableDiffusionTeacher(UNetTeacher):
         """Latents [B*V, 4, h, w] of the colours; see `Teacher.encode`."""
         self.check_views(views.cameras.views)
         images = to_images(views.rgb, self.pixels) * 2 - 1
-        return encode_latents(self.vae, images, generator=generator, noise=noise, recompute=self.checkpoint_vae)
+        return encode_latents(self.vae, images, generator=generator, noise=noise)
 
 
 def encode_latents(
@@ -77,7 +78,6 @@ def encode_latents(
     *,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
-    recompute: bool = False,
 ) -> Tensor:
     """Scaled latents [n, C, h, w], float32, of images [n, 3, H, W] in [-1, 1], differentiable in the images.
 
@@ -85,11 +85,8 @@ def encode_latents(
     the same on every device), its mean with neither.
     """
 
-    def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
-
-    mean, std = checkpoint(moments, images, use_reentrant=False) if recompute else moments(images)
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
     if noise is None and generator is not None:
         noise = torch.randn(mean.shape, generator=generator, device=generator.device)
     if noise is not None:
