@@ -41,11 +41,15 @@ def view_prompts(prompts: Sequence[str], cameras: Cameras) -> list[str]:
 
 
 class PromptEncoder:
-    """A CLIP text encoder that encodes each distinct prompt once (the last `cache_size` of them are remembered)."""
+    """A CLIP text encoder that encodes each distinct prompt once.
+
+    The last `cache_size` of them are remembered in main memory, whatever the encoder's device: 4096 prompts of Stable
+    Diffusion 2.1 (77 x 1024) are 646 MB in half precision.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
-        self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct]
+        self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -56,14 +60,14 @@ class PromptEncoder:
         check_prompts(prompts)
         missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
         if missing:
-            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing), strict=True))
+            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing).cpu(), strict=True))
         rows = []
         for prompt in prompts:
             self.encoded.move_to_end(prompt)
             rows.append(self.encoded[prompt])
         while len(self.encoded) > self.cache_size:
             self.encoded.popitem(last=False)
-        return torch.stack([row.to(self.model.device) for row in rows])
+        return torch.stack(rows).to(self.model.device)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""

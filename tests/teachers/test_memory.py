@@ -1,0 +1,65 @@
+"""What keeps memory low: recomputation block by block, texts in main memory; none of it changes a number."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "mvdream"])
+def test_the_encoder_is_recomputed_block_by_block_to_the_same_gradient(tmp_path, kind):
+    folder = save_teacher(tmp_path, kind)
+    gradients, runs, kept = [], [], []
+    for recompute in (False, True):
+        teacher = TEACHERS[kind].from_pretrained(folder, checkpoint_vae=recompute)
+        blocks = [*teacher.vae.encoder.down_blocks, teacher.vae.encoder.mid_block]
+        counts = [0] * len(blocks)
+        for i, block in enumerate(blocks):
+            forward = block.forward
+
+            def counted(*args, i=i, counts=counts, forward=forward, **words):
+                counts[i] += 1
+                return forward(*args, **words)
+
+            block.forward = counted
+        views = random_views(1, teacher.num_views)
+        rgb, saved = views.rgb.clone().requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            x = teacher.encode(replace(views, rgb=rgb), generator=torch.Generator().manual_seed(3))
+        gradients += torch.autograd.grad(x.square().sum(), rgb)
+        runs.append(counts)
+        kept.append(sum(saved))
+    assert runs == [[1] * 3, [2] * 3]  # two levels and the middle, each on its own
+    assert kept[1] < kept[0] / 2
+    torch.testing.assert_close(*gradients, atol=0, rtol=0)
+
+
+def test_texts_are_remembered_in_main_memory_and_handed_out_where_the_encoder_is(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    encoder = teacher.prompt_encoder
+    expected = encoder(["a", "b"])
+    encoder.encoded.clear()
+    teacher.text_encoder.to("meta")  # a device that is not the CPU, on any machine
+    rows, asked = expected.clone(), []
+
+    class Elsewhere(torch.Tensor):
+        """A tensor that is asked to come to the CPU."""
+
+        def cpu(self, *_, **__):
+            asked.append(len(self))
+            return rows
+
+    encoder.encode = lambda prompts: rows.as_subclass(Elsewhere)
+    out = encoder(["a", "b"])
+    assert asked == [2] and out.device.type == "meta"
+    assert all(row.device.type == "cpu" for row in encoder.encoded.values())
+    torch.testing.assert_close(torch.stack([*encoder.encoded.values()]), expected)
+
+
+@pytest.mark.gpu
+def test_no_text_stays_on_a_gpu(tmp_path):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion").to("cuda")
+    assert teacher.prompt_encoder(["a"]).is_cuda
+    assert not any(row.is_cuda for row in teacher.prompt_encoder.encoded.values())
