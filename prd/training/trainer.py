@@ -85,8 +85,6 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.started = time.time()
         config = replace(config, num_threads=choose_threads(config.num_threads))
-        assert config.num_threads is not None
-        torch.set_num_threads(config.num_threads)
         keep_freed_memory()
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
@@ -96,6 +94,8 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places
         )
+        assert config.num_threads is not None
+        torch.set_num_threads(config.num_threads)  # Accelerate may have set another number
         self.config = config
         self.resumed = load_resumed(config)
         self.config = config = resumed_config(config, self.resumed, self.prompts_a_step)
