@@ -6,8 +6,8 @@
 Prompts are made up (words at random, 14 on average, some long; 1 % repetitions, 0.1 % empty), written in each format,
 and read by two processes after one another: `prepare` finds nothing prepared, `ready` what the first one left, dropped
 from the page cache. Each imports what the trainer imports, notes its memory, and then loads the corpus and counts
-over-long prompts with a byte-pair tokenizer of 8192 tokens trained on some of them; `ready` then draws. Seconds and
-megabytes are those beyond the imports. The JSON goes to benchmarks/results/.
+over-long prompts with a byte-pair tokenizer of 8192 tokens trained on some of them; `ready` then draws. Seconds (of the
+clock, and of the processor alone) and megabytes are those beyond the imports. The JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -53,20 +53,19 @@ def prompts(count: int) -> Iterator[str]:
             yield text
 
 
-def write(path: Path, count: int) -> None:
+def write(path: Path, texts: list[str]) -> None:
     """A corpus of the format its suffix says."""
-    texts = prompts(count)
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.table({"prompt": list(texts)}), path)
+        pq.write_table(pa.table({"prompt": texts}), path)
         return
     with path.open("w", encoding="utf-8", newline="") as stream:
         if path.suffix == ".csv":
             csv.writer(stream).writerows([["prompt"], *([text] for text in texts)])
         elif path.suffix == ".json":
-            json.dump({"train": list(texts)}, stream)
+            json.dump({"train": texts}, stream)
         else:
             jsonl = path.suffix == ".jsonl"
             stream.writelines((json.dumps({"prompt": text}) if jsonl else text) + "\n" for text in texts)
@@ -110,12 +109,12 @@ def measure(source: str, tokenizer_folder: str, draws: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     imports = time.perf_counter() - begun
     memory, before = PeakMemory("cpu"), resident()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(PromptsConfig(source=source))
     loaded = time.perf_counter() - start
     report = corpus.report(tokenizer, LIMIT)
     corpus.prompt(0, torch.Generator())
-    ready = time.perf_counter() - start
+    ready, busy = time.perf_counter() - start, time.process_time() - cpu
     memory.lap("ready")
     at_ready = resident()
     start = time.perf_counter()
@@ -127,6 +126,7 @@ def measure(source: str, tokenizer_folder: str, draws: int) -> dict[str, Any]:
         "import_seconds": round(imports, 2),
         "load_seconds": round(loaded, 3),
         "ready_seconds": round(ready, 3),
+        "ready_cpu_seconds": round(busy, 3),
         "megabytes_after_imports": round(before["all"]),
         "peak_megabytes_above": round(memory.peaks["ready"] * 1e9 / 2**20 - before["all"], 1),
         "own_megabytes_above": round(at_ready["own"] - before["own"], 1),
@@ -171,9 +171,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_tokenizer(work / "tokenizer", args.count)
+        texts = list(prompts(args.count))
         for suffix in args.formats:
             source, cache = work / f"corpus.{suffix}", work / f"cache-{suffix}"
-            write(source, args.count)
+            write(source, texts)
             arguments = [str(source), str(work / "tokenizer")]
             prepare = in_a_process([*arguments, "0"], cache)
             forget_pages(cache)
@@ -186,7 +187,8 @@ def main() -> None:
             within &= ready["peak_megabytes_above"] <= BOUNDS["megabytes"]
             results["formats"][suffix] = {**files, "prepare": prepare, "ready": ready, "within_bounds": within}
             print(
-                f"{suffix:8s} prepared in {prepare['ready_seconds']:.1f} s, {prepare['peak_megabytes_above']:.0f} MB;  "
+                f"{suffix:8s} prepared in {prepare['ready_seconds']:.1f} s "
+                f"({prepare['ready_cpu_seconds']:.1f} s of processor), {prepare['peak_megabytes_above']:.0f} MB;  "
                 f"ready in {ready['ready_seconds']:.2f} s, {ready['peak_megabytes_above']:.0f} MB, "
                 f"{ready['microseconds_a_draw']:.0f} us a draw, then {ready['megabytes_above_after_draws']:.0f} MB "
                 f"({ready['own_megabytes_above_after_draws']:.0f} its own)"
