@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from prd.distillation.schedules import LinearSchedule
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
-from prd.teachers.base import Teacher
+from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
@@ -25,6 +25,7 @@ from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.toybox import asset
 from prd.training.config import Schedule, StableDiffusionConfig, TeacherConfig, TrainConfig
+from prd.training.embeddings import encoder_digest
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
@@ -87,10 +88,20 @@ def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teach
     if pixels.enabled:
         told = pixels.view_dependent_prompts
         loaded.append((DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told), pixels))
+    share_texts([teacher for teacher, _ in loaded])
     for teacher, _ in loaded:
         if isinstance(teacher, torch.nn.Module):
             set_offload(teacher) if section.offload else teacher.to(device)
     return loaded
+
+
+def share_texts(teachers: Sequence[Teacher]) -> None:
+    """Let teachers whose text encoders are the same, weights and tokenizer, have one, which encodes a prompt once."""
+    known: dict[str, UNetTeacher] = {}
+    for teacher in teachers:
+        if isinstance(teacher, UNetTeacher):
+            first = known.setdefault(encoder_digest(teacher.prompt_encoder), teacher)
+            teacher.text_encoder, teacher.prompt_encoder = first.text_encoder, first.prompt_encoder
 
 
 def _stable_diffusion(

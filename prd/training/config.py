@@ -158,7 +158,7 @@ class DeepFloydConfig(TeacherConfig):
 class RichDreamerConfig(TeacherConfig):
     """RichDreamer, whose normal and disparity images have two conventions."""
 
-    # in [-1, 1] bilinear, or in [0, 1] averaged as published; null: as the model's teacher_config.json says
+    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
     input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
 
 
@@ -203,8 +203,8 @@ class DistillationConfig:
     @model_validator(mode="after")
     def _check(self) -> DistillationConfig:
         for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
-            if t_min > self.t_max:
-                raise ValueError(f"t_min={t_min}: must not exceed t_max={self.t_max}")
+            if t_min >= self.t_max:
+                raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
         return self
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prd.training.build import share_texts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
 
 
@@ -63,3 +64,16 @@ def test_no_text_stays_on_a_gpu(tmp_path):
     teacher = tiny_teacher(tmp_path, "stable_diffusion").to("cuda")
     assert teacher.prompt_encoder(["a"]).is_cuda
     assert not any(row.is_cuda for row in teacher.prompt_encoder.encoded.values())
+
+
+def test_teachers_of_one_text_encoder_share_it(tmp_path):
+    first, same, other = (
+        TEACHERS[kind].from_pretrained(save_teacher(tmp_path / str(i), kind, seed=i // 2))
+        for i, kind in enumerate(("stable_diffusion", "stable_diffusion", "mvdream"))
+    )
+    own = other.prompt_encoder
+    expected = same.prompt_encoder(["a"])
+    share_texts([first, same, other])
+    assert same.prompt_encoder is first.prompt_encoder and same.text_encoder is first.text_encoder
+    assert other.prompt_encoder is own and other.text_encoder is own.model
+    torch.testing.assert_close(same.prompt_encoder(["a"]), expected, atol=0, rtol=0)

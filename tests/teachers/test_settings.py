@@ -3,14 +3,18 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from prd.teachers import CheckpointError, MVDreamConfig, MVDreamTeacher, RichDreamerConfig, StableDiffusionTeacher
 from prd.teachers.base import to_images
 from prd.teachers.loading import load_schedule, read_config
+from prd.teachers.mvdream import NEGATIVE_PROMPT
+from prd.training.config import DistillationConfig
 from tests.teachers.tiny import random_views, save_teacher, tiny_teacher
 
 
@@ -151,3 +155,16 @@ def test_half_precision_renderings_reach_every_teacher(tmp_path):
         x = teacher.encode(replace(views, **half))
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, teacher.encode(views), atol=0.2, rtol=0.1)
+
+
+def test_a_recipe_draws_timesteps_from_somewhere():
+    with pytest.raises(ValueError, match="t_min=980.0: must be below t_max=980"):
+        DistillationConfig(t_min=980.0, t_max=980)
+
+
+def test_the_published_negative_prompt_is_the_recipes():
+    teachers = yaml.safe_load((Path(__file__).parents[2] / "configs" / "triplane_turbo_sd21.yaml").read_text())[
+        "teachers"
+    ]
+    for name in ("mvdream", "richdreamer"):
+        assert teachers[name]["negative_prompt"].strip() == NEGATIVE_PROMPT
