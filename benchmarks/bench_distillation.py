@@ -99,7 +99,7 @@ TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2
 
 
 def make_vae(full: bool) -> AutoencoderKL:
-    """The VAE of Stable Diffusion, or a tiny one of two levels; teachers need the encoder alone, and load both."""
+    """The VAE of Stable Diffusion, or a tiny one of two levels; teachers then drop its decoder."""
     widths = (128, 256, 512, 512) if full else (16, 32)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -129,6 +129,8 @@ def make_teacher(name: str, full: bool, checkpoint_vae: bool) -> UNetTeacher:
         unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": (320, 640, 1280, 1280)} | sizes))
         text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **((VIT_L if own else VIT_H) if full else TINY_TEXT)))
         vae = None if own else make_vae(full)
+    if vae is not None:
+        vae.decoder = vae.post_quant_conv = None  # as loading does
     if own:
         return RichDreamerTeacher(unet, schedule, tokenizer, text, RichDreamerConfig())
     if name == "mvdream":
@@ -303,12 +305,29 @@ def add_up(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.teachers:
         teacher = make_teacher(name, args.size == "full", args.checkpoint_vae).to(getattr(torch, args.dtype))
         rows[name] = {"weights": weight_bytes(teacher), "activations": activation_bytes(teacher, args)}
-    weights = sum(row["weights"] for row in rows.values())
+        text = teacher.text_encoder
+        length, cached = 77 * text.config.hidden_size * text.dtype.itemsize, teacher.prompt_encoder.cache_size
+        rows[name] |= {"text_encoder": weight_bytes(text), "cached_texts_in_main_memory": cached * length}
+    shared = 0  # Stable Diffusion and MVDream have one text encoder between them, and one cache
+    if {"stable_diffusion", "mvdream"} <= rows.keys():
+        shared = rows["mvdream"]["text_encoder"]
+    weights = sum(row["weights"] for row in rows.values()) - shared
     activations = max(max(row["activations"].values()) for row in rows.values())
-    total = {"teachers": rows, "weights": weights, "activations": activations, "sum": weights + activations}
+    total: dict[str, Any] = {
+        "teachers": rows,
+        "shared": shared,
+        "weights": weights,
+        "activations": activations,
+        "sum": weights + activations,
+    }
     if args.size == "full":
         total["student"] = student_bytes()
         total["sum_with_student"] = total["sum"] + sum(total["student"].values())
+    total["not_counted"] = [
+        "cached texts, which are in main memory",
+        "the student's activations and the renderer's, which are freed or kept as its own settings say",
+        "the CUDA context, kernels' workspaces and what the allocator holds back",
+    ]
     return total
 
 
