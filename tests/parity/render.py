@@ -2,7 +2,8 @@
 
     python -m tests.parity.render FOLDER        # FOLDER/render as in the reference data's README
 
-One line a quantity with its error; the exit status is 1 if any is past tolerance, or recorded and not compared.
+One line a quantity with its error; the exit status is 1 if any is past tolerance, or recorded and not compared, or if
+a whole group of the README is not recorded, and 2 if the folder lacks or garbles what is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from prd.rendering.views import Views, published_disparity, published_mesh_depth
 from prd.rendering.volume import RayBundle, VolumeRenderer
 from prd.teachers.multiview import camera_vector
 from prd.training.adan import Adan
-from tests.parity import CLOSED_FORM, GRADIENT, Recording
+from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
 
 FAR = 1000.0  # of the published projection, scene units; its near plane is 0.1, as ours
 SQRT3 = 1.732  # as rounded there
@@ -49,6 +50,12 @@ ROUNDED = 5e-5  # quantities whose recorded float32 value is that far from what 
 VARIANCE = 1e-4
 RATIO = 1e-2  # of opacities down to 1e-5, differences of numbers near 1
 LOSS = 1e-6  # of a sum of products with recorded weights, relative to the root of the sum of their squares
+VARIANCES = 3  # settings of NeuS's variance that are recorded
+GROUPS = (  # of tensors that the README lists, by what their names begin with
+    *("cam", "evalcam", "varcam", "sample", "alpha", "weights", "vol_train", "vol_train_step20000", "vol_eval"),
+    *("patch", "mesh", "bg", "loss", "adan"),
+)
+PATCH_IMAGES = ("comp_normal", "comp_normal_cam_vis", "comp_rgb", "depth", "disparity", "opacity")
 ADAN = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
 
 
@@ -120,17 +127,21 @@ class RenderParity:
         self.sets: dict[str, Cameras] = {}  # recorded cameras by name, one prompt of V views
 
     def run(self) -> int:
+        recorded = {name.split(".")[0] for name in self.io.tensors}
+        missing = [group for group in GROUPS if group not in recorded]
+        for group in missing:
+            self.io.report(f"{group}.*", "not recorded", ok=False)
         self.records()
         self.cameras()
-        self.sampling()
-        self.alphas()
-        for name in sorted({name.split(".")[0] for name in self.io.tensors if name.startswith("vol_")}):
+        for group, compare in {"sample": self.sampling, "alpha": self.alphas, "weights": self.weights}.items():
+            if group not in missing:
+                compare()
+        for name in sorted(name for name in recorded if name.startswith("vol_")):
             self.volume(name)
-        self.patch()
-        self.mesh()
-        self.background()
-        self.losses()
-        self.adan()
+        rest = {"patch": self.patch, "mesh": self.mesh, "bg": self.background, "loss": self.losses, "adan": self.adan}
+        for group, compare in rest.items():
+            if group not in missing:
+                compare()
         return self.io.finish()
 
     @staticmethod
@@ -152,9 +163,10 @@ class RenderParity:
         io.report("meta.json renderer", f"{found}", ok=found == plain)
         step = 2 * SQRT3 * config["radius"] / config["num_samples_per_ray"]
         io.check("meta.json render_step_size", torch.tensor(meta["render_step_size"]), torch.tensor(step), CLOSED_FORM)
-        sizes = [meta["ray_size"], meta["raster_size"]]
-        built = [io.tensors["cam.rays_d"].shape[1], io.tensors["mesh.rast"].shape[1]]
-        io.report("meta.json sizes", f"{built} against {sizes}", ok=built == sizes)
+        for name, size in (("cam.rays_d", "ray_size"), ("mesh.rast", "raster_size")):
+            if name in io.tensors:
+                built = io.tensors[name].shape[1]
+                io.report(f"meta.json {size}", f"{built} against {meta[size]}", ok=built == meta[size])
 
     # -- cameras -----------------------------------------------------------------------------------------------------
 
@@ -203,9 +215,9 @@ class RenderParity:
         origins, directions = cameras.rays(height, width)
         io.compare(f"{prefix}.rays_o", origins, CLOSED_FORM)
         io.compare(f"{prefix}.rays_d", directions, CLOSED_FORM)
-        if f"{prefix}.rays_d_rasterize" in io.tensors:
+        if prefix != "evalcam" or f"{prefix}.rays_d_rasterize" in io.tensors:
             # The published ones are too wide: through images of `rows` rows at the focal length of `height` rows.
-            rows, columns = io.tensors[f"{prefix}.rays_d_rasterize"].shape[1:3]
+            rows, columns = io.input(f"{prefix}.rays_d_rasterize").shape[1:3]
             wide = Cameras(cameras.camera_to_world, 2 * torch.atan(torch.tan(cameras.fovy / 2) * rows / height))
             io.compare(f"{prefix}.rays_d_rasterize", wide.rays(rows, columns)[1], CLOSED_FORM)
 
@@ -230,7 +242,9 @@ class RenderParity:
     def alphas(self) -> None:
         io = self.io
         cos = (self.tensor("alpha.dirs") * self.tensor("alpha.normal")).sum(-1, keepdim=True).clamp(max=0)
-        for name in sorted(name for name in io.tensors if re.fullmatch(r"alpha\.init.*\.alpha", name)):
+        names = sorted(name for name in io.tensors if re.fullmatch(r"alpha\.init.*\.alpha", name))
+        io.report("alpha.init*", f"{len(names)} variance settings of {VARIANCES}", ok=len(names) == VARIANCES)
+        for name in names:
             prefix = name.removesuffix(".alpha")
             inv_std = self.inv_std(float(prefix.removeprefix("alpha.init")))
             sdf = self.tensor("alpha.sdf").clone().requires_grad_()
@@ -240,9 +254,11 @@ class RenderParity:
             ratio = alpha / self.tensor(name)  # most opacities are small: each against its own size too
             io.check(f"{name} ratio", ratio, torch.ones_like(ratio), RATIO)
             io.compare(f"{prefix}.d_sdf", torch.autograd.grad(alpha.sum(), sdf)[0], GRADIENT)
+
+    def weights(self) -> None:
         alpha = self.tensor("weights.alpha")
-        io.compare("weights.weights", render_weights(alpha), CLOSED_FORM)
-        io.compare("weights.trans", transmittance(alpha), CLOSED_FORM)
+        self.io.compare("weights.weights", render_weights(alpha), CLOSED_FORM)
+        self.io.compare("weights.trans", transmittance(alpha), CLOSED_FORM)
 
     def volume(self, case: str) -> None:
         io = self.io
@@ -325,9 +341,9 @@ class RenderParity:
             result, _ = renderer.render_rays(self.scene, cameras, rays, height=size[0], width=size[1], background=back)
             parts.append(published_images(result, rays, back))
         coarse, detail = parts
-        for name in sorted(name for name in io.left if name.startswith("patch.")):
-            key = name.removeprefix("patch.")
-            io.compare(name, paste(coarse[key], detail[key], row, column, height, width), CLOSED_FORM)
+        left = {name.removeprefix("patch.") for name in io.left if name.startswith("patch.")}
+        for key in sorted(left.union(PATCH_IMAGES)):
+            io.compare(f"patch.{key}", paste(coarse[key], detail[key], row, column, height, width), CLOSED_FORM)
 
     # -- mesh, background, losses, optimiser ---------------------------------------------------------------------------
 
@@ -443,7 +459,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="samples a ray of the recorded patch render, which meta.json leaves out (the README: 32 + 16)",
     )
     options = parser.parse_args(arguments)
-    return RenderParity(options.folder / "render", tuple(options.patch_samples)).run()
+    folder = options.folder / "render"
+    return compared(folder, lambda: RenderParity(folder, tuple(options.patch_samples)).run())
 
 
 if __name__ == "__main__":

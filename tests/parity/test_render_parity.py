@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from prd.distillation.schedules import LinearSchedule
 from tests.fixtures import OFFICIAL, needs_fixtures
-from tests.parity.render import main
+from tests.parity.render import GROUPS, main
 
 pytestmark = needs_fixtures
 
@@ -48,6 +48,36 @@ def test_changed_and_unknown_records_fail(tmp_path: Path, capsys: pytest.Capture
         "render/surplus",
     }
     assert "render/cam.rays_d" not in noticed
+
+
+def without(folder: Path, *prefixes: str) -> None:
+    """A copy of the record in `folder` that lacks, tensors and meta.json alike, what begins with the prefixes."""
+    (folder / "render").mkdir(parents=True)
+    tensors = load_file(OFFICIAL / "render" / "io.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith(prefixes)}, folder / "render" / "io.safetensors")
+    meta = json.loads((OFFICIAL / "render" / "meta.json").read_text())
+    meta["tensors"] = {k: v for k, v in meta["tensors"].items() if not k.startswith(prefixes)}
+    (folder / "render" / "meta.json").write_text(json.dumps(meta))
+
+
+def test_groups_that_are_gone_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ("vol_train_step20000", "vol_eval", "sample", "alpha", "weights", "patch", "mesh", "bg", "adan")
+    without(tmp_path, *(f"{group}." for group in gone))
+    assert main([str(tmp_path)]) == 1
+    assert failed(capsys.readouterr().out) == [f"render/{group}.*" for group in sorted(gone, key=GROUPS.index)]
+
+
+@pytest.mark.parametrize("name", ["cam.", "cam.rays_d_rasterize", "varcam.c2w", "sample.uniforms"])
+def test_tensors_that_are_gone_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without(tmp_path, name)
+    assert main([str(tmp_path)]) == 2
+    sentence = capsys.readouterr().err
+    assert name in sentence and sentence.count("\n") == 1
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_schedules() -> None:
