@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def matmul_rate(dtype: torch.dtype, device: str, size: int = 4096, repeats: int 
 class PeakMemory:
     """Peak memory by stage: of the process (Linux's VmHWM, set back between stages) or of the CUDA device.
 
-    peaks  {stage: gigabytes}
+    peaks  {stage: gigabytes}; where the peak cannot be set back, that of the process so far
     """
 
     def __init__(self, device: str) -> None:
@@ -64,13 +66,16 @@ class PeakMemory:
         """Forget the peak so far."""
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        elif Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")
 
     def lap(self, stage: str) -> None:
         """Note the peak since the last reset or lap."""
         if self.device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(self.device)
+        elif not Path("/proc/self/status").exists():
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         else:
             status = Path("/proc/self/status").read_text().splitlines()
             peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
