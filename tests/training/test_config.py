@@ -107,7 +107,7 @@ def test_command_line_beats_the_file(tmp_path):
         (["--num_denoising_steps", "0"], r"num_denoising_steps=0"),
         (["--cameras.elevation", "[30, 0]"], r"cameras: elevation=\[30.0, 0.0\]"),
         (["--volume.rgb_gradient_scale", "[1, 2, 3]"], r"volume.rgb_gradient_scale=\[1, 2, 3\]"),
-        (["--distillation.t_min", "[990, 20]"], r"t_min=990.0: must not exceed t_max=980"),
+        (["--distillation.t_min", "[990, 20]"], r"t_min=990.0: must be below t_max=980"),
         (["--optimizer.name", "adan"], r"adan takes 3 values"),
         (["seed", "1"], r"'seed': expected --key value"),
         (["--seed"], r"--seed has no value"),
