@@ -58,7 +58,7 @@ THREE = ("stable_diffusion", "mvdream", "richdreamer")
 CAMERA = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
 SD21 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
 SD15 = {"attention_head_dim": 8, "cross_attention_dim": 768}
-IF_XL = {
+IF_XL: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 6,
     "act_fn": "gelu",
@@ -301,7 +301,7 @@ def student_bytes() -> dict[str, int]:
 
 def add_up(args: argparse.Namespace) -> dict[str, Any]:
     """What the teachers need beside the student: all weights, and the activations of the hungriest teacher."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in args.teachers:
         teacher = make_teacher(name, args.size == "full", args.checkpoint_vae).to(getattr(torch, args.dtype))
         rows[name] = {"weights": weight_bytes(teacher), "activations": activation_bytes(teacher, args)}
