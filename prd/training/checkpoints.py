@@ -62,7 +62,7 @@ def save_checkpoint(
         raise CheckpointError(f"total_limit={total_limit}: must be None (keep all) or at least 1")
     run = Path(run)
     final, aside, replaced = (run / name for name in (f"checkpoint-{step}", f".writing-{step}", f".replaced-{step}"))
-    for leftover in (aside, replaced):
+    for leftover in (*run.glob(".writing-*"), *run.glob(".replaced-*")):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         _write(aside, step, tensors, state)

@@ -368,7 +368,6 @@ class Trainer:
             "config": to_dict(self.config),
             "prompts_a_step": self.prompts_a_step,
             "prompts_drawn": self.prompts_drawn(step),  # the position in the corpus
-            "skipped": self.skipped,
             "skipped_total": self.skipped_total,
             "best_spread": self.watch.best,
         }
@@ -397,7 +396,7 @@ class Trainer:
         if own := tensors.get(f"rng-{self.accelerator.process_index}"):  # none for a process that has joined
             set_rng_state(own)
         self.first, self.first_prompt = checkpoint.step, state["prompts_drawn"]
-        self.skipped, self.skipped_total = state["skipped"], state["skipped_total"]
+        self.skipped_total = state["skipped_total"]
         self.watch.best = state["best_spread"]
         return checkpoint.step
 
@@ -449,7 +448,9 @@ class Trainer:
             try:
                 values = self.train_step(step)
             except FloatingPointError as error:
-                path = self.save(step)  # the weights are those of the last good step
+                path = self.folder / f"checkpoint-{step}"
+                if step % config.checkpointing_steps:
+                    self.save(step)  # the weights are those of the last good step
                 raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
             done = step + 1
             if main and metrics is not None:

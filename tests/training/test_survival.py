@@ -95,6 +95,14 @@ def wait(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.0005)
 
 
+def writing(run: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after `since`, and is no leftover of an earlier kill."""
+    try:
+        return any(path.stat().st_ctime > since for path in run.glob(".writing-*"))
+    except FileNotFoundError:  # it is done
+        return False
+
+
 def assert_same(one: Path, two: Path) -> None:
     """Two checkpoints hold the same weights, averages and optimiser state, bit for bit."""
     first, second = load_checkpoint(one), load_checkpoint(two)
@@ -112,20 +120,19 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(runs, tmp_path):
     before, while_writing = 0, 0
     for kill in range(KILLS):
         pid = runs.start(run, 500, *resume)
-        wait(lambda before=before: (logged(run) or [0])[-1] > before)  # it has begun to step
+        begun = time.time()
+        time.sleep(draw.uniform(0, 3))  # building the models, or some steps later
         if kill % 2:
-            wait(lambda: list(run.glob(".writing-*")))
-            time.sleep(draw.uniform(0, 0.02))
-        else:
-            time.sleep(draw.uniform(0, 0.5))
+            wait(lambda begun=begun: writing(run, begun))
+            time.sleep(draw.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         assert runs.code() == -signal.SIGKILL
-        while_writing += bool(list(run.glob(".writing-*")))
+        while_writing += writing(run, begun)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no checkpoint is damaged
             last = latest_checkpoint(run)
         step = 0 if last is None else verify_checkpoint(last)
-        reached = logged(run)[-1]
+        reached = (logged(run) or [0])[-1]
         assert step >= before and reached - EVERY <= step <= reached
         before = step
     assert while_writing >= 3
