@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.fields import Field
+from prd.rendering.checks import expect, several
 from prd.rendering.isosurface import grid_points, values_at
 
 Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R]; rgb, deformation [B, R, R, R, 3], the latter or None
@@ -29,18 +30,20 @@ def evaluate_nodes(field: Field, resolution: int, batch: int = 1, device: torch.
     """
     fast: Callable[[int], Grid] | None = getattr(field, "grid", None)
     if fast is not None:
-        sdf, rgb, deformation = fast(resolution)
-        shape = (len(sdf), resolution, resolution, resolution)
+        sdf, rgb, deformation = several("grid", fast(resolution), 3)
+        shape = (len(sdf) if isinstance(sdf, Tensor) else batch, resolution, resolution, resolution)
         for name, values, channels in (("sdf", sdf, ()), ("rgb", rgb, (3,)), ("deformation", deformation, (3,))):
-            if values is not None and values.shape != (*shape, *channels):
+            if name == "deformation" and values is None:
+                continue
+            if not isinstance(values, Tensor):
+                raise TypeError(f"field: {name} of its grid is {type(values).__name__}; expected a tensor")
+            if values.shape != (*shape, *channels):
                 raise ValueError(f"field: {name} of its grid is {tuple(values.shape)}; expected {(*shape, *channels)}")
         return sdf, rgb, deformation
     points = grid_points(resolution, device).view(-1, 3)
     sdf, deformation = values_at(field, points, batch, NODES_A_CHUNK)
-    colours = [field.rgb(chunk.expand(batch, -1, -1)) for chunk in points.split(NODES_A_CHUNK)]
-    for chunk, colour in zip(points.split(NODES_A_CHUNK), colours, strict=True):
-        if colour.shape != (batch, len(chunk), 3):
-            raise ValueError(f"field: rgb gave {tuple(colour.shape)}; expected {(batch, len(chunk), 3)}")
+    chunks = [chunk.expand(batch, -1, -1) for chunk in points.split(NODES_A_CHUNK)]
+    colours = [expect("rgb", field.rgb(chunk), chunk, 3) for chunk in chunks]
     shape = (batch, resolution, resolution, resolution)
     offset = None if deformation is None else deformation.view(*shape, 3)
     return sdf.view(shape), torch.cat(colours, dim=1).view(*shape, 3), offset

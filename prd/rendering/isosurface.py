@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prd.fields import Field
+from prd.rendering.checks import several
 from prd.rendering.marching import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
 
 Grid = tuple[Tensor, Tensor | None]  # sdf [B, X, Y, Z], deformation [B, X, Y, Z, 3]
@@ -82,7 +83,8 @@ def evaluate_grid(
 
     Uses the field's own `geometry_grid(R, first, last) -> (sdf, deformation)` or `grid(R) -> (sdf, rgb, deformation)`
     if it has one, else `sdf_and_deformation` on chunks of that many points; `batch` and `device` say for which points
-    then. Raises ValueError for fewer than 2 nodes an axis and for a field that answers in the wrong shape.
+    then. Raises ValueError for fewer than 2 nodes an axis and for a field that answers in the wrong shape or for
+    another number of samples than a `batch` beyond 1, TypeError for one that answers in something else.
     """
     return next(grid_slabs(field, resolution, resolution, batch=batch, device=device, chunk=chunk))
 
@@ -102,28 +104,30 @@ def grid_slabs(
     geometry: Callable[[int, int, int], Grid] | None = getattr(field, "geometry_grid", None)
     whole: Callable[[int], tuple[Tensor, Tensor, Tensor | None]] | None = getattr(field, "grid", None)
     if geometry is None and whole is not None:
-        sdf, _, deformation = whole(resolution)
+        sdf, _, deformation = several("grid", whole(resolution), 3)
+        _checked((sdf, deformation), resolution, resolution, batch)
     axis = torch.linspace(-1, 1, resolution, device=device)
     for first in range(0, resolution, planes):
         last = min(first + planes, resolution)
         if geometry is not None:
-            slab = geometry(resolution, first, last)
+            slab = several("geometry_grid", geometry(resolution, first, last), 2)
         elif whole is not None:
             slab = sdf[:, first:last], None if deformation is None else deformation[:, first:last]
         else:
             slab = values_at(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
             slab = _shaped(slab, last - first, resolution)
-        yield _checked(slab, last - first, resolution)
+        yield _checked(slab, last - first, resolution, batch)
 
 
 def values_at(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
     """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
-    parts = [field.sdf_and_deformation(p.expand(batch, -1, -1)) for p in points.split(chunk)]
+    name = "sdf_and_deformation"
+    parts = [several(name, field.sdf_and_deformation(p.expand(batch, -1, -1)), 2) for p in points.split(chunk)]
     for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
-        if sdf.shape != (batch, len(p), 1) or (deformation is not None and deformation.shape != (*sdf.shape[:2], 3)):
-            found = None if deformation is None else tuple(deformation.shape)
+        found = _shape(sdf), _shape(deformation)
+        if found[0] != (batch, len(p), 1) or found[1] not in (None, (batch, len(p), 3)):
             raise ValueError(
-                f"field: sdf_and_deformation of points [{batch}, {len(p)}, 3] gave {tuple(sdf.shape)} and {found}; "
+                f"field: {name} of points [{batch}, {len(p)}, 3] gave {found[0]} and {found[1]}; "
                 "expected [B, N, 1] and [B, N, 3] or None (batch says how many samples the field has)"
             )
     sdf = torch.cat([sdf[..., 0] for sdf, _ in parts], dim=1)
@@ -137,13 +141,22 @@ def _shaped(grid: Grid, planes: int, resolution: int) -> Grid:
     return sdf.unflatten(1, shape), None if deformation is None else deformation.unflatten(1, shape)
 
 
-def _checked(grid: Grid, planes: int, resolution: int) -> Grid:
-    sdf, deformation = grid
+def _checked(grid: Grid, planes: int, resolution: int, batch: int) -> Grid:
+    """The grid of a field that makes its own: of its own number of samples where `batch` is 1, the default."""
+    sdf, deformation = _shape(grid[0]), _shape(grid[1])
     shape = (planes, resolution, resolution)
-    if sdf.ndim != 4 or sdf.shape[1:] != shape or (deformation is not None and deformation.shape != (*sdf.shape, 3)):
-        found = None if deformation is None else tuple(deformation.shape)
-        raise ValueError(f"field: its grid gave {tuple(sdf.shape)} and {found}; expected [B, *{shape}] and one more 3")
+    if sdf is None or len(sdf) != 4 or sdf[1:] != shape or deformation not in (None, (*sdf, 3)):
+        raise ValueError(f"field: its grid gave {sdf} and {deformation}; expected [B, *{shape}] and one more 3")
+    if batch not in (1, sdf[0]):
+        raise ValueError(f"batch={batch}: the field holds {sdf[0]} sample(s)")
     return grid
+
+
+def _shape(values: Tensor | None) -> tuple[int, ...] | None:
+    """Its shape, None for None; TypeError for what is neither."""
+    if values is not None and not isinstance(values, Tensor):
+        raise TypeError(f"field: a value of its grid is {type(values).__name__}; expected a tensor")
+    return None if values is None else tuple(values.shape)
 
 
 def grid_to_meshes(

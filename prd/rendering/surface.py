@@ -12,6 +12,7 @@ from torch import Tensor
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
 from prd.rendering.antialias import antialias
+from prd.rendering.checks import expect
 from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
 from prd.rendering.marching import Mesh, marching_cubes
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
@@ -174,6 +175,8 @@ class SurfaceRenderer:
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""
         sdf, deformation = evaluate_grid(field, self.resolution, cameras.batch, cameras.fovy.device)
+        if len(sdf) != cameras.batch:
+            raise ValueError(f"cameras: of {cameras.batch} sample(s), but the field holds {len(sdf)}")
         sdf = scale_gradient(sdf, self.sdf_gradient_scale)
         if deformation is not None:
             deformation = scale_gradient(deformation, self.deformation_gradient_scale)
@@ -236,9 +239,7 @@ def _colours(field: Field, points: Tensor, sample: Tensor, batch: int) -> Tensor
     size = max(int(counts.max()), 1)
     slot = sample * size + place
     padded = points.new_zeros(batch * size, 3).index_copy(0, slot, points).view(batch, size, 3)
-    colours = field.rgb(padded)
-    if colours.shape != padded.shape:
-        raise ValueError(f"field: rgb of points {tuple(padded.shape)} gave {tuple(colours.shape)}; expected the same")
+    colours = expect("rgb", field.rgb(padded), padded, 3)
     return colours.reshape(-1, 3).index_select(0, slot)
 
 

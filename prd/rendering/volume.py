@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
 from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
+from prd.rendering.checks import check_numbers, expect, several
 from prd.rendering.views import Views, check_image_size, disparity_from_depth
 
 __all__ = [
@@ -245,8 +246,10 @@ class VolumeRenderer:
         forward = -cameras.camera_to_world[..., :3, 2]
         cosine = (rays.directions.view(*shape, 3) * forward[:, :, None, None]).sum(-1, keepdim=True)
         depth = image("distance") * cosine + (1 - opacity) * cameras.near_far[1][:, :, None, None, None]
+        colour = image("rgb")
+        check_numbers("sdf, sdf_and_gradient or rgb", opacity, colour)
         back = torch.as_tensor(background, dtype=opacity.dtype, device=opacity.device)
-        rgb = image("rgb") + (1 - image("rgb_opacity")) * back
+        rgb = colour + (1 - image("rgb_opacity")) * back
         normal = F.normalize(image("normal"), dim=-1, eps=NORMAL_EPS) * opacity
         disparity = disparity_from_depth(depth, cameras)
         views = Views(rgb, normal, depth, disparity, opacity, cameras, image("variance"))
@@ -372,8 +375,7 @@ class VolumeRenderer:
         alpha = torch.zeros_like(widths).flatten(1)
         for some, counts in zip(index.split(CULLED_AT_ONCE, 1), valid.split(CULLED_AT_ONCE, 1), strict=True):
             directions, dt, points = _segments(rays, edges, some)
-            values, gradient = field.sdf_and_gradient(points)
-            _expect("sdf", values, points, 1), _expect("sdf_and_gradient", gradient, points, 3)
+            values, gradient = _sdf_and_gradient(field, points)
             alpha.scatter_add_(1, some, self.model(values[..., 0], _facing(directions, gradient)[0], dt) * counts)
         reached = transmittance(alpha.view(widths.shape)).flatten(1) >= self.cull_below
         return _gathered(reached & (alpha > 0), widths.dtype)
@@ -420,31 +422,22 @@ def _to3(index: Tensor) -> Tensor:
 
 
 def _sdf(field: Field, points: Tensor) -> Tensor:
-    """Signed distance [B, K, 1] at points [B, K, 3]."""
-    return _expect("sdf", field.sdf(points), points, 1)
+    """Signed distance [B, K, 1] at points [B, K, 3]; ValueError for NaN, which would be culled unseen."""
+    sdf = expect("sdf", field.sdf(points), points, 1)
+    check_numbers("sdf", sdf)
+    return sdf
+
+
+def _sdf_and_gradient(field: Field, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed distance [B, K, 1] and its gradient [B, K, 3] at points [B, K, 3]."""
+    sdf, gradient = several("sdf_and_gradient", field.sdf_and_gradient(points), 2)
+    return expect("sdf_and_gradient", sdf, points, 1), expect("sdf_and_gradient", gradient, points, 3)
 
 
 def _query(field: Field, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Signed distance [B, K, 1], gradient [B, K, 3] and colour [B, K, 3] at points [B, K, 3]."""
     at_once: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = getattr(field, "sample", None)
-    if at_once is not None:
-        sdf, gradient, rgb = at_once(points)
-    else:
-        sdf, gradient = field.sdf_and_gradient(points)
-        rgb = field.rgb(points)
-    return (
-        _expect("sdf", sdf, points, 1),
-        _expect("sdf_and_gradient", gradient, points, 3),
-        _expect("rgb", rgb, points, 3),
-    )
-
-
-def _expect(name: str, values: Tensor, points: Tensor, channels: int) -> Tensor:
-    """The field's answer, or ValueError if it is not [B, K, channels]."""
-    expected = (*points.shape[:2], channels)
-    if values.shape != expected:
-        raise ValueError(
-            f"field.{name} returned {tuple(values.shape)} for points {tuple(points.shape)}: expected {expected}; "
-            "does the field hold as many samples as there are camera batches?"
-        )
-    return values
+    if at_once is None:
+        return *_sdf_and_gradient(field, points), expect("rgb", field.rgb(points), points, 3)
+    sdf, gradient, rgb = several("sample", at_once(points), 3)
+    return expect("sample", sdf, points, 1), expect("sample", gradient, points, 3), expect("sample", rgb, points, 3)
