@@ -8,7 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
+from prd.training.config import TeacherConfig
 from tests.teachers.tiny import random_views, save_teacher
+from tests.training.test_trainer import make
 
 PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
 
@@ -41,3 +43,14 @@ def test_the_page_runs_from_top_to_bottom(folder, capsys):
     assert "gradient_norm/silhouette/volume" in capsys.readouterr().out
     teacher = names["teacher"]
     assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
+
+
+def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
+    """As the page says: appended to the trainer's teachers before it starts."""
+    names: dict = {}
+    exec(compile(blocks()[0], str(PAGE), "exec"), names)
+    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path / "run"))
+    teacher = names["SilhouetteTeacher"].from_pretrained(folder).to(trainer.device)
+    trainer.teachers.append((teacher, TeacherConfig(weight=1.0)))
+    row = trainer.train_step(0)
+    assert row["gradient_norm/silhouette/volume"] > 0
