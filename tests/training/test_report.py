@@ -70,7 +70,7 @@ def test_the_page_shows_the_run_and_refers_to_its_folder_alone(tmp_path):
     assert "script" not in page.tags and "b" in page.tags and prompt in page.text and "a <b>" in page.text
     assert page.text.index("After 10 steps") < page.text.index("After 2 steps")
     packages = json.loads((run / "environment.json").read_text())[0]["packages"]
-    for text in ("0.3125", "3 of 290 steps, 1 min 30 s", "optimizer.lr", packages["torch"], "single_seen", "commit"):
+    for text in ("0.3125", "3 of 265 steps, 1 min 30 s", "optimizer.lr", packages["torch"], "single_seen", "commit"):
         assert text in page.text
 
 
@@ -93,7 +93,7 @@ def test_a_half_written_line_and_nan_do_not_hide_the_run(tmp_path):
         stream.write('{"step": 4, "gradient_norm": NaN, "seconds": 30.0}\n{"step": 5, "gra')
     assert read_run(run).steps == 4
     page = Links(write_report(run))
-    assert "4 of 290 steps, 2 min 00 s" in page.text and "nan" not in page.text.lower().split("curves")[1][:2000]
+    assert "4 of 265 steps, 2 min 00 s" in page.text and "nan" not in page.text.lower().split("curves")[1][:2000]
 
 
 def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys, monkeypatch):
@@ -106,10 +106,10 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     table = capsys.readouterr().out
     for text in (
         "one",
-        "3/290",
+        "3/265",
         "1 min 30 s",
         "[red]two",
-        "200/290",
+        "200/265",
         "1 h 40 min",
         "optimizer.lr 0.0005",
         "r_at_1 0.75",
