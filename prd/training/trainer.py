@@ -227,6 +227,10 @@ class Trainer:
             witness.answer(loss)
             return loss / config.gradient_accumulation_steps
 
+        @torch.autocast(self.device.type, enabled=False)  # each operation's gradient in the precision it ran in
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss)
+
         def noise(k: int) -> Tensor:
             size, channels = self.student.config.latent_size, self.student.backbone.unet.config["in_channels"]
             shape = (len(prompts), 6, channels, size, size)
@@ -236,7 +240,7 @@ class Trainer:
             rollout(
                 self.student,
                 supervise,
-                self.accelerator.backward,
+                backward,
                 prompt_embeds=embeds,
                 timesteps=self.timesteps,
                 noise=noise,

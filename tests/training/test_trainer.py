@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from prd.teachers import DepthControlTeacher
@@ -155,6 +157,103 @@ def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, mo
     with pytest.raises(FloatingPointError, match="in a row"):
         for step in range(1, 30):
             trainer.train_step(step)
+
+
+def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(toybox, monkeypatch, tmp_path):
+    words = ["--validation.prompts", "[]", "--prompts.held_out", "[]", "--report_to", "null", "--renderers", "volume"]
+    trainer = make("--output_dir", str(tmp_path), "--max_train_steps", "30", *words)
+    plain, steps = trainer.accumulate, []
+
+    def spoiled(step, *rest):
+        plain(step, *rest)
+        steps.append(step)
+        if step:
+            trainer.parameters[0].grad.fill_(float("inf"))
+
+    monkeypatch.setattr(trainer, "accumulate", spoiled)
+    limit = trainer_module.MOST_SKIPPED
+    way = rf"step {limit}: {limit} steps in a row .* --resume_from_checkpoint .*checkpoint-{limit}$"
+    with pytest.raises(FloatingPointError, match=way):
+        trainer.train()
+    assert steps == list(range(limit + 1))
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in range(1, limit + 1) for _ in range(2)]  # K = 2 each
+    assert load_config(tmp_path / "config.yaml").num_threads == 1
+    again = make("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", *words)
+    assert again.resume() == limit and again.skipped == 0 and again.skipped_total == limit
+    assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, again.parameters, strict=True))
+
+
+def test_a_loss_scale_changes_no_update_and_leaves_overflow_out(toybox, monkeypatch, tmp_path):
+    plain = make("--output_dir", str(tmp_path), "--renderers", "volume")
+    scaled = make("--output_dir", str(tmp_path), "--renderers", "volume")
+    accelerator = scaled.accelerator  # as on a GPU in fp16, with the arithmetic of float32
+    accelerator.scaler = scaled.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
+    scaled.optimizer.__setstate__({})  # what preparing it with a scaler sets
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    monkeypatch.setattr(accelerator, "autocast", nullcontext)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    first, second = plain.train_step(0), scaled.train_step(0)
+    assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+    for a, b in zip(plain.parameters, scaled.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    accumulate, before = scaled.accumulate, [p.detach().clone() for p in scaled.parameters]
+
+    def overflowing(*words):
+        accumulate(*words)
+        scaled.parameters[0].grad.fill_(float("inf"))
+
+    monkeypatch.setattr(scaled, "accumulate", overflowing)
+    for step in range(1, 11):
+        scaled.train_step(step)
+    assert scaled.skipped == trainer_module.MOST_SKIPPED and accelerator.scaler.get_scale() == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, scaled.parameters, strict=True))
+    with pytest.raises(FloatingPointError, match="11 steps in a row"):
+        scaled.train_step(11)
+
+
+@pytest.fixture
+def any_precision():
+    """Accelerate settles the precision of a process once; here it is forgotten before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bfloat16_runs_and_stays_near_float32(toybox, any_precision):
+    half = make("--mixed_precision", "bf16", "--renderers", "both")
+    rows = [half.train_step(0)]
+    any_precision(True)
+    rows.append(make("--mixed_precision", "no", "--renderers", "both").train_step(0))
+    assert rows[0]["skipped"] == 0 and rows[0] != rows[1]
+    assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=0.5)
+    assert {p.dtype for p in half.parameters} == {torch.float32}
+
+
+def test_fp16_is_refused_without_a_gpu_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainer_module, "load_base", None)
+    with pytest.raises(ConfigError, match="mixed_precision='fp16': needs a CUDA device; use bf16 or no"):
+        make("--mixed_precision", "fp16")
+
+
+def test_gradient_checkpointing_changes_no_number(toybox):
+    assert losses(make("--model.gradient_checkpointing", "true"), steps=1) == losses(make(), steps=1)
+
+
+def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monkeypatch, caplog):
+    trainer = make("--validation.spread_steps", "2", "--schedule_steps", "4", "--validation.prompts", "[]")
+    held_out = trainer.config.prompts.held_out
+    assert len(trainer.watched) == 4 and set(trainer.watched) <= set(held_out)
+    assert trainer.spread() == trainer.spread() > 0
+    spreads = iter([0.05, 0.04, 0.001])
+    monkeypatch.setattr(trainer, "spread", lambda: next(spreads))
+    with caplog.at_level(logging.WARNING):
+        assert "prompt_spread" not in trainer.look(1)
+        assert trainer.look(2)["prompt_spread"] == 0.05 and trainer.look(4)["prompt_spread"] == 0.04
+        assert "depending" not in caplog.text
+        trainer.look(6)
+    assert "step 6: the shapes of different prompts differ by 0.001" in caplog.text
 
 
 def test_a_disabled_teacher_is_not_asked(toybox):
