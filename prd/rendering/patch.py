@@ -19,7 +19,11 @@ from prd.rendering.volume import GradientSamples, VolumeRenderer
 
 @dataclass(frozen=True)
 class PatchRenderer:
-    """A volume renderer whose images are enlarged from a coarse render, but for a square of their own resolution."""
+    """A volume renderer whose images are enlarged from a coarse render, but for a square of their own resolution.
+
+    The coarse rays are the image's own, resampled bilinearly and not made unit vectors again, as published: whatever
+    the size's remainder by `downsample`, the object keeps its place and proportions.
+    """
 
     renderer: VolumeRenderer
     patch: int = 64  # side of the square, pixels; its place is drawn anew for every render
@@ -65,13 +69,16 @@ class PatchRenderer:
             raise ValueError(f"patch={self.patch}: does not fit into {height} x {width} pixels")
         back = torch.as_tensor(background, dtype=cameras.fovy.dtype, device=cameras.fovy.device)
         back = back.expand(cameras.batch, cameras.views, height, width, 3)
-        coarse, gradient = self.renderer.render_with_samples(
-            field, cameras, height=low[0], width=low[1], background=resize(back, *low), generator=generator
+        origins, directions = cameras.rays(height, width)
+        coarse_rays = self.renderer.bundle(  # resampled as images are, so that enlarging puts all where it was
+            resize(origins, *low), resize(directions, *low), self.renderer.offsets(cameras, *low, generator)
+        )
+        coarse, gradient = self.renderer.render_rays(
+            field, cameras, coarse_rays, height=low[0], width=low[1], background=resize(back, *low)
         )
         row, column = (self._place(size, generator) for size in (height, width))
         offsets = self.renderer.offsets(cameras, self.patch, self.patch, generator)
-        origins, directions = (self.crop(x, row, column) for x in cameras.rays(height, width))
-        rays = self.renderer.bundle(origins, directions, offsets)
+        rays = self.renderer.bundle(*(self.crop(x, row, column) for x in (origins, directions)), offsets)
         square = self.crop(back, row, column)
         fine, _ = self.renderer.render_rays(
             field, cameras, rays, height=self.patch, width=self.patch, background=square

@@ -30,7 +30,8 @@ def test_the_patch_is_the_full_render_and_the_rest_the_enlarged_coarse_one() -> 
     field, back = Sphere(torch.tensor(0.6)), torch.rand(1, 2, 24, 20, 3, generator=torch.Generator().manual_seed(1))
     views = PatchRenderer(PLAIN, patch=8, downsample=4)(field, CAMERAS, height=24, width=20, background=back)
     full = PLAIN(field, CAMERAS, height=24, width=20, background=back)
-    coarse = PLAIN(field, CAMERAS, height=6, width=5, background=resize(back, 6, 5))
+    rays = PLAIN.bundle(*(resize(x, 6, 5) for x in CAMERAS.rays(24, 20)), torch.full((1, 1, 2, 6, 5), 0.5))
+    coarse, _ = PLAIN.render_rays(field, CAMERAS, rays, height=6, width=5, background=resize(back, 6, 5))
     for name in ("rgb", "normal", "depth", "disparity", "opacity", "z_variance"):
         image, fine = getattr(views, name), getattr(full, name)
         square = (slice(None), slice(None), slice(8, 16), slice(6, 14))  # the middle, without a generator
@@ -38,6 +39,28 @@ def test_the_patch_is_the_full_render_and_the_rest_the_enlarged_coarse_one() -> 
         expected = paste(getattr(coarse, name), fine[square], 8, 6, 24, 20)
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
     assert (views.rgb - full.rgb).abs().max() > 0.05  # the rest is coarse
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 67), (67, 64), (64, 64)])
+def test_the_object_keeps_its_place_and_proportions(height: int, width: int) -> None:
+    """A size that is no multiple of `downsample` stretches nothing."""
+    field, soft = Sphere(torch.tensor(0.5)), VolumeRenderer(num_samples=32, inv_std=12.0)  # no edge between pixels
+    enlarged = PatchRenderer(soft, patch=2, downsample=4)(field, CAMERAS, height=height, width=width).opacity
+    full = soft(field, CAMERAS, height=height, width=width).opacity
+
+    def moments(opacity: Tensor) -> Tensor:
+        image = opacity[0, 0, ..., 0]
+        rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+        found = []
+        for axis, other in ((rows, 1), (columns, 0)):
+            share = image.sum(other) / image.sum()
+            mean = (share * axis).sum()
+            found += [mean, (share * (axis - mean).square()).sum().sqrt()]
+        return torch.stack(found)
+
+    coarse, exact = moments(enlarged), moments(full)
+    torch.testing.assert_close(coarse[0::2], exact[0::2], rtol=0.02, atol=0)
+    torch.testing.assert_close(coarse[1] / coarse[3], exact[1] / exact[3], rtol=0.015, atol=0)
 
 
 def test_both_resolutions_carry_gradient_and_a_seed_repeats() -> None:
