@@ -90,7 +90,8 @@ class Cameras:
         """Planes that enclose the scene's cube along the viewing axis: distance -/+ sqrt(3), each [B, V]."""
         return self.distance - HALF_DIAGONAL, self.distance + HALF_DIAGONAL
 
-    def to(self, device: torch.device | str) -> Cameras:
+    def to(self, device: torch.device | str | torch.dtype) -> Cameras:
+        """These cameras on another device, or in another floating-point type."""
         return Cameras(self.camera_to_world.to(device), self.fovy.to(device))
 
     def select(self, views: Tensor) -> Cameras:
@@ -136,11 +137,12 @@ class Cameras:
     def projection(self, aspect: float = 1.0, near: float | Tensor = 0.1, far: float | Tensor = 100.0) -> Tensor:
         """OpenGL projection [B, V, 4, 4]: clip = projection @ world_to_camera @ [x, y, z, 1], y up, z in [-w, w].
 
-        near, far: planes in scene units along the viewing axis, numbers or [B, V]; ValueError unless 0 < near < far.
+        near, far: planes in scene units along the viewing axis, numbers or [B, V]; ValueError unless 0 < near < far and
+        both are finite.
         """
         ordered = (torch.as_tensor(near) > 0) & (torch.as_tensor(near) < torch.as_tensor(far))
-        if not bool(ordered.all()):
-            raise ValueError(f"near={near}, far={far}: need 0 < near < far")
+        if not bool((ordered & (torch.as_tensor(far) < math.inf)).all()):
+            raise ValueError(f"near={near}, far={far}: need 0 < near < far, both finite")
         f = 1 / torch.tan(self.fovy / 2)
         matrix = self.camera_to_world.new_zeros(self.batch, self.views, 4, 4)
         matrix[..., 0, 0] = f / aspect

@@ -163,3 +163,9 @@ def test_cameras_are_made_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         cameras = orbit_cameras(*angles, 2.4, 50.0)
     torch.testing.assert_close(cameras.camera_to_world, orbit_cameras(*angles, 2.4, 50.0).camera_to_world)
+
+
+def test_a_far_plane_at_infinity_is_refused() -> None:
+    cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 50.0)
+    with pytest.raises(ValueError, match="far=inf"):
+        cameras.projection(far=float("inf"))

@@ -1,7 +1,7 @@
 """Losses on the geometry alone: pure functions of what a renderer or an isosurface gives.
 
 The paper's recipe (supplement B) has eikonal and sparsity; the others belong to DreamFusion, Magic3D and their kin.
-Each returns a scalar.
+Each returns a scalar, and raises ValueError for what has not the shape it takes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
     if gradient.shape[-1:] != (3,) or (weights is not None and weights.shape != gradient.shape[:-1]):
         found = None if weights is None else tuple(weights.shape)
         raise ValueError(f"gradient={tuple(gradient.shape)}, weights={found}: expected [..., 3] and [...] or None")
+    if weights is None:
+        _check_some("gradient", gradient)
     error = (gradient.norm(dim=-1) - 1).square()
     return error.mean() if weights is None else (weights * error).sum()
 
@@ -32,6 +34,7 @@ def sparsity_loss(opacity: Tensor) -> Tensor:
 
     opacity [...] in [0, 1]. Returns a scalar.
     """
+    _check_some("opacity", opacity)
     return (opacity.square() + 0.01).sqrt().mean()
 
 
@@ -40,6 +43,9 @@ def opaque_loss(opacity: Tensor, eps: float = 1e-3) -> Tensor:
 
     opacity [...] in [0, 1]; it is clamped to [eps, 1 - eps], beyond which there is no gradient. Returns a scalar.
     """
+    _check_some("opacity", opacity)
+    if not 0 < eps < 0.5:
+        raise ValueError(f"eps={eps}: must lie between 0 and 0.5")
     p = opacity.clamp(eps, 1 - eps)
     return -(p * torch.log(p) + (1 - p) * torch.log1p(-p)).mean()
 
@@ -50,6 +56,12 @@ def orientation_loss(weights: Tensor, normal: Tensor, direction: Tensor) -> Tens
     weights [..., N] of the segments of a ray, taken as constants; normal [..., N, 3] unit; direction [..., 3] unit.
     Of an image: weights = opacity [..., 1], normal [..., 1, 3].
     """
+    _check_some("weights", weights)
+    if normal.shape != (*weights.shape, 3) or direction.shape != (*weights.shape[:-1], 3):
+        raise ValueError(
+            f"weights={tuple(weights.shape)}, normal={tuple(normal.shape)}, direction={tuple(direction.shape)}: "
+            "expected [..., N], [..., N, 3] and [..., 3]"
+        )
     away = (normal * direction[..., None, :]).sum(-1).clamp(min=0)  # [..., N]
     return (weights.detach() * away.square()).sum(-1).mean()
 
@@ -59,6 +71,8 @@ def z_variance_loss(z_variance: Tensor, opacity: Tensor, above: float = 0.5) -> 
 
     z_variance, opacity [...]: of Views; only pixels with opacity > `above` count, 0 if there is none.
     """
+    if z_variance.shape != opacity.shape:
+        raise ValueError(f"z_variance={tuple(z_variance.shape)}, opacity={tuple(opacity.shape)}: must be alike")
     hit = (opacity.detach() > above).to(z_variance.dtype)
     return (z_variance * hit).sum() / hit.sum().clamp(min=1)
 
@@ -66,11 +80,17 @@ def z_variance_loss(z_variance: Tensor, opacity: Tensor, above: float = 0.5) -> 
 def normal_consistency_loss(vertices: Tensor, faces: Tensor) -> Tensor:
     """Mean of 1 - cos of the angle between the normals of faces that share an edge; 0 for a flat mesh.
 
-    vertices [N, 3]; faces [F, 3] wound alike. An edge counts once if exactly two faces share it.
+    vertices [N, 3]; faces [F, 3] wound alike. An edge counts once if exactly two faces share it, and not at all if one
+    of them has no area, hence no normal.
     """
+    _check_mesh(vertices, faces)
     a, b, c = (vertices[corner] for corner in faces.unbind(1))
-    normal = F.normalize(torch.linalg.cross(b - a, c - a), dim=-1, eps=NORMAL_EPS)
+    cross = torch.linalg.cross(b - a, c - a)
+    normal = F.normalize(cross, dim=-1, eps=NORMAL_EPS)
     first, second = _face_pairs(faces)
+    has_area = cross.detach().norm(dim=-1) > NORMAL_EPS
+    both = has_area[first] & has_area[second]
+    first, second = first[both], second[both]
     if not len(first):
         return vertices.sum() * 0
     return (1 - (normal[first] * normal[second]).sum(-1)).mean()
@@ -81,6 +101,7 @@ def laplacian_loss(vertices: Tensor, faces: Tensor) -> Tensor:
 
     vertices [N, 3]; faces [F, 3]. Vertices without a face do not count.
     """
+    _check_mesh(vertices, faces)
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     edges = edges.sort(dim=1).values.unique(dim=0)
     tail, head = torch.cat([edges, edges.flip(1)]).unbind(1)  # each edge both ways
@@ -91,6 +112,23 @@ def laplacian_loss(vertices: Tensor, faces: Tensor) -> Tensor:
         return vertices.sum() * 0
     offset = total[used] / degree[used, None] - vertices[used]
     return _length(offset).mean()
+
+
+def _check_some(name: str, values: Tensor) -> None:
+    if not values.numel():
+        raise ValueError(f"{name}={tuple(values.shape)}: holds nothing to take the mean of")
+
+
+def _check_mesh(vertices: Tensor, faces: Tensor) -> None:
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or not vertices.is_floating_point():
+        raise ValueError(f"vertices={vertices.dtype} {tuple(vertices.shape)}: expected floats [N, 3]")
+    if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"faces={faces.dtype} {tuple(faces.shape)}: expected int32 or int64 [F, 3]")
+    if not len(faces):
+        return
+    low, high = (int(value) for value in torch.aminmax(faces))
+    if low < 0 or high >= len(vertices):
+        raise ValueError(f"faces: name vertices {low}..{high} of {len(vertices)}; they count from 0")
 
 
 def _length(vectors: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def volsdf_density(sdf: Tensor, beta: float | Tensor) -> Tensor:
     sdf [...] scene units, positive outside; beta scalar > 0, scene units (Yariv et al., "Volume Rendering of Neural
     Implicit Surfaces", 2021, Eq. 2-3, with their alpha = 1 / beta). Half the largest density on the surface.
     """
-    tail = 0.5 * torch.exp(-sdf.abs() / beta)
+    distance = torch.where(sdf >= 0, sdf, -sdf)  # abs has no slope at 0, where the density falls fastest
+    tail = 0.5 * torch.exp(-distance / beta)
     return torch.where(sdf >= 0, tail, 1 - tail) / beta
 
 

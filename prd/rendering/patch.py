@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prd.cameras import Cameras
 from prd.fields import Field
-from prd.rendering.views import Views, check_image_size
+from prd.rendering.views import Views, background_like, check_image_size
 from prd.rendering.volume import GradientSamples, VolumeRenderer
 
 
@@ -67,9 +67,8 @@ class PatchRenderer:
         check_image_size(*low)
         if self.patch > min(height, width):
             raise ValueError(f"patch={self.patch}: does not fit into {height} x {width} pixels")
-        back = torch.as_tensor(background, dtype=cameras.fovy.dtype, device=cameras.fovy.device)
-        back = back.expand(cameras.batch, cameras.views, height, width, 3)
         origins, directions = cameras.rays(height, width)
+        back = background_like(background, directions).expand_as(directions)
         coarse_rays = self.renderer.bundle(  # resampled as images are, so that enlarging puts all where it was
             resize(origins, *low), resize(directions, *low), self.renderer.offsets(cameras, *low, generator)
         )
@@ -78,7 +77,7 @@ class PatchRenderer:
         )
         row, column = (self._place(size, generator) for size in (height, width))
         offsets = self.renderer.offsets(cameras, self.patch, self.patch, generator)
-        rays = self.renderer.bundle(*(self.crop(x, row, column) for x in (origins, directions)), offsets)
+        rays = self.renderer.bundle(self.crop(origins, row, column), self.crop(directions, row, column), offsets)
         square = self.crop(back, row, column)
         fine, _ = self.renderer.render_rays(
             field, cameras, rays, height=self.patch, width=self.patch, background=square

@@ -16,7 +16,7 @@ from prd.rendering.checks import expect
 from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
 from prd.rendering.marching import Mesh, marching_cubes
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
-from prd.rendering.views import Views, check_image_size, disparity_from_depth
+from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
 from prd.rendering.volume import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
@@ -168,6 +168,7 @@ class SurfaceRenderer:
         check_image_size(height, width)
         meshes, corrected = self.meshes(field, cameras)
         empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
+        cameras = cameras.to(meshes[0][0].dtype) if cameras.fovy.dtype == torch.float64 else cameras  # as the grid is
         images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
         views = composite(_average(images, self.supersample), cameras, background)
         return views, SurfaceStats(meshes, corrected, empty)
@@ -227,7 +228,7 @@ def shade(field: Field, packed: PackedMeshes, fragments: Fragments, cameras: Cam
 def composite(images: Tensor, cameras: Cameras, background: float | Tensor) -> Views:
     """Views of the images [B, V, H, W, 8] of `shade`, over a background broadcastable to [B, V, H, W, 3]."""
     rgb, normal, shortfall, opacity = images.split([3, 3, 1, 1], dim=-1)
-    back = torch.as_tensor(background, dtype=rgb.dtype, device=rgb.device)
+    back = background_like(background, rgb)
     depth = cameras.near_far[1][:, :, None, None, None] - shortfall
     return Views(rgb + (1 - opacity) * back, normal, depth, disparity_from_depth(depth, cameras), opacity, cameras)
 

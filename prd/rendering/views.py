@@ -75,6 +75,17 @@ def published_mesh_depth(depth: Tensor, opacity: Tensor, near: float = 0.1, far:
     return opacity * ((far + near) * depth - 2 * far * near) / (far - near)
 
 
+def background_like(background: float | Tensor, images: Tensor) -> Tensor:
+    """A background for images [B, V, H, W, .], in their type; ValueError unless it fits [B, V, H, W, 3]."""
+    back = torch.as_tensor(background, dtype=images.dtype, device=images.device)
+    shape = (*images.shape[:4], 3)
+    sizes = tuple(back.shape)
+    fits = len(sizes) <= 5 and all(n in (1, m) for n, m in zip(reversed(sizes), reversed(shape), strict=False))
+    if not fits:
+        raise ValueError(f"background={sizes}: must be a number or broadcastable to [B, V, H, W, 3] = {shape}")
+    return back
+
+
 def check_image_size(height: int, width: int) -> None:
     """ValueError for images below 2 pixels a side."""
     if height < 2 or width < 2:

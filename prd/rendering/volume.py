@@ -6,6 +6,7 @@ published TriplaneTurbo (uniform, or a uniform proposal refined where its opacit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields import Field
 from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
 from prd.rendering.checks import check_numbers, expect, several
-from prd.rendering.views import Views, check_image_size, disparity_from_depth
+from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
 
 __all__ = [
     "PUBLISHED_ALPHA_FLOOR",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 CULLED_AT_ONCE = 1 << 17  # segments of a sample whose gradient is asked for at a time to tell which of them matter
+INV_STD = 100.0  # 1 / scene units
+AS_FLOAT32 = "render with cameras.to(torch.float32), or with a field of float64"
 NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit normal
 
 
@@ -142,7 +145,7 @@ class VolumeRenderer:
 
     num_samples: int = 64  # segments a ray; with importance sampling the fine ones, added to the proposal's
     num_importance_samples: int = 0  # segments of the uniform proposal (published: 128); 0: uniform sampling only
-    inv_std: float | Tensor = 100.0  # s of NeuS, 1 / scene units; a tensor is learned (published: exp(10 * 0.4605))
+    inv_std: float | Tensor = INV_STD  # s of NeuS, 1 / scene units; a tensor is learned (published: exp(10 * 0.4605))
     near: float | None = None  # scene units along the ray (published: 0.1); None: where it enters the cube
     far: float | None = None  # scene units along the ray (published: 4); None: where it leaves the cube
     rgb_gradient_scale: float = 1.0  # scale of the RGB images' gradient to the colours
@@ -154,6 +157,9 @@ class VolumeRenderer:
     proposal_step: float | None = None  # scene units, of the proposal's density; None: 2 sqrt(3) / num_samples
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "num_importance_samples"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be an int")
         if self.num_samples < 2 or self.num_importance_samples < 0 or self.num_importance_samples == 1:
             raise ValueError(
                 f"num_samples={self.num_samples}, num_importance_samples={self.num_importance_samples}: "
@@ -161,8 +167,14 @@ class VolumeRenderer:
             )
         if (self.near is None) != (self.far is None):
             raise ValueError(f"near={self.near}, far={self.far}: set both or none")
-        if self.near is not None and self.far is not None and not 0 <= self.near < self.far:
-            raise ValueError(f"near={self.near}, far={self.far}: need 0 <= near < far")
+        if self.near is not None and self.far is not None and not 0 <= self.near < self.far < math.inf:
+            raise ValueError(f"near={self.near}, far={self.far}: need 0 <= near < far, both finite")
+        own = isinstance(self.inv_std, Tensor) or self.inv_std != INV_STD or self.alpha_floor != 0
+        if self.alpha is not None and own:
+            raise ValueError(
+                f"inv_std={self.inv_std}, alpha_floor={self.alpha_floor}: alpha={self.alpha} takes their place; "
+                "give them to it, as NeusAlpha(inv_std, floor) does, or leave alpha out"
+            )
         floor = getattr(self.model, "floor", 0.0)
         if not 0 <= self.cull_below < 1 or (floor > 0 and self.cull_below > 0):
             raise ValueError(
@@ -236,6 +248,7 @@ class VolumeRenderer:
     ) -> tuple[Views, GradientSamples]:
         """`render_with_samples` for rays [B, V * height * width] that may be any of the cameras' (a patch, say)."""
         shape = (cameras.batch, cameras.views, height, width)
+        _check_precision(field, rays.origins[:, :1])
         step = self.max_rays or rays.origins.shape[1]
         parts = [self._chunk(field, rays.rows(i, i + step)) for i in range(0, rays.origins.shape[1], step)]
 
@@ -248,7 +261,7 @@ class VolumeRenderer:
         depth = image("distance") * cosine + (1 - opacity) * cameras.near_far[1][:, :, None, None, None]
         colour = image("rgb")
         check_numbers("sdf, sdf_and_gradient or rgb", opacity, colour)
-        back = torch.as_tensor(background, dtype=opacity.dtype, device=opacity.device)
+        back = background_like(background, opacity)
         rgb = colour + (1 - image("rgb_opacity")) * back
         normal = F.normalize(image("normal"), dim=-1, eps=NORMAL_EPS) * opacity
         disparity = disparity_from_depth(depth, cameras)
@@ -426,6 +439,19 @@ def _sdf(field: Field, points: Tensor) -> Tensor:
     sdf = expect("sdf", field.sdf(points), points, 1)
     check_numbers("sdf", sdf)
     return sdf
+
+
+@torch.no_grad()
+def _check_precision(field: Field, points: Tensor) -> None:
+    """TypeError where rays of float64 meet a field that takes or gives less."""
+    if points.dtype != torch.float64:
+        return
+    try:
+        answer = field.sdf(points).dtype
+    except RuntimeError as error:  # of a network's layers
+        raise TypeError(f"cameras: float64, in which field.sdf fails ({error}); {AS_FLOAT32}") from error
+    if answer != torch.float64:
+        raise TypeError(f"cameras: float64, but field.sdf answers {answer}; {AS_FLOAT32}")
 
 
 def _sdf_and_gradient(field: Field, points: Tensor) -> tuple[Tensor, Tensor]:

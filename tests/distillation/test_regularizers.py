@@ -71,6 +71,50 @@ def test_normal_consistency_of_a_cube_and_of_a_plane() -> None:
     assert normal_consistency_loss(plane, torch.tensor([[0, 1, 2]])) == 0  # no edge is shared
 
 
+def test_a_face_without_area_bends_nothing() -> None:
+    vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [2, 2, 0]], requires_grad=True)
+    loss = normal_consistency_loss(vertices, torch.tensor([[0, 1, 2], [1, 3, 2], [3, 1, 1], [0, 3, 4]]))
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-7)
+    folded = normal_consistency_loss(vertices, torch.tensor([[0, 1, 3], [0, 3, 4]]))  # the second is a line
+    assert float(folded.detach()) == 0
+    (loss + folded).backward()
+    assert vertices.grad is not None and torch.isfinite(vertices.grad).all()
+
+
+@pytest.mark.parametrize("loss", [normal_consistency_loss, laplacian_loss])
+@pytest.mark.parametrize(
+    ("vertices", "faces", "named"),
+    [
+        (CUBE[:, :2], CUBE_FACES, "vertices"),
+        (CUBE.long(), CUBE_FACES, "vertices"),
+        (CUBE, CUBE_FACES[:, :2], "faces"),
+        (CUBE, CUBE_FACES.float(), "faces"),
+        (CUBE, CUBE_FACES - 1, "faces: name vertices -1..6 of 8"),
+        (CUBE, CUBE_FACES + 1, "faces: name vertices 1..8 of 8"),
+    ],
+)
+def test_bad_meshes_are_named(loss, vertices, faces, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        loss(vertices, faces)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: eikonal_loss(torch.zeros(0, 3)), "gradient"),
+        (lambda: sparsity_loss(torch.zeros(0)), "opacity"),
+        (lambda: opaque_loss(torch.zeros(0)), "opacity"),
+        (lambda: opaque_loss(torch.zeros(2), eps=0.7), "eps"),
+        (lambda: z_variance_loss(torch.zeros(4, 1), torch.zeros(4)), "z_variance"),
+        (lambda: orientation_loss(torch.zeros(2, 5), torch.zeros(2, 4, 3), torch.zeros(2, 3)), "normal"),
+        (lambda: orientation_loss(torch.zeros(2, 5), torch.zeros(2, 5, 3), torch.zeros(1, 3)), "direction"),
+    ],
+)
+def test_bad_shapes_are_named(call, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
 def test_laplacian_of_a_tetrahedron_and_of_a_flat_fan() -> None:
     corners = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
     faces = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from prd.cameras import Cameras, orbit_cameras
 from prd.fields import AutogradGradient, Field
 from prd.rendering.grid import GridField
 from prd.rendering.isosurface import evaluate_grid, extract_isosurface
+from prd.rendering.patch import PatchRenderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.triplane import TriplaneField, TriplaneHeads
@@ -110,3 +112,23 @@ def test_a_distance_that_is_no_number_is_refused(cull_below: float, importance: 
     renderer = VolumeRenderer(num_samples=8, num_importance_samples=importance, cull_below=cull_below)
     with pytest.raises(ValueError, match=r"field\.sdf.*NaN"):
         renderer(Diverged(), cameras(), height=6, width=6)
+
+
+def test_cameras_of_float64_follow_the_mesh_or_are_refused() -> None:
+    wide = cameras(dtype=torch.float64)
+    views = SURFACE(triplane(1), wide, height=6, width=6)
+    torch.testing.assert_close(views.rgb, SURFACE(triplane(1), cameras(), height=6, width=6).rgb)
+    for field in (triplane(1), GridField(triplane(1), 8)):
+        with pytest.raises(TypeError, match=r"float64.*cameras\.to\(torch\.float32\)"):
+            replace(VOLUME, cull_below=0.0)(field, wide, height=6, width=6)
+        VOLUME(field, wide.to(torch.float32), height=6, width=6)
+    assert VOLUME(Balls(), wide, height=6, width=6).rgb.dtype == torch.float64
+
+
+@pytest.mark.parametrize("renderer", [VOLUME, SURFACE, PatchRenderer(VOLUME, patch=2, downsample=2)])
+@pytest.mark.parametrize("shape", [(4,), (1, 2, 6, 5, 3), (2, 2, 6, 6, 3), (1, 1, 2, 6, 6, 3), (0, 3), (2, 1, 1, 1, 3)])
+def test_a_background_that_does_not_fit_is_named(renderer: Callable, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="background="):
+        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(shape))
+    for fits in ((3,), (1,), (2, 6, 6, 3), (1, 2, 1, 1, 3)):
+        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(fits))

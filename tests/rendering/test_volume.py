@@ -277,10 +277,17 @@ def test_rays_enter_and_leave_the_cube() -> None:
         {"inv_std": 0.0},
         {"alpha_floor": 1e-5},
         {"max_rays": 0},
+        {"num_samples": 8.0},
+        {"num_importance_samples": True},
+        {"far": math.inf, "near": 0.1},
+        {"near": math.nan, "far": 1.0},
+        {"inv_std": 50.0, "alpha": VolSDFAlpha()},
+        {"inv_std": torch.tensor(100.0), "alpha": NeusAlpha()},
+        {"alpha_floor": 1e-5, "alpha": NeusAlpha(), "cull_below": 0.0},
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises((ValueError, TypeError), match=next(iter(settings))):
         VolumeRenderer(**settings)  # type: ignore[arg-type]
 
 
