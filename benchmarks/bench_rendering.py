@@ -8,7 +8,8 @@
 Sections: raster (numba z-buffer), isosurface (marching cubes and tetrahedra), grid (a field on a dense grid), neus
 (memory of a training render), memory (an isosurface of 512^3 nodes, minutes). Whatever is compared is timed in turn,
 repetition by repetition, so that other work on the machine meets both; the least and the median are kept. The JSON
-names the machine, the threads and what bounds each figure.
+names the machine, the threads and what bounds each figure; it is written after every section, so that a run that is
+stopped keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ from prd.rendering.marching import marching_cubes  # noqa: E402
 from prd.rendering.rasterize import rasterize  # noqa: E402
 from prd.rendering.tetrahedra import marching_tetrahedra  # noqa: E402
 from prd.rendering.volume import VolumeRenderer  # noqa: E402
-from prd.triplane import TriplaneField, TriplaneHeads, _first_hidden, _tiles, plane_coordinates  # noqa: E402
+from prd.triplane import (  # noqa: E402
+    TriplaneField,
+    TriplaneHeads,
+    _first_hidden,
+    _tiles,
+    colour_from_features,
+    plane_coordinates,
+)
 
 Record = dict[str, Any]
 VIEWS = 4
@@ -178,11 +186,16 @@ def bench_isosurface(args: argparse.Namespace, rates: Record) -> list[Record]:
 
 @torch.no_grad()
 def bench_grid(args: argparse.Namespace, rates: Record) -> list[Record]:
-    """Six 256^2 planes of 32 channels at 160^3 nodes: our lookup and our whole grid against F.grid_sample's lookup."""
+    """Six 256^2 planes of 32 channels at 160^3 nodes, against F.grid_sample in its default layout.
+
+    Two comparisons: lookup against lookup (without heads), and whole against whole (with the same heads, which then
+    take grid_sample's features chunk by chunk, colours through the same sigmoid). The bar is on the whole evaluation.
+    """
     grid = 48 if args.quick else 160
     field = smooth_field(1)
     axis = torch.linspace(-1, 1, grid)
-    coordinates = plane_coordinates(torch.cartesian_prod(axis, axis, axis)[None])[0]  # [3, N, 2]
+    points = torch.cartesian_prod(axis, axis, axis)
+    coordinates = plane_coordinates(points[None])[0]  # [3, N, 2]
     coordinates = torch.cat([coordinates, coordinates])[:, None]
     planes = field.planes[0]
 
@@ -196,34 +209,47 @@ def bench_grid(args: argparse.Namespace, rates: Record) -> list[Record]:
             for x, y in _tiles(sums[0]):
                 _first_hidden(*sums, x, y)
 
+    def plain() -> list[torch.Tensor]:
+        """The whole grid by F.grid_sample: the same features, heads, bias and colours at the same nodes."""
+        sampled = F.grid_sample(planes, coordinates, align_corners=False)[:, :, 0].unflatten(0, (2, 3))
+        parts = []
+        for nodes, geometry, texture in zip(*(x.split(1 << 16, -1) for x in (points.t(), *sampled)), strict=True):
+            shared = geometry.sum(0).t()
+            sdf = field.heads.sdf(shared) + field._bias(nodes.t())
+            rgb = colour_from_features(field.heads.rgb(texture.flatten(0, 1).t())).clamp(0, 1)
+            parts.append((sdf, rgb, field.heads.deformation(shared)))
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    for one, other in zip(field.grid(grid), plain(), strict=True):
+        torch.testing.assert_close(one.reshape(other.shape), other, rtol=1e-4, atol=1e-4)
+
     ways: dict[str, Callable[[], object]] = {
         "ours_lookup": lookup,
-        "ours_with_heads": lambda: field.grid(grid),
         "grid_sample_lookup": lambda: F.grid_sample(planes, coordinates, align_corners=False),
+        "ours_whole": lambda: field.grid(grid),
+        "grid_sample_whole": plain,
     }
     record: Record = {"grid": grid, "planes": 6, "channels": 32, "plane_size": 256}
     record |= interleaved(ways, args.threads, 1 if args.quick else 5)
     for figure in ("least_ms", "median_ms"):
-        times = {name: record[name][figure] for name in ways}
-        lookup_ratio = times["grid_sample_lookup"] / times["ours_lookup"]
-        record[f"times_faster_lookup_{figure[:-3]}"] = round(lookup_ratio, 2)
-        both = (times["grid_sample_lookup"] + times["ours_with_heads"] - times["ours_lookup"]) / times[
-            "ours_with_heads"
-        ]
-        record[f"times_faster_with_heads_{figure[:-3]}"] = round(both, 2)
+        for part in ("lookup", "whole"):
+            faster = record[f"grid_sample_{part}"][figure] / record[f"ours_{part}"][figure]
+            record[f"times_faster_{part}_{figure[:-3]}"] = round(faster, 2)
     record["bar"] = 4.0
-    record["met"] = record["times_faster_lookup_least"] >= 4
+    record["bar_is_on"] = "times_faster_whole_least: the whole grid against F.grid_sample's default layout and heads"
+    record["met"] = record["times_faster_whole_least"] >= 4
+    record["met_by_lookup"] = record["times_faster_lookup_least"] >= 4
     operations = grid**3 * 2 * sum(64 * 64 + 64 * outputs for outputs in (1, 3, 3))
     moved = grid**3 * 4 * (1 + 3 + 3)  # the values written; tiles stay in the cache
     additions = grid**3 * 3 * 64 * 2
     record["floor_lookup_ms"] = round(additions / rates["flops_per_second"] * 1e3, 1)
-    record["floor_with_heads_ms"] = round(
+    record["floor_whole_ms"] = round(
         (operations / rates["flops_per_second"] + moved / rates["bytes_per_second"]) * 1e3, 1
     )
     record["bound_by"] = (
         "lookup: two additions a node and hidden channel of three heads, and the calls that make them in tiles that "
-        "fit the cache; with heads: the 64 x 64 layers' matrix products. F.grid_sample reads 32 channels a plane apart "
-        "for each corner of each node. 'times_faster_with_heads' gives grid_sample the same heads at our speed"
+        "fit the cache; whole: the 64 x 64 layers' matrix products. F.grid_sample reads 32 channels a plane apart for "
+        "each corner of each node, and the heads then take 96 channels at all nodes"
     )
     return [record]
 
@@ -321,11 +347,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rates: Record = {"bytes_per_second": bandwidth(), "flops_per_second": matmul_rate(torch.float32, "cpu", 1024)}
     report: Record = {"machine": describe(), "quick": args.quick, "measured": rates}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in tqdm(args.only):
         report[name] = SECTIONS[name](args, rates)
         tqdm.write(json.dumps(report[name], indent=1))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+        args.out.write_text(json.dumps(report, indent=2) + "\n")  # a run that is stopped keeps these sections
     print(f"{args.out}: {report['machine']}")
 
 
