@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import PeakMemory, describe, matmul_rate  # noqa: E402
 
 from prd.cameras import orbit_cameras  # noqa: E402
+from prd.distillation.regularizers import eikonal_loss  # noqa: E402
 from prd.rendering.coarse_to_fine import extract_coarse_to_fine  # noqa: E402
 from prd.rendering.isosurface import extract_isosurface  # noqa: E402
 from prd.rendering.marching import marching_cubes  # noqa: E402
@@ -285,7 +286,7 @@ def child_neus(size: int, max_rays: int, threads: int) -> Record:
     views, gradient = renderer.render_with_samples(
         field, cameras, height=size, width=size, generator=torch.Generator().manual_seed(0)
     )
-    loss = views.rgb.mean() + views.normal.mean() + views.disparity.mean() + (gradient.norm(dim=-1) - 1).square().mean()
+    loss = views.rgb.mean() + views.normal.mean() + views.disparity.mean() + eikonal_loss(gradient)
     loss.backward()
     seconds = time.perf_counter() - start
     memory.lap("render")
