@@ -92,3 +92,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out
+
+
+def plain(config: dict[str, Any]) -> dict[str, str | float]:
+    """A config by dotted key, as trackers take it."""
+    return {key: value if isinstance(value, int | float) else str(value) for key, value in flat(config).items()}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,7 @@ from prd.memory import keep_freed_memory
 from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
 from prd.rendering.views import Views
+from prd.rendering.volume import GradientSamples
 from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
@@ -58,11 +59,11 @@ from prd.training.checkpoints import (
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.embeddings import Embeddings
 from prd.training.processes import StopRequest, choose_threads
-from prd.training.prompts import Corpus, load_corpus
+from prd.training.prompts import load_corpus
 from prd.training.report import write_report
-from prd.training.resume import flat, load_resumed, resumed_config
+from prd.training.resume import load_resumed, plain, resumed_config
 from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
-from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped
+from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,6 @@ PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS = range(5)  # streams of random number
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
-WATCHED = 4  # prompts whose shapes are compared
 TIME_IS_UP = "max_train_minutes"
 
 
@@ -132,7 +132,7 @@ class Trainer:
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.skipped = self.skipped_total = 0  # steps in a row, and in this run
-        self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus)
+        self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus.prompts)
         self.stop = StopRequest()
         self.stopping: str | None = None  # why all processes stop after this step
 
@@ -293,7 +293,7 @@ class Trainer:
                 log.add("surfaces_corrected", stats.corrected.float().mean())  # the rate of empty ones
                 yield name, views, torch.zeros((), device=self.device)
 
-    def regularizer(self, step: int, views: Views, gradient: Tensor, log: JudgeLog) -> Tensor:
+    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
         """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
         weights = self.config.regularizers
         eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
@@ -563,13 +563,6 @@ class Trainer:
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
 
 
-def watched_prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
-    """Prompts spread over those held out, else over those shown, else over the corpus."""
-    prompts = next((p for p in (config.prompts.held_out, config.validation.prompts) if len(p) > 1), corpus.prompts)
-    count = min(WATCHED, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
 def check_captions(prompts: Sequence[str]) -> None:
     """ConfigError for a validation prompt that the toy box cannot measure."""
     for prompt in prompts:
@@ -577,11 +570,6 @@ def check_captions(prompts: Sequence[str]) -> None:
             parse_caption(prompt)
         except ValueError as error:
             raise ConfigError(f"validation.prompts: {error}") from None
-
-
-def plain(config: dict[str, Any]) -> dict[str, str | float]:
-    """A config by dotted key, as trackers take it."""
-    return {key: value if isinstance(value, int | float) else str(value) for key, value in flat(config).items()}
 
 
 def open_metrics(path: Path, steps: int) -> TextIO:
