@@ -428,16 +428,17 @@ class Trainer:
                     f"{error}: the run stopped; its checkpoints in {self.folder} are whole: make room, and continue "
                     "with --resume_from_checkpoint latest"
                 ) from error
-        self.accelerator.end_training()
-        if done > first and done % config.checkpointing_steps:
-            self.save(done)
-        if main and self.stopping not in (None, TIME_IS_UP):
-            write_report(self.folder)
-            print(f"stopped by {self.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
-        elif main:
+            if done > first and done % config.checkpointing_steps:
+                self.save(done)
+            stopped = self.stopping not in (None, TIME_IS_UP)
+            if stopped and main:
+                write_report(self.folder)
+                print(f"stopped by {self.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
+        if main and not stopped:
             with self.averaged_weights():
                 self.finish(done)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return self.folder
 
     def loop(self, first: int) -> int:

@@ -167,6 +167,33 @@ def test_signals_save_and_the_run_goes_on_in_the_middle_of_an_epoch(runs, tmp_pa
     assert_same(run / f"checkpoint-{end}", tmp_path / "whole" / f"checkpoint-{end}")
 
 
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """A signal to one of them; then one process with twice the batch, which is the same step."""
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red cube\na blue cone\na green mug\n")
+    script = str(ROOT / "examples/train_prd.py")
+    words = [*OPTIONS, "--prompts.source", str(prompts), "--output_dir", str(run), "--checkpointing_steps", "400"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+    two = [*launcher, "--mixed_precision", "no", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    with (tmp_path / "two.txt").open("w") as log:
+        started = subprocess.Popen([*two, script, *words], env=environment, stdout=log, stderr=log)
+        wait(lambda: (logged(run) or [0])[-1] > 2)
+        worker = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()[-1]
+        os.kill(int(worker), signal.SIGTERM)
+        assert started.wait(300) == 0, (tmp_path / "two.txt").read_text()[-3000:]
+    last = latest_checkpoint(run)
+    assert last is not None and verify_checkpoint(last) == logged(run)[-1]
+    assert {f"rng-{i}" for i in range(2)} <= load_checkpoint(last).tensors.keys()
+    end = logged(run)[-1] + 1
+    words += ["--resume_from_checkpoint", "latest", "--train_batch_size", "2", "--max_train_steps", str(end)]
+    one = subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert logged(run) == list(range(1, end + 1))
+    assert load_checkpoint(run / f"checkpoint-{end}").state["prompts_drawn"] == 2 * end
+
+
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(runs, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
