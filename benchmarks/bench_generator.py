@@ -212,7 +212,9 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
         "floor_over_measured": share,
         "peak_gigabytes": memory.peaks,
         "published_seconds": PUBLISHED if args.size == "sd21" else None,
-        "published_over_ours": PUBLISHED["total"] / statistics.median(run["total"] for run in runs) if args.size == "sd21" else None,
+        "published_over_ours": PUBLISHED["total"] / statistics.median(run["total"] for run in runs)
+        if args.size == "sd21"
+        else None,
     }
 
 

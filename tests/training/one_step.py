@@ -1,6 +1,6 @@
 """One training step on the toy box, as `accelerate launch` runs it; its gradient and updates are saved.
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/training/one_step.py OUT.safetensors
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/training/one_step.py OUT.safetensors
 """
 
 from __future__ import annotations
