@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
             callback_on_step_end=stamp,
         )
         total = time.perf_counter() - start
-        steps = [b - a for a, b in zip([start + result.seconds["text"], *stamps], stamps, strict=False)]
+        steps = [b - a for a, b in pairwise([start + result.seconds["text"], *stamps])]
         runs.append({**result.seconds, "steps": steps, "total": total})
     memory.lap("call")
     mesh = result.meshes[0]

@@ -12,7 +12,7 @@ distillation of other names is a setting of the same expression:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -298,28 +298,50 @@ def distill(
         raise ValueError(f"prompts: {len(prompts)} given for renderings of {views.cameras.batch} shapes; one for each")
     device = views.rgb.device
 
-    def uniforms() -> Tensor:
+    def uniform() -> Tensor:
         return torch.rand(len(prompts), generator=generator, device=generator.device).to(device)
 
+    def normal(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device).to(device)
+
+    def encode(seen: Views) -> Tensor:
+        return teacher.encode(seen, generator=generator)
+
+    return distill_drawing(teacher, views, prompts, guidance, uniform=uniform, normal=normal, encode=encode)
+
+
+def distill_drawing(
+    teacher: Teacher,
+    views: Views,
+    prompts: Sequence[str],
+    guidance: Guidance,
+    *,
+    uniform: Callable[[], Tensor],
+    normal: Callable[[torch.Size], Tensor],
+    encode: Callable[[Views], Tensor],
+) -> AsdResult:
+    """`distill` with its draws as functions, called in this order: the view, the encoder's noise, t, its shift, noise.
+
+    uniform  [B] in [0, 1); normal  a standard normal of a shape; encode  the teacher's input x of views
+    """
     if teacher.num_views == 1 and views.cameras.views > 1:
-        index = (uniforms() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
+        index = (uniform() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
         views = select_views(views, index[:, None])
-    x = teacher.encode(views, generator=generator)
+    x = encode(views)
     condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
     if isinstance(teacher, ViewConditioned):
         condition = teacher.condition_on(condition, views)
     last, t_plus = last_timestep(teacher), None
-    t = sample_timesteps(uniforms(), guidance.t_min, min(guidance.t_max, last + 1))
+    t = sample_timesteps(uniform(), guidance.t_min, min(guidance.t_max, last + 1))
     if guidance.eta > 0:
-        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=last)
-    noise = torch.randn(x.shape, generator=generator, device=generator.device).to(device)
+        t_plus = shifted_timesteps(t, uniform(), guidance.eta, guidance.t_min, last=last)
     try:
         return asd_loss(
             teacher,
             x,
             condition,
             t=t,
-            noise=noise,
+            noise=normal(x.shape),
             t_plus=t_plus,
             guidance_scale=guidance.guidance_scale,
             weighting=guidance.weighting,

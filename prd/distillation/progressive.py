@@ -18,22 +18,17 @@ from torch import Tensor
 from prd.distillation.asd import (
     AsdResult,
     Guidance,
-    NonFinitePrediction,
-    asd_loss,
     distill,
+    distill_drawing,
     gradient_cosine,
-    last_timestep,
     leaf_views,
     rendering_gradient,
     rendering_loss,
-    sample_timesteps,
-    select_views,
-    shifted_timesteps,
 )
 from prd.distillation.draws import draw_normal, draw_uniform
 from prd.fields import Field
 from prd.rendering.views import Views
-from prd.teachers.base import Teacher, ViewConditioned
+from prd.teachers.base import Teacher
 from prd.teachers.offload import resident
 
 
@@ -159,39 +154,15 @@ def distill_samples(
         )
     device, count = views.rgb.device, len(prompts)
 
-    def uniforms() -> Tensor:
-        return draw_uniform((count,), generators).to(device)
-
-    if teacher.num_views == 1 and views.cameras.views > 1:
-        index = (uniforms() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
-        views = select_views(views, index[:, None])
-    x = encode_samples(teacher, views, generators)
-    condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
-    if isinstance(teacher, ViewConditioned):
-        condition = teacher.condition_on(condition, views)
-    last = last_timestep(teacher)
-    t = sample_timesteps(uniforms(), guidance.t_min, min(guidance.t_max, last + 1))
-    t_plus = None
-    if guidance.eta > 0:
-        t_plus = shifted_timesteps(t, uniforms(), guidance.eta, guidance.t_min, last=last)
-    try:
-        return asd_loss(
-            teacher,
-            x,
-            condition,
-            t=t,
-            noise=draw_normal(x.shape, generators).to(device),
-            t_plus=t_plus,
-            guidance_scale=guidance.guidance_scale,
-            weighting=guidance.weighting,
-            delta=guidance.delta,
-            x0_from=guidance.x0_from,
-            average_over=guidance.average_over,
-            reference=guidance.reference,
-            grad_clip=guidance.grad_clip,
-        )
-    except NonFinitePrediction as error:
-        raise error.of(prompts) from None
+    return distill_drawing(
+        teacher,
+        views,
+        prompts,
+        guidance,
+        uniform=lambda: draw_uniform((count,), generators).to(device),
+        normal=lambda shape: draw_normal(shape, generators).to(device),
+        encode=lambda seen: encode_samples(teacher, seen, generators),
+    )
 
 
 def encode_samples(teacher: Teacher, views: Views, generators: Sequence[torch.Generator]) -> Tensor:
