@@ -102,8 +102,8 @@ def measure(source: str, tokenizer_folder: str, draws: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import prd.training.trainer  # noqa: F401
-    from prd.training.config import PromptsConfig
     from prd.training.prompts import load_corpus
+    from prd.training.sections import PromptsConfig
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -49,6 +49,7 @@ from prd.triplane import (  # noqa: E402
     _tiles,
     colour_from_features,
     plane_coordinates,
+    plane_lattices,
 )
 
 Record = dict[str, Any]
@@ -203,7 +204,7 @@ def bench_grid(args: argparse.Namespace, rates: Record) -> list[Record]:
     def lookup() -> None:
         """What the grid does instead of looking up: planes resampled, and the first layers' inputs at all nodes."""
         for head, kind in zip(HEADS, (field.planes[:, :3], field.planes[:, :3], field.planes[:, 3:]), strict=True):
-            lattices = field._lattices(kind, axis)
+            lattices = plane_lattices(kind, axis)
             first = getattr(field.heads, head).get_parameter("0.weight")
             shares = first.split(32, dim=1) if first.shape[1] > 32 else (first,) * 3
             sums = [F.linear(lattice, share) for lattice, share in zip(lattices, shares, strict=True)]

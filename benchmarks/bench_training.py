@@ -138,7 +138,7 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     from unittest import mock
 
-    import prd.training.trainer as room
+    import prd.training.supervision as judging
 
     student = trainer.student
     patches = [
@@ -146,7 +146,7 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
-        mock.patch.object(room, "judge_views", timed("teachers", room.judge_views)),
+        mock.patch.object(judging, "judge_views", timed("teachers", judging.judge_views)),
         mock.patch.object(trainer, "encoder", timed("text", trainer.encoder)),
     ]
     for patch in patches:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prd.amortized import AToM
     from prd.cameras import Cameras, CameraSampling, orbit_cameras
     from prd.fields import Field
     from prd.mesh import Mesh
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AToM",
     "CameraSampling",
     "Cameras",
     "EmptySurfaceError",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AToM": "amortized",
     "CameraSampling": "cameras",
     "Cameras": "cameras",
     "EmptySurfaceError": "rendering.isosurface",

@@ -189,7 +189,8 @@ class CameraSampling:
     views: int = 4  # cameras a prompt, at uniform azimuth intervals
     elevation: tuple[float, float] = (0.0, 30.0)  # degrees, uniform, shared by the views of a prompt
     relative_distance: tuple[float, float] = (0.8, 1.0)  # distance * tan(fovy / 2), uniform
-    fovy: float = 60.0  # degrees
+    fovy: float | tuple[float, float] = 60.0  # degrees; a range is drawn from uniformly, one draw a prompt
+    distance: tuple[float, float] | None = None  # scene units, uniform, instead of `relative_distance`
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -197,19 +198,43 @@ class CameraSampling:
         for name, (low, high), least, most in (
             ("elevation", self.elevation, -90.0, 90.0),
             ("relative_distance", self.relative_distance, 0.0, math.inf),
-            ("fovy", (self.fovy, self.fovy), 0.0, 180.0),
+            ("fovy", self.fovy_range, 0.0, 180.0),
+            ("distance", self.distance or (1.0, 1.0), 0.0, math.inf),
         ):
             if not least < low <= high < most:
                 raise ValueError(f"{name}={getattr(self, name)}: must ascend strictly between {least:g} and {most:g}")
 
+    @property
+    def fovy_range(self) -> tuple[float, float]:
+        """Lowest and highest field of view, degrees."""
+        return self.fovy if isinstance(self.fovy, tuple) else (self.fovy, self.fovy)
+
+    @property
+    def num_draws(self) -> int:
+        """Random numbers a prompt takes: elevation, azimuth, distance, and the field of view where it varies."""
+        return 4 if isinstance(self.fovy, tuple) else 3
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Distance in scene units and field of view in degrees at the middle of their ranges."""
+        fovy = sum(self.fovy_range) / 2
+        if self.distance is not None:
+            return sum(self.distance) / 2, fovy
+        return sum(self.relative_distance) / 2 / math.tan(math.radians(fovy) / 2), fovy
+
     def sample(self, uniforms: Tensor) -> Cameras:
-        """Cameras [B, views] from uniforms [B, 3] in [0, 1): elevation, azimuth offset, distance."""
-        if uniforms.ndim != 2 or uniforms.shape[1] != 3:
-            raise ValueError(f"uniforms={tuple(uniforms.shape)}: expected [B, 3]")
-        low, high = self.elevation
-        elevation = (low + (high - low) * uniforms[:, 0:1]).expand(-1, self.views)
+        """Cameras [B, views] from uniforms [B, num_draws] in [0, 1): elevation, azimuth, distance, field of view."""
+        if uniforms.ndim != 2 or uniforms.shape[1] != self.num_draws:
+            raise ValueError(f"uniforms={tuple(uniforms.shape)}: expected [B, {self.num_draws}]")
+
+        def between(low: float, high: float, column: int) -> Tensor:
+            return (low + (high - low) * uniforms[:, column : column + 1]).expand(-1, self.views)
+
+        elevation = between(*self.elevation, 0)
         steps = torch.arange(self.views, dtype=uniforms.dtype, device=uniforms.device)
         azimuth = (uniforms[:, 1:2] + steps) / self.views * 360 - 180
-        near, far = self.relative_distance
-        relative = (near + (far - near) * uniforms[:, 2:3]).expand(-1, self.views)
-        return orbit_cameras(elevation, azimuth, relative / math.tan(math.radians(self.fovy) / 2), self.fovy)
+        fovy = between(*self.fovy_range, 3) if self.num_draws == 4 else torch.full_like(elevation, self.fovy_range[0])
+        if self.distance is not None:
+            return orbit_cameras(elevation, azimuth, between(*self.distance, 2), fovy)
+        relative = between(*self.relative_distance, 2)
+        return orbit_cameras(elevation, azimuth, relative / torch.tan(torch.deg2rad(fovy) / 2), fovy)

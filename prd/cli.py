@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,9 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
     generate.add_argument("prompt")
     generate.add_argument("-o", "--output", default="mesh.glb", help="file ending in .glb, .obj or .ply")
-    generate.add_argument("--adapter", default="toybox", help="'toybox', a run folder, an adapter folder or a Hub id")
+    generate.add_argument(
+        "--model",
+        "--adapter",
+        default="toybox",
+        help="'toybox', 'toybox-atom', a run folder, a saved adapter or generator, or a Hub id",
+    )
     generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
-    generate.add_argument("--revision", default=None, help="branch, tag or commit of the adapter on the Hub")
+    generate.add_argument("--text-encoder", default=None, help="another place of the text encoder of a one-pass model")
+    generate.add_argument("--revision", default=None, help="branch, tag or commit of the model on the Hub")
     generate.add_argument(
         "--token", default=None, help="of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
     )
@@ -79,36 +86,34 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
     from transformers.utils import logging as transformers_logging
 
+    from prd.amortized import Amortized, load_pipeline
     from prd.memory import keep_freed_memory
-    from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
+    from prd.text_to_3d import TextTo3DOutput
 
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pipe = TriplaneTurbo.from_pretrained(
-        args.adapter,
-        base=args.base,
-        device=device,
-        dtype=dtype,
-        revision=args.revision,
-        token=args.token,
-        allow_other_base=args.allow_other_base,
-    )
-    result = pipe(
-        args.prompt,
-        generator=torch.Generator().manual_seed(args.seed),
-        num_inference_steps=args.steps,
-        isosurface_resolution=args.resolution,
-        target_faces=args.faces,
-        texture_size=args.texture,
-    )
-    assert isinstance(result, TriplaneTurboOutput)  # return_dict=True
+    asked = {
+        "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "dtype": None if args.dtype is None else getattr(torch, args.dtype),
+        "base": args.base,
+        "text_encoder": args.text_encoder,
+        "revision": args.revision,
+        "token": args.token,
+        "allow_other_base": args.allow_other_base or None,
+    }
+    pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
+    call: dict[str, Any] = {"isosurface_resolution": args.resolution, "target_faces": args.faces}
+    if not isinstance(pipe, Amortized):
+        call |= {"generator": torch.Generator().manual_seed(args.seed), "num_inference_steps": args.steps}
+    elif args.steps is not None:
+        raise ValueError(f"steps={args.steps}: {args.model} answers in one pass; leave it out")
+    result = pipe(args.prompt, texture_size=args.texture, **call)
+    assert isinstance(result, TextTo3DOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
     path = mesh.export(args.output)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    print(f"{path}: {len(mesh.faces)} triangles ({device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
+    print(f"{path}: {len(mesh.faces)} triangles ({pipe.device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
     return 0
 
 
@@ -135,7 +140,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
     )
     student, added = student_from_published(args.checkpoint, base, latent_size=args.latent_size)
-    student.save_adapter(output)
+    student.save_pretrained(output)
     write_card(output)
     print(f"{output}: {added}")
     return 0
@@ -147,10 +152,11 @@ def _embed(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from prd.encoders import load_encoder
     from prd.toybox import asset
-    from prd.training.config import PromptsConfig
-    from prd.training.embeddings import embed, load_encoder
+    from prd.training.embeddings import embed
     from prd.training.prompts import load_corpus
+    from prd.training.sections import PromptsConfig
 
     transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
     if args.batch_size < 1:
@@ -190,7 +196,8 @@ def _train(overrides: Sequence[str]) -> int:
         from prd.training.run_folder import check_run
 
         check_run(config)
-        from prd.training.trainer import CollapseError, Trainer
+        from prd.training.supervision import CollapseError
+        from prd.training.trainer import Trainer
 
         try:
             Trainer(config).train()

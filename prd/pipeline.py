@@ -5,10 +5,8 @@ prompt -> text encoder -> K denoising steps of six latent planes -> decoder -> F
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +18,18 @@ from tqdm.auto import tqdm
 from prd.adapters.planes import load_xformers_attention
 from prd.base import check_dtype, load_base
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
-from prd.hub import find_adapter, push_adapter, read_facts, write_card
-from prd.memory import release_freed_memory
-from prd.mesh import Mesh, build_meshes
-from prd.rendering.isosurface import EmptySurfaceError, evaluate_grid, grid_to_meshes
-from prd.teachers.base import PromptEncoder
-from prd.toybox.world import unknown_words
-from prd.triplane import TriplaneField
+from prd.hub import find_generator, read_facts
+from prd.teachers.text import PromptEncoder
+from prd.text_to_3d import (
+    Keep,
+    OnEmpty,
+    Stopwatch,
+    TextTo3D,
+    TextTo3DOutput,
+    check_at_least,
+    check_floating,
+    check_mesh_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +37,8 @@ StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str
 
 
 @dataclass(frozen=True)
-class TriplaneTurboOutput:
-    """What a call returns, B = prompts x meshes a prompt, those of one prompt beside each other.
-
-    meshes  [B] with output_type="mesh", else empty; None where `on_empty="flag"` and there is no surface
-    prompts [B] the prompt of each sample, "" where embeddings were given
-    field   the shapes before extraction: a `TriplaneField` of B samples
-    seconds wall-clock time by stage: text, denoise, decode, isosurface, mesh
-    """
-
-    meshes: list[Mesh | None]
-    prompts: list[str]
-    field: TriplaneField
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+class TriplaneTurboOutput(TextTo3DOutput):
+    """What a call returns; its stages are text, denoise, decode, isosurface and mesh, its field a `TriplaneField`."""
 
     @property
     def planes(self) -> Tensor:
@@ -54,7 +46,7 @@ class TriplaneTurboOutput:
         return self.field.planes
 
 
-class TriplaneTurbo:
+class TriplaneTurbo(TextTo3D):
     """A frozen Stable Diffusion with a PETA adapter and its text encoder.
 
     pipe = TriplaneTurbo.from_pretrained("toybox")
@@ -64,8 +56,7 @@ class TriplaneTurbo:
 
     def __init__(self, student: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
         """encoder: of prompts, None if they are given as embeddings; base: the name of the student's base."""
-        self.student, self.encoder, self.base_name = student.eval(), encoder, base
-        self.facts: dict[str, Any] = {}  # of the training run, for the model card
+        super().__init__(student, encoder, base)
         self._progress: dict[str, Any] = {"disable": None}
 
     @classmethod
@@ -104,7 +95,7 @@ class TriplaneTurbo:
         """
         check_dtype(dtype)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = find_adapter(name_or_path, revision, **hub)
+        folder = find_generator(name_or_path, revision, **hub)
         _, record = read_configs(folder)
         if not base and not record["base"]:
             raise ValueError(f"base=None: {name_or_path} was trained on a folder of its maker's; pass base=")
@@ -135,13 +126,9 @@ class TriplaneTurbo:
         return pipe
 
     @property
-    def device(self) -> torch.device:
-        return self.student.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base and the text encoder; the heads and the field are in float32."""
-        return self.student.dtype
+    def student(self) -> TriplaneTurboGenerator:
+        """The generator: the frozen base, the adapter and the heads."""
+        return self.model
 
     def to(
         self,
@@ -155,14 +142,10 @@ class TriplaneTurbo:
             device, dtype = None, device
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype}: must be torch.float32, torch.bfloat16 or torch.float16")
-        self.student.to(device=device, dtype=dtype)
+        self._move(device, dtype)
         if memory_format is not None:
             module: Any = self.student  # whose signature has no memory_format for type checkers
             module.to(memory_format=memory_format)
-        if self.encoder is not None:
-            if dtype not in (None, self.encoder.model.dtype):
-                self.encoder.encoded.clear()
-            self.encoder.model.to(device=device, dtype=dtype)
         return self
 
     def fuse(self) -> TriplaneTurbo:
@@ -170,10 +153,6 @@ class TriplaneTurbo:
         self.student.fuse()
         self._release()
         return self
-
-    def _release(self) -> None:
-        if self.device.type == "cpu":
-            release_freed_memory()
 
     def compile(self, **kwargs: Any) -> TriplaneTurbo:
         """torch.compile the U-Net and the decoder, in place; kwargs as for torch.compile. Fuse first.
@@ -207,8 +186,8 @@ class TriplaneTurbo:
         isosurface_resolution: int = 160,
         target_faces: int | None = 10_000,
         texture_size: int | None = 1024,
-        keep: Literal["largest", "all"] = "all",
-        on_empty: Literal["raise", "flag"] = "raise",
+        keep: Keep = "all",
+        on_empty: OnEmpty = "raise",
         callback_on_step_end: StepCallback | None = None,
         return_dict: bool = True,
     ) -> TriplaneTurboOutput | tuple[Any]:
@@ -233,21 +212,22 @@ class TriplaneTurbo:
         Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
         out of its range or of another shape.
         """
-        _one_of("output_type", output_type, ("mesh", "field", "planes"))
-        _one_of("on_empty", on_empty, ("raise", "flag"))
-        _one_of("keep", keep, ("all", "largest"))
-        _at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
-        _at_least("isosurface_resolution", isosurface_resolution, 2)
+        check_mesh_arguments(
+            output_type,
+            ("mesh", "field", "planes"),
+            on_empty=on_empty,
+            keep=keep,
+            isosurface_resolution=isosurface_resolution,
+            target_faces=target_faces,
+            texture_size=texture_size,
+        )
+        check_at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
         k = self.student.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.student.timesteps(k)  # raises for a bad K before anything is computed
-        if target_faces is not None:
-            _at_least("target_faces", target_faces, 4)
-        if texture_size is not None:
-            _at_least("texture_size", texture_size, 1)
         if latents is not None:
-            _floating("latents", latents)
-        watch = _Stopwatch(self.device)
-        prompts, embeds = self._encode(prompt, prompt_embeds)
+            check_floating("latents", latents)
+        watch = Stopwatch(self.device)
+        prompts, embeds = self._encode(prompt, prompt_embeds, self.student.backbone.unet.config["cross_attention_dim"])
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
         embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
         watch.lap("text")
@@ -272,147 +252,18 @@ class TriplaneTurbo:
         watch.lap("decode")
         output = TriplaneTurboOutput([], prompts, field, watch.seconds)
         if output_type == "mesh":
-            surfaces = self._surfaces(field, len(prompts), isosurface_resolution, on_empty)
-            watch.lap("isosurface")
-            output.meshes.extend(self._build(field, surfaces, target_faces, texture_size, keep))
-            watch.lap("mesh")
+            self._mesh(
+                output,
+                watch,
+                resolution=isosurface_resolution,
+                on_empty=on_empty,
+                target_faces=target_faces,
+                texture_size=texture_size,
+                keep=keep,
+            )
         if return_dict:
             return output
         return ({"mesh": output.meshes, "field": field, "planes": field.planes}[output_type],)
-
-    def _encode(self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> tuple[list[str], Tensor]:
-        """Prompts and their embeddings [prompts, 77, Ct], from one or the other."""
-        if prompt_embeds is not None:
-            if prompt is not None:
-                raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
-            width = self.student.backbone.unet.config["cross_attention_dim"]
-            _floating("prompt_embeds", prompt_embeds)
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
-                raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
-            return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
-        prompts = check_prompts(prompt)
-        if self.encoder is None:
-            raise ValueError(f"prompt={prompt!r}: the base came without a text encoder; give prompt_embeds= instead")
-        self._warn(prompts, self.encoder)
-        return prompts, self.encoder(prompts).to(self.device)
-
-    def _surfaces(
-        self, field: TriplaneField, batch: int, resolution: int, on_empty: str
-    ) -> list[tuple[Tensor, Tensor] | None]:
-        """(vertices, faces) of each sample, or None where it has no surface and that is to be flagged."""
-        sdf, deformation = evaluate_grid(field, resolution, batch=batch, device=self.device)
-        surfaces: list[tuple[Tensor, Tensor] | None] = []
-        for i in range(batch):
-            offset = None if deformation is None else deformation[i : i + 1]
-            try:
-                surfaces += grid_to_meshes(sdf[i : i + 1], offset)
-            except EmptySurfaceError:
-                if on_empty == "raise":
-                    raise EmptySurfaceError([i], resolution) from None
-                surfaces.append(None)
-        return surfaces
-
-    @staticmethod
-    def _build(
-        field: TriplaneField,
-        surfaces: list[tuple[Tensor, Tensor] | None],
-        target_faces: int | None,
-        texture_size: int | None,
-        keep: Literal["largest", "all"],
-    ) -> Iterator[Mesh | None]:
-        for i, surface in enumerate(surfaces):
-            if surface is None:
-                yield None
-                continue
-            yield from build_meshes(
-                field.select(i), [surface], target_faces=target_faces, texture_size=texture_size, keep=keep
-            )
-
-    def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
-        model: Any = encoder.model
-        limit = model.config.max_position_embeddings
-        for text in prompts:
-            tokens = len(encoder.tokenizer(text).input_ids)
-            if tokens > limit:
-                logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, limit)
-            if self.base_name == "toybox" and (words := unknown_words(text)):
-                logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
-
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
-    ) -> None:
-        """Write the adapter (not the base) and a model card to a folder that `from_pretrained` reads.
-
-        dtype    of the tensors on disk (float32, bfloat16 or float16); None: as they are, and what was loaded and not
-                 trained since as it was on disk, whatever the pipeline computes in
-        license  of the adapter in the card, as the Hub names it; None: that of the base
-        """
-        self.student.save_adapter(folder, dtype=dtype)
-        write_card(Path(folder), license=license, facts=self.facts)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload PETA adapter",
-        dtype: torch.dtype | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Upload the adapter and its model card to the Hugging Face Hub; returns the commit's address.
-
-        private   of a repository that is made now; None: as the account's default
-        token     None: the one that `hf auth login` stored
-        revision  branch, made if it is missing; None: main
-
-        dtype and license as for `save_pretrained`. Raises ValueError for a repo_id that is no 'owner/name', and OSError
-        where the Hub refuses.
-        """
-        return push_adapter(
-            lambda folder: self.student.save_adapter(folder, dtype=dtype),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            license=license,
-            facts=self.facts,
-        )
-
-
-def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
-    """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
-    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
-    for text in prompts:
-        if not isinstance(text, str):
-            raise TypeError(f"prompt={text!r}: must be a string or a list of strings")
-        if not text.strip():
-            raise ValueError(f"prompt={text!r}: is empty; say what to make")
-    if not prompts:
-        raise ValueError("prompt=[]: give at least one prompt")
-    return prompts
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
-
-
-def _floating(name: str, value: object) -> None:
-    """TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is a {found}: must be a floating-point torch.Tensor")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{name}: holds NaN or infinity")
 
 
 def _replaced(latents: Tensor, answer: object) -> Tensor:
@@ -422,23 +273,7 @@ def _replaced(latents: Tensor, answer: object) -> Tensor:
     if not isinstance(answer, dict) or not answer.keys() <= {"latents"}:
         raise TypeError(f"callback_on_step_end returned {answer!r}: must return None or {{'latents': tensor}}")
     new = answer.get("latents", latents)
-    _floating("callback_on_step_end's latents", new)
+    check_floating("callback_on_step_end's latents", new)
     if new.shape != latents.shape:
         raise ValueError(f"callback_on_step_end's latents={tuple(new.shape)}: must stay {tuple(latents.shape)}")
     return new.to(latents)
-
-
-class _Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self.last, 4)
-        self.last = now

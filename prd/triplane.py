@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ class TriplaneField(AutogradGradient):
         sdf, offset = self._geometry(resolution, slice(0, resolution), deformation)
         if not rgb:
             return sdf, None, offset
-        features = self._dense(self.heads.rgb, self._lattices(self.planes[:, 3:], self._nodes(resolution)))
+        features = self._dense(self.heads.rgb, plane_lattices(self.planes[:, 3:], self._nodes(resolution)))
         return sdf, colour_from_features(features).clamp(0, 1), offset
 
     def geometry_grid(self, resolution: int, first: int, last: int) -> tuple[Tensor, Tensor | None]:
@@ -171,24 +172,12 @@ class TriplaneField(AutogradGradient):
 
     def _geometry(self, resolution: int, x: slice, deformation: bool) -> tuple[Tensor, Tensor | None]:
         nodes = self._nodes(resolution)
-        xy, xz, yz = self._lattices(self.planes[:, :3], nodes)
+        xy, xz, yz = plane_lattices(self.planes[:, :3], nodes)
         lattices = [xy[:, x], xz[:, x], yz]
         squares = nodes**2
         radius = (squares[x, None, None] + squares[:, None] + squares).sqrt() - self.bias_radius
         sdf = self._dense(self.heads.sdf, lattices)[..., 0] + radius
         return sdf, self._dense(self.heads.deformation, lattices) if deformation else None
-
-    def _lattices(self, planes: Tensor, nodes: Tensor) -> list[Tensor]:
-        """Planes [B, 3, C, H, W] at the nodes of their axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
-        rows, columns = planes.shape[-2:]
-        down, up = resampling_matrix(nodes, rows), resampling_matrix(-nodes, rows)
-        right, left = resampling_matrix(nodes, columns), resampling_matrix(-nodes, columns)
-        xy, xz, yz = planes.unbind(1)  # [B, C, H, W] each
-        return [
-            (down @ xy @ right.T).permute(0, 2, 3, 1),  # row x, column y
-            (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
-            (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
-        ]
 
     def _dense(self, head: nn.Sequential, lattices: list[Tensor]) -> Tensor:
         """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
@@ -196,7 +185,29 @@ class TriplaneField(AutogradGradient):
         shares = first.split(self.heads.channels, dim=1) if first.shape[1] > self.heads.channels else (first,) * 3
         with torch.autocast(first.device.type, enabled=False):  # the backward pass runs outside of it: one precision
             hidden = [F.linear(x.to(share.dtype), share) for x, share in zip(lattices, shares, strict=True)]
-            return _DenseHead.apply(*hidden, second, third)
+            return dense_head(hidden, second, third)
+
+
+def plane_lattices(planes: Tensor, nodes: Tensor) -> list[Tensor]:
+    """Planes [B, 3, C, H, W] at the nodes [R] of their axes: xy [B, x, y, C], xz [B, x, z, C], yz [B, y, z, C]."""
+    rows, columns = planes.shape[-2:]
+    down, up = resampling_matrix(nodes, rows), resampling_matrix(-nodes, rows)
+    right, left = resampling_matrix(nodes, columns), resampling_matrix(-nodes, columns)
+    xy, xz, yz = planes.unbind(1)  # [B, C, H, W] each
+    return [
+        (down @ xy @ right.T).permute(0, 2, 3, 1),  # row x, column y
+        (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
+        (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
+    ]
+
+
+def dense_head(hidden: Sequence[Tensor], second: Tensor, third: Tensor) -> Tensor:
+    """w3 relu(w2 relu(sum)) at R^3 nodes, [B, X, R, R, out], of the sum of three lattices of hidden features.
+
+    hidden  xy [B, X, R, width], xz [B, X, R, width], yz [B, R, R, width]: the first layer's output, plane by plane
+    second  w2 [width, width]; third  w3 [out, width]
+    """
+    return _DenseHead.apply(*hidden, second, third)
 
 
 class _DenseHead(torch.autograd.Function):

@@ -20,8 +20,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is not the model it is said to be."""
 
 
-def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: torch.dtype) -> Any:
+def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: torch.dtype, **hub: Any) -> Any:
     """A diffusers or transformers model whose file (safetensors) holds each of its tensors and no other.
+
+    hub: `token`, `cache_dir` and `local_files_only` of the Hub.
 
     The libraries themselves fill a missing tensor with random numbers and drop one too many, with a warning at most.
     Raises CheckpointError for another class of model, and for a key that is missing, left over or of another shape.
@@ -31,7 +33,7 @@ def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: tor
         raise CheckpointError(f"{place}: no such folder; a folder in the diffusers layout holds one for each part")
     if issubclass(model_class, ModelMixin):
         try:
-            described = model_class.load_config(folder, subfolder=subfolder)
+            described = model_class.load_config(folder, subfolder=subfolder, **hub)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{place}: has no readable config.json ({error})") from error
         found = described.get("_class_name", model_class.__name__)
@@ -42,7 +44,7 @@ def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: tor
             )
     try:
         model, info = model_class.from_pretrained(
-            folder, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
         )
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
         if isinstance(error, OSError) and not Path(folder).exists():  # of the Hub: no access, no connection

@@ -51,6 +51,11 @@ class PromptEncoder:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
 
+    @property
+    def length(self) -> int:
+        """L, the tokens of an embedding."""
+        return int(self.model.config.max_position_embeddings)
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Last hidden states [B, L, Ct]; a prompt longer than L tokens is cut and keeps its end token.
@@ -71,15 +76,16 @@ class PromptEncoder:
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
-        length = self.model.config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
         return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
 
 
 class T5PromptEncoder(PromptEncoder):
     """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt, padding masked inside T5 alone."""
 
-    length = 77
+    length = 77  # of what DeepFloyd IF was trained with; T5 has no limit of its own
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, 77, Ct] of n prompts."""

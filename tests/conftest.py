@@ -69,7 +69,7 @@ def _save_random_adapter(folder: Path) -> None:
         for name, parameter in student.named_parameters():
             if parameter.requires_grad and "lora_B" in name:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    student.save_adapter(folder / "adapter")
+    student.save_pretrained(folder / "adapter")
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tm
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     config = StudentConfig(base="made/elsewhere", latent_size=4, head_width=8)
     student = TriplaneTurboGenerator(unet, vae, scheduler, PetaConfig(r=2, plane_channels=4), config)
-    student.save_adapter(tmp_path / "adapter")
+    student.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "model.safetensors"
     state = {k: t.to(dtype).clone().contiguous() for k, t in ldm_state(unet, vae).items()}
     save_file(state, path)
@@ -319,7 +319,7 @@ def adapter(original: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         for parameter in student.trainable_parameters():
             parameter.add_(1e-4 * torch.randn(parameter.shape))
-    student.save_adapter(tmp_path / "adapter")
+    student.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

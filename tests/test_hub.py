@@ -236,7 +236,7 @@ def test_a_record_that_is_none_is_ignored_and_named(
 
 
 def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_path: Path) -> None:
-    from prd.hub import push_adapter
+    from prd.hub import push_generator
 
     folder = Path(shutil.copytree(toybox / "adapter", tmp_path / "adapter"))
     record = json.loads((folder / "config.json").read_text())
@@ -255,7 +255,7 @@ def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_pat
     local = card(str(toybox / "stable_diffusion"), None)
     assert local.data.base_model is None and str(toybox) not in local.content and "FOLDER_OF_ITS_BASE" in local.content
     with pytest.raises(ValueError, match="repo_id='shapes': must be 'owner/name'"):
-        push_adapter(lambda _: None, "shapes")
+        push_generator(lambda _: None, "shapes")
 
 
 def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:

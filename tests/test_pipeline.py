@@ -123,7 +123,7 @@ def test_an_empty_field_raises_or_is_flagged(pipe, monkeypatch):
         sdf, deformation = evaluate_grid(*args, **options)
         return sdf + 10 * torch.arange(len(sdf)).view(-1, 1, 1, 1), deformation
 
-    monkeypatch.setattr("prd.pipeline.evaluate_grid", lifted)
+    monkeypatch.setattr("prd.text_to_3d.evaluate_grid", lifted)
     prompts = ["a red cube", "a blue mug"]
     with pytest.raises(EmptySurfaceError) as caught:
         pipe(prompts, generator=seeds(1, 2), **SMALL)

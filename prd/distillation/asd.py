@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -87,6 +87,7 @@ def asd_loss(
     reference: Literal["shifted", "noise"] | Tensor = "shifted",
     mean_over_views: bool = True,
     grad_clip: float | None = None,
+    other: tuple[Condition, Tensor] | None = None,
 ) -> AsdResult:
     """Score distillation whose gradient at x is w(t) (x0_reference - x0_cfg), Eq. 1-2.
 
@@ -100,6 +101,7 @@ def asd_loss(
     average_over     the dmd mean over all views of a prompt (the paper) or over each image (the published code)
     mean_over_views  divide a prompt's sum over elements by num_views (as published), or leave the sum
     grad_clip        clamp every element of the gradient to [-grad_clip, grad_clip], before that division
+    other            a second condition and its share [n] in [0, 1]: the predictions for both are interpolated
 
     Conditional, unconditional and shifted predictions are one call of the teacher; there is no third without t_plus.
     Raises ValueError for shapes, timesteps or strengths out of range, NoSignalError for "dmd" at a timestep without
@@ -131,12 +133,17 @@ def asd_loss(
         schedule = teacher.alphas_cumprod.to(x.device)
         a = a_plus = schedule[t].view(-1, 1, 1, 1)
         x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
+        asked = [(x_t, t)]
         passes = [(x_t, t, condition), (x_t, t, condition.negative())]
         if t_plus is not None and not isinstance(reference, Tensor) and reference == "shifted":
             a_plus = schedule[t_plus].view(-1, 1, 1, 1)
             x_plus = a_plus.sqrt() * clean + (1 - a_plus).sqrt() * noise
             passes.append((x_plus, t_plus, condition))
-        text, negative, *shifted = _predict(teacher, passes)
+            asked.append((x_plus, t_plus))
+        if other is not None:
+            passes += [(noisy, time, other[0]) for noisy, time in asked]
+        text, negative, *more = _predict(teacher, passes)
+        text, *shifted = _interpolate([text, *more[: len(asked) - 1]], more[len(asked) - 1 :], other)
         guided = negative + guidance_scale * (text - negative)
         if isinstance(reference, Tensor):
             second = reference.to(guided)
@@ -202,6 +209,16 @@ def _timesteps(name: str, t: Tensor, images: int, teacher: Teacher) -> Tensor:
     return t
 
 
+def _interpolate(
+    first: Sequence[Tensor], second: Sequence[Tensor], other: tuple[Condition, Tensor] | None
+) -> list[Tensor]:
+    """The predictions for two conditions [n, C, h, w], by the share [n] of the second; the first ones without it."""
+    if other is None:
+        return list(first)
+    share = other[1].view(-1, 1, 1, 1).to(first[0])
+    return [torch.lerp(a, b, share) for a, b in zip(first, second, strict=True)]
+
+
 def _predict(teacher: Teacher, passes: Sequence[tuple[Tensor, Tensor, Condition]]) -> list[Tensor]:
     """The noise predictions of several passes from one call of the teacher."""
     x_t, t, condition = zip(*passes, strict=True)
@@ -258,6 +275,28 @@ def shifted_timesteps(
     furthest = eta * (t - t_min) if sqrt_bias is None else eta * (t + sqrt_bias).sqrt()
     reach = furthest.clamp(min=0).minimum(last - t)
     return (t + (uniforms * reach).floor().long()).clamp(1, last)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A second prompt for each of B, and its share: the teachers judge what lies between (ATT3D, section 3.2.2).
+
+    prompts  [B] the second ones
+    share    [B] in [0, 1], of the second; at 0 and 1 one of the two is asked for alone
+    over     what is interpolated: text "embeddings", "guidance" (the noise predictions), or "losses" (two judgements,
+             each with a timestep and a noise of its own)
+    """
+
+    prompts: Sequence[str]
+    share: Tensor
+    over: Literal["embeddings", "guidance", "losses"] = "embeddings"
+
+    def __post_init__(self) -> None:
+        _check_choice("over", self.over, ("embeddings", "guidance", "losses"))
+        if self.share.shape != (len(self.prompts),) or not bool(((self.share >= 0) & (self.share <= 1)).all()):
+            raise ValueError(
+                f"share={self.share.tolist()}: must lie in 0..1, one for each of {len(self.prompts)} prompts"
+            )
 
 
 @dataclass(frozen=True)
@@ -319,23 +358,27 @@ def distill_drawing(
     uniform: Callable[[], Tensor],
     normal: Callable[[torch.Size], Tensor],
     encode: Callable[[Views], Tensor],
+    mixture: Mixture | None = None,
 ) -> AsdResult:
     """`distill` with its draws as functions, called in this order: the view, the encoder's noise, t, its shift, noise.
 
     uniform  [B] in [0, 1); normal  a standard normal of a shape; encode  the teacher's input x of views
+    mixture  second prompts, interpolated with the first; of "losses" the last three are drawn once more
     """
     if teacher.num_views == 1 and views.cameras.views > 1:
         index = (uniform() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
         views = select_views(views, index[:, None])
     x = encode(views)
-    condition = teacher.condition(prompts, views.cameras, guidance.negative_prompt)
-    if isinstance(teacher, ViewConditioned):
-        condition = teacher.condition_on(condition, views)
-    last, t_plus = last_timestep(teacher), None
-    t = sample_timesteps(uniform(), guidance.t_min, min(guidance.t_max, last + 1))
-    if guidance.eta > 0:
-        t_plus = shifted_timesteps(t, uniform(), guidance.eta, guidance.t_min, last=last)
-    try:
+
+    def conditioned(texts: Sequence[str]) -> Condition:
+        condition = teacher.condition(texts, views.cameras, guidance.negative_prompt)
+        return teacher.condition_on(condition, views) if isinstance(teacher, ViewConditioned) else condition
+
+    def judge(condition: Condition, other: tuple[Condition, Tensor] | None = None) -> AsdResult:
+        last, t_plus = last_timestep(teacher), None
+        t = sample_timesteps(uniform(), guidance.t_min, min(guidance.t_max, last + 1))
+        if guidance.eta > 0:
+            t_plus = shifted_timesteps(t, uniform(), guidance.eta, guidance.t_min, last=last)
         return asd_loss(
             teacher,
             x,
@@ -350,9 +393,34 @@ def distill_drawing(
             average_over=guidance.average_over,
             reference=guidance.reference,
             grad_clip=guidance.grad_clip,
+            other=other,
         )
+
+    try:
+        if mixture is None:
+            return judge(conditioned(prompts))
+        return _judge_mixture(mixture, teacher.num_views, conditioned(prompts), conditioned(mixture.prompts), judge)
     except NonFinitePrediction as error:
         raise error.of(prompts) from None
+
+
+def _judge_mixture(
+    mixture: Mixture, views: int, first: Condition, second: Condition, judge: Callable[..., AsdResult]
+) -> AsdResult:
+    """What lies between two conditions of n = B * views images, judged as the mixture says."""
+    share = mixture.share.to(first.prompt_embeds.device).repeat_interleave(views)  # [n]
+    if mixture.over == "guidance":
+        return judge(first, (second, share))
+    if mixture.over == "embeddings":
+        rows = share.view(-1, 1, 1).to(first.prompt_embeds)
+        return judge(replace(first, prompt_embeds=torch.lerp(first.prompt_embeds, second.prompt_embeds, rows)))
+    one, two = judge(first), judge(second)
+    of_prompt, of_image = mixture.share.to(one.loss), share.to(one.gradient).view(-1, 1, 1, 1)
+    return AsdResult(
+        torch.lerp(one.loss, two.loss, of_prompt),
+        torch.lerp(one.gradient, two.gradient, of_image),
+        torch.lerp(one.weight, two.weight, share.to(one.weight)),
+    )
 
 
 def _tensors(views: Views) -> dict[str, Tensor]:

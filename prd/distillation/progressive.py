@@ -18,6 +18,7 @@ from torch import Tensor
 from prd.distillation.asd import (
     AsdResult,
     Guidance,
+    Mixture,
     distill,
     distill_drawing,
     gradient_cosine,
@@ -101,10 +102,12 @@ def judge_views(
     generator: torch.Generator | Sequence[torch.Generator],
     log: JudgeLog,
     renderer: str,
+    mixture: Mixture | None = None,
 ) -> Tensor:
     """Line 15: a scalar whose gradient at the renderings is the teachers' weighted sum, a mean over prompts.
 
     generator  what the teachers draw from: one for the batch, or one a prompt (then a prompt's draws are its own)
+    mixture    second prompts, what lies between which and the first is judged; with generators of each prompt's own
 
     Each teacher's gradient is taken at the renderings and its graph freed before the next teacher is asked, so that
     the renderer's backward pass runs once and only one teacher's activations exist at a time.
@@ -119,7 +122,7 @@ def judge_views(
             if isinstance(generator, torch.Generator):
                 result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
             else:
-                result = distill_samples(judge.teacher, leaves, prompts, judge.guidance, generator)
+                result = distill_samples(judge.teacher, leaves, prompts, judge.guidance, generator, mixture)
             gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
         called = judge.teacher.name
         if called in earlier:  # a second teacher of that name, as with and without a ControlNet
@@ -146,6 +149,7 @@ def distill_samples(
     prompts: Sequence[str],
     guidance: Guidance,
     generators: Sequence[torch.Generator],
+    mixture: Mixture | None = None,
 ) -> AsdResult:
     """`distill` in which prompt b draws from generators[b] alone, whatever its company in the batch."""
     if not len(generators) == len(prompts) == views.cameras.batch:
@@ -162,6 +166,7 @@ def distill_samples(
         uniform=lambda: draw_uniform((count,), generators).to(device),
         normal=lambda shape: draw_normal(shape, generators).to(device),
         encode=lambda seen: encode_samples(teacher, seen, generators),
+        mixture=mixture,
     )
 
 

@@ -149,7 +149,7 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
     if dtype not in (None, torch.float32, *HALF_PRECISIONS):
         raise ValueError(f"dtype={dtype!r}: must be torch.float32, torch.bfloat16, torch.float16 or None")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu() for name, tensor in student.adapter_state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in student.trained_state_dict().items()}
     if dtype is None:
         state = {name: _as_loaded(tensor, student.loaded_state.get(name)) for name, tensor in state.items()}
     state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
@@ -204,7 +204,7 @@ def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_b
                 f"{folder / name}: is not the file that {STUDENT_CONFIG} records (its SHA-256 differs); copy or "
                 "download the folder again"
             )
-    student.load_adapter_state_dict(state)
+    student.load_trained_state_dict(state)
     if not student.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
         student.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
     own = student.base_hash()

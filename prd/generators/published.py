@@ -105,7 +105,7 @@ def student_from_published(
             bias_radius=SDF_BIAS,
         )
         student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
-        student.load_adapter_state_dict(converted)
+        student.load_trained_state_dict(converted)
     except ValueError as error:
         raise CheckpointError(f"{path} on the base {base.name!r}: {error}") from error
     return student, count_added(state, base.unet, base.vae)

@@ -83,6 +83,18 @@ class TriplaneTurboGenerator(nn.Module):
         """Of the base; latents and planes are computed in it, the field in float32."""
         return self.backbone.decoder.conv_in.weight.dtype
 
+    folder_name = "adapter"  # in a run folder
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(6, 4, h, w) of a sample's latents."""
+        size = self.config.latent_size
+        return 6, self.backbone.unet.config["in_channels"], size, size
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters: there is one part, the adapter with its heads."""
+        return {"adapter": self.trainable_parameters()}
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """LoRA factors, the new conv_out and the heads. ValueError for a fused student, which has none."""
         self._check_not_fused("train")
@@ -185,7 +197,7 @@ class TriplaneTurboGenerator(nn.Module):
 
     def draw_latents(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one a sample (then independent of B)."""
-        shape = (6, self.backbone.unet.config["in_channels"], self.config.latent_size, self.config.latent_size)
+        shape = self.latent_shape
         if generator is None or isinstance(generator, torch.Generator):
             source = self.device if generator is None else generator.device
             return torch.randn(batch, *shape, generator=generator, device=source).to(self.device)
@@ -253,12 +265,12 @@ class TriplaneTurboGenerator(nn.Module):
 
     # -- saving and loading (prd/generators/adapter_files.py) --------------------------------------------------------
 
-    def adapter_state_dict(self) -> dict[str, Tensor]:
+    def trained_state_dict(self) -> dict[str, Tensor]:
         """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
         return adapter_files.adapter_state(self) if self._unfused_state is None else dict(self._unfused_state)
 
-    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load `adapter_state_dict`; AdapterMismatch if a key is missing or extra or a shape differs."""
+    def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load `trained_state_dict`; AdapterMismatch if a key is missing or extra or a shape differs."""
         self._check_not_fused("load an adapter")
         adapter_files.load_adapter_state(self, state)
 
@@ -272,7 +284,7 @@ class TriplaneTurboGenerator(nn.Module):
         """Record these as the base's from now on."""
         self._base_hash = dict(hashes)
 
-    def save_adapter(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the adapter, the heads and their configs to `folder`; dtype: of the tensors on disk, None: as is."""
         adapter_files.save_adapter(self, Path(folder), dtype=dtype)
 

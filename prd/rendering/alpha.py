@@ -137,6 +137,11 @@ class LearnedInvStd(nn.Module):
         super().__init__()
         self.variance = nn.Parameter(torch.tensor(float(init)))
 
+    @classmethod
+    def of(cls, inv_std: float) -> LearnedInvStd:
+        """One that starts at s = inv_std, 1 / scene units."""
+        return cls(math.log(inv_std) / 10)
+
     def forward(self) -> Tensor:
         """s, a scalar in [1e-6, 1e6], 1 / scene units, with gradient within that range."""
         return torch.exp(10 * self.variance).clamp(1e-6, 1e6)

@@ -82,6 +82,13 @@ class MeshError(ValueError):
     """A mesh that cannot be drawn: of a wrong shape or type, not finite, with faces out of range or without area."""
 
 
+def _check_meshes(meshes: list[Mesh], cameras: Cameras) -> None:
+    if len(meshes) != cameras.batch:
+        raise MeshError(f"meshes: {len(meshes)} for the cameras of {cameras.batch} samples")
+    for index, (vertices, faces) in enumerate(meshes):
+        _check_mesh(index, vertices, faces)
+
+
 def _check_mesh(index: int, vertices: Tensor, faces: Tensor) -> None:
     if vertices.ndim != 2 or vertices.shape[1] != 3 or not vertices.is_floating_point():
         raise MeshError(f"meshes[{index}]: vertices are {vertices.dtype} {tuple(vertices.shape)}, not floats [N, 3]")
@@ -169,9 +176,29 @@ class SurfaceRenderer:
         meshes, corrected = self.meshes(field, cameras)
         empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
         cameras = cameras.to(meshes[0][0].dtype) if cameras.fovy.dtype == torch.float64 else cameras  # as the grid is
-        images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
-        views = composite(_average(images, self.supersample), cameras, background)
+        views = self._views(field, meshes, cameras, height, width, background)
         return views, SurfaceStats(meshes, corrected, empty)
+
+    def draw_views(
+        self,
+        field: Field,
+        meshes: list[Mesh],
+        cameras: Cameras,
+        *,
+        height: int,
+        width: int,
+        background: float | Tensor = 0.5,
+    ) -> Views:
+        """Views [B, V, height, width, .] of any B meshes, coloured by the field; see `draw` for what is refused."""
+        check_image_size(height, width)
+        _check_meshes(meshes, cameras)
+        return self._views(field, meshes, cameras, height, width, background)
+
+    def _views(
+        self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int, background: float | Tensor
+    ) -> Views:
+        images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
+        return composite(_average(images, self.supersample), cameras, background)
 
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""
@@ -194,10 +221,7 @@ class SurfaceRenderer:
 
         A mesh without faces is seen nowhere. Raises MeshError for one that is malformed or has no area.
         """
-        if len(meshes) != cameras.batch:
-            raise MeshError(f"meshes: {len(meshes)} for the cameras of {cameras.batch} samples")
-        for index, (vertices, faces) in enumerate(meshes):
-            _check_mesh(index, vertices, faces)
+        _check_meshes(meshes, cameras)
         return self._draw(field, meshes, cameras, height, width)
 
     def _draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
-from prd.base import Base
+from prd.base import Base, load_base
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance
 from prd.distillation.schedules import LinearSchedule
+from prd.encoders import encoder_digest, load_encoder
+from prd.generators.atom import AtomGenerator
+from prd.generators.att3d import Att3dGenerator
+from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+from prd.hub import find_generator
+from prd.rendering.alpha import AlphaModel
+from prd.rendering.marching import marching_cubes
 from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.tetrahedra import marching_tetrahedra
 from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
@@ -23,9 +31,10 @@ from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.offload import set_offload
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.teachers.text import PromptEncoder
 from prd.toybox import asset
-from prd.training.config import Schedule, StableDiffusionConfig, TeacherConfig, TrainConfig
-from prd.training.embeddings import encoder_digest
+from prd.training.config import TrainConfig, stages_of
+from prd.training.sections import ModelConfig, Schedule, StableDiffusionConfig, TeacherConfig
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
@@ -34,9 +43,36 @@ RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+SINGLE_PASS: dict[type, type[SinglePassGenerator]] = {
+    kind.config_class: kind for kind in (AtomGenerator, Att3dGenerator)
+}
+
+
+def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | SinglePassGenerator, PromptEncoder]:
+    """The generator that the config describes, and the encoder of its prompts."""
+    if isinstance(config.model, ModelConfig):
+        base = load_base(config.model.base, revision=config.model.revision, text=True)
+        assert base.encoder is not None  # text=True
+        student = build_student(config, base)
+        if config.init_from is not None:
+            student.load_adapter(find_generator(config.init_from))
+        return student, base.encoder
+    encoder = load_encoder(config.model.text_encoder)
+    kind, digest = SINGLE_PASS[type(config.model)], encoder_digest(encoder)
+    generator = kind.for_encoder(config.model, encoder)
+    generator.text_hash = digest
+    if config.init_from is not None:
+        saved = kind.from_pretrained(find_generator(config.init_from))
+        if saved.text_hash not in (None, digest):
+            raise GeneratorMismatch(f"init_from={config.init_from!r}: was trained with another text encoder")
+        generator.load_trained_state_dict(saved.trained_state_dict())
+    return generator, encoder
+
+
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
-    """The base with PETA and heads as the config sizes them."""
+    """The base with PETA and heads as the config sizes them; its `model` is TriplaneTurbo's."""
     model = config.model
+    assert isinstance(model, ModelConfig)
     ranks = {} if model.self_attention_rank is None else {SELF_ATTENTION.pattern: model.self_attention_rank}
     adapted = {group: getattr(model, group) for group in GROUPS}
     peta = PetaConfig(
@@ -68,24 +104,28 @@ def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
 
 
 def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
-    """The enabled teachers, frozen, in the precision and the place the config gives them."""
+    """The teachers that any stage enables, frozen, in the precision and the place the config gives them.
+
+    Each with its settings in the run's config; `prd.training.supervision.settings_in` has those of a stage.
+    """
     section = config.teachers
+    asked = [stage.config.teachers for stage in stages_of(config)]
     dtype = getattr(torch, section.dtype) if section.dtype else DTYPES[config.mixed_precision]
     sd, mv, rd, pixels = section.stable_diffusion, section.mvdream, section.richdreamer, section.deepfloyd
     loaded: list[tuple[Teacher, TeacherConfig]] = []
-    if sd.enabled:
+    if any(teachers.stable_diffusion.enabled for teachers in asked):
         loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), sd))
-    if mv.enabled:
+    if any(teachers.mvdream.enabled for teachers in asked):
         folder = _place("mvdream", mv)
         loaded.append(
             (MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae), mv)
         )
-    if rd.enabled:
+    if any(teachers.richdreamer.enabled for teachers in asked):
         normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
         if rd.input_convention is not None:
             normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
         loaded.append((normals, rd))
-    if pixels.enabled:
+    if any(teachers.deepfloyd.enabled for teachers in asked):
         told = pixels.view_dependent_prompts
         loaded.append((DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told), pixels))
     share_texts([teacher for teacher, _ in loaded])
@@ -154,14 +194,15 @@ def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guid
     )
 
 
-def build_volume_renderer(config: TrainConfig, step: int) -> VolumeRenderer:
-    """The NeuS renderer with its gradient scales at an optimizer step."""
+def build_volume_renderer(config: TrainConfig, step: int, alpha: AlphaModel | None = None) -> VolumeRenderer:
+    """The volume renderer with its gradient scales at an optimizer step; alpha: of the generator, None: NeuS."""
     volume = config.volume
     return VolumeRenderer(
         num_samples=volume.num_samples,
         num_importance_samples=volume.num_importance_samples,
         inv_std=at(volume.inv_std, config, step),
         max_rays=volume.max_rays,
+        alpha=alpha,
         rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),
         rgb_weight_gradient_scale=at(volume.rgb_weight_gradient_scale, config, step),
     )
@@ -174,6 +215,7 @@ def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
         resolution=surface.grid_resolution,
         sdf_gradient_scale=at(surface.sdf_gradient_scale, config, step),
         deformation_gradient_scale=at(surface.deformation_gradient_scale, config, step),
+        isosurface=marching_tetrahedra if surface.isosurface == "tetrahedra" else marching_cubes,
         on_empty="correct",
     )
 
@@ -181,7 +223,7 @@ def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
 def camera_sampling(config: TrainConfig) -> CameraSampling:
     """How the cameras of every one of the K estimates are drawn."""
     cameras = config.cameras
-    return CameraSampling(cameras.views, cameras.elevation, cameras.relative_distance, cameras.fovy)
+    return CameraSampling(cameras.views, cameras.elevation, cameras.relative_distance, cameras.fovy, cameras.distance)
 
 
 def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,11 +1,15 @@
-"""The configuration of a training run: nested frozen dataclasses, YAML and dotted command-line overrides.
+"""The configuration of a training run: YAML and dotted command-line overrides of nested frozen dataclasses.
 
     config = load_config("toybox", ["--optimizer.lr", "1e-3", "--max_train_steps=10"])
     config = parse_args(["--config", "configs/triplane_turbo_sd21.yaml", "--seed", "1"])
     save_config(config, "runs/a/config.yaml")          # loading it again gives an equal config
 
-A value on the command line is read as YAML (`--cameras.elevation "[0, 30]"`, `--ema_decay null`). A `Schedule` is a
-number, or [start, end]: linear from the first training step to step `schedule_steps`, constant after it.
+A value on the command line is read as YAML (`--cameras.elevation "[0, 30]"`, `--ema_decay null`). The sections are in
+`prd.training.sections`. A run may have stages, each the recipe with some of its values replaced:
+
+    stages:
+      - {name: volume, until: 0.6, renderers: volume}          # a share of schedule_steps
+      - {name: mesh, until: 1, renderers: surface, optimizer: {lr: 2.0e-4}}
 """
 
 from __future__ import annotations
@@ -14,248 +18,49 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-Schedule = float | tuple[float, float]
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=2)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Radius = Annotated[float, Field(gt=0, lt=1)]
-Elevation = Annotated[float, Field(gt=-90, lt=90)]
-Timestep = Annotated[float, Field(ge=1, le=999)]
-
-_CHECKS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
-
+from prd.settings import CHECKS, Count, Fraction, Positive
+from prd.training.sections import (
+    CamerasConfig,
+    DistillationConfig,
+    Generators,
+    InterpolationConfig,
+    LibraryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    RegularizersConfig,
+    ShadingConfig,
+    SurfaceConfig,
+    TeachersConfig,
+    ValidationConfig,
+    VolumeConfig,
+)
 
 SWITCHES = ("start_afresh", "allow_config_change")  # need no value on the command line
+STAGED = (  # what a stage may change: keys and sections
+    *("renderers", "background", "cameras", "volume", "surface", "shading", "teachers", "distillation"),
+    *("regularizers", "optimizer", "trained", "library", "interpolation"),
+)
+GENERATORS = {section.__dataclass_fields__["generator"].default: section for section in get_args(Generators)}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: an unknown key, a value of the wrong type or outside its range."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class ModelConfig:
-    """The student: a frozen Stable Diffusion with PETA adapters and the three heads."""
-
-    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
-    revision: str | None = None  # branch, tag or commit of a Hub id
-    rank: Count = 16  # rank of every LoRA pair
-    plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
-    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
-    self_attention: bool = True  # whether it is adapted, as the next four
-    cross_attention: bool = True
-    convolutions: bool = True  # of the U-Net
-    decoder_attention: bool = True
-    decoder_convolutions: bool = True
-    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
-    plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
-    head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
-    latent_size: Count = 32  # height and width of each plane's latents
-    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
-    sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
-    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class PromptsConfig:
-    """What is asked of the student."""
-
-    source: str = "toybox"  # "toybox", "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub dataset
-    column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
-    split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
-    revision: str | None = None  # branch, tag or commit of a Hub dataset
-    embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
-    held_out: tuple[str, ...] = ()  # prompts never trained on; exactly these texts
-    stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class CamerasConfig:
-    """Orbit cameras around the object; azimuths are spaced evenly from a random start."""
-
-    views: Count = 4  # views a prompt, evenly spaced in azimuth
-    elevation: tuple[Elevation, Elevation] = (0.0, 30.0)  # range, degrees above the horizon
-    relative_distance: tuple[Positive, Positive] = (0.8, 1.0)  # range of distance * tan(fovy / 2)
-    fovy: Annotated[float, Field(gt=0, lt=180)] = 60.0  # vertical field of view, degrees
-
-    @model_validator(mode="after")
-    def _check(self) -> CamerasConfig:
-        for name in ("elevation", "relative_distance"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}=[{low}, {high}]: must be [low, high]")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class VolumeConfig:
-    """The NeuS volume renderer."""
-
-    height: Count = 128  # image height, pixels
-    width: Count = 128  # image width, pixels
-    num_samples: Size = 64  # uniform samples a ray; the proposal's fine samples if there is importance sampling
-    num_importance_samples: Annotated[int, Field(ge=0)] = 128  # proposal samples a ray; 0: none
-    inv_std: Positive | tuple[Positive, Positive] = 100.0  # s of the logistic density, 1 / scene units
-    grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
-    max_rays: Count | None = None  # rays of a prompt at a time, made again in the backward pass; null: all at once
-    rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
-    rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class SurfaceConfig:
-    """The mesh renderer: isosurface and rasteriser."""
-
-    height: Count = 512  # image height, pixels
-    width: Count = 512  # image width, pixels
-    grid_resolution: Size = 128  # cells of the isosurface grid along each axis
-    sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf
-    deformation_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the deformation
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class TeacherConfig:
-    """One teacher and its guidance."""
-
-    enabled: bool = True  # False: not loaded
-    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
-    weight: NonNegative = 1.0  # of this teacher's loss
-    guidance_scale: Schedule = 7.5  # classifier-free guidance
-    eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
-    negative_prompt: str = ""  # of the classifier-free guidance
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class StableDiffusionConfig(TeacherConfig):
-    """Stable Diffusion, which sees one view of a prompt and may be told which."""
-
-    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
-    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class DeepFloydConfig(TeacherConfig):
-    """DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
-
-    enabled: bool = False  # True: loaded
-    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
-    guidance_scale: Schedule = 20.0  # classifier-free guidance
-    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class RichDreamerConfig(TeacherConfig):
-    """RichDreamer, whose normal and disparity images have two conventions."""
-
-    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
-    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class TeachersConfig:
-    """The three teachers of the paper, section 3.4, and how all are kept."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
-    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
-    offload: bool = False  # keep idle teachers in main memory
-    stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)  # one random view a prompt
-    mvdream: TeacherConfig = field(default_factory=TeacherConfig)  # all views jointly, RGB
-    richdreamer: RichDreamerConfig = field(default_factory=RichDreamerConfig)  # all views jointly, normal + disparity
-    deepfloyd: DeepFloydConfig = field(default_factory=DeepFloydConfig)  # one random view a prompt, in pixels
-
-    @property
-    def enabled(self) -> list[TeacherConfig]:
-        """Those that are enabled."""
-        every = (self.stable_diffusion, self.mvdream, self.richdreamer, self.deepfloyd)
-        return [teacher for teacher in every if teacher.enabled]
-
-    @model_validator(mode="after")
-    def _check(self) -> TeachersConfig:
-        if not self.enabled:
-            raise ValueError("no teacher is enabled; enable at least one, as teachers.mvdream.enabled: true")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class DistillationConfig:
-    """Asynchronous score distillation, paper Eq. 1-2."""
-
-    t_min: Timestep | tuple[Timestep, Timestep] = (500.0, 20.0)  # smallest teacher timestep, of 1000
-    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
-    weighting: Literal["dmd", "uniform", "sds", "sqrt"] = "dmd"  # w(t); "dmd" is Eq. 2
-    delta: Positive = 0.1  # added to the denominator of Eq. 2
-    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
-    x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
-    average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
-    grad_clip: Positive | None = None  # bound on each element of a teacher's gradient at its input; null: none
-
-    @model_validator(mode="after")
-    def _check(self) -> DistillationConfig:
-        for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
-            if t_min >= self.t_max:
-                raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class RegularizersConfig:
-    """Weights of the geometric regularisers on the volume render."""
-
-    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
-    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class OptimizerConfig:
-    """The optimiser of adapters and heads."""
-
-    name: Literal["adan", "adamw"] = "adamw"  # Adan takes three betas, AdamW two
-    lr: Positive = 1e-3  # peak learning rate
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.99)  # moment decays
-    eps: Positive = 1e-12  # added to the denominator
-    weight_decay: NonNegative = 0.0  # decoupled
-    warmup_steps: Annotated[int, Field(ge=0)] = 20  # linear warm-up of lr
-    decay_fraction: Fraction = 0.4  # last part of the run over which lr falls linearly; 0: constant
-    final_lr_fraction: Fraction = 0.05  # of the peak, at the end of that decay
-    max_grad_norm: Positive | None = None  # clip the gradient's global norm; null: not
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerConfig:
-        expected = {"adan": 3, "adamw": 2}[self.name]
-        if len(self.betas) != expected:
-            raise ValueError(f"betas={list(self.betas)}: {self.name} takes {expected} values")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
-class ValidationConfig:
-    """What is generated, drawn and measured before, during and after training."""
-
-    prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
-    every_steps: Count | None = None  # measure every so many steps; null: before and after only
-    spread_steps: Count | None = 100  # check that shapes of different prompts differ every so many steps; null: never
-    gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
-    num_inference_steps: Count = 4  # denoising steps of the student
-    views: Count = 4  # views a prompt on the contact sheet
-    stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones
-    resolution: Count = 128  # image height and width on the contact sheet, pixels
-    isosurface_resolution: Size = 64  # grid of the exported meshes
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKS)
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class TrainConfig:
-    """A whole training run of Progressive Rendering Distillation."""
+    """A whole training run: Progressive Rendering Distillation, or a generator that answers in one pass."""
 
     seed: int = 0  # of every random draw
     output_dir: str = "runs/prd"  # the run folder
@@ -265,8 +70,13 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the student's autocast
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
-    num_denoising_steps: Count = 4  # K of Algorithm 1
+    num_denoising_steps: Count = 4  # K of Algorithm 1; a generator of one pass has no such steps
     renderers: Literal["both", "alternate", "volume", "surface"] = "both"  # at each of the K steps; alternate: in turn
+    stages: tuple[dict[str, Any], ...] = ()  # parts of the run that change some values, each with its `until`
+    trained: tuple[str, ...] | None = None  # parts of the generator that are trained; null: all
+    init_from: str | None = (
+        None  # a saved generator to start from, as "toybox-atom" or a run folder; null: from scratch
+    )
     background: Fraction = 0.5  # grey level behind the object
     text_background: bool = False  # train over an environment made from the text instead, trained along; shown: grey
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
@@ -277,11 +87,14 @@ class TrainConfig:
     allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none
     num_threads: Count | None = None  # torch's CPU threads; null: OMP_NUM_THREADS, or cores / processes of the machine
-    model: ModelConfig = field(default_factory=ModelConfig)  # the student
+    model: Annotated[Generators, Field(discriminator="generator")] = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
+    interpolation: InterpolationConfig = field(default_factory=InterpolationConfig)  # between two prompts
+    library: LibraryConfig = field(default_factory=LibraryConfig)  # of 3D shapes
     cameras: CamerasConfig = field(default_factory=CamerasConfig)  # where it is seen from
     volume: VolumeConfig = field(default_factory=VolumeConfig)  # the first renderer
     surface: SurfaceConfig = field(default_factory=SurfaceConfig)  # the second renderer
+    shading: ShadingConfig = field(default_factory=ShadingConfig)  # of what both draw
     teachers: TeachersConfig = field(default_factory=TeachersConfig)  # who judges
     distillation: DistillationConfig = field(default_factory=DistillationConfig)  # the loss
     regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)  # of the geometry
@@ -290,6 +103,8 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if not self.teachers.enabled and self.library.reconstruction == 0:
+            raise ValueError("no teacher is enabled; enable at least one, as teachers.mvdream.enabled: true")
         if self.distillation.reference == "noise" and any(t.eta > 0 for t in self.teachers.enabled):
             raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
         if self.validation.gallery_steps and not self.validation.prompts:
@@ -310,12 +125,67 @@ _ADAPTER = TypeAdapter(TrainConfig)
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     """Check nested plain values and build the config; `ConfigError` names the key, its value and what is allowed."""
+    values = dict(values)
+    if isinstance(model := values.get("model", {}), Mapping):
+        values["model"] = {"generator": ModelConfig.generator, **model}
+    known = list(_keys(TrainConfig, model=_generator_section(values)))
     for key in _leaves(values):
-        _check_key(key)
+        _check_key(key, known)
     try:
-        return _ADAPTER.validate_python(dict(values))
+        config = _ADAPTER.validate_python(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(error, known)) from None
+    if config.stages:
+        stages_of(config)
+    return config
+
+
+@plain_dataclass(frozen=True)
+class Stage:
+    """A part of a run: optimiser steps `first` to `last` - 1, with a config whose schedules span it."""
+
+    name: str
+    first: int
+    last: int
+    config: TrainConfig
+
+
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """The stages of a run in their order; one of all its steps if the config names none.
+
+    A stage's config has `schedule_steps` set to its length: its schedules and its learning rate begin anew, at the
+    step `first`. The last stage has no end of its own. Raises ConfigError for a stage that is not as it must be.
+    """
+    total = config.schedule_steps or config.max_train_steps
+    if not config.stages:
+        return [Stage("", 0, max(total, config.max_train_steps), replace(config, schedule_steps=total))]
+    stages: list[Stage] = []
+    for index, written in enumerate(config.stages):
+        values, where = dict(written), f"stages[{index}]"
+        until, name = values.pop("until", None), values.pop("name", str(index + 1))
+        first = stages[-1].last if stages else 0
+        if type(until) not in (int, float) or not (stages[-1].last / total if stages else 0) < until <= 1:
+            raise ConfigError(f"{where}.until={until!r}: must be a share of the run up to 1, ascending")
+        if unknown := sorted(values.keys() - set(STAGED)):
+            raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
+        last = max(first + 1, round(until * total))
+        try:
+            own = from_dict(_merged({**to_dict(config), "stages": []}, values))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        stages.append(Stage(str(name), first, last, replace(own, schedule_steps=last - first)))
+    if config.stages[-1]["until"] != 1:
+        raise ConfigError(f"stages[{len(stages) - 1}].until={config.stages[-1]['until']}: the last must be 1")
+    return [*stages[:-1], replace(stages[-1], last=max(stages[-1].last, config.max_train_steps))]
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with those of `changes` in their place."""
+    merged = dict(values)
+    for key, change in changes.items():
+        inside = isinstance(change, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], change) if inside else change
+    return merged
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -333,7 +203,6 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     """
     values = _read_yaml(_find(config))
     for key, value in _parse_overrides(overrides):
-        _check_key(key)
         *sections, name = key.split(".")
         target = values
         for section in sections:
@@ -435,14 +304,14 @@ def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, known: Sequence[str]) -> str:
     """One sentence about the first wrong value: its dotted key, the value and what is allowed."""
     first, *others = error.errors(include_url=False)
-    path = [str(part) for part in first["loc"]]
-    known = _known()
-    while path and ".".join(path) not in known:
+    path = _place(first["loc"])
+    keys = _with_sections(known)
+    while path and ".".join(path) not in keys:
         path.pop()  # pydantic ends the location of a union by its branch, of a tuple by its index
-    messages = [first["msg"]] + [e["msg"] for e in others if [str(part) for part in e["loc"]][: len(path)] == path]
+    messages = [first["msg"]] + [e["msg"] for e in others if _place(e["loc"])[: len(path)] == path]
     text = ", or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in messages))
     key = ".".join(path)
     if first["type"] == "value_error":
@@ -450,18 +319,33 @@ def _explain(error: ValidationError) -> str:
     return f"{key}={first['input']!r}: {text}"
 
 
-def _keys(section: type, prefix: str = "") -> Iterator[str]:
-    """The dotted key of every value of a section."""
+def _place(location: Sequence[int | str]) -> list[str]:
+    """Where an error is, without the branch that pydantic took at `model`."""
+    path = [str(part) for part in location]
+    return [path[0], *path[2:]] if len(path) > 1 and path[0] == "model" and path[1] in GENERATORS else path
+
+
+def _generator_section(values: Mapping[str, Any]) -> type:
+    """The section that `model` is, by the generator it names."""
+    model = values.get("model", {})
+    name = model.get("generator", ModelConfig.generator) if isinstance(model, Mapping) else ModelConfig.generator
+    if name not in GENERATORS:
+        raise ConfigError(f"model.generator={name!r}: must be one of {', '.join(GENERATORS)}")
+    return GENERATORS[name]
+
+
+def _keys(section: type, prefix: str = "", *, model: type = ModelConfig) -> Iterator[str]:
+    """The dotted key of every value of a section; `model`: which section `model` is."""
     for f in dataclasses.fields(section):
-        if dataclasses.is_dataclass(f.default_factory) and isinstance(f.default_factory, type):
-            yield from _keys(f.default_factory, f"{prefix}{f.name}.")
+        inner: Any = model if section is TrainConfig and f.name == "model" else f.default_factory
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from _keys(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name
 
 
-def _known() -> set[str]:
+def _with_sections(keys: Sequence[str]) -> set[str]:
     """The dotted keys of all values and of all sections."""
-    keys = list(_keys(TrainConfig))
     return set(keys).union(*({key[:i] for i, letter in enumerate(key) if letter == "."} for key in keys))
 
 
@@ -473,11 +357,10 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _check_key(key: str) -> None:
+def _check_key(key: str, known: Sequence[str]) -> None:
     """Raise `ConfigError` with the nearest known key unless `key` is a value or a section of the config."""
-    if key in _known():
+    if key in _with_sections(known):
         return
-    known = list(_keys(TrainConfig))
     same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0)[0]
     raise ConfigError(f"unknown config key {key!r}; the nearest known key is {nearest!r}")

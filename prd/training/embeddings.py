@@ -32,69 +32,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from prd.teachers.text import PromptEncoder, T5PromptEncoder
+from prd.encoders import encoder_digest
+from prd.teachers.text import PromptEncoder
 from prd.training.config import ConfigError
 
 SHARD_BYTES = 256 << 20
 CHECKED = 1000  # prompts of a corpus that are looked up before training starts
 OPEN_SHARDS = 64
 REMEMBERED = 256  # embeddings held in memory: a step asks for the same ones many times, an epoch for all
-INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
 
 class EmbeddingsError(ConfigError):
     """Embeddings that cannot be used: absent, unfinished, of another encoder or of other prompts."""
-
-
-def encoder_digest(encoder: PromptEncoder) -> str:
-    """What an encoder's numbers depend on: weights and their precision, tokenizer, activation, kind of encoder."""
-    from tokenizers import Tokenizer
-
-    tokenizer, config = encoder.tokenizer, encoder.model.config
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.no_padding()  # these two are as the last call left them
-    plain.no_truncation()
-    settings = {name: getattr(config, name, None) for name in INFLUENTIAL}
-    padding = [tokenizer.pad_token_id, tokenizer.padding_side, getattr(config, "max_position_embeddings", None)]
-    digest = hashlib.sha256(f"{type(encoder).__name__} {settings} {padding} {plain.to_str()}".encode())
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def load_encoder(place: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PromptEncoder:
-    """The text encoder and tokenizer of a folder or Hub id in diffusers' layout, or of a single file: a CLIP or a T5.
-
-    Raises EmbeddingsError for another model or a folder without one, OSError and CheckpointError for missing or foreign
-    files.
-    """
-    from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
-
-    from prd.base import load_base
-    from prd.teachers.loading import load_strict
-
-    if place.endswith(".safetensors"):
-        encoder = load_base(place, dtype=dtype, text=True).encoder
-        assert encoder is not None  # text=True
-        encoder.model.to(device)
-        return encoder
-    if Path(place).is_dir() or Path(place).is_absolute() or place.count("/") != 1:
-        if not (Path(place) / "text_encoder/config.json").is_file():
-            raise EmbeddingsError(
-                f"encoder={place!r}: has no text_encoder/config.json; give a folder with one (of the Stable Diffusion "
-                "whose text encoder it shares), a .safetensors file or a Hub id 'owner/name'"
-            )
-    kinds: dict[str, tuple[Any, type[PromptEncoder]]] = {
-        "clip_text_model": (CLIPTextModel, PromptEncoder),
-        "t5": (T5EncoderModel, T5PromptEncoder),
-    }
-    kind = AutoConfig.from_pretrained(place, subfolder="text_encoder").model_type
-    if kind not in kinds:
-        raise EmbeddingsError(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
-    model_class, encoder_class = kinds[kind]
-    model = load_strict(model_class, place, "text_encoder", dtype).requires_grad_(False).eval().to(device)
-    return encoder_class(AutoTokenizer.from_pretrained(place, subfolder="tokenizer"), model)
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prd.training.config import ConfigError, PromptsConfig
+from prd.training.config import ConfigError
+from prd.training.sections import PromptsConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prd.toybox.world import all_captions
 from prd.training.compositional import animal2400, pig64
-from prd.training.config import PromptsConfig
 from prd.training.prompt_files import CorpusError, StoredPrompts, count_over_long, stored_prompts
+from prd.training.sections import PromptsConfig
 
 __all__ = ["Corpus", "CorpusError", "MixedPrompts", "ShuffledPrompts", "load_corpus"]
 
@@ -136,6 +136,12 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
     Raises CorpusError for a source that does not exist, cannot be read or holds no prompt, an unknown column or split,
     and for a held-out prompt the corpus lacks.
     """
+    if config.texts:
+        _check_held_out(config.held_out, config.texts, "prompts.texts")
+        kept = [text for text in config.texts if text not in config.held_out]
+        if not kept or not all(text.strip() for text in kept):
+            raise CorpusError(f"prompts.texts={list(config.texts)}: must be texts, at least one of them not held out")
+        return ShuffledPrompts(kept, seed, "prompts.texts")
     if config.source == "toybox":
         return _toybox(config)
     if config.source in SETS:

@@ -1,8 +1,9 @@
-"""The Accelerate loop around Progressive Rendering Distillation.
+"""The Accelerate loop around Progressive Rendering Distillation, and around generators that answer in one pass.
 
-A step draws prompts, rolls the student out over K timesteps (`prd.distillation.progressive`), renders each estimate,
-lets the teachers judge, and updates adapters and heads once. Gradients are summed over the K estimates and the
-micro-batches and exchanged between processes once a step, so the student needs no wrapper.
+A step draws prompts, rolls the student out over K timesteps (`prd.distillation.progressive`) or asks a generator once,
+renders each estimate, lets the teachers judge (`prd.training.supervision`), and updates what is trained once. Gradients
+are summed over the estimates and the micro-batches and exchanged between processes once a step, so the generator needs
+no wrapper.
 """
 
 from __future__ import annotations
@@ -22,32 +23,19 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from prd.base import load_base
-from prd.cameras import Cameras
 from prd.distillation.asd import NonFinitePrediction
-from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
-from prd.distillation.progressive import Judge, JudgeLog, judge_views, rollout
-from prd.distillation.regularizers import eikonal_loss, sparsity_loss
+from prd.distillation.draws import draw_normal
+from prd.distillation.progressive import JudgeLog, rollout
 from prd.fields import Field
+from prd.generators.generator import Generator
+from prd.generators.single_pass import SinglePassGenerator
 from prd.memory import keep_freed_memory
 from prd.rendering.background import TextBackground
-from prd.rendering.grid import GridField
-from prd.rendering.views import Views
-from prd.rendering.volume import GradientSamples
 from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
-from prd.training.build import (
-    at,
-    build_optimizer,
-    build_student,
-    build_surface_renderer,
-    build_volume_renderer,
-    camera_sampling,
-    guidance_at,
-    learning_rate,
-    load_teachers,
-)
+from prd.training.batches import NOISE, Batch, Batches, dummy_of
+from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers
 from prd.training.checkpoints import (
     CheckpointError,
     load_optimizer_state,
@@ -56,27 +44,22 @@ from prd.training.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
+from prd.training.config import ConfigError, Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
 from prd.training.embeddings import Embeddings
+from prd.training.library import open_library
 from prd.training.processes import StopRequest, choose_threads
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
 from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
-from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
+from prd.training.supervision import Supervision
+from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
 
 logger = logging.getLogger(__name__)
 
-PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS = range(5)  # streams of random numbers
-COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
-COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
 TIME_IS_UP = "max_train_minutes"
-
-
-class CollapseError(RuntimeError):
-    """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
 
 
 class Trainer:
@@ -104,32 +87,34 @@ class Trainer:
         embeddings = None if config.prompts.embeddings is None else Embeddings(config.prompts.embeddings)
         if embeddings is not None:
             embeddings.check_covers(self.corpus.prompts)
-        base = load_base(config.model.base, revision=config.model.revision, text=True)
-        assert base.encoder is not None  # text=True
-        self.encoder = base.encoder
+        self.student, self.encoder = build_generator(config)
         if self.accelerator.is_main_process:
-            model = self.encoder.model
-            if found := self.corpus.report(self.encoder.tokenizer, model.config.max_position_embeddings):
+            if found := self.corpus.report(self.encoder.tokenizer, self.encoder.length):
                 logger.warning(found)
-        self.student = build_student(config, base).to(self.device)
+        self.student.to(self.device)
         self.encoder.model.to(self.device)
         self.teachers = load_teachers(config, self.device)
+        text_width = self.encoder([""]).shape[-1]
         if embeddings is not None:
             self.encoder = embeddings.encoder(self.encoder, "student")
             for teacher in (teacher for teacher, _ in self.teachers if isinstance(teacher, UNetTeacher)):
                 teacher.prompt_encoder = embeddings.encoder(teacher.prompt_encoder, teacher.name)
-        self.parameters = self.student.trainable_parameters()
-        self.background: TextBackground | None = None
-        if config.text_background:
-            self.background = TextBackground(base.unet.config["cross_attention_dim"]).to(self.device)
-            self.parameters = [*self.parameters, *self.background.parameters()]
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(config, self.parameters))
-        self.lr_factor = learning_rate(config)
-        self.cameras = camera_sampling(config)
+        self.batches = Batches(
+            config.seed,
+            self.corpus,
+            self.encoder,
+            self.device,
+            open_library(config.library, self.encoder, self.student),
+            dummy_of(self.student),
+        )
+        self.background = TextBackground(text_width).to(self.device) if config.text_background else None
+        self.stages = stages_of(config)
+        self.enter(self.stages[0])
         if config.prompts.source == "toybox":
             check_captions(config.validation.prompts)
-        self.timesteps = self.student.timesteps(config.num_denoising_steps)
-        self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self.average: list[Tensor] | None = None
+        if config.ema_decay is not None:
+            self.average = [p.detach().clone() for p in self.every_parameter()]
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.skipped = self.skipped_total = 0  # steps in a row, and in this run
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus.prompts)
@@ -150,13 +135,48 @@ class Trainer:
         """Prompts drawn before an optimiser step: where the corpus goes on."""
         return self.first_prompt + (step - self.first) * self.prompts_a_step
 
+    # -- a stage -----------------------------------------------------------------------------------------------------
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that an optimiser step belongs to."""
+        return next((stage for stage in self.stages if step < stage.last), self.stages[-1])
+
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage: its parts of the generator are trained, by an optimiser of its own."""
+        self.stage = stage
+        if isinstance(self.student, SinglePassGenerator):
+            self.student.begin_stage(stage.config.trained)
+        chosen = trained_parameters(self.student, stage.config.trained)
+        for parameter in trained_parameters(self.student, None):
+            parameter.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config, self.parameters))
+        self.lr_factor = learning_rate(stage.config)
+        self.supervision = Supervision(
+            stage,
+            self.config,
+            self.teachers,
+            self.device,
+            alpha=self.student.alpha if isinstance(self.student, SinglePassGenerator) else None,
+            background=self.background,
+        )
+
+    def every_parameter(self) -> list[torch.nn.Parameter]:
+        """What any stage trains."""
+        own = () if self.background is None else self.background.parameters()
+        return [*trained_parameters(self.student, None), *own]
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns what is logged."""
-        config, log, witness = self.config, JudgeLog(), Witness()
+        if not self.stage.first <= step < self.stage.last:
+            self.enter(self.stage_at(step))
+        config, log, witness = self.stage.config, JudgeLog(), Witness()
         begun = time.time()
-        lr = config.optimizer.lr * self.lr_factor(step)
+        lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,107 +225,44 @@ class Trainer:
         return scaler is not None and scaler.get_scale() > 1
 
     def accumulate(self, step: int, micro: int, log: JudgeLog, witness: Witness) -> None:
-        """The rollout of one micro-batch: K estimates, each rendered and judged, gradients added up."""
-        config = self.config
-        place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
-        samples = range(place * config.train_batch_size, (place + 1) * config.train_batch_size)  # of the whole step
-        draws = [[sample_generator(config.seed, step, i, stream) for i in samples] for stream in range(5)]
-        first = self.prompts_drawn(step)
-        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws[PROMPTS], strict=True)]
-        embeds = self.encoder(prompts).to(self.device)
-        judges = [
-            Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
-        ]
+        """A micro-batch: the estimates of its prompts, each rendered and judged, gradients added up."""
+        batch, generator = self.draw(step, micro), self.student
 
-        @torch.autocast(self.device.type, enabled=False)  # geometry and losses are float32
-        def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
-            cameras = self.cameras.sample(draw_uniform((len(prompts), 3), draws[CAMERAS])).to(self.device)
-            witness.ask(k, prompts, cameras)
-            loss = torch.zeros((), device=self.device)
-            for name, views, regularizer in self.render(step, k, field, cameras, embeds, draws[JITTER], log):
-                loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
-            witness.answer(loss)
-            return loss / config.gradient_accumulation_steps
+        def supervise(k: int, field: Field) -> Tensor:
+            loss = self.supervision(batch, k, field, step, log, witness)
+            return loss / self.config.gradient_accumulation_steps
 
         @torch.autocast(self.device.type, enabled=False)  # each operation's gradient in the precision it ran in
         def backward(loss: Tensor) -> None:
             self.accelerator.backward(loss)
 
-        def noise(k: int) -> Tensor:
-            size, channels = self.student.config.latent_size, self.student.backbone.unet.config["in_channels"]
-            shape = (len(prompts), 6, channels, size, size)
-            return draw_normal(shape, draws[NOISE]).to(self.device)
-
         with self.accelerator.autocast():
+            if isinstance(generator, SinglePassGenerator):
+                generator.train()
+                field = generator.generate(batch.embeds, **batch.inputs)
+                generator.eval()
+                backward(supervise(0, field))
+                return
+
+            def noise(k: int) -> Tensor:
+                shape = (len(batch.prompts), *generator.latent_shape)
+                return draw_normal(shape, batch.draws[NOISE]).to(self.device)
+
             rollout(
-                self.student,
+                generator,
                 supervise,
                 backward,
-                prompt_embeds=embeds,
-                timesteps=self.timesteps,
+                prompt_embeds=batch.embeds,
+                timesteps=generator.timesteps(self.config.num_denoising_steps),
                 noise=noise,
             )
 
-    def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
-        """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
-
-        embeds [B, L, C]: a prompt is told by the mean over its tokens.
-        """
-        if self.background is None:
-            return self.config.background
-        return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
-
-    def render(
-        self,
-        step: int,
-        k: int,
-        field: Field,
-        cameras: Cameras,
-        embeds: Tensor,
-        jitter: Sequence[torch.Generator],
-        log: JudgeLog,
-    ) -> Iterator[tuple[str, Views, Tensor]]:
-        """Dual rendering: (renderer, its views, the regularisers it carries) of estimate k."""
+    def draw(self, step: int, micro: int) -> Batch:
+        """The prompts of a micro-batch, with random numbers of their own."""
         config = self.config
-        resolution = config.volume.grid_resolution
-        grid = GridField(field, resolution) if resolution else field
-        for name in renderers_of(config, step, k):
-            if name == "volume":
-                renderer = build_volume_renderer(config, step)
-                size = (len(jitter), renderer.passes, cameras.views, config.volume.height, config.volume.width)
-                views, gradient = renderer.render_with_samples(
-                    grid,
-                    cameras,
-                    height=config.volume.height,
-                    width=config.volume.width,
-                    background=self.backdrop(cameras, config.volume.height, config.volume.width, embeds),
-                    jitter=draw_uniform(size, jitter).transpose(0, 1),
-                )
-                yield name, views, self.regularizer(step, views, gradient, log)
-            else:
-                views, stats = build_surface_renderer(config, step).render_with_stats(
-                    grid if resolution == config.surface.grid_resolution else field,
-                    cameras,
-                    height=config.surface.height,
-                    width=config.surface.width,
-                    background=self.backdrop(cameras, config.surface.height, config.surface.width, embeds),
-                )
-                log.add("surfaces_corrected", stats.corrected.float().mean())  # the rate of empty ones
-                yield name, views, torch.zeros((), device=self.device)
-
-    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
-        """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
-        weights = self.config.regularizers
-        eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
-        opacity = float(views.opacity.detach().mean())
-        log.add("opacity", opacity)
-        log.add("eikonal", eikonal.detach())
-        if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
-            raise CollapseError(
-                f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
-                "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
-            )
-        return at(weights.eikonal, self.config, step) * eikonal + at(weights.sparsity, self.config, step) * sparsity
+        place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
+        samples = range(place * config.train_batch_size, (place + 1) * config.train_batch_size)  # of the whole step
+        return self.batches.draw(self.stage, step, samples, self.prompts_drawn(step))
 
     def exchange_gradients(self) -> Tensor | None:
         """Average the accumulated gradients over the processes, in one exchange a step.
@@ -337,7 +294,7 @@ class Trainer:
         """The moving average of the trained weights, with a shorter memory at the start."""
         if self.average is not None and self.config.ema_decay is not None:
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.every_parameter()], 1 - decay)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -345,20 +302,21 @@ class Trainer:
         if self.average is None:
             yield
             return
-        trained = [p.detach().clone() for p in self.parameters]
+        parameters = list[Tensor](self.every_parameter())
+        trained = [p.detach().clone() for p in parameters]
         with torch.no_grad():
-            torch._foreach_copy_(list[Tensor](self.parameters), self.average)
+            torch._foreach_copy_(parameters, self.average)
             try:
                 yield
             finally:
-                torch._foreach_copy_(list[Tensor](self.parameters), trained)
+                torch._foreach_copy_(parameters, trained)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> Path:
         """Write `checkpoint-{step}`, all that the next step depends on; to be called by every process."""
         tensors, plain = optimizer_state(self.optimizer)
-        groups = {"adapter": self.student.adapter_state_dict(), "optimizer": tensors}
+        groups = {self.student.folder_name: self.student.trained_state_dict(), "optimizer": tensors}
         if self.background is not None:
             groups["background"] = self.background.state_dict()
         if self.average is not None:
@@ -385,7 +343,8 @@ class Trainer:
         if checkpoint is None:
             return 0
         tensors, state = checkpoint.tensors, checkpoint.state
-        self.student.load_adapter_state_dict(tensors["adapter"])
+        self.student.load_trained_state_dict(tensors[self.student.folder_name])
+        self.enter(self.stage_at(max(0, checkpoint.step - 1)))  # whose optimiser was saved
         if self.background is not None:
             if "background" not in tensors:
                 raise CheckpointError("the checkpoint holds no background; resume without text_background")
@@ -394,7 +353,7 @@ class Trainer:
         if self.average is not None:
             if "average" not in tensors:
                 raise CheckpointError("the checkpoint holds no averaged weights; resume without ema_decay")
-            self.average = [tensors["average"][str(i)].to(self.device) for i in range(len(self.parameters))]
+            self.average = [tensors["average"][str(i)].to(self.device) for i in range(len(self.average))]
         if (scaler := self.accelerator.scaler) is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
         if own := tensors.get(f"rng-{self.accelerator.process_index}"):  # none for a process that has joined
@@ -500,7 +459,7 @@ class Trainer:
         """How far the shapes of the watched prompts differ, all from the same noise."""
         generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
         embeds = self.encoder(self.watched).to(self.device)
-        shapes = self.student.generate(embeds, generators, self.config.validation.num_inference_steps)
+        shapes = make_fields(self.student, embeds, generators, self.config.validation.num_inference_steps)
         return prompt_spread(shapes, len(self.watched), self.device)
 
     def gallery(self, steps: int) -> dict[str, float]:
@@ -526,7 +485,7 @@ class Trainer:
     def finish(self, steps: int) -> None:
         """Save the adapter trained for `steps`, then show and measure what it makes."""
         config, folder = self.config, self.folder
-        self.student.save_adapter(folder / "adapter")
+        self.student.save_pretrained(folder / self.student.folder_name)
         contact_sheet(self.student, self.encoder, config.validation.prompts, config, folder / "after.png")
         export_meshes(self.student, self.encoder, config.validation.prompts, config, folder / "meshes")
         if config.prompts.source == "toybox":
@@ -558,7 +517,7 @@ class Trainer:
                 "held_out": list(config.prompts.held_out),
                 "measured": {name: part["summary"] for name, part in report.items()},
             }
-            (folder / "adapter" / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            (folder / self.student.folder_name / "record.json").write_text(json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         write_report(folder)
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
@@ -586,13 +545,12 @@ def open_metrics(path: Path, steps: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
-    """The renderers of estimate k: both, or by turns, starting with another one every step."""
-    if config.renderers == "both":
-        return ("volume", "surface")
-    if config.renderers == "alternate":
-        return ("volume",) if (step + k) % 2 == 0 else ("surface",)
-    return (config.renderers,)
+def trained_parameters(generator: Generator, trained: Sequence[str] | None) -> list[torch.nn.Parameter]:
+    """The parameters of the parts named, None: of all; ConfigError for a part that there is not."""
+    parts = generator.parts()
+    if unknown := sorted(set(trained or ()) - parts.keys()):
+        raise ConfigError(f"trained={unknown[0]!r}: is no part of this generator; it has {', '.join(parts)}")
+    return [parameter for name, part in parts.items() if trained is None or name in trained for parameter in part]
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
 from prd.fields import Field, one_sample
+from prd.generators.generator import Generator
 from prd.generators.triplane_turbo import TriplaneTurboGenerator
 from prd.mesh import extract_mesh
 from prd.rendering.isosurface import EmptySurfaceError
@@ -22,6 +23,7 @@ from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
 from prd.toybox.score import Score, score_field
 from prd.toybox.world import all_captions
+from prd.training.build import camera_sampling
 from prd.training.config import TrainConfig
 from prd.training.pictures import save_sheet
 
@@ -35,7 +37,7 @@ def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator
 
 @torch.no_grad()
 def generate_fields(
-    student: TriplaneTurboGenerator,
+    student: Generator,
     encoder: PromptEncoder,
     prompts: Sequence[str],
     *,
@@ -43,25 +45,35 @@ def generate_fields(
     num_inference_steps: int,
     batch_size: int = 16,
 ) -> list[tuple[list[str], Field]]:
-    """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone."""
+    """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone.
+
+    num_inference_steps: K of a student that denoises; a generator of one pass has none.
+    """
     generators = prompt_generators(seed, prompts)
     batches: list[tuple[list[str], Field]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         embeds = encoder(part).to(student.device)
-        field = student.generate(embeds, generators[start : start + batch_size], num_inference_steps)
+        field = make_fields(student, embeds, generators[start : start + batch_size], num_inference_steps)
         batches.append((part, field))
     return batches
 
 
+@torch.no_grad()
+def make_fields(
+    student: Generator, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int
+) -> Field:
+    """The fields of embeddings [B, L, Ct], each from its own generator."""
+    if isinstance(student, TriplaneTurboGenerator):
+        return student.generate(embeds, generators, num_inference_steps)
+    return student.generate(embeds, generators)
+
+
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
-    """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, at the middle training distance."""
+    """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, in the middle of the training range."""
     views = config.validation.views
     azimuth = (30 + torch.arange(views) * 360 / views).expand(batch, -1)
-    relative = sum(config.cameras.relative_distance) / 2
-    fovy = config.cameras.fovy
-    distance = relative / torch.tan(torch.deg2rad(torch.tensor(fovy / 2)))
-    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, float(distance), fovy)
+    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *camera_sampling(config).middle)
 
 
 def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Views | None:
@@ -94,7 +106,7 @@ def _row(drawn: Views | None, config: TrainConfig, device: torch.device) -> Tens
 
 
 def contact_sheet(
-    student: TriplaneTurboGenerator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
+    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
 ) -> None:
     """One row a prompt: colours and normals from `validation.views` sides; no file without prompts."""
     if not prompts:
@@ -129,9 +141,7 @@ def mesh_names(prompts: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def save_gallery(
-    student: TriplaneTurboGenerator, encoder: PromptEncoder, config: TrainConfig, folder: Path
-) -> dict[str, float]:
+def save_gallery(student: Generator, encoder: PromptEncoder, config: TrainConfig, folder: Path) -> dict[str, float]:
     """The validation prompts from their fixed noise: `sheet.png`, a .glb with a colour a vertex each, `metrics.json`.
 
     Returns the means of what is measured: the share of pixels covered, prompts without a surface, triangles and volume
@@ -169,7 +179,7 @@ def save_gallery(
 
 
 def export_meshes(
-    student: TriplaneTurboGenerator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, folder: Path
+    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, folder: Path
 ) -> list[Path]:
     """A .glb for each prompt; one without a surface is named in the log and left out."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +187,7 @@ def export_meshes(
     for i, (prompt, name) in enumerate(zip(prompts, mesh_names(prompts), strict=True)):
         generator = prompt_generators(config.seed, prompts)[i]
         embeds = encoder([prompt]).to(student.device)
-        field = student.generate(embeds, [generator], config.validation.num_inference_steps)
+        field = make_fields(student, embeds, [generator], config.validation.num_inference_steps)
         try:
             (mesh,) = extract_mesh(field, config.validation.isosurface_resolution, keep="all")
         except EmptySurfaceError:
@@ -190,7 +200,7 @@ def export_meshes(
 
 
 def measure(
-    student: TriplaneTurboGenerator,
+    student: Generator,
     encoder: PromptEncoder,
     prompts: Sequence[str],
     *,

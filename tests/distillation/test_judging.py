@@ -21,7 +21,8 @@ from prd.distillation.progressive import Judge, JudgeLog, distill_samples, judge
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
 from prd.training.build import guidance_at
-from prd.training.config import DistillationConfig, TeacherConfig, TrainConfig
+from prd.training.config import TrainConfig
+from prd.training.sections import DistillationConfig, TeacherConfig
 from tests.teachers.tiny import random_views
 
 PROMPTS = ["a red cube", "a mug"]

@@ -60,7 +60,7 @@ def test_an_ablation_learns_and_is_saved(setting: dict, tmp_path) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    model.save_adapter(tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base())
     assert loaded.peta.full == model.peta.full and loaded.config == model.config
     k = model.config.num_inference_steps

@@ -37,12 +37,12 @@ def test_the_base_keeps_its_weights_and_the_adapter_can_be_saved(tmp_path) -> No
     unet, vae, scheduler = tiny_base()
     weights = {name: tensor.clone() for name, tensor in [*unet.named_parameters(), *vae.named_parameters()]}
     model = student((unet, vae, scheduler))
-    state, digest = {n: t.clone() for n, t in model.adapter_state_dict().items()}, model.base_hash()
+    state, digest = {n: t.clone() for n, t in model.trained_state_dict().items()}, model.base_hash()
     model.fuse().fuse()
     assert all(torch.equal(t, weights[n]) for n, t in [*unet.named_parameters(), *vae.named_parameters()])
     assert model.base_hash() == digest
-    model.save_adapter(tmp_path)
-    loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base()).adapter_state_dict()
+    model.save_pretrained(tmp_path)
+    loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base()).trained_state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
@@ -51,7 +51,7 @@ def test_a_fused_student_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="fused: build another one from its base to train"):
         model.trainable_parameters()
     with pytest.raises(ValueError, match="fused: build another one from its base to load an adapter"):
-        model.load_adapter_state_dict({})
+        model.load_trained_state_dict({})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

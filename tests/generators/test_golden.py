@@ -115,7 +115,7 @@ def published(latents: Tensor, text: Tensor) -> dict[str, Tensor]:
     converted = convert_published({**leaves, "geometry.bbox": box}, backbone)
     peta = published_config({**leaves, "geometry.bbox": box}, backbone)
     student = TriplaneTurboGenerator(unet, vae, scheduler, peta, StudentConfig(latent_size=4, head_width=8))
-    student.load_adapter_state_dict({name: tensor.detach() for name, tensor in converted.items()})
+    student.load_trained_state_dict({name: tensor.detach() for name, tensor in converted.items()})
     planes = student.decode_planes(student.denoise(latents, 749, text))
     (planes * wave(planes.numel(), 0.875).view(planes.shape)).sum().backward()
     trained = {f"heads.{name}": parameter for name, parameter in student.heads.named_parameters()}

@@ -106,7 +106,7 @@ def test_everything_trainable_learns_and_nothing_else(gradient_checkpointing: bo
 
 def test_save_and_load_give_the_same_planes(tmp_path) -> None:
     model = trained(bias_radius=0.45)
-    model.save_adapter(tmp_path)
+    model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -124,18 +124,18 @@ def test_save_and_load_give_the_same_planes(tmp_path) -> None:
 
 
 def test_another_base_is_refused(tmp_path) -> None:
-    trained().save_adapter(tmp_path)
+    trained().save_pretrained(tmp_path)
     other = student(seed=1)
-    before = {name: tensor.clone() for name, tensor in other.adapter_state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in other.trained_state_dict().items()}
     with pytest.raises(AdapterMismatch, match="'tiny'.*allow_other_base=True"):
         other.load_adapter(tmp_path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.adapter_state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.trained_state_dict().items())
     other.load_adapter(tmp_path, allow_other_base=True)
     assert not torch.equal(other.heads.sdf[0].weight, before["heads.sdf.0.weight"])
 
 
 def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) -> None:
-    trained().save_adapter(tmp_path)
+    trained().save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.bfloat16):
         unet, vae, scheduler = tiny_base()
         TriplaneTurboGenerator.from_adapter(tmp_path, unet.to(dtype), vae.to(dtype), scheduler)
@@ -159,23 +159,23 @@ def test_half_precision_is_close_and_the_field_stays_float32(dtype: torch.dtype)
 
 def test_damaged_adapters_change_nothing(tmp_path) -> None:
     model = trained()
-    model.save_adapter(tmp_path)
+    model.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(AdapterMismatch, match="adapter_model.safetensors: not a whole safetensors file"):
         student().load_adapter(tmp_path)
 
-    state = model.adapter_state_dict()
+    state = model.trained_state_dict()
     fresh = student()
-    before = {name: tensor.clone() for name, tensor in fresh.adapter_state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in fresh.trained_state_dict().items()}
     lost = "base_model.model.decoder.conv_out.bias"
     broken = {name: tensor for name, tensor in state.items() if name != lost}
     broken |= {"surplus": torch.zeros(1), "heads.rgb.0.weight": torch.zeros(2, 2)}
     with pytest.raises(AdapterMismatch) as error:
-        fresh.load_adapter_state_dict(broken)
+        fresh.load_trained_state_dict(broken)
     for part in (f"missing ['{lost}']", "extra ['surplus']", "heads.rgb.0.weight is [2, 2], expected [8, 9]"):
         assert part in str(error.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.adapter_state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.trained_state_dict().items())
 
     record = json.loads((tmp_path / "config.json").read_text())
     del record["bias_radius"]

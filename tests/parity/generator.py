@@ -58,7 +58,7 @@ class GeneratorParity:
         self.student = TriplaneTurboGenerator(
             self.unet, self.vae, self.scheduler, published_config(self.published, plain), config
         )
-        self.student.load_adapter_state_dict({name: tensor.detach() for name, tensor in self.native.items()})
+        self.student.load_trained_state_dict({name: tensor.detach() for name, tensor in self.native.items()})
         self.text = self.io.input("text_embed")
         self.batch = len(self.text)
 

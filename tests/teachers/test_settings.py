@@ -14,7 +14,7 @@ from prd.teachers import CheckpointError, MVDreamConfig, MVDreamTeacher, RichDre
 from prd.teachers.base import to_images
 from prd.teachers.loading import load_schedule, read_config
 from prd.teachers.mvdream import NEGATIVE_PROMPT
-from prd.training.config import DistillationConfig
+from prd.training.sections import DistillationConfig
 from tests.teachers.tiny import random_views, save_teacher, tiny_teacher
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from prd.cli import main
+from prd.encoders import UnknownEncoder, encoder_digest, load_encoder
 from prd.toybox import asset
 from prd.training import embeddings as module
 from prd.training.compositional import pig64
 from prd.training.config import ConfigError, load_config
-from prd.training.embeddings import Embeddings, EmbeddingsError, embed, encoder_digest, load_encoder
+from prd.training.embeddings import Embeddings, EmbeddingsError, embed
 from prd.training.prompts import load_corpus
 from prd.training.trainer import Trainer
 
@@ -119,11 +120,12 @@ def test_an_interrupted_run_goes_on_where_it_was(encoder, tmp_path, small_shards
 
 KILLED = """
 import sys, time
+from prd.encoders import load_encoder
 from prd.toybox import asset
 from prd.training import embeddings
 from prd.training.compositional import pig64
 embeddings.SHARD_BYTES = 1  # a text each
-encoder = embeddings.load_encoder(asset("stable_diffusion"))
+encoder = load_encoder(asset("stable_diffusion"))
 encode = encoder.encode
 encoder.encode = lambda prompts: time.sleep(0.02) or encode(prompts)
 embeddings.embed(pig64()["train"], encoder, sys.argv[1], name="toy")
@@ -159,7 +161,7 @@ def test_errors_name_the_folder_and_the_remedy(encoder, tmp_path, monkeypatch):
     with pytest.raises(EmbeddingsError, match="'a cow' of prompts.source is not among those of toy"):
         Embeddings(tmp_path).check_covers([*TEXTS[:3], "a cow"])
     Embeddings(tmp_path).check_covers(TEXTS[:3])
-    with pytest.raises(EmbeddingsError, match="encoder='toybocks': has no text_encoder/config.json"):
+    with pytest.raises(UnknownEncoder, match="encoder='toybocks': has no text_encoder/config.json"):
         load_encoder("toybocks")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with pytest.raises(EmbeddingsError, match="GB to write, 0.0 GB free"):

@@ -23,8 +23,9 @@ from transformers import AutoTokenizer
 from prd.toybox import asset
 from prd.training import prompt_files
 from prd.training.compositional import ACTIVITIES, PIG_THEMES, animal2400, pig64
-from prd.training.config import ConfigError, PromptsConfig, load_config
+from prd.training.config import ConfigError, load_config
 from prd.training.prompts import CorpusError, load_corpus
+from prd.training.sections import PromptsConfig
 from tests.training.dataset_server import serve
 
 HELD_OUT = ("a red cube", "a blue torus on a red cube")
@@ -168,7 +169,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch)
 
 FROM_THE_HUB = """
 import sys
-from prd.training.config import PromptsConfig
+from prd.training.sections import PromptsConfig
 from prd.training.prompts import CorpusError, load_corpus
 for source, column, split in (words.split() for words in sys.argv[1:]):
     try:

@@ -14,10 +14,12 @@ from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from prd.teachers import DepthControlTeacher
+from prd.training import supervision
 from prd.training import trainer as trainer_module
 from prd.training.checkpoints import CheckpointError
 from prd.training.config import ConfigError, load_config
-from prd.training.trainer import CollapseError, Trainer
+from prd.training.supervision import CollapseError, renderers_of
+from prd.training.trainer import Trainer
 from tests.teachers.tiny import save_deepfloyd
 
 SMALL = [
@@ -69,7 +71,7 @@ def frozen_hash(trainer: Trainer) -> str:
 def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_frozen_moves(toybox, monkeypatch):
     trainer = make("--renderers", "both")
     reached: dict[str, float] = {}
-    judge = trainer_module.judge_views
+    judge = supervision.judge_views
 
     def watched(views, judges, prompts, generator, log, renderer):
         def keep(gradient):
@@ -78,7 +80,7 @@ def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_fro
         views.rgb.register_hook(keep)
         return judge(views, judges, prompts, generator, log, renderer)
 
-    monkeypatch.setattr(trainer_module, "judge_views", watched)
+    monkeypatch.setattr(supervision, "judge_views", watched)
     before = frozen_hash(trainer)
     start = [p.detach().clone() for p in trainer.parameters]
     first = trainer.train_step(0)
@@ -117,7 +119,7 @@ def test_the_same_seed_repeats_and_the_renderers_alternate(toybox):
     for step in one:  # K = 2: each renderer has its turn
         assert all(f"gradient_norm/mvdream/{renderer}" in step for renderer in ("volume", "surface"))
     config = load_config("toybox", ["--renderers", "alternate"])
-    turns = [trainer_module.renderers_of(config, step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
+    turns = [renderers_of(config, step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
     assert turns == [("volume",), ("surface",), ("surface",)]
 
 
@@ -232,7 +234,7 @@ def test_bfloat16_runs_and_stays_near_float32(toybox, any_precision):
 
 def test_fp16_is_refused_without_a_gpu_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(trainer_module, "load_base", None)
+    monkeypatch.setattr(trainer_module, "build_generator", None)
     with pytest.raises(ConfigError, match="mixed_precision='fp16': needs a CUDA device; use bf16 or no"):
         make("--mixed_precision", "fp16")
 

@@ -1,0 +1,213 @@
+"""AToM, ATT3D, LATTE3D: a prompt becomes a mesh in one pass.
+
+from prd import AToM
+pipe = AToM.from_pretrained("toybox-atom")
+pipe("a red cube").meshes[0].export("cube.glb")
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from prd.encoders import encoder_digest, load_encoder
+from prd.fields import Field
+from prd.generators.atom import AtomGenerator
+from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
+from prd.hub import find_generator, read_facts
+from prd.pipeline import TriplaneTurbo
+from prd.teachers.text import PromptEncoder
+from prd.text_to_3d import Keep, OnEmpty, Stopwatch, TextTo3D, TextTo3DOutput, check_mesh_arguments
+
+logger = logging.getLogger(__name__)
+
+
+class Amortized(TextTo3D):
+    """A generator that answers in one pass, with its text encoder: what `AToM`, `ATT3D` and `LATTE3D` share."""
+
+    generator_class: ClassVar[type[SinglePassGenerator]]
+
+    def __init__(self, generator: SinglePassGenerator, encoder: PromptEncoder | None = None) -> None:
+        """encoder: of prompts, None if they are given as embeddings."""
+        super().__init__(generator, encoder, generator.config.text_encoder)
+
+    @property
+    def generator(self) -> SinglePassGenerator:
+        """The network from embeddings to fields."""
+        return self.model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        text_encoder: str | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        allow_other_encoder: bool = False,
+        text: bool = True,
+    ) -> Self:
+        """Load a generator and its text encoder.
+
+        name_or_path         a shipped one ("toybox-atom"), a run folder, a saved generator, or a Hub id
+        text_encoder         another place of the same text encoder; its hash must be the recorded one
+        device               where to compute, in float32: these networks are small
+        revision             branch, tag or commit of the generator on the Hub
+        token, cache_dir     of the Hub, for the generator and for its text encoder
+        local_files_only     take both from the cache, without asking the Hub
+        allow_other_encoder  accept a text encoder with other weights
+        text                 False: without text encoder, for prompt_embeds= alone
+
+        Raises ValueError for a revision of files on disk, FileNotFoundError if there is no generator, GeneratorMismatch
+        for one of another class, a damaged one, or another text encoder.
+        """
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find_generator(name_or_path, revision, **hub)
+        found = read_record(folder)["_class_name"]
+        if found != cls.generator_class.class_name:
+            raise GeneratorMismatch(
+                f"{name_or_path}: is a {found}, not {cls.generator_class.class_name}; use prd.{found}.from_pretrained"
+            )
+        generator = cls.generator_class.from_pretrained(folder)
+        encoder = None
+        if text:
+            place = text_encoder or generator.config.text_encoder
+            if not place:
+                raise ValueError(
+                    f"text_encoder=None: {name_or_path} was trained with one of a folder of its maker's; pass "
+                    "text_encoder="
+                )
+            encoder = load_encoder(place, **hub)
+            if not allow_other_encoder and generator.text_hash not in (None, encoder_digest(encoder)):
+                raise GeneratorMismatch(
+                    f"{name_or_path}: trained with the text encoder {generator.config.text_encoder!r}, whose weights "
+                    f"differ from those of {place}; load that one, or pass allow_other_encoder=True"
+                )
+        pipe = cls(generator, encoder).to(device)
+        pipe.facts = read_facts(folder)
+        return pipe
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move generator and text encoder, in place."""
+        self._move(device, None)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        output_type: Literal["mesh", "field"] = "mesh",
+        isosurface_resolution: int = 128,
+        target_faces: int | None = 10_000,
+        texture_size: int | None = 1024,
+        keep: Keep = "all",
+        on_empty: OnEmpty = "raise",
+        return_dict: bool = True,
+    ) -> TextTo3DOutput | tuple[Any]:
+        """Generate a textured mesh for each prompt.
+
+        prompt_embeds          [prompts, L, Ct] hidden states of the text encoder, instead of a prompt
+        output_type            how far to go: "field" stops before the isosurface
+        isosurface_resolution  nodes an axis of the isosurface grid over [-1, 1]^3
+        target_faces           triangles to simplify to, None for all
+        texture_size           side of the baked texture, None for vertex colours
+        keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
+        on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
+        return_dict            False: a tuple of the meshes or the field alone
+
+        Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
+        out of its range or of another shape.
+        """
+        return self._generate(
+            prompt,
+            prompt_embeds,
+            {},
+            output_type,
+            isosurface_resolution=isosurface_resolution,
+            target_faces=target_faces,
+            texture_size=texture_size,
+            keep=keep,
+            on_empty=on_empty,
+            return_dict=return_dict,
+        )
+
+    def _generate(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        inputs: dict[str, Any],
+        output_type: str,
+        *,
+        isosurface_resolution: int,
+        target_faces: int | None,
+        texture_size: int | None,
+        keep: Keep,
+        on_empty: OnEmpty,
+        return_dict: bool,
+    ) -> TextTo3DOutput | tuple[Any]:
+        """A call, with what else the generator takes as `inputs`."""
+        check_mesh_arguments(
+            output_type,
+            ("mesh", "field"),
+            on_empty=on_empty,
+            keep=keep,
+            isosurface_resolution=isosurface_resolution,
+            target_faces=target_faces,
+            texture_size=texture_size,
+        )
+        watch = Stopwatch(self.device)
+        prompts, embeds = self._encode(prompt, prompt_embeds, self.generator.config.text_width)
+        watch.lap("text")
+        field: Field = self.generator.generate(embeds, **inputs)
+        watch.lap("generate")
+        output = TextTo3DOutput([], prompts, field, watch.seconds)
+        if output_type == "mesh":
+            self._mesh(
+                output,
+                watch,
+                resolution=isosurface_resolution,
+                on_empty=on_empty,
+                target_faces=target_faces,
+                texture_size=texture_size,
+                keep=keep,
+            )
+        if return_dict:
+            return output
+        return (output.meshes if output_type == "mesh" else field,)
+
+
+class AToM(Amortized):
+    """Amortized text-to-mesh: a triplane from the text, refined by Triplane ConvNeXt blocks (Qian et al. 2024).
+
+    pipe = AToM.from_pretrained("toybox-atom")
+    pipe("a red cube").meshes[0].export("cube.glb")
+    """
+
+    generator_class = AtomGenerator
+
+
+PIPELINES: dict[str, Any] = {"TriplaneTurbo": TriplaneTurbo, "AToM": AToM}  # by the class that config.json names
+
+
+def load_pipeline(name_or_path: str | Path, **options: Any) -> TextTo3D:
+    """The pipeline of a saved generator, whichever it is; `options` as its own `from_pretrained` takes them."""
+    hub = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
+    folder = find_generator(name_or_path, options.get("revision"), **hub)
+    name = read_record(folder)["_class_name"]
+    if name not in PIPELINES:
+        raise GeneratorMismatch(f"{name_or_path}: its class {name!r} is unknown; allowed: {', '.join(PIPELINES)}")
+    load = PIPELINES[name].from_pretrained
+    if unknown := sorted(options.keys() - inspect.signature(load).parameters.keys()):
+        raise ValueError(f"{unknown[0]}={options[unknown[0]]!r}: {name} takes no such option; leave it out")
+    return load(name_or_path, **options)

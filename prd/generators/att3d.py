@@ -1,0 +1,143 @@
+"""ATT3D: a hypernetwork from text to the parameters of a multi-resolution grid (Lorraine et al. 2023).
+
+embeddings [B, L, Ct] --flatten, spectral-normalised linear, SiLU, spectral-normalised linear--> w [B, parameters]
+points --grid with parameters w--> features --NeRF head--> density and colour
+
+No momentum in its optimiser, no suffix of the view in its text: those belong to training (`configs/att3d_*.yaml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from prd.fields import AutogradGradient
+from prd.generators.single_pass import SinglePassGenerator
+from prd.hash_grid import FeatureGrids
+from prd.rendering.alpha import AlphaModel, DensityAlpha
+from prd.settings import CHECKS, Count, Positive, Radius, Size
+from prd.triplane import colour_from_features
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class Att3dConfig:
+    """The sizes of ATT3D. Those of the paper are in its appendix, which is not at hand: these are ours."""
+
+    generator: Literal["att3d"] = "att3d"  # which generator this section describes
+    text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_length: Count | None = None  # tokens of a prompt; null: as the text encoder gives them
+    text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
+    hidden_width: Count = 32  # of the vector v between the two linear maps (Eq. 4)
+    resolutions: tuple[Size, ...] = (9, 14, 22, 36, 58)  # nodes an axis of the grid's levels
+    features: Count = 4  # channels of a level
+    table_size: Count = 1 << 19  # entries from which a level is hashed
+    feature_gain: Positive = 1.0  # factor of w: spectral norms of 1 leave the entries of a long vector small
+    head_width: Count = 64  # hidden width of the NeRF head
+    representation: Literal["density", "sdf"] = "density"  # the paper's, or a signed distance, to compare encodings
+    density_scale: Positive = 25.0  # density = density_scale * softplus(head + blob), 1 / scene units
+    blob: Positive = 5.0  # the head's output is added to blob * (1 - |p| / sphere_radius), a ball at the start
+    sphere_radius: Radius = 0.5  # of that ball, scene units; of "sdf", whose output is added to |p| - sphere_radius
+
+
+class Att3dGenerator(SinglePassGenerator):
+    """Mapping network and NeRF head (ATT3D, section 3.1)."""
+
+    class_name = "ATT3D"
+    config_class = Att3dConfig
+
+    def __init__(self, config: Att3dConfig) -> None:
+        super().__init__(config)
+        self.grids = FeatureGrids(config.resolutions, config.features, config.table_size)
+        inputs = (config.text_length or 0) * (config.text_width or 0)
+        self.first = spectral_norm(nn.Linear(inputs, config.hidden_width))
+        self.second = spectral_norm(nn.Linear(config.hidden_width, self.grids.num_parameters, bias=False))
+        self.head = nn.Sequential(
+            nn.Linear(self.grids.channels, config.head_width), nn.ReLU(), nn.Linear(config.head_width, 4)
+        )
+        with torch.no_grad():
+            self.head.get_parameter("2.bias").zero_()
+
+    def mapping(self, prompt_embeds: Tensor) -> Tensor:
+        """m(c): the grid's parameters w [B, num_parameters] of embeddings [B, L, Ct] (Eq. 4 and 5)."""
+        self.check_embeds(prompt_embeds)
+        v = F.silu(self.first(prompt_embeds.flatten(1)))
+        return self.config.feature_gain * self.second(v)
+
+    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> HyperField:
+        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn."""
+        return HyperField(self.mapping(prompt_embeds.to(self.dtype)), self.grids, self.head, self.config)
+
+    def interpolate(self, first: Tensor, second: Tensor, alphas: Sequence[float] | Tensor) -> HyperField:
+        """The fields of m((1 - alpha) c1 + alpha c2) (Eq. 6), one for each of alphas [N].
+
+        first, second: embeddings [L, Ct] of two prompts. Interpolating from `second` with 1 - alphas gives the same.
+        """
+        share = torch.as_tensor(alphas, dtype=first.dtype, device=first.device).view(-1, 1, 1)
+        return self.generate((1 - share) * first + share * second)
+
+    def alpha(self) -> AlphaModel | None:
+        return DensityAlpha(threshold(self.config)) if self.config.representation == "density" else None
+
+
+def threshold(config: Att3dConfig) -> float:
+    """The density of the exported surface, where the head's output and the blob cancel."""
+    return config.density_scale * float(F.softplus(torch.zeros(())))
+
+
+class HyperField(AutogradGradient):
+    """B shapes, each a grid of parameters w [B, num_parameters], and the head that reads them.
+
+    With `representation` "density" the signed distance is threshold - density, 1 / scene units: positive outside, zero
+    on the exported surface, as `DensityAlpha` reads it.
+    """
+
+    def __init__(self, parameters: Tensor, grids: FeatureGrids, head: nn.Sequential, config: Att3dConfig) -> None:
+        self.parameters, self.grids, self.head, self.config = parameters, grids, head, config
+
+    def select(self, index: int) -> HyperField:
+        """One of the B samples, as a field of one."""
+        return HyperField(self.parameters[index, None], self.grids, self.head, self.config)
+
+    def _raw(self, points: Tensor) -> Tensor:
+        if points.ndim != 3 or points.shape[0] != len(self.parameters) or points.shape[2] != 3:
+            raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {len(self.parameters)}")
+        return self.head(self.grids.encode(self.parameters, points))
+
+    def _distance(self, raw: Tensor, radius: Tensor) -> Tensor:
+        """The field's signed distance of the head's first output and the distance from the centre, [...] each."""
+        config = self.config
+        if config.representation == "sdf":
+            return raw + radius - config.sphere_radius
+        blob = config.blob * (1 - radius / config.sphere_radius)
+        return threshold(config) - config.density_scale * F.softplus(raw + blob)
+
+    def sdf(self, points: Tensor) -> Tensor:
+        return self._distance(self._raw(points)[..., :1], points.norm(dim=-1, keepdim=True))
+
+    def rgb(self, points: Tensor) -> Tensor:
+        return colour_from_features(self._raw(points)[..., 1:]).clamp(0, 1)
+
+    def grid(self, resolution: int) -> tuple[Tensor, Tensor, None]:
+        """sdf [B, R, R, R] and rgb [B, R, R, R, 3] at the nodes linspace(-1, 1, R) of the cube, no deformation."""
+        raw, radius = self._slab(resolution, 0, resolution)
+        return self._distance(raw[..., 0], radius), colour_from_features(raw[..., 1:]).clamp(0, 1), None
+
+    def geometry_grid(self, resolution: int, first: int, last: int) -> tuple[Tensor, None]:
+        """The planes x[first], ..., x[last - 1] of `grid`: sdf [B, n, R, R]."""
+        raw, radius = self._slab(resolution, first, last)
+        return self._distance(raw[..., 0], radius), None
+
+    def _slab(self, resolution: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The head's output [B, n, R, R, 4] and the distance from the centre [n, R, R] of some planes of a grid."""
+        if resolution < 2 or not 0 <= first < last <= resolution:
+            raise ValueError(f"resolution={resolution}, planes {first}..{last}: expected 0 <= first < last <= R, R > 1")
+        nodes = torch.linspace(-1, 1, resolution, device=self.parameters.device, dtype=self.parameters.dtype)
+        x = nodes[first:last]
+        radius = (x[:, None, None] ** 2 + nodes[:, None] ** 2 + nodes**2).sqrt()
+        return self.head(self.grids.encode_grid(self.parameters, x, nodes)), radius
