@@ -74,9 +74,7 @@ class TrainConfig:
     renderers: Literal["both", "alternate", "volume", "surface"] = "both"  # at each of the K steps; alternate: in turn
     stages: tuple[dict[str, Any], ...] = ()  # parts of the run that change some values, each with its `until`
     trained: tuple[str, ...] | None = None  # parts of the generator that are trained; null: all
-    init_from: str | None = (
-        None  # a saved generator to start from, as "toybox-atom" or a run folder; null: from scratch
-    )
+    init_from: str | None = None  # a saved generator to start from, "toybox-atom" or a run folder; null: from scratch
     background: Fraction = 0.5  # grey level behind the object
     text_background: bool = False  # train over an environment made from the text instead, trained along; shown: grey
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none

@@ -121,9 +121,9 @@ class MeshLibrary:
 
 
 def read_mesh(path: Path) -> Mesh:
-    """A mesh file's triangles, glTF's +Y up turned to +Z, centred and scaled into the cube; LibraryError without any."""
+    """A mesh file's triangles, +Y up turned to +Z, centred and scaled into the cube; LibraryError without any."""
     try:
-        loaded = trimesh.load(path, force="mesh", process=False)
+        loaded: Any = trimesh.load(path, force="mesh", process=False)
     except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
         raise LibraryError(f"{path}: cannot be read as a mesh ({error})") from error
     vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
