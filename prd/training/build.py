@@ -16,10 +16,11 @@ from prd.distillation.schedules import LinearSchedule
 from prd.encoders import encoder_digest, load_encoder
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
+from prd.generators.latte3d import Latte3dGenerator
 from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.hub import find_generator
-from prd.rendering.alpha import AlphaModel
+from prd.rendering.alpha import AlphaModel, NeusAlpha
 from prd.rendering.marching import marching_cubes
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.tetrahedra import marching_tetrahedra
@@ -44,7 +45,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 SINGLE_PASS: dict[type, type[SinglePassGenerator]] = {
-    kind.config_class: kind for kind in (AtomGenerator, Att3dGenerator)
+    kind.config_class: kind for kind in (AtomGenerator, Att3dGenerator, Latte3dGenerator)
 }
 
 
@@ -197,10 +198,11 @@ def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guid
 def build_volume_renderer(config: TrainConfig, step: int, alpha: AlphaModel | None = None) -> VolumeRenderer:
     """The volume renderer with its gradient scales at an optimizer step; alpha: of the generator, None: NeuS."""
     volume = config.volume
+    if alpha is None:
+        alpha = NeusAlpha(at(volume.inv_std, config, step))
     return VolumeRenderer(
         num_samples=volume.num_samples,
         num_importance_samples=volume.num_importance_samples,
-        inv_std=at(volume.inv_std, config, step),
         max_rays=volume.max_rays,
         alpha=alpha,
         rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),

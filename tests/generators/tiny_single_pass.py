@@ -1,0 +1,51 @@
+"""Tiny AToM, ATT3D and LATTE3D, and random embeddings for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prd.generators.atom import AtomConfig, AtomGenerator
+from prd.generators.att3d import Att3dConfig, Att3dGenerator
+from prd.generators.latte3d import Latte3dConfig, Latte3dGenerator
+from prd.generators.single_pass import SinglePassGenerator
+
+LENGTH, WIDTH = 5, 12
+TEXT = {"text_length": LENGTH, "text_width": WIDTH}
+ATOM = AtomConfig(
+    **TEXT, plane_channels=4, plane_size=6, num_blocks=2, attention_heads=2, head_width=8, frequencies=2, inv_std=30.0
+)
+ATT3D = Att3dConfig(**TEXT, hidden_width=6, resolutions=(3, 5), features=2, table_size=64, head_width=8)
+LATTE3D = Latte3dConfig(
+    **TEXT,
+    num_points=40,
+    point_width=8,
+    plane_size=8,
+    channels=(4, 8),
+    plane_channels=4,
+    attention_heads=2,
+    expansion=2,
+    head_width=8,
+    frequencies=2,
+)
+KINDS = {"atom": (AtomGenerator, ATOM), "att3d": (Att3dGenerator, ATT3D), "latte3d": (Latte3dGenerator, LATTE3D)}
+
+
+def make(kind: str, seed: int = 0) -> SinglePassGenerator:
+    """A generator with random weights everywhere, those that start at zero included."""
+    model_class, config = KINDS[kind]
+    torch.manual_seed(seed)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def embeddings(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def some_points(batch: int, count: int = 50, seed: int = 2) -> Tensor:
+    return torch.rand(batch, count, 3, generator=torch.Generator().manual_seed(seed)) * 1.8 - 0.9
