@@ -1,0 +1,98 @@
+"""Judging what lies between two prompts: over embeddings, guidance and losses (ATT3D, section 3.2.2)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prd.distillation.asd import Guidance, Mixture, leaf_views
+from prd.distillation.progressive import distill_samples
+from prd.teachers.base import Condition
+from prd.training.batches import draw_mixture
+from prd.training.sections import InterpolationConfig
+from tests.distillation.test_judging import StubTeacher
+from tests.teachers.tiny import random_views
+
+FIRST, SECOND = ["a red cube", "a mug"], ["a very long prompt", "cup"]
+KINDS = ("embeddings", "guidance", "losses")
+
+
+class CurvedTeacher(StubTeacher):
+    """Whose prediction is no linear function of the text, so that the three kinds differ."""
+
+    def predict_noise(self, x_t, t, condition: Condition):
+        text = condition.prompt_embeds.view(-1, 1, 1, 1)
+        return x_t * text.square() + 0.3 * text
+
+
+def judged(teacher, prompts, guidance, mixture=None):
+    views = leaf_views(random_views(2, 4))
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    return distill_samples(teacher, views, prompts, guidance, generators, mixture)
+
+
+GUIDANCE = Guidance(guidance_scale=3.0, t_min=100, t_max=900, weighting="sds", reference="noise")
+
+
+@pytest.mark.parametrize("over", KINDS)
+@pytest.mark.parametrize("views", [1, 4])
+def test_the_ends_are_the_prompts_themselves(over: str, views: int) -> None:
+    teacher = CurvedTeacher(views)
+    first = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.zeros(2), over))
+    torch.testing.assert_close(first.gradient, judged(teacher, FIRST, GUIDANCE).gradient)
+    if over != "losses":  # whose second judgement has a noise of its own
+        second = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.ones(2), over))
+        torch.testing.assert_close(second.gradient, judged(teacher, SECOND, GUIDANCE).gradient)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_guidance_interpolates_the_predictions_and_embeddings_the_text(eta: float) -> None:
+    teacher, share = CurvedTeacher(4), torch.tensor([0.25, 0.75])
+    reference = "shifted" if eta else "noise"
+    guidance = Guidance(guidance_scale=3.0, t_min=100, t_max=900, eta=eta, weighting="sds", reference=reference)
+    rows = share.repeat_interleave(4).view(-1, 1, 1, 1)
+    between = judged(teacher, FIRST, guidance, Mixture(SECOND, share, "guidance")).gradient
+    one, two = (judged(teacher, prompts, guidance).gradient for prompts in (FIRST, SECOND))
+    torch.testing.assert_close(between, torch.lerp(one, two, rows))  # linear in the predictions
+    embedded = judged(teacher, FIRST, guidance, Mixture(SECOND, share, "embeddings")).gradient
+    assert (embedded - between).abs().max() > 1e-3
+    symmetric = judged(teacher, SECOND, guidance, Mixture(FIRST, 1 - share, "embeddings")).gradient
+    torch.testing.assert_close(symmetric, embedded)
+
+
+def test_losses_are_two_judgements() -> None:
+    teacher, share = CurvedTeacher(4), torch.tensor([0.25, 0.75])
+    result = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, share, "losses"))
+    one = judged(teacher, FIRST, GUIDANCE)
+    two = (result.loss - (1 - share) * one.loss) / share
+    assert bool((two > 0).all()) and (two - one.loss).abs().max() > 1e-3
+    share_of_image = share.repeat_interleave(4).view(-1, 1, 1, 1)
+    second = (result.gradient - (1 - share_of_image) * one.gradient) / share_of_image
+    again = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.ones(2), "losses")).gradient
+    torch.testing.assert_close(again, second, rtol=1e-4, atol=1e-5)
+
+
+def test_second_prompts_and_shares_are_drawn_sample_by_sample() -> None:
+    prompts = [f"prompt {i}" for i in range(50)]
+
+    def draw(config: InterpolationConfig, seeds):
+        return draw_mixture(config, prompts, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    assert draw(InterpolationConfig(), range(4)) is None
+    config = InterpolationConfig(probability=0.5, over="guidance", concentration=0.5)
+    many = draw(config, range(400))
+    paired = many.share > 0
+    assert many.over == "guidance" and float(paired.float().mean()) == pytest.approx(0.5, abs=0.08)
+    assert float(many.share[paired].mean()) == pytest.approx(0.5, abs=0.06)
+    near = ((many.share[paired] < 0.1) | (many.share[paired] > 0.9)).float().mean()
+    uniform = draw(InterpolationConfig(probability=1.0), range(400)).share
+    assert near > 0.3 and float(((uniform < 0.1) | (uniform > 0.9)).float().mean()) < 0.3
+    alone = draw(config, [7])
+    assert alone.prompts[0] == many.prompts[7] and alone.share[0] == many.share[7]  # whatever the company
+
+
+def test_a_share_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"share=\[1.5, 0.0\]: must lie in 0..1, one for each of 2"):
+        Mixture(SECOND, torch.tensor([1.5, 0.0]))
+    with pytest.raises(ValueError, match="over='words': must be one of"):
+        Mixture(SECOND, torch.zeros(2), "words")

@@ -1,0 +1,120 @@
+"""Runs in several stages: what a stage changes, what it trains, and a resume across its boundary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prd.training.config import ConfigError, load_config, save_config, stages_of
+from prd.training.trainer import Trainer
+
+STAGES = """[
+  {name: volume, until: 0.6, renderers: volume, optimizer: {lr: 4.0e-3}},
+  {name: mesh, until: 1, renderers: surface, surface: {isosurface: tetrahedra}, teachers: {mvdream: {enabled: false}}}
+]"""
+TINY = [
+    *("--model.generator", "atom", "--model.plane_channels", "4", "--model.plane_size", "6", "--model.num_blocks", "1"),
+    *("--model.attention_heads", "2", "--model.head_width", "8", "--model.frequencies", "2"),
+]
+SMALL = [
+    *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
+    *("--volume.grid_resolution", "12", "--surface.grid_resolution", "12", "--volume.num_samples", "8"),
+    *("--teachers.richdreamer.enabled", "false", "--validation.prompts", "[]", "--validation.stacks", "1"),
+]
+
+
+def staged(tmp_path, *words: str):
+    """A tiny AToM in two stages; the toy box's recipe without its own model section."""
+    recipe = tmp_path / "recipe.yaml"
+    if not recipe.exists():
+        text = (load_recipe().split("model:")[0]) + "prompts:" + load_recipe().split("prompts:", 1)[1]
+        recipe.write_text(text)
+    return load_config(recipe, [*TINY, *SMALL, "--output_dir", str(tmp_path / "run"), *words])
+
+
+def load_recipe() -> str:
+    from importlib import resources
+
+    return (resources.files("prd") / "configs" / "toybox.yaml").read_text()
+
+
+def test_a_run_without_stages_is_one(tmp_path) -> None:
+    (only,) = stages_of(staged(tmp_path, "--max_train_steps", "7"))
+    assert (only.first, only.last, only.config.schedule_steps) == (0, 7, 7)
+    (longer,) = stages_of(staged(tmp_path, "--max_train_steps", "9", "--schedule_steps", "7"))
+    assert (longer.last, longer.config.schedule_steps) == (9, 7)
+
+
+def test_a_stage_is_the_recipe_with_some_values_replaced(tmp_path) -> None:
+    config = staged(tmp_path, "--max_train_steps", "20", "--stages", STAGES)
+    volume, mesh = stages_of(config)
+    assert (volume.name, volume.first, volume.last, mesh.first, mesh.last) == ("volume", 0, 12, 12, 20)
+    assert (volume.config.renderers, mesh.config.renderers) == ("volume", "surface")
+    assert (volume.config.optimizer.lr, mesh.config.optimizer.lr) == (4e-3, 1e-3)
+    assert volume.config.optimizer.betas == config.optimizer.betas  # the rest of a section stays
+    assert volume.config.teachers.mvdream.enabled and not mesh.config.teachers.mvdream.enabled
+    assert (volume.config.schedule_steps, mesh.config.schedule_steps) == (12, 8)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    longer = stages_of(staged(tmp_path, "--max_train_steps", "30", "--schedule_steps", "20", "--stages", STAGES))
+    assert [stage.last for stage in longer] == [12, 30]  # the last goes on
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{until: 0.5}]", r"stages\[0\].until=0.5: the last must be 1"),
+        ("[{until: 0.5}, {until: 0.4}]", r"stages\[1\].until=0.4: must be a share of the run up to 1, ascending"),
+        ("[{renderers: volume}]", r"stages\[0\].until=None: must be a share"),
+        ("[{until: 1, seed: 3}]", r"stages\[0\]: 'seed' is no value of a stage; allowed: renderers, "),
+        ("[{until: 1, optimizer: {lrr: 1}}]", r"stages\[0\]: unknown config key 'optimizer.lrr'; the nearest known "),
+        ("[{until: 1, renderers: none}]", r"stages\[0\]: renderers='none'"),
+        (
+            "[{until: 1, teachers: {mvdream: {enabled: false}, stable_diffusion: {enabled: false}}}]",
+            r"stages\[0\]: no teacher is enabled",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_are_named(tmp_path, stages: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        staged(tmp_path, "--stages", stages)
+
+
+def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) -> None:
+    trainer = Trainer(staged(tmp_path, "--max_train_steps", "4", "--stages", STAGES.replace("0.6", "0.5")))
+    deformation = trainer.student.heads.deformation.third.weight
+    rows = []
+    for step in range(4):
+        rows.append(trainer.train_step(step))
+        assert bool(deformation.any()) == (step >= 2)  # the mesh alone moves it
+    for row in rows[:2]:
+        assert row["gradient_norm/mvdream/volume"] > 0 and "gradient_norm/stable_diffusion/surface" not in row
+    for row in rows[2:]:
+        assert row["gradient_norm/stable_diffusion/surface"] > 0
+        assert not [name for name in row if "mvdream" in name or name.endswith("volume")]
+    assert (rows[0]["lr"], rows[2]["lr"]) == (4e-3, 1e-3)
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}  # begun anew
+
+
+def test_a_resume_across_stages_is_bit_for_bit(toybox, tmp_path) -> None:
+    words = ["--max_train_steps", "4", "--stages", STAGES.replace("0.6", "0.5"), "--ema_decay", "0.9"]
+    for saved in (1, 2, 3):  # in the first stage, at the boundary, in the second
+        whole = Trainer(staged(tmp_path, *words, "--output_dir", str(tmp_path / f"whole{saved}")))
+        for step in range(saved):
+            whole.train_step(step)
+        whole.save(saved)
+        rows = [whole.train_step(step) for step in range(saved, 4)]
+        folder = str(tmp_path / f"whole{saved}")
+        other = Trainer(staged(tmp_path, *words, "--output_dir", folder, "--resume_from_checkpoint", "latest"))
+        assert other.resume() == saved
+        again = [other.train_step(step) for step in range(saved, 4)]
+        for a, b in zip(rows, again, strict=True):
+            assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        one, two = whole.student.trained_state_dict(), other.student.trained_state_dict()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert all(torch.equal(a, b) for a, b in zip(whole.average, other.average, strict=True))
+
+
+def test_a_part_that_is_not_there_is_named(toybox, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="trained='wheels': is no part of this generator; it has all"):
+        Trainer(staged(tmp_path, "--trained", "[wheels]"))
