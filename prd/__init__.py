@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prd.amortized import AToM
+    from prd.amortized import ATT3D, LATTE3D, AToM
     from prd.cameras import Cameras, CameraSampling, orbit_cameras
     from prd.fields import Field
     from prd.mesh import Mesh
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ATT3D",
     "AToM",
     "CameraSampling",
     "Cameras",
     "EmptySurfaceError",
     "Field",
+    "LATTE3D",
     "Mesh",
     "TriplaneTurbo",
     "TriplaneTurboOutput",
@@ -32,11 +34,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ATT3D": "amortized",
     "AToM": "amortized",
     "CameraSampling": "cameras",
     "Cameras": "cameras",
     "EmptySurfaceError": "rendering.isosurface",
     "Field": "fields",
+    "LATTE3D": "amortized",
     "Mesh": "mesh",
     "TriplaneTurbo": "pipeline",
     "TriplaneTurboOutput": "pipeline",

@@ -19,11 +19,15 @@ from torch import Tensor
 from prd.encoders import encoder_digest, load_encoder
 from prd.fields import Field
 from prd.generators.atom import AtomGenerator
+from prd.generators.att3d import Att3dGenerator
+from prd.generators.latte3d import Latte3dGenerator
 from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
 from prd.hub import find_generator, read_facts
+from prd.mesh import Mesh
+from prd.mesh_files import read_mesh, sample_points
 from prd.pipeline import TriplaneTurbo
 from prd.teachers.text import PromptEncoder
-from prd.text_to_3d import Keep, OnEmpty, Stopwatch, TextTo3D, TextTo3DOutput, check_mesh_arguments
+from prd.text_to_3d import Keep, OnEmpty, Stopwatch, TextTo3D, TextTo3DOutput, check_mesh_arguments, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +201,88 @@ class AToM(Amortized):
     generator_class = AtomGenerator
 
 
-PIPELINES: dict[str, Any] = {"TriplaneTurbo": TriplaneTurbo, "AToM": AToM}  # by the class that config.json names
+class ATT3D(Amortized):
+    """Amortized text-to-3D: a hypernetwork makes the grid of a NeRF from the text (Lorraine et al. 2023).
+
+    pipe = ATT3D.from_pretrained("toybox-att3d")
+    fields = pipe.interpolate("a red cube", "a blue sphere", [0.0, 0.5, 1.0])
+    """
+
+    generator_class = Att3dGenerator
+
+    @torch.no_grad()
+    def interpolate(self, prompt_a: str, prompt_b: str, alphas: Sequence[float] | Tensor) -> Field:
+        """The continuum between two prompts: the fields of m((1 - alpha) c_a + alpha c_b), one for each alpha [N]."""
+        _, (first, second) = self._encode([prompt_a, prompt_b], None, self.generator.config.text_width)
+        generator: Any = self.generator
+        return generator.interpolate(first, second, alphas)
+
+
+class LATTE3D(Amortized):
+    """Amortized text-to-enhanced-3D: geometry and texture networks from a point cloud and text (Xie et al. 2024).
+
+    pipe = LATTE3D.from_pretrained("toybox-latte3d")
+    pipe("a red cube").meshes[0].export("cube.glb")
+    pipe("a red mug", shape="mug.ply")  # a generator that was trained to follow shapes keeps this one
+    """
+
+    generator_class = Latte3dGenerator
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        shape: Mesh | str | Path | Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: Literal["mesh", "field"] = "mesh",
+        isosurface_resolution: int = 128,
+        target_faces: int | None = 10_000,
+        texture_size: int | None = 1024,
+        keep: Keep = "all",
+        on_empty: OnEmpty = "raise",
+        return_dict: bool = True,
+    ) -> TextTo3DOutput | tuple[Any]:
+        """Generate a textured mesh for each prompt; arguments as in `Amortized.__call__`, and
+
+        shape  the 3D shape that all prompts follow (3D stylisation): a Mesh or points [N, 3] in scene units, or a file
+               of a mesh, which is scaled into the scene; None: the text alone
+        """
+        count = len(prompt_embeds) if prompt_embeds is not None else len(check_prompts(prompt))
+        inputs = {} if shape is None else {"points": self._cloud(shape).expand(count, -1, -1)}
+        return self._generate(
+            prompt,
+            prompt_embeds,
+            inputs,
+            output_type,
+            isosurface_resolution=isosurface_resolution,
+            target_faces=target_faces,
+            texture_size=texture_size,
+            keep=keep,
+            on_empty=on_empty,
+            return_dict=return_dict,
+        )
+
+    def _cloud(self, shape: Mesh | str | Path | Tensor) -> Tensor:
+        """Points [1, N, 3] of a shape: those given, or as many on its surface as the generator was trained with."""
+        if isinstance(shape, Tensor):
+            if shape.ndim != 2 or shape.shape[1] != 3:
+                raise ValueError(f"shape={tuple(shape.shape)}: expected points [N, 3]")
+            return shape[None].to(self.device)
+        if isinstance(shape, Mesh):
+            mesh = torch.from_numpy(shape.vertices), torch.from_numpy(shape.faces)
+        elif isinstance(shape, str | Path):
+            mesh = read_mesh(Path(shape))
+        else:
+            raise TypeError(f"shape={shape!r}: must be a Mesh, a file of one, or points [N, 3]")
+        draw = torch.Generator().manual_seed(0)
+        return sample_points(mesh, self.generator.config.num_points, draw)[None].to(self.device)
+
+
+PIPELINES: dict[str, Any] = {  # by the class that config.json names
+    "TriplaneTurbo": TriplaneTurbo,
+    **{pipe.generator_class.class_name: pipe for pipe in (AToM, ATT3D, LATTE3D)},
+}
 
 
 def load_pipeline(name_or_path: str | Path, **options: Any) -> TextTo3D:

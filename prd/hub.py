@@ -22,7 +22,17 @@ from prd.toybox import asset
 logger = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "record.json"
-SHIPPED = {TOYBOX: "adapter", "toybox-atom": "atom"}  # the toy box's generators and their folders among its assets
+SHIPPED = {  # the generators of the toy box and their folders among its assets
+    TOYBOX: "adapter",
+    "toybox-atom": "atom",
+    "toybox-att3d": "att3d",
+    "toybox-latte3d": "latte3d",
+}
+    TOYBOX: "adapter",
+    "toybox-atom": "atom",
+    "toybox-att3d": "att3d",
+    "toybox-latte3d": "latte3d",
+}  # the toy box's generators and their folders among its assets
 IN_RUNS = ("adapter", "generator")  # what a run saves its generator as
 
 

@@ -35,7 +35,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 
 def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("prd.pipeline.TriplaneTurbo.from_pretrained", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.amortized.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
     assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
 
@@ -60,7 +60,7 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
         )
         raise ValueError("stop")
 
-    monkeypatch.setattr("prd.pipeline.TriplaneTurbo.from_pretrained", load)
+    monkeypatch.setattr("prd.amortized.load_pipeline", load)
     monkeypatch.setattr("prd.base.load_base", load)
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])

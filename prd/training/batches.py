@@ -13,10 +13,11 @@ from torch import Tensor
 from prd.distillation.asd import Mixture
 from prd.distillation.draws import sample_generator
 from prd.generators.point_encoder import anneal_cloud
+from prd.mesh_files import sample_points
 from prd.teachers.text import PromptEncoder
 from prd.training.build import at
 from prd.training.config import Stage
-from prd.training.library import ShapeLibrary, Shapes, sample_points
+from prd.training.library import ShapeLibrary, Shapes
 from prd.training.prompts import Corpus
 from prd.training.sections import InterpolationConfig
 

@@ -17,14 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import trimesh
 from torch import Tensor
 
 from prd.cameras import Cameras
 from prd.fields import AutogradGradient
+from prd.mesh_files import read_mesh
 from prd.rendering.isosurface import extract_isosurface
 from prd.rendering.marching import Mesh
 from prd.rendering.surface import SurfaceRenderer
@@ -35,7 +34,6 @@ from prd.training.config import ConfigError
 from prd.training.sections import LibraryConfig
 
 INDEX = "library.jsonl"
-REACH = 0.9  # half the longest side of a shape that was read from a file, scene units
 TOY_RESOLUTION = 64  # nodes an axis of the toy shapes' surfaces
 KEPT = 512  # shapes in memory
 
@@ -118,34 +116,6 @@ class MeshLibrary:
             self._keys = F.normalize(torch.cat(parts).float(), dim=1)
         asked = F.normalize(self.embed([prompt]).float(), dim=1)
         return self.captions[int((self._keys @ asked[0]).argmax())]
-
-
-def read_mesh(path: Path) -> Mesh:
-    """A mesh file's triangles, +Y up turned to +Z, centred and scaled into the cube; LibraryError without any."""
-    try:
-        loaded: Any = trimesh.load(path, force="mesh", process=False)
-    except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
-        raise LibraryError(f"{path}: cannot be read as a mesh ({error})") from error
-    vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
-    if not len(faces) or not np.isfinite(vertices).all():
-        raise LibraryError(f"{path}: holds no triangles, or points that are not finite")
-    if path.suffix.lower() in (".glb", ".gltf", ".obj"):
-        vertices = vertices[:, [2, 0, 1]]  # the exporter's X -> Z, Y -> X, Z -> Y, turned back
-    low, high = vertices.min(axis=0), vertices.max(axis=0)
-    vertices = (vertices - (low + high) / 2) * (2 * REACH / max(float((high - low).max()), 1e-6))
-    return torch.from_numpy(vertices), torch.from_numpy(faces)
-
-
-def sample_points(mesh: Mesh, count: int, generator: torch.Generator) -> Tensor:
-    """Points [N, 3] spread evenly over a mesh's surface."""
-    vertices, faces = mesh
-    a, b, c = (vertices[corner] for corner in faces.unbind(1))
-    area = torch.linalg.cross(b - a, c - a).norm(dim=1)
-    picked = torch.multinomial(area / area.sum(), count, replacement=True, generator=generator)
-    u, v = torch.rand(2, count, 1, generator=generator)
-    flip = u + v > 1
-    u, v = torch.where(flip, 1 - u, u), torch.where(flip, 1 - v, v)
-    return a[picked] + u * (b - a)[picked] + v * (c - a)[picked]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import trimesh
 
 from prd.cameras import orbit_cameras
 from prd.generators.latte3d import Latte3dGenerator
+from prd.mesh_files import UnreadableMesh, read_mesh, sample_points
 from prd.toybox.world import ExactField
-from prd.training.library import LibraryError, MeshLibrary, Shapes, ToyLibrary, open_library, read_mesh, sample_points
+from prd.training.library import LibraryError, MeshLibrary, Shapes, ToyLibrary, open_library
 from prd.training.sections import LibraryConfig
 from tests.generators.tiny_single_pass import LATTE3D
 
@@ -109,7 +110,7 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="lists no shape"):
         MeshLibrary(tmp_path, embed)
     (tmp_path / "a.ply").write_text("not a mesh")
-    with pytest.raises(LibraryError, match=r"a\.ply: cannot be read as a mesh|a\.ply: holds no triangles"):
+    with pytest.raises(UnreadableMesh, match=r"a\.ply: cannot be read as a mesh|a\.ply: holds no triangles"):
         read_mesh(tmp_path / "a.ply")
     config = LibraryConfig(source="toybox")
     with pytest.raises(LibraryError, match="library.source='toybox': this generator takes no shapes"):
