@@ -28,11 +28,6 @@ SHIPPED = {  # the generators of the toy box and their folders among its assets
     "toybox-att3d": "att3d",
     "toybox-latte3d": "latte3d",
 }
-    TOYBOX: "adapter",
-    "toybox-atom": "atom",
-    "toybox-att3d": "att3d",
-    "toybox-latte3d": "latte3d",
-}  # the toy box's generators and their folders among its assets
 IN_RUNS = ("adapter", "generator")  # what a run saves its generator as
 
 
