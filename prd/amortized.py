@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from prd.encoders import encoder_digest, load_encoder
+from prd.encoders import encoder_hashes, load_encoder
 from prd.fields import Field
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
@@ -91,7 +91,7 @@ class Amortized(TextTo3D):
                     "text_encoder="
                 )
             encoder = load_encoder(place, **hub)
-            if not allow_other_encoder and generator.text_hash not in (None, encoder_digest(encoder)):
+            if not allow_other_encoder and not generator.fits_encoder(encoder_hashes(encoder)):
                 raise GeneratorMismatch(
                     f"{name_or_path}: trained with the text encoder {generator.config.text_encoder!r}, whose weights "
                     f"differ from those of {place}; load that one, or pass allow_other_encoder=True"

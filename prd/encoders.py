@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from prd.base import load_base
+from prd.base_hash import TEXT, text_weights, weights_hash
 from prd.teachers.loading import load_strict
 from prd.teachers.text import PromptEncoder, T5PromptEncoder
 from prd.toybox import asset
@@ -35,6 +36,11 @@ def encoder_digest(encoder: PromptEncoder) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def encoder_hashes(encoder: PromptEncoder) -> dict[str, str]:
+    """What a generator records of its text encoder: hashes of the weights, the same in any precision of them."""
+    return weights_hash(text_weights(encoder.model), prefix=TEXT)
 
 
 def load_encoder(

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 import prd
 from prd.amortized import PIPELINES, load_pipeline
 from prd.cli import main
-from prd.encoders import encoder_digest, load_encoder
+from prd.encoders import encoder_hashes, load_encoder
 from prd.generators.single_pass import GeneratorMismatch
 from prd.rendering.isosurface import EmptySurfaceError
 from prd.toybox import asset
@@ -29,7 +29,7 @@ def save(kind: str, folder: Path, **changes) -> Path:
     model_class, config = KINDS[kind]
     torch.manual_seed(0)
     model = model_class(replace(config, text_length=16, text_width=64, **changes))
-    model.text_hash = encoder_digest(load_encoder("toybox"))
+    model.text_hash = encoder_hashes(load_encoder("toybox"))
     model.save_pretrained(folder / "generator")
     return folder
 

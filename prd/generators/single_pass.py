@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prd
+from prd.base_hash import TEXT, same_weights
 from prd.fields import Field
 from prd.rendering.alpha import AlphaModel
 
@@ -54,7 +55,7 @@ class SinglePassGenerator(nn.Module):
                 "encoder's embeddings"
             )
         self.config = config
-        self.text_hash: str | None = None  # digest of the text encoder that the generator was trained with
+        self.text_hash: dict[str, str] | None = None  # of the text encoder it was trained with, by precision
 
     @classmethod
     def for_encoder(cls, config: Any, encoder: Any) -> Self:
@@ -97,6 +98,10 @@ class SinglePassGenerator(nn.Module):
                 f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [B, {expected[0]}, {expected[1]}], of the text "
                 f"encoder of {self.config.text_encoder}"
             )
+
+    def fits_encoder(self, hashes: Mapping[str, str]) -> bool:
+        """Whether a text encoder with these `encoder_hashes` may be the one it was trained with."""
+        return self.text_hash is None or same_weights(self.text_hash, hashes, TEXT)
 
     # -- saving and loading ------------------------------------------------------------------------------------------
 

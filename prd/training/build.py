@@ -13,7 +13,7 @@ from prd.base import Base, load_base
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance
 from prd.distillation.schedules import LinearSchedule
-from prd.encoders import encoder_digest, load_encoder
+from prd.encoders import encoder_digest, encoder_hashes, load_encoder
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
@@ -58,13 +58,13 @@ def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | Singl
         if config.init_from is not None:
             student.load_adapter(find_generator(config.init_from))
         return student, base.encoder
-    encoder = load_encoder(config.model.text_encoder)
-    kind, digest = SINGLE_PASS[type(config.model)], encoder_digest(encoder)
+    encoder = load_encoder(config.model.text_encoder, teachers_dtype(config))
+    kind, hashes = SINGLE_PASS[type(config.model)], encoder_hashes(encoder)
     generator = kind.for_encoder(config.model, encoder)
-    generator.text_hash = digest
+    generator.text_hash = hashes
     if config.init_from is not None:
         saved = kind.from_pretrained(find_generator(config.init_from))
-        if saved.text_hash not in (None, digest):
+        if not saved.fits_encoder(hashes):
             raise GeneratorMismatch(f"init_from={config.init_from!r}: was trained with another text encoder")
         generator.load_trained_state_dict(saved.trained_state_dict())
     return generator, encoder
@@ -104,14 +104,25 @@ def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
     )
 
 
+def teachers_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the teachers' weights, and of the text encoder of a generator of one pass."""
+    return getattr(torch, config.teachers.dtype) if config.teachers.dtype else DTYPES[config.mixed_precision]
+
+
+def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> PromptEncoder:
+    """A teacher's text encoder in the place of `encoder` if it is the same, so that there is one."""
+    digest = encoder_digest(encoder)
+    own = [teacher.prompt_encoder for teacher in teachers if isinstance(teacher, UNetTeacher)]
+    return next((other for other in own if encoder_digest(other) == digest), encoder)
+
+
 def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
     """The teachers that any stage enables, frozen, in the precision and the place the config gives them.
 
     Each with its settings in the run's config; `prd.training.supervision.settings_in` has those of a stage.
     """
-    section = config.teachers
+    section, dtype = config.teachers, teachers_dtype(config)
     asked = [stage.config.teachers for stage in stages_of(config)]
-    dtype = getattr(torch, section.dtype) if section.dtype else DTYPES[config.mixed_precision]
     sd, mv, rd, pixels = section.stable_diffusion, section.mvdream, section.richdreamer, section.deepfloyd
     loaded: list[tuple[Teacher, TeacherConfig]] = []
     if any(teachers.stable_diffusion.enabled for teachers in asked):

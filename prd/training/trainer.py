@@ -35,7 +35,7 @@ from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
 from prd.training.batches import NOISE, Batch, Batches, dummy_of
-from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers
+from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers, shared_encoder
 from prd.training.checkpoints import (
     CheckpointError,
     load_optimizer_state,
@@ -92,8 +92,10 @@ class Trainer:
             if found := self.corpus.report(self.encoder.tokenizer, self.encoder.length):
                 logger.warning(found)
         self.student.to(self.device)
-        self.encoder.model.to(self.device)
         self.teachers = load_teachers(config, self.device)
+        if isinstance(self.student, SinglePassGenerator) and not config.teachers.offload:
+            self.encoder = shared_encoder(self.encoder, [teacher for teacher, _ in self.teachers])
+        self.encoder.model.to(self.device)
         text_width = self.encoder([""]).shape[-1]
         if embeddings is not None:
             self.encoder = embeddings.encoder(self.encoder, "student")

@@ -1,0 +1,17 @@
+"""Train LATTE3D.
+
+    accelerate launch examples/train_latte3d.py  # the toy box: 15 minutes on two cores
+    accelerate launch examples/train_latte3d.py --output_dir runs/a --max_train_steps 50
+    accelerate launch examples/train_latte3d.py --output_dir runs/a --resume_from_checkpoint latest
+    accelerate launch --num_processes 8 examples/train_latte3d.py --config configs/latte3d_sd21.yaml
+
+Every value of the configuration can be given as --section.key VALUE; all else is as in examples/train_prd.py. The run
+folder receives the generator, which `prd.LATTE3D.from_pretrained` and `prd generate --model` read.
+"""
+
+import sys
+
+from prd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", "--config", "latte3d_toybox", *sys.argv[1:]]))
