@@ -87,7 +87,8 @@ def _single_pass_card(folder: Path, name: str, license: str | None, facts: dict[
 
 def _training(facts: dict[str, Any]) -> str:
     """Lines of what is known, and a table of what was measured."""
-    known = {"train_steps": "optimiser steps", "minutes": "minutes", "seed": "seed"}
+    known = {"train_steps": "optimiser steps", "frames_per_prompt": "rendered frames a prompt", "minutes": "minutes"}
+    known["seed"] = "seed"
     lines = [f"- {label}: {facts[key]}" for key, label in known.items() if isinstance(facts.get(key), int | float)]
     if held_out := facts.get("held_out"):
         lines.append(f"- prompts held out of training: {len(held_out)}")

@@ -7,6 +7,7 @@
 A value on the command line is read as YAML (`--cameras.elevation "[0, 30]"`, `--ema_decay null`). The sections are in
 `prd.training.sections`. A run may have stages, each the recipe with some of its values replaced:
 
+    extends: toybox                                            # another recipe, of which this one changes values
     stages:
       - {name: volume, until: 0.6, renderers: volume}          # a share of schedule_steps
       - {name: mesh, until: 1, renderers: surface, optimizer: {lr: 2.0e-4}}
@@ -199,7 +200,7 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
     one), a value of the wrong type or outside its range.
     """
-    values = _read_yaml(_find(config))
+    values = _read_recipe(config)
     for key, value in _parse_overrides(overrides):
         *sections, name = key.split(".")
         target = values
@@ -262,6 +263,25 @@ def _find(config: str | Path) -> Path:
     if str(config) in shipped_recipes():
         return Path(str(resources.files("prd") / "configs" / f"{config}.yaml"))
     raise ConfigError(f"config={str(config)!r}: no such file; give a YAML file or one of {shipped_recipes()}")
+
+
+def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file in the place of those of the recipe that its `extends` names, if it names one.
+
+    Another generator's `model` is not mixed with the recipe's.
+    """
+    path = _find(config)
+    values = _read_yaml(path)
+    extended = values.pop("extends", None)
+    if extended is None:
+        return values
+    if path in seen:
+        raise ConfigError(f"{path}: extends={extended!r}: extends itself")
+    beside = path.parent / str(extended)
+    base = _read_recipe(beside if beside.is_file() else str(extended), (*seen, path))
+    if _generator_section(values) is not _generator_section(base) and "model" in values:
+        base.pop("model", None)
+    return _merged(base, values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
 from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
-from prd.training.supervision import Supervision
+from prd.training.supervision import Supervision, renderers_of
 from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class Trainer:
             self.average = [p.detach().clone() for p in self.every_parameter()]
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.skipped = self.skipped_total = 0  # steps in a row, and in this run
+        self.frames = 0  # rendered for the teachers, by all processes
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus.prompts)
         self.stop = StopRequest()
         self.stopping: str | None = None  # why all processes stop after this step
@@ -203,7 +204,16 @@ class Trainer:
             self.skip(step, reason, own, witness)
         log.add("skipped", float(not finite))
         log.add("skipped_total", float(self.skipped_total))
+        self.frames += self.frames_of(step)
+        log.add("frames_per_prompt", self.frames / len(self.corpus.prompts))
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
+
+    def frames_of(self, step: int) -> int:
+        """Frames that a step renders, over all processes: ATT3D's measure of cost, over the prompts of the corpus."""
+        config = self.stage.config
+        estimates = 1 if isinstance(self.student, SinglePassGenerator) else config.num_denoising_steps
+        renders = sum(len(renderers_of(config, step, k)) for k in range(estimates))
+        return self.prompts_a_step * config.cameras.views * renders
 
     def skip(self, step: int, reason: str, own: Tensor | None, witness: Witness) -> None:
         """Count a step without a finite gradient and record who was asked; FloatingPointError after too many in a row.
@@ -333,6 +343,7 @@ class Trainer:
             "prompts_a_step": self.prompts_a_step,
             "prompts_drawn": self.prompts_drawn(step),  # the position in the corpus
             "skipped_total": self.skipped_total,
+            "frames": self.frames,
             "best_spread": self.watch.best,
         }
         if self.accelerator.is_main_process:
@@ -361,7 +372,7 @@ class Trainer:
         if own := tensors.get(f"rng-{self.accelerator.process_index}"):  # none for a process that has joined
             set_rng_state(own)
         self.first, self.first_prompt = checkpoint.step, state["prompts_drawn"]
-        self.skipped_total = state["skipped_total"]
+        self.skipped_total, self.frames = state["skipped_total"], state["frames"]
         self.watch.best = state["best_spread"]
         return checkpoint.step
 
@@ -514,6 +525,7 @@ class Trainer:
             (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
+                "frames_per_prompt": round(self.frames / len(self.corpus.prompts), 1),
                 "minutes": round((time.time() - self.started) / 60, 1),
                 "seed": config.seed,
                 "held_out": list(config.prompts.held_out),

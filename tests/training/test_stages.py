@@ -12,10 +12,7 @@ STAGES = """[
   {name: volume, until: 0.6, renderers: volume, optimizer: {lr: 4.0e-3}},
   {name: mesh, until: 1, renderers: surface, surface: {isosurface: tetrahedra}, teachers: {mvdream: {enabled: false}}}
 ]"""
-TINY = [
-    *("--model.generator", "atom", "--model.plane_channels", "4", "--model.plane_size", "6", "--model.num_blocks", "1"),
-    *("--model.attention_heads", "2", "--model.head_width", "8", "--model.frequencies", "2"),
-]
+TINY = "{generator: atom, plane_channels: 4, plane_size: 6, num_blocks: 1, attention_heads: 2, head_width: 8}"
 SMALL = [
     *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
     *("--volume.grid_resolution", "12", "--surface.grid_resolution", "12", "--volume.num_samples", "8"),
@@ -24,18 +21,10 @@ SMALL = [
 
 
 def staged(tmp_path, *words: str):
-    """A tiny AToM in two stages; the toy box's recipe without its own model section."""
+    """A tiny AToM on the toy box."""
     recipe = tmp_path / "recipe.yaml"
-    if not recipe.exists():
-        text = (load_recipe().split("model:")[0]) + "prompts:" + load_recipe().split("prompts:", 1)[1]
-        recipe.write_text(text)
-    return load_config(recipe, [*TINY, *SMALL, "--output_dir", str(tmp_path / "run"), *words])
-
-
-def load_recipe() -> str:
-    from importlib import resources
-
-    return (resources.files("prd") / "configs" / "toybox.yaml").read_text()
+    recipe.write_text(f"extends: toybox\nmodel: {TINY}\n")
+    return load_config(recipe, [*SMALL, "--output_dir", str(tmp_path / "run"), *words])
 
 
 def test_a_run_without_stages_is_one(tmp_path) -> None:
@@ -118,3 +107,18 @@ def test_a_resume_across_stages_is_bit_for_bit(toybox, tmp_path) -> None:
 def test_a_part_that_is_not_there_is_named(toybox, tmp_path) -> None:
     with pytest.raises(ConfigError, match="trained='wheels': is no part of this generator; it has all"):
         Trainer(staged(tmp_path, "--trained", "[wheels]"))
+
+
+def test_a_recipe_extends_another(tmp_path) -> None:
+    base, toybox = staged(tmp_path), load_config("toybox")
+    assert base.prompts == toybox.prompts and base.optimizer.betas == toybox.optimizer.betas
+    assert base.model.generator == "atom" and base.model.plane_size == 6
+    (tmp_path / "next.yaml").write_text("extends: recipe.yaml\nmodel: {plane_size: 8, generator: atom}\nseed: 3\n")
+    again = load_config(tmp_path / "next.yaml")
+    assert (again.model.plane_size, again.model.plane_channels, again.seed) == (8, 4, 3)
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    with pytest.raises(ConfigError, match="loop.yaml: extends='loop.yaml': extends itself"):
+        load_config(tmp_path / "loop.yaml")
+    (tmp_path / "lost.yaml").write_text("extends: absent\n")
+    with pytest.raises(ConfigError, match="config='absent': no such file"):
+        load_config(tmp_path / "lost.yaml")
