@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_toy_box_models(wheel_files):
 
 
 def test_the_wheel_is_small(wheel):
-    assert wheel.stat().st_size < 30 * 2**20
+    assert wheel.stat().st_size < 30_000_000
 
 
 def test_the_wheel_claims_no_other_name(wheel_files):
