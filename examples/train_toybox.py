@@ -1,10 +1,11 @@
-"""Train the toy box's models from scratch: autoencoder, Stable Diffusion, MVDream, RichDreamer.
+"""Train the toy box's models from scratch: autoencoder, Stable Diffusion, MVDream, RichDreamer, depth ControlNet.
 
     python examples/train_toybox.py                                 # all stages, into prd/toybox/assets
     python examples/train_toybox.py --stages richdreamer --threads 1 --assets /tmp/assets
     python examples/train_toybox.py --device cuda --batch_scale 8
 
-Stages may run side by side where they do not lean on each other: richdreamer beside vae, stable_diffusion, mvdream.
+Stages may run side by side where they do not lean on each other: richdreamer beside vae, stable_diffusion, and then
+mvdream beside controlnet.
 Every stage writes its folder in diffusers' layout (fp16 safetensors), a log (log_STAGE.jsonl) and a picture of samples.
 """
 
@@ -19,16 +20,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import orbit_cameras
+from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector, set_joint_attention
-from prd.toybox.check import REQUIRED_RATIO, camera_ratios
+from prd.toybox.check import REQUIRED_DEPTH_RATIO, REQUIRED_RATIO, camera_ratios, depth_ratios, silhouette_iou
 from prd.toybox.data import Batch, ViewPool
 from prd.toybox.models import (
+    make_controlnet,
     make_normal_unet,
     make_scheduler,
     make_text_encoder,
@@ -38,8 +41,11 @@ from prd.toybox.models import (
 )
 from prd.training.pictures import save_sheet
 
-STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500}
-STAGES = tuple(STEPS)
+STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500, "controlnet": 2000}
+STAGES = tuple(STEPS)  # a stage's place seeds its draws
+HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # v [n, C, h, w] of x_t, t and text [n, L, Ct]
 
 
 class Run:
@@ -102,11 +108,14 @@ def load_pool(args: argparse.Namespace) -> ViewPool:
     return args.pool
 
 
-def draw_images(run: Run, count: int) -> tuple[Tensor, list[str]]:
-    """`count` single views [count, 3, H, W] in [0, 1], each of another object, and their captions."""
+def draw_images(run: Run, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """`count` single views, each of another object: images [count, 3, H, W] and disparities [count, 1, H, W], captions.
+
+    Both in [0, 1].
+    """
     batch = run.pool.draw(count, run.generator)
-    view = torch.randint(4, (count,), generator=run.generator)
-    return batch.rgb[torch.arange(count), view].to(run.device), batch.captions
+    one = torch.arange(count), torch.randint(4, (count,), generator=run.generator)
+    return batch.rgb[one].to(run.device), batch.disparity[one].to(run.device), batch.captions
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -138,19 +147,34 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     return vae.to(args.device).eval().requires_grad_(False)
 
 
+def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_pretrained(args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32)
+    return unet.to(args.device).eval().requires_grad_(False)
+
+
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], device: str) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 
+def plain(unet: UNet2DConditionModel, cameras: Tensor | None = None) -> Predict:
+    """The U-Net, told its cameras [n, D] if it knows any."""
+    return lambda x_t, t, text: unet(x_t, t, text, class_labels=cameras).sample
+
+
+def controlled(unet: UNet2DConditionModel, controlnet: ControlNetModel, disparity: Tensor) -> Predict:
+    """The U-Net held to the depth in disparities [n, 1, H, W]."""
+    control = control_images(disparity)
+    return lambda x_t, t, text: run_controlled(unet, controlnet, x_t, t, text, control)
+
+
 def diffusion_loss(
     run: Run,
-    unet: UNet2DConditionModel,
+    predict: Predict,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     x: Tensor,
     captions: list[str],
-    views: int,
-    cameras: Tensor | None,
+    views: int = 1,
 ) -> Tensor:
     """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x; timesteps lean to high noise, a tenth has no caption."""
     sets = x.shape[0] // views
@@ -161,8 +185,7 @@ def diffusion_loss(
     noise = torch.randn(x.shape, generator=draw).to(device)
     a = make_scheduler().alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-    v = unet(noisy, t, text, class_labels=cameras).sample
-    return F.mse_loss(v, a.sqrt() * noise - (1 - a).sqrt() * x)
+    return F.mse_loss(predict(noisy, t, text), a.sqrt() * noise - (1 - a).sqrt() * x)
 
 
 @torch.no_grad()
@@ -172,23 +195,28 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
     return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
 
 
+def encode_views(run: Run, vae: AutoencoderKL, batch: Batch) -> Tensor:
+    """Latents [4 * n, 4, h, w] of n four-view sets."""
+    return encode_images(vae, batch.rgb.flatten(0, 1).to(run.device), run.generator)
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
+
+
 def train_stable_diffusion(args: argparse.Namespace) -> None:
     """Single views; the text encoder is trained with the U-Net."""
     vae, tokenizer = load_vae(args), make_tokenizer()
     text_encoder, unet = make_text_encoder(tokenizer).to(args.device), make_unet(cameras=False).to(args.device)
     run = Run("stable_diffusion", [unet, text_encoder], args, lr=1e-3)
     for step in run.each_step():
-        images, captions = draw_images(run, 32 * args.batch_scale)
+        images, _, captions = draw_images(run, 32 * args.batch_scale)
         x = encode_images(vae, images, run.generator)
-        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, captions, 1, None))
+        run.update(step, diffusion_loss(run, plain(unet), text_encoder, tokenizer, x, captions))
     run.finish()
-    samples = sample(unet, text_encoder, tokenizer, SHOWN * 4, views=1, seed=args.seed)
-    with torch.no_grad():
-        save_sheet(
-            vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5,
-            args.assets / "stable_diffusion.png",
-            columns=8,
-        )
+    samples = sample(plain(unet), text_encoder, tokenizer, SHOWN * 4, size=unet.config.sample_size, seed=args.seed)
+    save_sheet(decode_images(vae, samples), args.assets / "stable_diffusion.png", columns=8)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -213,32 +241,19 @@ def train_mvdream(args: argparse.Namespace) -> None:
     """Four views, cameras by Fourier features; starts from the Stable Diffusion, whose text encoder stays."""
     vae, (tokenizer, text_encoder) = load_vae(args), load_text(args)
     unet = make_unet(cameras=True)
-    start = UNet2DConditionModel.from_pretrained(
-        args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32
-    )
     camera_embedding = {k: v for k, v in unet.state_dict().items() if k.startswith("class_embedding")}
-    unet.load_state_dict({**start.state_dict(), **camera_embedding})
+    unet.load_state_dict({**load_unet(args).state_dict(), **camera_embedding})
     set_joint_attention(unet.to(args.device), 4)
     run = Run("mvdream", [unet], args, lr=1e-3)
     for step in run.each_step():
         batch = run.pool.draw(8 * args.batch_scale, run.generator)
-        x = encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator)
-        cameras = camera_vector(batch.cameras, "fourier").to(args.device)
-        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 4, cameras))
+        x = encode_views(run, vae, batch)
+        predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
+        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, batch.captions, views=4))
     run.finish()
-    samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed)
-    with torch.no_grad():
-        save_sheet(
-            vae.decode(samples / vae.config.scaling_factor).sample / 2 + 0.5, args.assets / "mvdream.png", columns=8
-        )
-    check(
-        args,
-        run,
-        unet,
-        text_encoder,
-        tokenizer,
-        lambda batch: encode_images(vae, batch.rgb.flatten(0, 1).to(args.device), run.generator),
-    )
+    samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed)
+    save_sheet(decode_images(vae, samples), args.assets / "mvdream.png", columns=8)
+    check_cameras(run, unet, text_encoder, tokenizer, lambda batch: encode_views(run, vae, batch))
     unet.half().save_pretrained(args.assets / "mvdream" / "unet")
     make_scheduler().save_pretrained(args.assets / "mvdream" / "scheduler")
     shared = {"base": "../stable_diffusion", "shares_vae": True}
@@ -254,13 +269,13 @@ def train_richdreamer(args: argparse.Namespace) -> None:
     for step in run.each_step():
         batch = run.pool.draw(8 * args.batch_scale, run.generator)
         x = batch.normal_disparity.flatten(0, 1).to(args.device)
-        cameras = camera_vector(batch.cameras, "fourier").to(args.device)
-        run.update(step, diffusion_loss(run, unet, text_encoder, tokenizer, x, batch.captions, 4, cameras))
+        predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
+        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, batch.captions, views=4))
     run.finish()
-    samples = sample(unet, text_encoder, tokenizer, SHOWN, views=4, seed=args.seed) / 2 + 0.5
+    samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed) / 2 + 0.5
     images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
     save_sheet(images, args.assets / "richdreamer.png", columns=8)
-    check(args, run, unet, text_encoder, tokenizer, lambda batch: batch.normal_disparity.flatten(0, 1).to(args.device))
+    check_cameras(run, unet, text_encoder, tokenizer, lambda batch: batch.normal_disparity.flatten(0, 1).to(run.device))
     save_richdreamer(args, unet, text_encoder, tokenizer)
 
 
@@ -282,21 +297,80 @@ def write_settings(folder: Path, settings: dict) -> None:
     (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def check(
-    args: argparse.Namespace,
+def train_controlnet(args: argparse.Namespace) -> None:
+    """Single views, shown with their depth; the Stable Diffusion and its text encoder stay."""
+    vae, unet, (tokenizer, text_encoder) = load_vae(args), load_unet(args), load_text(args)
+    controlnet = make_controlnet(unet).to(args.device)
+    run = Run("controlnet", [controlnet], args, lr=1e-3)
+    for step in run.each_step():
+        images, disparity, captions = draw_images(run, 32 * args.batch_scale)
+        x = encode_images(vae, images, run.generator)
+        predict = controlled(unet, controlnet, disparity)
+        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, captions))
+    run.finish()
+    held_out = ViewPool(4, torch.Generator().manual_seed(args.seed + HELD_OUT_SEED))
+    measure_silhouettes(run, unet, controlnet, text_encoder, tokenizer, vae, held_out, seed=args.seed)
+    ratios = depth_ratios(
+        unet,
+        controlnet,
+        text_encoder,
+        tokenizer,
+        held_out,
+        lambda batch: encode_views(run, vae, batch),
+        generator=run.generator,
+        device=run.device,
+    )
+    require(run, "depth_ratios", ratios, REQUIRED_DEPTH_RATIO)
+    controlnet.half().save_pretrained(args.assets / "controlnet")
+
+
+def measure_silhouettes(
+    run: Run,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    pool: ViewPool,
+    *,
+    seed: int,
+) -> None:
+    """Log how well images, made with the depth of 128 views and without, fill its outline; write the sheet.
+
+    The sheet shows 16 objects in rows of eight: the depth, the image made of it, and the rendering it is the depth of.
+    """
+    batch = pool.draw(32, run.generator)
+    disparity, rgb = (images.flatten(0, 1).to(run.device) for images in (batch.disparity, batch.rgb))
+    captions = [caption for caption in batch.captions for _ in range(4)]
+    images = {"rendering": rgb}
+    for name, predict in (("controlled", controlled(unet, controlnet, disparity)), ("plain", plain(unet))):
+        latents = sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
+        images[name] = decode_images(vae, latents)
+    run.write(silhouette_iou={k: round(silhouette_iou(v, disparity).mean().item(), 3) for k, v in images.items()})
+    rows = torch.stack([control_images(disparity), images["controlled"], rgb])[:, ::4][:, :16]  # [3, 16, 3, H, W]
+    sheet = rows.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
+    save_sheet(sheet, run.assets / "controlnet.png", columns=8)
+
+
+def check_cameras(
     run: Run,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     encode: Callable[[Batch], Tensor],
 ) -> None:
-    """The camera check: a teacher that ignores its cameras is not saved, so that none is distilled from."""
-    ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=args.device)
-    run.write(camera_ratios=ratios)
-    print(f"{run.stage}: error with cameras turned by 90 degrees over the right ones\n{json.dumps(ratios, indent=1)}")
+    """The camera check: the error with cameras turned by 90 degrees over that with the right ones."""
+    ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=run.device)
+    require(run, "camera_ratios", ratios, REQUIRED_RATIO)
+
+
+def require(run: Run, kind: str, ratios: dict[str, dict[str, float]], least: float) -> None:
+    """A teacher that ignores its cameras or its depth is not saved, so that none is distilled from."""
+    run.write(**{kind: ratios})
+    print(f"{run.stage}: {kind}, the error with the wrong over that with the right\n{json.dumps(ratios, indent=1)}")
     worst = min(ratio for by_time in ratios.values() for ratio in by_time.values())
-    if worst < REQUIRED_RATIO:
-        raise SystemExit(f"{run.stage}: camera ratio {worst} is below {REQUIRED_RATIO}; train longer (--steps_scale)")
+    if worst < least:
+        raise SystemExit(f"{run.stage}: {kind}: {worst} is below {least}; train longer (--steps_scale)")
 
 
 SHOWN = [
@@ -305,32 +379,36 @@ SHOWN = [
 ]  # fmt: skip
 
 
+def sample_views(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, seed: int
+) -> Tensor:
+    """Samples of the shown captions from four cameras, [4 * n, 4, h, w]."""
+    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]]).expand(len(SHOWN), -1)
+    orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
+    predict = plain(unet, camera_vector(orbit, "fourier").to(unet.device))
+    captions = [caption for caption in SHOWN for _ in range(4)]
+    return sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
+
+
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel,
+    predict: Predict,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     captions: list[str],
     *,
-    views: int,
+    size: int,
     seed: int,
     scale: float = 2.5,
 ) -> Tensor:
-    """DDIM samples with classifier-free guidance, [len(captions) * views, 4, h, w]."""
-    device = next(unet.parameters()).device
+    """DDIM samples with classifier-free guidance, [len(captions), 4, size, size]."""
+    device = text_encoder.device
     scheduler = make_scheduler()
     scheduler.set_timesteps(25)
-    size = unet.config.sample_size
-    x = torch.randn(len(captions) * views, 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
-    texts = [*captions, *[""] * len(captions)]
-    text = text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.repeat_interleave(views, dim=0)
-    cameras = None
-    if views > 1:
-        azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]]).expand(len(captions), -1)
-        orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
-        cameras = camera_vector(orbit, "fourier").repeat(2, 1).to(device)
+    x = torch.randn(len(captions), 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
+    texts = [text_encoder(tokenize(tokenizer, c, device)).last_hidden_state for c in (captions, [""] * len(captions))]
     for t in scheduler.timesteps:
-        v, v_empty = unet(torch.cat([x, x]), t, text, class_labels=cameras).sample.chunk(2)
+        v, v_empty = (predict(x, t, text) for text in texts)
         x = scheduler.step(v_empty + scale * (v - v_empty), t, x).prev_sample
     return x
 
@@ -340,6 +418,7 @@ TRAINERS = {
     "stable_diffusion": train_stable_diffusion,
     "mvdream": train_mvdream,
     "richdreamer": train_richdreamer,
+    "controlnet": train_controlnet,
 }
 
 

@@ -80,28 +80,48 @@ class DepthControlTeacher(StableDiffusionTeacher):
     @torch.no_grad()
     def condition_on(self, condition: Condition, views: Views) -> Condition:
         """`condition` with the renderings' depth as the ControlNet's image [n, 3, H, W] in [0, 1]."""
-        disparity = to_images(views.disparity, self.pixels).float()
-        low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
-        stretched = (disparity - low) / (high - low).clamp(min=1e-6)
-        return replace(condition, control=stretched.expand(-1, 3, -1, -1))
+        return replace(condition, control=control_images(to_images(views.disparity, self.pixels)))
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The U-Net's output with the ControlNet's residuals; ValueError without a control image."""
         if condition.control is None:
             raise ValueError("condition: has no control image; give the renderings to condition_on(condition, views)")
-        text = condition.prompt_embeds.to(x_t.dtype)
-        down, middle = self.controlnet(
-            x_t,
-            t,
-            encoder_hidden_states=text,
-            controlnet_cond=condition.control.to(x_t),
-            conditioning_scale=self.controlnet_scale,
-            return_dict=False,
-        )
-        return self.unet(
-            x_t,
-            t,
-            encoder_hidden_states=text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
+        text, control = condition.prompt_embeds.to(x_t.dtype), condition.control.to(x_t)
+        return run_controlled(self.unet, self.controlnet, x_t, t, text, control, self.controlnet_scale)
+
+
+def control_images(disparity: Tensor) -> Tensor:
+    """What a depth ControlNet is shown [n, 3, H, W] of disparities [n, 1, H, W]: each stretched to [0, 1], grey."""
+    disparity = disparity.float()
+    low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
+    return ((disparity - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+
+
+def run_controlled(
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    x_t: Tensor,
+    t: Tensor | int,
+    text: Tensor,
+    control: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """The U-Net's output [n, C, h, w] with `scale` times the ControlNet's residuals (arXiv 2302.05543, Eq. 2).
+
+    x_t [n, C, h, w], t [n] or a scalar, text [n, L, Ct], control [n, 3, H, W] in [0, 1].
+    """
+    down, middle = controlnet(
+        x_t,
+        t,
+        encoder_hidden_states=text,
+        controlnet_cond=control,
+        conditioning_scale=scale,
+        return_dict=False,
+    )
+    return unet(
+        x_t,
+        t,
+        encoder_hidden_states=text,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    ).sample

@@ -63,6 +63,10 @@ def test_the_wheel_holds_the_toy_box_models(wheel_files):
     assert files <= wheel_files
 
 
+def test_the_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 30_000_000
+
+
 def test_the_wheel_claims_no_other_name(wheel_files):
     assert {name.split("/")[0] for name in wheel_files if ".dist-info/" not in name} == {"prd"}
 

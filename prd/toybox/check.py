@@ -1,22 +1,26 @@
-"""The camera check: a multi-view teacher must heed its cameras before anything is distilled from it."""
+"""What a toy teacher must pass before anything is distilled from it: it heeds its cameras, or the depth it is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
+from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector
-from prd.toybox.data import Batch, ViewPool
+from prd.toybox.data import BACKGROUND, Batch, ViewPool
 from prd.toybox.models import make_scheduler
-from prd.toybox.world import ASYMMETRIC_SHAPES
+from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
 
 REQUIRED_RATIO = 1.5
+REQUIRED_DEPTH_RATIO = 1.5
 CHECKED_TIMESTEPS = (500, 800)
+OBJECT_CONTRAST = 0.14  # from the background, of a pixel half covered by the palest colour
+OBJECT_DISPARITY = 0.2  # of a pixel half covered by an object at the middle distance
 
 
 def turned(cameras: Cameras, degrees: float) -> Cameras:
@@ -44,22 +48,88 @@ def camera_ratios(
     encode turns `count` four-view sets into the U-Net's input [4 * count, C, h, w]. Below `REQUIRED_RATIO` on an
     asymmetric shape the teacher does not know where it looks from.
     """
-    alphas = make_scheduler().alphas_cumprod
+
+    def predict(x_t: Tensor, t: int, text: Tensor, labels: Tensor) -> Tensor:
+        return unet(x_t, t, text, class_labels=labels).sample
+
     ratios: dict[str, dict[str, float]] = {}
     for shape in ASYMMETRIC_SHAPES:
         batch = pool.draw(count, generator, only=(shape, 0))
         x = encode(batch)
-        ids = tokenizer(batch.captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        text = text_encoder(ids.to(device)).last_hidden_state.repeat_interleave(4, dim=0)
-        ratios[shape] = {}
-        for t in CHECKED_TIMESTEPS:
-            a = alphas[t]
-            noise = torch.randn(x.shape, generator=generator).to(device)
-            noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-            errors = []
-            for degrees in (0.0, 90.0):
-                labels = camera_vector(turned(batch.cameras, degrees), "fourier").to(device)
-                v = unet(noisy, t, text, class_labels=labels).sample
-                errors.append(float((a.sqrt() * noisy - (1 - a).sqrt() * v - x).square().mean()))
-            ratios[shape][str(t)] = round(errors[1] / errors[0], 2)
+        text = _encode_text(text_encoder, tokenizer, batch.captions, device)
+        right, wrong = (camera_vector(turned(batch.cameras, turn), "fourier").to(device) for turn in (0.0, 90.0))
+        ratios[shape] = _error_ratios(predict, x, text, right, wrong, generator)
     return ratios
+
+
+@torch.no_grad()
+def depth_ratios(
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    pool: ViewPool,
+    encode: Callable[[Batch], Tensor],
+    *,
+    generator: torch.Generator,
+    device: str = "cpu",
+    count: int = 12,
+) -> dict[str, dict[str, float]]:
+    """Denoising error with the depth of another shape over that with the right one, by shape and timestep.
+
+    The other is the next of `SHAPES`, seen from cameras of its own; the caption stays. encode is that of
+    `camera_ratios`. Below `REQUIRED_DEPTH_RATIO` on a shape the ControlNet does not heed what it is shown.
+    """
+
+    def predict(x_t: Tensor, t: int, text: Tensor, control: Tensor) -> Tensor:
+        return run_controlled(unet, controlnet, x_t, t, text, control)
+
+    batches = {shape: pool.draw(count, generator, only=(shape, 0)) for shape in SHAPES}
+    controls = {shape: control_images(batch.disparity.flatten(0, 1)).to(device) for shape, batch in batches.items()}
+    ratios: dict[str, dict[str, float]] = {}
+    for shape, other in zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True):
+        x = encode(batches[shape])
+        text = _encode_text(text_encoder, tokenizer, batches[shape].captions, device)
+        ratios[shape] = _error_ratios(predict, x, text, controls[shape], controls[other], generator)
+    return ratios
+
+
+def _encode_text(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str], device: str) -> Tensor:
+    """The text [4 * n, L, Ct] of n captions, one row for each of four views."""
+    ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return text_encoder(ids.to(device)).last_hidden_state.repeat_interleave(4, dim=0)
+
+
+def _error_ratios(
+    predict: Callable[[Tensor, int, Tensor, Tensor], Tensor],
+    x: Tensor,
+    text: Tensor,
+    right: Tensor,
+    wrong: Tensor,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Mean squared error of x [n, C, h, w], denoised under the wrong condition, over that under the right one, by t.
+
+    predict(x_t, t, text, condition) is v.
+    """
+    ratios = {}
+    for t in CHECKED_TIMESTEPS:
+        a = make_scheduler().alphas_cumprod[t]
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        noisy = a.sqrt() * x + (1 - a).sqrt() * noise
+        good, bad = (
+            float((a.sqrt() * noisy - (1 - a).sqrt() * predict(noisy, t, text, condition) - x).square().mean())
+            for condition in (right, wrong)
+        )
+        ratios[str(t)] = round(bad / good, 2)
+    return ratios
+
+
+def silhouette_iou(rgb: Tensor, disparity: Tensor) -> Tensor:
+    """Intersection over union [n] of the object in images [n, 3, H, W] in [0, 1] and in disparities [n, 1, H, W].
+
+    In an image the object is what differs from the background in a channel; renderings reach 0.99 with their own depth.
+    """
+    seen = (rgb - BACKGROUND).abs().amax(dim=1) > OBJECT_CONTRAST
+    shown = disparity[:, 0] > OBJECT_DISPARITY
+    return (seen & shown).sum(dim=(1, 2)) / (seen | shown).sum(dim=(1, 2)).clamp(min=1)

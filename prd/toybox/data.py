@@ -28,9 +28,17 @@ CAMERAS = CameraSampling(views=4, elevation=(-30.0, 60.0), relative_distance=(1.
 
 @dataclass(frozen=True)
 class Batch:
-    """Four-view sets: rgb [n, 4, 3, H, W] in [0, 1], normal_disparity [n, 4, 4, h, w] in [-1, 1], and their texts."""
+    """Four-view sets of n objects.
+
+    rgb               [n, 4, 3, H, W] in [0, 1]
+    disparity         [n, 4, 1, H, W] in [0, 1], 0 = background, as `prd.rendering.views.Views` has it
+    normal_disparity  [n, 4, 4, h, w] in [-1, 1], what RichDreamer sees
+    captions          n texts
+    cameras           the cameras [n, 4]
+    """
 
     rgb: Tensor
+    disparity: Tensor
     normal_disparity: Tensor
     captions: list[str]
     cameras: Cameras
@@ -86,7 +94,8 @@ class ViewPool:
             captions.append(text if isinstance(second, int) else f"{text} on a {names[lower]} {second}")
         layers = torch.stack(rows).float()  # [n, 4, 10, H, W]
         rgb, normal_disparity = compose(layers, torch.stack(albedo))
-        return Batch(rgb, normal_disparity, captions, Cameras(torch.stack(matrices), torch.stack(angles)))
+        cameras = Cameras(torch.stack(matrices), torch.stack(angles))
+        return Batch(rgb, layers[:, :, 9:10], normal_disparity, captions, cameras)
 
 
 def compose(layers: Tensor, albedo: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The toy box's networks: every one of the class that the real model has, small.
 
-A tiny Stable Diffusion (CLIP text encoder, autoencoder of factor 4, U-Net on 8x8 latents), a four-view MVDream of the
-same U-Net with cameras, and a four-view RichDreamer on 16x16 normal and disparity images.
+A tiny Stable Diffusion (CLIP text encoder, autoencoder of factor 4, U-Net on 8x8 latents), its depth ControlNet, a
+four-view MVDream of the same U-Net with cameras, and a four-view RichDreamer on 16x16 normal and disparity images.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prd.teachers.multiview import CAMERA_DIMENSIONS
@@ -96,6 +96,14 @@ def make_unet(*, cameras: bool) -> UNet2DConditionModel:
         norm_num_groups=16,
         **_camera_embedding(cameras),
     )
+
+
+def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """The ControlNet of a U-Net on latents: a copy of its encoder, with ends that are zero before training.
+
+    Three widths of the embedding are two halvings: control images [B, 3, 32, 32] arrive at latents [B, 4, 8, 8].
+    """
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32))
 
 
 def make_normal_unet() -> UNet2DConditionModel:

@@ -170,7 +170,7 @@ def _stable_diffusion(
         )
     return DepthControlTeacher.from_pretrained(
         folder,
-        controlnet=settings.controlnet,
+        controlnet=asset("controlnet") if settings.controlnet == "toybox" else settings.controlnet,
         controlnet_scale=settings.controlnet_scale,
         torch_dtype=dtype,
         checkpoint_vae=checkpoint_vae,

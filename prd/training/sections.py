@@ -181,7 +181,7 @@ class StableDiffusionConfig(TeacherConfig):
     """Stable Diffusion, which sees one view of a prompt and may be told which."""
 
     view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
+    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it, or "toybox"; null: none
     controlnet_scale: Positive = 1.0  # of what the ControlNet adds
 
 

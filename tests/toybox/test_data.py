@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from prd.rendering.sphere_trace import SphereTracer
-from prd.teachers.base import to_images
+from prd.teachers.base import Condition, to_images
+from prd.teachers.depth_control import DepthControlTeacher, control_images
+from prd.toybox import asset
 from prd.toybox.data import BACKGROUND, ViewPool
 from prd.toybox.models import IMAGE_SIZE, NORMAL_SIZE
 from prd.toybox.world import ExactField
@@ -17,8 +19,13 @@ def pool():
     return ViewPool(1, torch.Generator().manual_seed(0), [("mug", 0), ("cone", 1), ("arrow", "cube")])
 
 
+@pytest.fixture(scope="module")
+def depth_teacher():
+    return DepthControlTeacher.from_pretrained(asset("stable_diffusion"), controlnet=asset("controlnet"))
+
+
 @pytest.mark.parametrize("only", [("mug", 0), ("cone", 1), ("arrow", "cube")])
-def test_layers_compose_to_the_rendering_of_the_exact_field(pool, only):
+def test_layers_compose_to_the_rendering_of_the_exact_field(pool, depth_teacher, only):
     batch = pool.draw(1, torch.Generator().manual_seed(1), only=only)
     form = only[1] if isinstance(only[1], int) else 0
     views = SphereTracer(supersample=2)(
@@ -26,7 +33,12 @@ def test_layers_compose_to_the_rendering_of_the_exact_field(pool, only):
     )
     assert 0.05 < float(views.opacity.mean()) < 0.9
     torch.testing.assert_close(batch.rgb, views.rgb.permute(0, 1, 4, 2, 3), atol=1e-2, rtol=0)
-    # what the teacher encodes: packed normal over 0.5 and disparity, area resized, mapped to [-1, 1]
+    torch.testing.assert_close(batch.disparity, views.disparity.permute(0, 1, 4, 2, 3), atol=1e-2, rtol=0)
+    # what the depth ControlNet is shown
+    shown = depth_teacher.condition_on(Condition(torch.zeros(4, 1, 1), torch.zeros(4, 1, 1)), views).control
+    assert shown.shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE) and shown.min() == 0 and shown.max() == 1
+    torch.testing.assert_close(control_images(batch.disparity.flatten(0, 1)), shown, atol=2e-2, rtol=0)
+    # what RichDreamer encodes: packed normal over 0.5 and disparity, area resized, mapped to [-1, 1]
     pixels = torch.cat([views.packed_normal((0.5, 0.5, 0.5)), views.disparity], dim=-1)
     seen = to_images(pixels, NORMAL_SIZE, "area") * 2 - 1
     error = (batch.normal_disparity[0] - seen).abs()
@@ -47,4 +59,5 @@ def test_stacks_are_drawn_as_often_as_asked_in_two_colours(pool):
 def test_the_same_generator_draws_the_same_batch(pool):
     one, two = (pool.draw(3, torch.Generator().manual_seed(4)) for _ in range(2))
     assert one.captions == two.captions and torch.equal(one.rgb, two.rgb)
+    assert torch.equal(one.disparity, two.disparity)
     assert torch.equal(one.cameras.camera_to_world, two.cameras.camera_to_world)

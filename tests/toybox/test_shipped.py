@@ -8,25 +8,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
 from prd.pipeline import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
+from prd.teachers.depth_control import DepthControlTeacher, control_images
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import encode_latents
 from prd.toybox import ASSETS, asset
-from prd.toybox.check import CHECKED_TIMESTEPS, REQUIRED_RATIO, camera_ratios
+from prd.toybox.check import (
+    CHECKED_TIMESTEPS,
+    REQUIRED_DEPTH_RATIO,
+    REQUIRED_RATIO,
+    camera_ratios,
+    depth_ratios,
+    silhouette_iou,
+)
 from prd.toybox.data import ViewPool
 from prd.toybox.score import summarise
-from prd.toybox.world import ASYMMETRIC_SHAPES
+from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
+from prd.training.build import load_teachers
 from prd.training.config import load_config
 from prd.training.validation import measure, toybox_splits
 
 
 def test_models_are_small_and_safe() -> None:
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 30 * 2**20
+    assert sum(path.stat().st_size for path in Path(asset("controlnet")).iterdir()) <= 2.5 * 2**20
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".png", ".md"}
 
 
@@ -64,6 +74,62 @@ def test_multi_view_teachers_heed_their_cameras(name: str) -> None:
     for shape in ASYMMETRIC_SHAPES:
         for t in CHECKED_TIMESTEPS:
             assert ratios[shape][str(t)] >= REQUIRED_RATIO, ratios
+
+
+@pytest.fixture(scope="module")
+def unseen() -> ViewPool:
+    """Every shape from cameras that no model was trained on."""
+    return ViewPool(2, torch.Generator().manual_seed(8), [(shape, 0) for shape in SHAPES])
+
+
+def test_the_controlnet_heeds_its_depth(unseen: ViewPool) -> None:
+    teacher = DepthControlTeacher.from_pretrained(asset("stable_diffusion"), controlnet=asset("controlnet"))
+    ratios = depth_ratios(
+        teacher.unet,
+        teacher.controlnet,
+        teacher.text_encoder,
+        teacher.prompt_encoder.tokenizer,
+        unseen,
+        lambda batch: encode_latents(teacher.vae, batch.rgb.flatten(0, 1) * 2 - 1),
+        generator=torch.Generator().manual_seed(9),
+        count=4,
+    )
+    for shape in SHAPES:
+        for t in CHECKED_TIMESTEPS:
+            assert ratios[shape][str(t)] >= REQUIRED_DEPTH_RATIO, ratios
+
+
+def test_diffusers_draws_to_the_depth(unseen: ViewPool) -> None:
+    controlnet = ControlNetModel.from_pretrained(asset("controlnet"), dtype=torch.float32)
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        asset("stable_diffusion"), controlnet=controlnet, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    batch = unseen.draw(8, torch.Generator().manual_seed(10))
+    disparity = batch.disparity[:, 0]
+
+    def overlap(scale: float) -> float:
+        made = pipeline(
+            batch.captions,
+            control_images(disparity),
+            num_inference_steps=20,
+            guidance_scale=2.5,
+            controlnet_conditioning_scale=scale,
+            generator=torch.Generator().manual_seed(11),
+            output_type="pt",
+        ).images
+        return float(silhouette_iou(made, disparity).mean())
+
+    assert overlap(1.0) > max(0.9, overlap(0.0) + 0.1)
+
+
+def test_a_config_names_the_shipped_controlnet() -> None:
+    words = ["--teachers.stable_diffusion.controlnet", "toybox", "--teachers.stable_diffusion.controlnet_scale", "0.5"]
+    others = ["--teachers.mvdream.enabled", "false", "--teachers.richdreamer.enabled", "false"]
+    ((teacher, _),) = load_teachers(load_config("toybox", [*words, *others]), torch.device("cpu"))
+    assert isinstance(teacher, DepthControlTeacher) and teacher.controlnet_scale == 0.5
+    shipped = ControlNetModel.from_pretrained(asset("controlnet"), dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, shipped[key]) for key, value in teacher.controlnet.state_dict().items())
 
 
 def test_the_record_of_the_adapter_is_complete() -> None:
