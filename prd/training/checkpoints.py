@@ -222,6 +222,14 @@ def set_rng_state(tensors: Mapping[str, Tensor]) -> None:
             warnings.warn(f"the checkpoint's generator {name} has no device here; draws will differ", stacklevel=2)
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The checkpoints of a run in the order of their steps; CheckpointError if there is none."""
+    found = [folder for _, folder in _checkpoints(run)]
+    if not found:
+        raise CheckpointError(f"{run}: holds no checkpoint-N; give the folder of a run")
+    return found
+
+
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Step and folder of every `checkpoint-N`, oldest first."""
     if not run.is_dir():

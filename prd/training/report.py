@@ -149,8 +149,16 @@ def _curves_section(metrics: Sequence[Mapping[str, float]]) -> str:
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], width: int = 380, height: int = 200) -> str:
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    width: int = 380,
+    height: int = 200,
+    axis: str = "step",
+) -> str:
     """An SVG with one polyline for each of `lines`, {name: [(step, value)]}, and their last values below.
+
+    axis: what the steps are of, if not steps.
 
     The axis is logarithmic where all values are positive and span more than two orders of magnitude.
     """
@@ -181,12 +189,12 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], width:
         )
         latest = f"{lines[name][-1][1]:.4g}"
         legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {latest}')
-    axis = " (log)" if logarithmic else ""
+    note = " (log)" if logarithmic else ""
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
         f"<title>{html.escape(title)}</title>{''.join(polylines)}"
-        f'<text x="{left}" y="10">{high:.4g}{axis}</text><text x="{left}" y="{height - 4}">{low:.4g}</text>'
-        f'<text x="{right}" y="{height - 4}" text-anchor="end">step {last:g}</text></svg>'
+        f'<text x="{left}" y="10">{high:.4g}{note}</text><text x="{left}" y="{height - 4}">{low:.4g}</text>'
+        f'<text x="{right}" y="{height - 4}" text-anchor="end">{html.escape(axis)} {last:g}</text></svg>'
         f"<figcaption><b>{html.escape(title)}</b> {' &nbsp; '.join(legend)}</figcaption></figure>"
     )
 
