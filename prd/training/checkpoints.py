@@ -136,6 +136,11 @@ def latest_checkpoint(run: str | Path) -> Path | None:
     return None
 
 
+def named_checkpoint(name: str, run: str | Path) -> Path:
+    """The folder a name means: itself if it is one, else the one of that name in the run's folder."""
+    return Path(name) if Path(name).is_dir() else Path(run) / name
+
+
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Verify a checkpoint and read all of it; `CheckpointError` if it is damaged."""
     folder = Path(folder)

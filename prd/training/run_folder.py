@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ def check_output_folder(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r}: is a file; name a folder")
-    resumed = config.resume_from_checkpoint
-    if resumed == "latest" or (resumed is not None and Path(resumed).resolve().parent == folder.resolve()):
+    name = config.resume_from_checkpoint
+    if name == "latest" or (name is not None and named_checkpoint(name, folder).resolve().parent == folder.resolve()):
         return
     if found := _traces_of_a_run(folder):
         raise ConfigError(

@@ -36,6 +36,7 @@ def test_a_folder_is_continued_from_its_own_checkpoints_alone(tmp_path, trace):
         check_output_folder(config(tmp_path / "a"))
     check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", "latest"))
     check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-10")))
+    check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", "checkpoint-10"))  # the bare name
     with pytest.raises(ConfigError, match=trace):  # another run's checkpoint does not make this folder free
         check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "b" / "checkpoint-10")))
 
