@@ -23,6 +23,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from prd.training.files import write_whole
+
 Schedule = float | tuple[float, float]
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=2)]
@@ -357,7 +359,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every value as YAML; `load_config(path)` gives an equal config."""
-    Path(path).write_text(dump_config(config), encoding="utf-8")
+    write_whole(Path(path), dump_config(config))
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prd.training.config import ConfigError, PromptsConfig
+from prd.training.files import write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +112,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         for start in range(0, len(prompts), BATCH):
             long = [p for p in prompts[start : start + BATCH] if len(p.encode()) > limit - special]
             count += sum(len(encoding.ids) > limit for encoding in plain.encode_batch_fast(long))
-        _write(record, str(count))
+        write_whole(record, str(count))
         return count
 
 
@@ -163,7 +164,7 @@ def _prepare(config: PromptsConfig, folder: Path) -> None:
             raise CorpusError(f"prompts.source={config.source!r}: {why}; give at least one")
         del everything
         (aside / "all.arrow").unlink()
-        _write(aside / "counts.json", json.dumps(asdict(counts)))
+        write_whole(aside / "counts.json", json.dumps(asdict(counts)))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -290,10 +291,3 @@ def _read_table(path: Path | None, config: PromptsConfig) -> Iterator[list[str |
 def _check_column(column: str, columns: Sequence[str], source: str) -> None:
     if column not in columns:
         raise CorpusError(f"prompts.column={column!r}: {source} has the columns {list(columns)}; name one of them")
-
-
-def _write(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -21,6 +21,8 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from prd.training.files import write_whole
+
 PAGE = "index.html"
 POINTS = 300  # of a curve; more are averaged
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
@@ -123,9 +125,7 @@ def write_report(folder: str | Path) -> Path:
         "</body></html>\n",
     ]
     path = run.folder / PAGE
-    aside = path.with_suffix(".tmp")
-    aside.write_text("\n".join(part for part in parts if part), encoding="utf-8")
-    aside.replace(path)  # a reader never meets half a page
+    write_whole(path, "\n".join(part for part in parts if part))
     return path
 
 

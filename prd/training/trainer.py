@@ -58,6 +58,7 @@ from prd.training.checkpoints import (
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.embeddings import Embeddings
+from prd.training.files import write_whole
 from prd.training.processes import StopRequest, choose_threads
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
@@ -550,7 +551,7 @@ class Trainer:
             lines.append("IoU by shape      " + "  ".join(f"{k} {v:.2f}" for k, v in singles["iou_by_shape"].items()))
             margins = singles["orientation_margin"].items()
             lines.append("orientation       " + "  ".join(f"{k} {v:+.2f}" for k, v in margins))
-            (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_whole(folder / "scores.json", json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
                 "minutes": round((time.time() - self.started) / 60, 1),
@@ -558,7 +559,7 @@ class Trainer:
                 "held_out": list(config.prompts.held_out),
                 "measured": {name: part["summary"] for name, part in report.items()},
             }
-            (folder / "adapter" / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_whole(folder / "adapter" / "record.json", json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         write_report(folder)
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
@@ -580,9 +581,7 @@ def open_metrics(path: Path, steps: int) -> TextIO:
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)  # at no moment are the lines lost
+    write_whole(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
