@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from prd.training.files import write_whole
+from prd.training.files import read_json, write_whole
+
+logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
 POINTS = 300  # of a curve; more are averaged
@@ -67,17 +70,13 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        sessions = _read_json(folder / "environment.json", [])
-        scores = {name: part["summary"] for name, part in _read_json(folder / "scores.json", {}).items()}
+        sessions = read_json(folder / "environment.json", [])
+        scores = {name: part["summary"] for name, part in read_json(folder / "scores.json", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise RunError(f"{folder}: no run folder ({error})") from None
     if not isinstance(config, dict):
         raise RunError(f"{folder}: its config.yaml is no mapping")
     return Run(folder, _flat(config), _read_metrics(folder / "metrics.jsonl"), sessions, scores)
-
-
-def _read_json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else absent
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
@@ -203,7 +202,7 @@ def _galleries_section(folder: Path) -> str:
     for place in sorted((folder / "gallery").glob("step-*"), reverse=True):
         if not (place / "sheet.png").is_file():
             continue
-        rows = _read_json(place / "metrics.json", [])
+        rows = read_json(place / "metrics.json", [])
         measured = {row["prompt"]: {k: v for k, v in row.items() if k not in ("prompt", "mesh")} for row in rows}
         links = [_link(folder, place / row["mesh"], row["prompt"]) for row in rows if row.get("mesh")]
         step = int(place.name.removeprefix("step-"))
@@ -282,7 +281,7 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """Every run in a folder and below it, by name.
+    """Every run in a folder and below it, by name; one that cannot be read is left out with a warning.
 
     Raises `RunError` if there is none, or the folder does not exist.
     """
@@ -294,9 +293,15 @@ def find_runs(folder: str | Path) -> list[Run]:
         for path in folder.rglob("config.yaml")
         if (path.parent / "metrics.jsonl").is_file() or (path.parent / "environment.json").is_file()
     )
-    if not places:
+    runs: list[Run] = []
+    for place in places:
+        try:
+            runs.append(read_run(place))
+        except RunError as error:
+            logger.warning("left out: %s", error)
+    if not runs:
         raise RunError(f"{str(folder)!r}: holds no run (a folder with config.yaml and metrics.jsonl)")
-    return [read_run(place) for place in places]
+    return runs
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
-from prd.training.files import write_whole
+from prd.training.files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
 def write_environment(folder: Path, num_processes: int = 1) -> None:
     """Write `environment.json`; a resumed run's goes to the end of the list, since it may be another machine."""
     path = folder / ENVIRONMENT
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    earlier = read_json(path, [])
     write_whole(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
 
 

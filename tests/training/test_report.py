@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -116,6 +117,26 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     ):
         assert text in table
     assert "output_dir" not in table
+
+
+def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, caplog):
+    run = make_run(tmp_path / "one", scores=True)
+    make_run(tmp_path / "two")
+    gallery = run / "gallery" / "step-000002"
+    gallery.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(gallery / "sheet.png")
+    (gallery / "metrics.json").write_text('[{"pro')
+    (run / "environment.json").write_text('[{"comm')
+    (run / "scores.json").write_text('{"sing')
+    page = write_report(run).read_text()
+    assert "After 2 steps" in page and "3 of 265 steps" in page
+    for name in ("metrics.json", "environment.json", "scores.json"):
+        assert re.search(rf"{name} is damaged .* left out", caplog.text)
+    write_environment(run)
+    assert len(read_run(run).sessions) == 1
+    (tmp_path / "two" / "config.yaml").write_text("")  # as a full disk leaves it
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "one" in capsys.readouterr().out and "two: its config.yaml is no mapping" in caplog.text
 
 
 def test_folders_without_runs_are_one_sentence(tmp_path, capsys):
