@@ -9,12 +9,15 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from filelock import FileLock, Timeout
 
 from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
@@ -23,6 +26,7 @@ from prd.training.files import read_json, write_whole
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 PACKAGES = (
     *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
     *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
@@ -33,6 +37,10 @@ def check_run(config: TrainConfig) -> None:
     """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
     check_output_folder(config)
     check_tracker(config)
+    folder = Path(config.output_dir)
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
+        with sole_writer(folder):
+            pass
 
 
 def check_output_folder(config: TrainConfig) -> None:
@@ -58,6 +66,29 @@ def _traces_of_a_run(folder: Path) -> str:
     if (folder / "adapter").exists():
         return "adapter"
     return next((path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()), "")
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as its main process does while it trains; the system frees it however the process ends.
+
+    Raises ConfigError if another process holds it: two that train into one folder destroy each other's checkpoints.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output_dir={str(folder)!r}: another process is training into it; wait until it has ended, or name "
+            "another folder"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks: see that no other process trains into it", folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_tracker(config: TrainConfig) -> None:

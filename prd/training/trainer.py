@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -63,7 +63,7 @@ from prd.training.processes import StopRequest, choose_threads
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
-from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
+from prd.training.run_folder import check_run, peak_memory, run_data_parallel, sole_writer, write_environment
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
 
@@ -409,11 +409,13 @@ class Trainer:
 
     def train(self) -> Path:
         """The whole run; returns its folder."""
-        config = self.config
-        check_run(config)
-        main = self.accelerator.is_main_process
+        check_run(self.config)
+        with sole_writer(self.folder) if self.accelerator.is_main_process else nullcontext():
+            return self._train()
+
+    def _train(self) -> Path:
+        config, main = self.config, self.accelerator.is_main_process
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_environment(self.folder, self.accelerator.num_processes)
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
