@@ -59,7 +59,7 @@ from prd.training.checkpoints import (
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
 from prd.training.embeddings import Embeddings
 from prd.training.files import write_whole
-from prd.training.processes import StopRequest, choose_threads
+from prd.training.processes import StopRequest, choose_threads, end_with_launcher
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
@@ -87,6 +87,7 @@ class Trainer:
         self.started = time.time()
         config = replace(config, num_threads=choose_threads(config.num_threads))
         keep_freed_memory()
+        end_with_launcher()
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
         self.folder = Path(config.output_dir)
