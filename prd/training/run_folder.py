@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -131,6 +132,23 @@ def write_environment(folder: Path, num_processes: int = 1) -> None:
     path = folder / ENVIRONMENT
     earlier = read_json(path, [])
     write_whole(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
+
+
+def open_metrics(path: Path, steps: int) -> TextIO:
+    """metrics.jsonl, ready for the line after `steps`.
+
+    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    write_whole(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def metrics_line(steps: int, values: Mapping[str, float]) -> str:
+    """What was measured after `steps`, to five digits, as a line of metrics.jsonl; null is what is no finite number."""
+    rounded = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": steps, **rounded}, allow_nan=False) + "\n"
 
 
 def git_revision(root: Path) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +62,15 @@ from prd.training.processes import StopRequest, choose_threads, end_with_launche
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
-from prd.training.run_folder import check_run, peak_memory, run_data_parallel, sole_writer, write_environment
+from prd.training.run_folder import (
+    check_run,
+    metrics_line,
+    open_metrics,
+    peak_memory,
+    run_data_parallel,
+    sole_writer,
+    write_environment,
+)
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.validation import contact_sheet, export_meshes, measure, save_gallery, toybox_splits
 
@@ -468,7 +475,7 @@ class Trainer:
                 if "r_at_1" in values:
                     shown["R@1"] = f"{values['r_at_1']:.2f}"
                 self.accelerator.log(values, step=done)
-                metrics.write(json.dumps({"step": done, **_rounded(values)}) + "\n")
+                metrics.write(metrics_line(done, values))
                 metrics.flush()
                 bar.set_postfix(shown)
             if done % config.checkpointing_steps == 0:
@@ -577,17 +584,6 @@ def check_captions(prompts: Sequence[str]) -> None:
             raise ConfigError(f"validation.prompts: {error}") from None
 
 
-def open_metrics(path: Path, steps: int) -> TextIO:
-    """metrics.jsonl, ready for the line after `steps`.
-
-    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    write_whole(path, "".join(kept))
-    return path.open("a", encoding="utf-8")
-
-
 def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
     """The renderers of estimate k: both, or by turns, starting with another one every step."""
     if config.renderers == "both":
@@ -595,7 +591,3 @@ def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
     if config.renderers == "alternate":
         return ("volume",) if (step + k) % 2 == 0 else ("surface",)
     return (config.renderers,)
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values.items()}

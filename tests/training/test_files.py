@@ -9,8 +9,7 @@ import pytest
 
 from prd.training.config import load_config, save_config
 from prd.training.report import read_run, write_report
-from prd.training.run_folder import write_environment
-from prd.training.trainer import open_metrics
+from prd.training.run_folder import open_metrics, write_environment
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from prd.training.run_folder import (
     check_output_folder,
     check_run,
     git_revision,
+    metrics_line,
+    open_metrics,
     peak_memory,
     sole_writer,
     write_environment,
@@ -81,6 +83,24 @@ def test_a_file_in_the_folders_place_and_unknown_trackers_are_refused(tmp_path):
         check_run(config(tmp_path / "new", "--report_to", "aim"))
     check_run(config(tmp_path / "new"))  # TensorBoard comes with the package
     check_run(config(tmp_path / "new", "--report_to", "null"))
+
+
+def test_a_line_of_the_metrics_is_json_for_every_reader_and_ends_what_a_resume_repeats(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    line = metrics_line(3, {"gradient_norm": float("nan"), "loss": float("inf"), "lr": 1 / 3})
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 3,
+        "gradient_norm": None,
+        "loss": None,
+        "lr": 0.33333,
+    }
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(metrics_line(1, {}) + metrics_line(2, {}) + line + '{"step": 4, "l')
+    with open_metrics(path, 2) as stream:
+        stream.write(line)
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_the_environment_names_packages_revision_and_hardware(tmp_path):
