@@ -324,8 +324,10 @@ class Trainer:
         """
         wishes = {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: self.out_of_time()}
         own = None
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient  # also alone: the optimizer must not skip here what it updates among several processes
         if self.accelerator.num_processes > 1:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
             own = torch.cat([g.flatten() for g in gradients])
             flags = own.new_tensor([float(wish) for wish in wishes.values()])
             mean = self.accelerator.reduce(torch.cat([own, flags]), reduction="mean")
