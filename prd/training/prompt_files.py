@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from prd.training.files import write_whole
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 BATCH = 8192  # prompts read, written and tokenized at a time
@@ -73,6 +76,7 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     """The prompts of a file or a Hub dataset without those held out, prepared if they have not been yet.
 
     Processes that ask at the same time wait for the one that prepares. A changed file (size or time) is another corpus.
+    What was prepared and is damaged, as a full disk or a lost machine leaves it, is prepared again with a warning.
 
     Raises CorpusError; see there.
     """
@@ -82,12 +86,26 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     key = _key(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _prepare(config, folder)
+    if prompts := _whole(folder):
+        return prompts
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if prompts := _whole(folder):
+            return prompts
+        if folder.is_dir():
+            logger.warning("%s: the prepared prompts are damaged; preparing them again", folder)
+            shutil.rmtree(folder)
+        _prepare(config, folder)
     return StoredPrompts(folder)
+
+
+def _whole(folder: Path) -> StoredPrompts | None:
+    """The prompts of a prepared folder, None if it is not there or holds not as many as were prepared."""
+    try:
+        prompts = StoredPrompts(folder)
+        return prompts if len(prompts) == prompts.counts.kept else None
+    except (OSError, ValueError, TypeError):  # of pyarrow, json and Counts
+        return None
 
 
 def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
