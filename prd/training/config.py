@@ -274,7 +274,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all
-    resume_from_checkpoint: str | None = None  # a checkpoint folder, or "latest"
+    resume_from_checkpoint: str | None = None  # "latest", the name of one of this run, or a folder
     start_afresh: bool = False  # where "latest" finds nothing to resume from
     allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none

@@ -53,6 +53,7 @@ from prd.training.checkpoints import (
     optimizer_state,
     rng_state,
     save_checkpoint,
+    set_aside_later,
     set_rng_state,
 )
 from prd.training.config import ConfigError, TrainConfig, dump_config, save_config, to_dict
@@ -430,6 +431,8 @@ class Trainer:
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
         first = self.resume()
+        if main and (later := set_aside_later(self.folder, first)):
+            logger.warning("of a course this run has left, renamed: %s", ", ".join(str(place) for place in later))
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
         self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
