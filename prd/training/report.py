@@ -137,12 +137,17 @@ def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _curves_section(metrics: Sequence[Mapping[str, float]]) -> str:
-    """A chart for each first word of the metrics' names: gradient norms together, cosines together."""
+    """A chart for each first word of the metrics' names: gradient norms together, cosines together.
+
+    What is measured of a gallery has no unit in common: a chart for each. Nor has the norm of the whole gradient, in
+    the parameters, with that of a teacher, in the renderings.
+    """
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in metrics:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                group, _, line = name.partition("/")
+                group, _, line = (name, "", "") if name.startswith("gallery/") else name.partition("/")
+                group = f"{group} (parameters)" if name == "gradient_norm" else group
                 groups.setdefault(group, {}).setdefault(line or group, []).append((row["step"], value))
     charts = [chart(group, lines) for group, lines in groups.items()]
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -325,7 +330,9 @@ def runs_table(folder: str | Path) -> Table:
     """The runs of a folder side by side: steps, time in them, what differs in their config, final scores."""
     folder = Path(folder)
     runs = find_runs(folder)
-    table = Table("run", "steps", "time in steps", "differs in", "scores")
+    table = Table(show_lines=True)
+    for title in ("run", "steps", "time in steps", "differs in", "scores"):
+        table.add_column(title, overflow="fold")  # a long key is not cut on a narrow terminal
     for run, differing in zip(runs, differences(runs), strict=True):
         name = str(run.folder.relative_to(folder)) if run.folder != folder else run.folder.resolve().name
         values = "\n".join(f"{key} {_short(shown(value))}" for key, value in differing.items())
