@@ -206,7 +206,8 @@ class Trainer:
             logger.warning("step %d: %s; the step was skipped: %s", step, reason, said)
         if self.skipped >= MOST_SKIPPED and not self.scale_is_high():
             raise FloatingPointError(
-                f"step {step}: {self.skipped} steps in a row had no finite gradient; lower optimizer.lr"
+                f"step {step}: {self.skipped} steps in a row had no finite gradient; lower optimizer.lr "
+                "(with --allow_config_change)"
             )
 
     def scale_is_high(self) -> bool:
