@@ -9,12 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+INTERRUPTED = 128 + 2  # what shells report of a process that SIGINT ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Errors of the user are one sentence on standard error."""
+    """Run a command; returns the exit status. Errors of the user and Ctrl-C are one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:  # of `train` before and after its steps alone: in them it saves a checkpoint
+        print(f"prd {' '.join(words[:1])}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="prd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")

@@ -78,6 +78,17 @@ def test_a_wrong_corpus_is_one_sentence(capsys, tmp_path):
     assert "prompts.source=" in one_sentence(capsys, ["train", "--prompts.source", str(tmp_path / "absent.txt")])
 
 
+@pytest.mark.parametrize("words", [["runs", "somewhere"], ["train", "--seed", "1"]])
+def test_ctrl_c_is_one_sentence(words, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prd.training.report.runs_table", interrupted)
+    monkeypatch.setattr("prd.training.run_folder.check_run", interrupted)
+    assert main(words) == 130
+    assert capsys.readouterr().err == f"prd {words[0]}: interrupted\n"
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys, prd.cli\ntry: prd.cli.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

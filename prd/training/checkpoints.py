@@ -136,6 +136,24 @@ def latest_checkpoint(run: str | Path) -> Path | None:
     return None
 
 
+def set_aside_later(run: str | Path, step: int) -> list[Path]:
+    """Rename a run's checkpoints of steps after `step` to `abandoned-checkpoint-N`; returns their new places.
+
+    For a run that goes on from `step`: "latest" would else lead back to what it left, and `total_limit` count it.
+    """
+    moved = []
+    for folder in [folder for n, folder in _checkpoints(Path(run)) if n > step]:
+        names = (f"abandoned-{folder.name}", *(f"abandoned-{folder.name}.{i}" for i in range(2, 1000)))
+        place = next(place for name in names if not (place := folder.with_name(name)).exists())
+        moved.append(folder.rename(place))
+    return moved
+
+
+def named_checkpoint(name: str, run: str | Path) -> Path:
+    """The folder a name means: itself if it is one, else the one of that name in the run's folder."""
+    return Path(name) if Path(name).is_dir() else Path(run) / name
+
+
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Verify a checkpoint and read all of it; `CheckpointError` if it is damaged."""
     folder = Path(folder)

@@ -25,6 +25,7 @@ from prd.toybox.score import summarise
 from prd.training.build import build_generator
 from prd.training.checkpoints import checkpoint_folders, load_checkpoint
 from prd.training.config import TrainConfig, load_config
+from prd.training.files import write_whole
 from prd.training.pictures import save_sheet
 from prd.training.prompts import load_corpus
 from prd.training.report import STYLE, chart, shown
@@ -116,9 +117,9 @@ def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(at_frames(rows, frames))
-    (folder / "comparison.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    (folder / "table.md").write_text(table + "\n")
-    (folder / "curves.html").write_text(curves(rows))
+    write_whole(folder / "comparison.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_whole(folder / "table.md", table + "\n")
+    write_whole(folder / "curves.html", curves(rows))
     return table
 
 

@@ -30,6 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from prd.settings import CHECKS, Count, Fraction, Positive
+from prd.training.files import write_whole
 from prd.training.sections import (
     CamerasConfig,
     DistillationConfig,
@@ -81,7 +82,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all
-    resume_from_checkpoint: str | None = None  # a checkpoint folder, or "latest"
+    resume_from_checkpoint: str | None = None  # "latest", the name of one of this run, or a folder
     start_afresh: bool = False  # where "latest" finds nothing to resume from
     allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none
@@ -225,7 +226,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every value as YAML; `load_config(path)` gives an equal config."""
-    Path(path).write_text(dump_config(config), encoding="utf-8")
+    write_whole(Path(path), dump_config(config))
 
 
 def dump_config(config: TrainConfig) -> str:

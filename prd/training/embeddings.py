@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from prd.encoders import encoder_digest
 from prd.teachers.text import PromptEncoder
 from prd.training.config import ConfigError
+from prd.training.files import replace_file, write_whole
 
 SHARD_BYTES = 256 << 20
 CHECKED = 1000  # prompts of a corpus that are looked up before training starts
@@ -80,7 +80,7 @@ def embed(texts: Sequence[str], encoder: PromptEncoder, output: str | Path, *, n
             _encode_shards(texts, encoder, folder, manifest, batch_size, row_bytes)
             order = np.lexsort((keys[1], keys[0]))
             index = np.stack([keys[0][order], keys[1][order], order.astype(np.uint64)])
-            _replace(folder / "index.npy", functools.partial(_save_array, index))
+            replace_file(folder / "index.npy", functools.partial(_save_array, index))
     except Timeout:
         raise EmbeddingsError(f"output={str(output)!r}: another process is writing {folder.name} there") from None
     return folder
@@ -103,7 +103,7 @@ def _encode_shards(
     for i in tqdm(missing, desc=f"embed {manifest['name']}: {need / 1e9:.2f} GB", unit="shard"):
         part = texts[i * rows : (i + 1) * rows]
         embeds = [encoder.encode(list(part[j : j + batch_size])).cpu() for j in range(0, len(part), batch_size)]
-        _replace(folder / _shard(i), functools.partial(save_file, {"embeds": torch.cat(embeds)}))
+        replace_file(folder / _shard(i), functools.partial(save_file, {"embeds": torch.cat(embeds)}))
 
 
 class StoredEmbeddings:
@@ -213,7 +213,7 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> None:
                 f"output={str(folder.parent)!r}: holds {there['texts']} other texts of this encoder; name a new folder"
             )
         return
-    _replace(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -235,12 +235,3 @@ def _is_whole(path: Path) -> bool:
 def _save_array(array: np.ndarray, path: Path) -> None:
     with path.open("wb") as stream:
         np.save(stream, array)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file aside, force it to disk and give it its name."""
-    aside = path.with_name(f".{path.name}.part")
-    write(aside)
-    with aside.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(aside, path)

@@ -1,10 +1,12 @@
-"""What a training process owes its machine: its share of the cores, and an answer to SIGTERM and Ctrl-C."""
+"""What a training process owes its machine: its share of the cores, an answer to signals, an end with its launcher."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 THREADS = "OMP_NUM_THREADS"
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def choose_threads(asked: int | None) -> int:
@@ -51,6 +54,32 @@ def threads_of_user(environment: Mapping[str, str], parent: Path) -> int | None:
         if not any(entry.startswith(f"{THREADS}=".encode()) for entry in theirs) and b"num_cpu_threads" not in words:
             return None
     return int(value)
+
+
+def end_with_launcher() -> bool:
+    """Have the system send SIGTERM when the launcher of this process dies; whether it will (Linux, where there is one).
+
+    `accelerate launch` of one process dies of a SIGTERM without passing it on, and nothing passes on a kill -9: without
+    this the run would go on unseen, in the way of the one that is resumed.
+    """
+    parent = os.getppid()
+    if not sys.platform.startswith("linux") or not launched_by(os.environ, Path(f"/proc/{parent}")):
+        return False
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+        return False
+    if os.getppid() != parent:  # it died before it could be watched
+        os.kill(os.getpid(), signal.SIGTERM)
+    return True
+
+
+def launched_by(environment: Mapping[str, str], parent: Path) -> bool:
+    """Whether the parent, a folder in /proc, is the launcher: it set variables that it had not itself."""
+    try:
+        theirs = (parent / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = {entry.partition(b"=")[0].decode(errors="replace") for entry in theirs}
+    return any(name in environment and name not in names for name in LAUNCHED)
 
 
 class StopRequest:

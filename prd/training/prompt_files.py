@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prd.training.config import ConfigError
+from prd.training.files import write_whole
 from prd.training.sections import PromptsConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 BATCH = 8192  # prompts read, written and tokenized at a time
@@ -73,6 +77,7 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     """The prompts of a file or a Hub dataset without those held out, prepared if they have not been yet.
 
     Processes that ask at the same time wait for the one that prepares. A changed file (size or time) is another corpus.
+    What was prepared and is damaged, as a full disk or a lost machine leaves it, is prepared again with a warning.
 
     Raises CorpusError; see there.
     """
@@ -82,12 +87,26 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     key = _key(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _prepare(config, folder)
+    if prompts := _whole(folder):
+        return prompts
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if prompts := _whole(folder):
+            return prompts
+        if folder.is_dir():
+            logger.warning("%s: the prepared prompts are damaged; preparing them again", folder)
+            shutil.rmtree(folder)
+        _prepare(config, folder)
     return StoredPrompts(folder)
+
+
+def _whole(folder: Path) -> StoredPrompts | None:
+    """The prompts of a prepared folder, None if it is not there or holds not as many as were prepared."""
+    try:
+        prompts = StoredPrompts(folder)
+        return prompts if len(prompts) == prompts.counts.kept else None
+    except (OSError, ValueError, TypeError):  # of pyarrow, json and Counts
+        return None
 
 
 def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
@@ -112,7 +131,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         for start in range(0, len(prompts), BATCH):
             long = [p for p in prompts[start : start + BATCH] if len(p.encode()) > limit - special]
             count += sum(len(encoding.ids) > limit for encoding in plain.encode_batch_fast(long))
-        _write(record, str(count))
+        write_whole(record, str(count))
         return count
 
 
@@ -164,7 +183,7 @@ def _prepare(config: PromptsConfig, folder: Path) -> None:
             raise CorpusError(f"prompts.source={config.source!r}: {why}; give at least one")
         del everything
         (aside / "all.arrow").unlink()
-        _write(aside / "counts.json", json.dumps(asdict(counts)))
+        write_whole(aside / "counts.json", json.dumps(asdict(counts)))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -291,10 +310,3 @@ def _read_table(path: Path | None, config: PromptsConfig) -> Iterator[list[str |
 def _check_column(column: str, columns: Sequence[str], source: str) -> None:
     if column not in columns:
         raise CorpusError(f"prompts.column={column!r}: {source} has the columns {list(columns)}; name one of them")
-
-
-def _write(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from urllib.parse import quote
 import yaml
 from rich.table import Table
 from rich.text import Text
+
+from prd.training.files import read_json, write_whole
+
+logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
 POINTS = 300  # of a curve; more are averaged
@@ -65,17 +70,13 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        sessions = _read_json(folder / "environment.json", [])
-        scores = {name: part["summary"] for name, part in _read_json(folder / "scores.json", {}).items()}
+        sessions = read_json(folder / "environment.json", [])
+        scores = {name: part["summary"] for name, part in read_json(folder / "scores.json", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise RunError(f"{folder}: no run folder ({error})") from None
     if not isinstance(config, dict):
         raise RunError(f"{folder}: its config.yaml is no mapping")
     return Run(folder, _flat(config), _read_metrics(folder / "metrics.jsonl"), sessions, scores)
-
-
-def _read_json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else absent
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
@@ -123,9 +124,7 @@ def write_report(folder: str | Path) -> Path:
         "</body></html>\n",
     ]
     path = run.folder / PAGE
-    aside = path.with_suffix(".tmp")
-    aside.write_text("\n".join(part for part in parts if part), encoding="utf-8")
-    aside.replace(path)  # a reader never meets half a page
+    write_whole(path, "\n".join(part for part in parts if part))
     return path
 
 
@@ -138,12 +137,17 @@ def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _curves_section(metrics: Sequence[Mapping[str, float]]) -> str:
-    """A chart for each first word of the metrics' names: gradient norms together, cosines together."""
+    """A chart for each first word of the metrics' names: gradient norms together, cosines together.
+
+    What is measured of a gallery has no unit in common: a chart for each. Nor has the norm of the whole gradient, in
+    the parameters, with that of a teacher, in the renderings.
+    """
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in metrics:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                group, _, line = name.partition("/")
+                group, _, line = (name, "", "") if name.startswith("gallery/") else name.partition("/")
+                group = f"{group} (parameters)" if name == "gradient_norm" else group
                 groups.setdefault(group, {}).setdefault(line or group, []).append((row["step"], value))
     charts = [chart(group, lines) for group, lines in groups.items()]
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -211,7 +215,7 @@ def _galleries_section(folder: Path) -> str:
     for place in sorted((folder / "gallery").glob("step-*"), reverse=True):
         if not (place / "sheet.png").is_file():
             continue
-        rows = _read_json(place / "metrics.json", [])
+        rows = read_json(place / "metrics.json", [])
         measured = {row["prompt"]: {k: v for k, v in row.items() if k not in ("prompt", "mesh")} for row in rows}
         links = [_link(folder, place / row["mesh"], row["prompt"]) for row in rows if row.get("mesh")]
         step = int(place.name.removeprefix("step-"))
@@ -290,7 +294,7 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """Every run in a folder and below it, by name.
+    """Every run in a folder and below it, by name; one that cannot be read is left out with a warning.
 
     Raises `RunError` if there is none, or the folder does not exist.
     """
@@ -302,9 +306,15 @@ def find_runs(folder: str | Path) -> list[Run]:
         for path in folder.rglob("config.yaml")
         if (path.parent / "metrics.jsonl").is_file() or (path.parent / "environment.json").is_file()
     )
-    if not places:
+    runs: list[Run] = []
+    for place in places:
+        try:
+            runs.append(read_run(place))
+        except RunError as error:
+            logger.warning("left out: %s", error)
+    if not runs:
         raise RunError(f"{str(folder)!r}: holds no run (a folder with config.yaml and metrics.jsonl)")
-    return [read_run(place) for place in places]
+    return runs
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -328,7 +338,9 @@ def runs_table(folder: str | Path) -> Table:
     """The runs of a folder side by side: steps, time in them, what differs in their config, final scores."""
     folder = Path(folder)
     runs = find_runs(folder)
-    table = Table("run", "steps", "time in steps", "differs in", "scores")
+    table = Table(show_lines=True)
+    for title in ("run", "steps", "time in steps", "differs in", "scores"):
+        table.add_column(title, overflow="fold")  # a long key is not cut on a narrow terminal
     for run, differing in zip(runs, differences(runs), strict=True):
         name = str(run.folder.relative_to(folder)) if run.folder != folder else run.folder.resolve().name
         values = "\n".join(f"{key} {_short(shown(value))}" for key, value in differing.items())

@@ -8,7 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prd.training.checkpoints import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint
+from prd.training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    named_checkpoint,
+)
 from prd.training.config import ConfigError, TrainConfig, to_dict
 
 logger = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ def load_resumed(config: TrainConfig) -> Checkpoint | None:
         return None
     run = Path(config.output_dir)
     if name != "latest":
-        return load_checkpoint(name if Path(name).is_dir() else run / name)
+        return load_checkpoint(named_checkpoint(name, run))
     if path := latest_checkpoint(run):
         return load_checkpoint(path)
     if not config.start_afresh:

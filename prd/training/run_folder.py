@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from filelock import FileLock, Timeout
 
+from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
+from prd.training.files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 PACKAGES = (
     *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
     *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
@@ -31,6 +38,10 @@ def check_run(config: TrainConfig) -> None:
     """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
     check_output_folder(config)
     check_tracker(config)
+    folder = Path(config.output_dir)
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
+        with sole_writer(folder):
+            pass
 
 
 def check_output_folder(config: TrainConfig) -> None:
@@ -38,8 +49,8 @@ def check_output_folder(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r}: is a file; name a folder")
-    resumed = config.resume_from_checkpoint
-    if resumed == "latest" or (resumed is not None and Path(resumed).resolve().parent == folder.resolve()):
+    name = config.resume_from_checkpoint
+    if name == "latest" or (name is not None and named_checkpoint(name, folder).resolve().parent == folder.resolve()):
         return
     if found := _traces_of_a_run(folder):
         raise ConfigError(
@@ -53,9 +64,32 @@ def _traces_of_a_run(folder: Path) -> str:
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size:
         return metrics.name
-    if (folder / "adapter").exists():
-        return "adapter"
+    if found := next((name for name in ("adapter", "generator") if (folder / name).exists()), ""):
+        return found
     return next((path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()), "")
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as its main process does while it trains; the system frees it however the process ends.
+
+    Raises ConfigError if another process holds it: two that train into one folder destroy each other's checkpoints.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output_dir={str(folder)!r}: another process is training into it; wait until it has ended, or name "
+            "another folder"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks: see that no other process trains into it", folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_tracker(config: TrainConfig) -> None:
@@ -96,8 +130,25 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
 def write_environment(folder: Path, num_processes: int = 1) -> None:
     """Write `environment.json`; a resumed run's goes to the end of the list, since it may be another machine."""
     path = folder / ENVIRONMENT
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    path.write_text(json.dumps([*earlier, environment(num_processes)], indent=1) + "\n", encoding="utf-8")
+    earlier = read_json(path, [])
+    write_whole(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
+
+
+def open_metrics(path: Path, steps: int) -> TextIO:
+    """metrics.jsonl, ready for the line after `steps`.
+
+    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    write_whole(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def metrics_line(steps: int, values: Mapping[str, float]) -> str:
+    """What was measured after `steps`, to five digits, as a line of metrics.jsonl; null is what is no finite number."""
+    rounded = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": steps, **rounded}, allow_nan=False) + "\n"
 
 
 def git_revision(root: Path) -> dict[str, Any] | None:

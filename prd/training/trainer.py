@@ -12,10 +12,9 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -42,16 +41,26 @@ from prd.training.checkpoints import (
     optimizer_state,
     rng_state,
     save_checkpoint,
+    set_aside_later,
     set_rng_state,
 )
 from prd.training.config import ConfigError, Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
 from prd.training.embeddings import Embeddings
+from prd.training.files import write_whole
 from prd.training.library import open_library
-from prd.training.processes import StopRequest, choose_threads
+from prd.training.processes import StopRequest, choose_threads, end_with_launcher
 from prd.training.prompts import load_corpus
 from prd.training.report import write_report
 from prd.training.resume import load_resumed, plain, resumed_config
-from prd.training.run_folder import check_run, peak_memory, run_data_parallel, write_environment
+from prd.training.run_folder import (
+    check_run,
+    metrics_line,
+    open_metrics,
+    peak_memory,
+    run_data_parallel,
+    sole_writer,
+    write_environment,
+)
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.supervision import Supervision, renderers_of
 from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
@@ -69,6 +78,7 @@ class Trainer:
         self.started = time.time()
         config = replace(config, num_threads=choose_threads(config.num_threads))
         keep_freed_memory()
+        end_with_launcher()
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
         self.folder = Path(config.output_dir)
@@ -228,7 +238,8 @@ class Trainer:
             logger.warning("step %d: %s; the step was skipped: %s", step, reason, said)
         if self.skipped >= MOST_SKIPPED and not self.scale_is_high():
             raise FloatingPointError(
-                f"step {step}: {self.skipped} steps in a row had no finite gradient; lower optimizer.lr"
+                f"step {step}: {self.skipped} steps in a row had no finite gradient; lower optimizer.lr "
+                "(with --allow_config_change)"
             )
 
     def scale_is_high(self) -> bool:
@@ -284,8 +295,10 @@ class Trainer:
         """
         wishes = {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: self.out_of_time()}
         own = None
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient  # also alone: the optimizer must not skip here what it updates among several processes
         if self.accelerator.num_processes > 1:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
             own = torch.cat([g.flatten() for g in gradients])
             flags = own.new_tensor([float(wish) for wish in wishes.values()])
             mean = self.accelerator.reduce(torch.cat([own, flags]), reduction="mean")
@@ -380,15 +393,19 @@ class Trainer:
 
     def train(self) -> Path:
         """The whole run; returns its folder."""
-        config = self.config
-        check_run(config)
-        main = self.accelerator.is_main_process
+        check_run(self.config)
+        with sole_writer(self.folder) if self.accelerator.is_main_process else nullcontext():
+            return self._train()
+
+    def _train(self) -> Path:
+        config, main = self.config, self.accelerator.is_main_process
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_environment(self.folder, self.accelerator.num_processes)
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
         first = self.resume()
+        if main and (later := set_aside_later(self.folder, first)):
+            logger.warning("of a course this run has left, renamed: %s", ", ".join(str(place) for place in later))
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
         self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
@@ -436,7 +453,7 @@ class Trainer:
                 if "r_at_1" in values:
                     shown["R@1"] = f"{values['r_at_1']:.2f}"
                 self.accelerator.log(values, step=done)
-                metrics.write(json.dumps({"step": done, **_rounded(values)}) + "\n")
+                metrics.write(metrics_line(done, values))
                 metrics.flush()
                 bar.set_postfix(shown)
             if done % config.checkpointing_steps == 0:
@@ -522,7 +539,7 @@ class Trainer:
             lines.append("IoU by shape      " + "  ".join(f"{k} {v:.2f}" for k, v in singles["iou_by_shape"].items()))
             margins = singles["orientation_margin"].items()
             lines.append("orientation       " + "  ".join(f"{k} {v:+.2f}" for k, v in margins))
-            (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_whole(folder / "scores.json", json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
                 "frames_per_prompt": round(self.frames / len(self.corpus.prompts), 1),
@@ -531,7 +548,7 @@ class Trainer:
                 "held_out": list(config.prompts.held_out),
                 "measured": {name: part["summary"] for name, part in report.items()},
             }
-            (folder / self.student.folder_name / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_whole(folder / self.student.folder_name / "record.json", json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         write_report(folder)
         print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
@@ -546,26 +563,9 @@ def check_captions(prompts: Sequence[str]) -> None:
             raise ConfigError(f"validation.prompts: {error}") from None
 
 
-def open_metrics(path: Path, steps: int) -> TextIO:
-    """metrics.jsonl, ready for the line after `steps`.
-
-    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)  # at no moment are the lines lost
-    return path.open("a", encoding="utf-8")
-
-
 def trained_parameters(generator: Generator, trained: Sequence[str] | None) -> list[torch.nn.Parameter]:
     """The parameters of the parts named, None: of all; ConfigError for a part that there is not."""
     parts = generator.parts()
     if unknown := sorted(set(trained or ()) - parts.keys()):
         raise ConfigError(f"trained={unknown[0]!r}: is no part of this generator; it has {', '.join(parts)}")
     return [parameter for name, part in parts.items() if trained is None or name in trained for parameter in part]
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values.items()}

@@ -17,6 +17,7 @@ from prd.training.checkpoints import (
     optimizer_state,
     rng_state,
     save_checkpoint,
+    set_aside_later,
     set_rng_state,
     verify_checkpoint,
 )
@@ -90,6 +91,17 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
     _flip(save_checkpoint(tmp_path, 9, TENSORS, {}))
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         latest_checkpoint(tmp_path)
+
+
+def test_later_checkpoints_are_set_aside_and_none_is_lost(tmp_path):
+    for note in ("first", "second"):
+        for step in (2, 4, 10):
+            save_checkpoint(tmp_path, step, TENSORS, {"note": note})
+        set_aside_later(tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    for place, note in (("4", "first"), ("10", "first"), ("4.2", "second"), ("10.2", "second")):
+        assert load_checkpoint(tmp_path / f"abandoned-checkpoint-{place}").state["note"] == note
+    assert set_aside_later(tmp_path, 2) == [] == set_aside_later(tmp_path / "absent", 0)
 
 
 def test_none_yet(tmp_path):

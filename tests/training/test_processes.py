@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -34,6 +36,40 @@ def test_the_launchers_one_thread_is_told_from_the_users(launcher, tmp_path):
     asked = b"accelerate\0launch\0--num_cpu_threads_per_process\x001\0train.py\0"
     assert threads_of_user(LAUNCHED, launcher(b"HOME=/root\0", asked)) == 1
     assert threads_of_user({**LAUNCHED, "OMP_NUM_THREADS": "3"}, launcher(b"HOME=/root\0")) == 3
+
+
+ORPHAN = """
+import signal, sys, time
+from prd.training.processes import StopRequest, end_with_launcher
+with StopRequest() as stop:
+    print(end_with_launcher(), flush=True)
+    while stop.name is None:
+        time.sleep(0.01)
+    print(stop.name, flush=True)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+environment = {**os.environ, **dict(word.split("=") for word in sys.argv[2:])}
+subprocess.run([sys.executable, "-c", sys.argv[1]], env=environment)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_a_run_is_asked_to_stop_when_its_launcher_is_killed():
+    words = [sys.executable, "-c", LAUNCHER, ORPHAN, "ACCELERATE_MIXED_PRECISION=no"]
+    plain = {name: value for name, value in os.environ.items() if name not in processes.LAUNCHED}
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=plain)
+    assert launcher.stdout and launcher.stdout.readline() == "True\n"
+    launcher.kill()
+    assert launcher.stdout.readline() == "SIGTERM\n"  # the child has what the launcher wrote to
+    launcher.wait()
+
+
+def test_who_started_a_process_is_a_launcher_if_it_set_what_it_had_not(launcher, tmp_path):
+    assert processes.launched_by(LAUNCHED, launcher(b"HOME=/root\0"))
+    assert not processes.launched_by(LAUNCHED, launcher(b"HOME=/root\0ACCELERATE_MIXED_PRECISION=no\0"))
+    assert not processes.launched_by({"HOME": "/root"}, launcher(b"HOME=/root\0"))
+    assert not processes.launched_by(LAUNCHED, tmp_path / "absent")
 
 
 def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):

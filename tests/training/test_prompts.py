@@ -133,6 +133,29 @@ def test_a_source_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert list(load_corpus(config).prompts) == [*THREE, "a horse"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "a batch short", "no counts", "half the counts"])
+def test_what_was_prepared_and_is_damaged_is_prepared_again(tmp_path, damage, caplog):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"a thing of kind {i}\n" for i in range(2 * prompt_files.BATCH)))
+    folder = load_corpus(PromptsConfig(source=str(path))).prompts.folder
+    arrow, counts = folder / "prompts.arrow", folder / "counts.json"
+    if damage == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:100])
+    elif damage == "a batch short":  # an Arrow stream ends after any batch
+        with pa.memory_map(str(arrow)) as stream, pa.ipc.open_stream(stream) as reader:
+            reader.read_next_batch()
+            end = stream.tell()
+        arrow.write_bytes(arrow.read_bytes()[:end])
+    elif damage == "no counts":
+        counts.unlink()
+    else:
+        counts.write_text(counts.read_text()[:9])
+    corpus = load_corpus(PromptsConfig(source=str(path)))
+    assert len(corpus.prompts) == 2 * prompt_files.BATCH and "damaged; preparing them again" in caplog.text
+    caplog.clear()
+    assert load_corpus(PromptsConfig(source=str(path))).prompts[0] and not caplog.text
+
+
 def test_processes_that_start_together_prepare_once(tmp_path, monkeypatch):
     config, real, calls = PromptsConfig(source=write(tmp_path, "a.txt", THREE)), prompt_files._read, []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -25,6 +26,7 @@ class Links(HTMLParser):
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self.text = ""
+        self.titles: list[str] = []  # of the charts
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
@@ -32,6 +34,8 @@ class Links(HTMLParser):
         self.addresses += [value for name, value in attrs if name in ("href", "src")]
 
     def handle_data(self, data):
+        if self.tags[-1:] == ["title"]:
+            self.titles.append(data)
         self.text += data
 
 
@@ -40,7 +44,16 @@ def make_run(folder: Path, *words: str, steps: int = 3, scores: bool = False) ->
     save_config(load_config("toybox", words), folder / "config.yaml")
     write_environment(folder)
     rows = [
-        {"step": i + 1, "lr": 1e-3, "gradient_norm/mvdream/volume": 2.0 * i, "cosine/a-b/volume": -0.5, "seconds": 30.0}
+        {
+            "step": i + 1,
+            "lr": 1e-3,
+            "gradient_norm": 400.0,
+            "gallery/triangles": 8000.0,
+            "gallery/iou": 0.3 + i,
+            "gradient_norm/mvdream/volume": 2.0 * i,
+            "cosine/a-b/volume": -0.5,
+            "seconds": 30.0,
+        }
         for i in range(steps)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,6 +77,7 @@ def test_the_page_shows_the_run_and_refers_to_its_folder_alone(tmp_path):
     (run / "meshes" / "a_cat.glb").touch()
 
     page = Links(write_report(run))
+    assert {"gallery/triangles", "gallery/iou", "gradient_norm (parameters)", "gradient_norm"} <= set(page.titles)
     assert page.addresses and not [a for a in page.addresses if a.startswith(("/", "http", "data:")) or ":" in a]
     assert all((run / unquote(address)).is_file() for address in page.addresses)
     assert len(page.addresses) == 2 * 2 + 2  # sheet and mesh of two galleries, the last sheet, a mesh
@@ -116,6 +130,35 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     ):
         assert text in table
     assert "output_dir" not in table
+
+
+def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, caplog):
+    run = make_run(tmp_path / "one", scores=True)
+    make_run(tmp_path / "two")
+    gallery = run / "gallery" / "step-000002"
+    gallery.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(gallery / "sheet.png")
+    (gallery / "metrics.json").write_text('[{"pro')
+    (run / "environment.json").write_text('[{"comm')
+    (run / "scores.json").write_text('{"sing')
+    page = write_report(run).read_text()
+    assert "After 2 steps" in page and "3 of 265 steps" in page
+    for name in ("metrics.json", "environment.json", "scores.json"):
+        assert re.search(rf"{name} is damaged .* left out", caplog.text)
+    write_environment(run)
+    assert len(read_run(run).sessions) == 1
+    (tmp_path / "two" / "config.yaml").write_text("")  # as a full disk leaves it
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "one" in capsys.readouterr().out and "two: its config.yaml is no mapping" in caplog.text
+
+
+def test_a_long_key_is_whole_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "two", "--volume.rgb_weight_gradient_scale", "0.2")
+    assert main(["runs", str(tmp_path)]) == 0
+    rows = [line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "volume.rgb_weight_gradient_scale0.2" in "".join(rows).replace(" ", "")
 
 
 def test_folders_without_runs_are_one_sentence(tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,16 @@ import torch
 
 from prd.cli import main
 from prd.training.config import ConfigError, load_config
-from prd.training.run_folder import check_output_folder, check_run, git_revision, peak_memory, write_environment
+from prd.training.run_folder import (
+    check_output_folder,
+    check_run,
+    git_revision,
+    metrics_line,
+    open_metrics,
+    peak_memory,
+    sole_writer,
+    write_environment,
+)
 
 
 def config(folder: Path, *words: str):
@@ -36,8 +47,30 @@ def test_a_folder_is_continued_from_its_own_checkpoints_alone(tmp_path, trace):
         check_output_folder(config(tmp_path / "a"))
     check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", "latest"))
     check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-10")))
+    check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", "checkpoint-10"))  # the bare name
     with pytest.raises(ConfigError, match=trace):  # another run's checkpoint does not make this folder free
         check_output_folder(config(tmp_path / "a", "--resume_from_checkpoint", str(tmp_path / "b" / "checkpoint-10")))
+
+
+def test_a_folder_that_is_being_written_is_refused_until_its_writer_is_gone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prd.training.trainer.load_base", lambda *a, **k: pytest.fail("loaded a model"))
+    hold = "import sys, time; from pathlib import Path; from prd.training.run_folder import sole_writer\n"
+    hold += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", "--start_afresh"]
+        assert main(["train", *words]) == 2
+        assert f"output_dir='{tmp_path}': another process is training into it" in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")  # its main process has asked for it
+        check_run(config(tmp_path))
+        monkeypatch.delenv("RANK")
+    finally:
+        other.kill()
+        other.wait()
+    check_run(config(tmp_path))
+    with sole_writer(tmp_path), pytest.raises(ConfigError, match="another process"), sole_writer(tmp_path):
+        pass
 
 
 def test_a_file_in_the_folders_place_and_unknown_trackers_are_refused(tmp_path):
@@ -50,6 +83,24 @@ def test_a_file_in_the_folders_place_and_unknown_trackers_are_refused(tmp_path):
         check_run(config(tmp_path / "new", "--report_to", "aim"))
     check_run(config(tmp_path / "new"))  # TensorBoard comes with the package
     check_run(config(tmp_path / "new", "--report_to", "null"))
+
+
+def test_a_line_of_the_metrics_is_json_for_every_reader_and_ends_what_a_resume_repeats(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    line = metrics_line(3, {"gradient_norm": float("nan"), "loss": float("inf"), "lr": 1 / 3})
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 3,
+        "gradient_norm": None,
+        "loss": None,
+        "lr": 0.33333,
+    }
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(metrics_line(1, {}) + metrics_line(2, {}) + line + '{"step": 4, "l')
+    with open_metrics(path, 2) as stream:
+        stream.write(line)
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_the_environment_names_packages_revision_and_hardware(tmp_path):

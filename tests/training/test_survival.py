@@ -167,6 +167,19 @@ def test_signals_save_and_the_run_goes_on_in_the_middle_of_an_epoch(runs, tmp_pa
     assert_same(run / f"checkpoint-{end}", tmp_path / "whole" / f"checkpoint-{end}")
 
 
+def test_a_run_that_goes_back_is_not_led_to_what_it_left(runs, tmp_path):
+    run = tmp_path / "run"
+    runs.start(run, 6)
+    assert runs.code() == 0
+    runs.start(run, 5, "--resume_from_checkpoint", "checkpoint-4")
+    assert runs.code() == 0
+    assert latest_checkpoint(run) == run / "checkpoint-5" and logged(run) == [1, 2, 3, 4, 5]
+    assert verify_checkpoint(run / "abandoned-checkpoint-6") == 6 and "abandoned-checkpoint-6" in runs.said()
+    runs.start(run, 7, "--resume_from_checkpoint", "latest")
+    assert runs.code() == 0
+    assert logged(run) == list(range(1, 8))
+
+
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     """A signal to one of them; then one process with twice the batch, which is the same step."""
     prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
