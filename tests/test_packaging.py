@@ -87,7 +87,8 @@ def test_the_unpacked_wheel_finds_its_data_from_another_folder(wheel, tmp_path):
     )
     teachers, *rest = done.stdout.split()
     assert Path(teachers).is_relative_to(site)
-    assert rest == ["toybox", "toybox", "triplane_turbo_sd21"]
+    assert rest == ["toybox", *sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))]
+    assert {"toybox", "triplane_turbo_sd21", "atom_toybox", "atom_if"} < set(rest)
 
 
 def test_the_constraints_satisfy_the_ranges():

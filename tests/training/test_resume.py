@@ -94,7 +94,7 @@ def test_nothing_is_loaded_before_the_config_is_compared(tmp_path, monkeypatch, 
     def unreachable(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("prd.training.trainer.load_base", unreachable)
+    monkeypatch.setattr("prd.training.trainer.build_generator", unreachable)
     words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", "--report_to", "null"]
     assert main(["train", *words]) == 2
     assert "seed: 1 -> 0" in capsys.readouterr().err
