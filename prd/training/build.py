@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.teachers.text import PromptEncoder
 from prd.toybox import asset
-from prd.training.config import TrainConfig, stages_of
+from prd.training.config import ConfigError, TrainConfig, stages_of
 from prd.training.sections import ModelConfig, Schedule, StableDiffusionConfig, TeacherConfig
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
@@ -64,10 +64,19 @@ def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | Singl
     generator.text_hash = hashes
     if config.init_from is not None:
         saved = kind.from_pretrained(find_generator(config.init_from))
+        check_same_settings(config.init_from, saved.config, generator.config)
         if not saved.fits_encoder(hashes):
             raise GeneratorMismatch(f"init_from={config.init_from!r}: was trained with another text encoder")
         generator.load_trained_state_dict(saved.trained_state_dict())
     return generator, encoder
+
+
+def check_same_settings(where: str, saved: Any, asked: Any) -> None:
+    """ConfigError unless a saved generator's settings are those asked for, wherever its text encoder is."""
+    for f in fields(asked):
+        theirs, ours = getattr(saved, f.name), getattr(asked, f.name)
+        if theirs != ours and f.name != "text_encoder":
+            raise ConfigError(f"init_from={where!r}: its model.{f.name} is {theirs}, not {ours}; set it to that")
 
 
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:

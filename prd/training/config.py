@@ -160,15 +160,16 @@ def stages_of(config: TrainConfig) -> list[Stage]:
     if not config.stages:
         return [Stage("", 0, max(total, config.max_train_steps), replace(config, schedule_steps=total))]
     stages: list[Stage] = []
+    before = 0.0
     for index, written in enumerate(config.stages):
         values, where = dict(written), f"stages[{index}]"
         until, name = values.pop("until", None), values.pop("name", str(index + 1))
         first = stages[-1].last if stages else 0
-        if type(until) not in (int, float) or not (stages[-1].last / total if stages else 0) < until <= 1:
+        if type(until) not in (int, float) or not before < until <= 1:
             raise ConfigError(f"{where}.until={until!r}: must be a share of the run up to 1, ascending")
         if unknown := sorted(values.keys() - set(STAGED)):
             raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-        last = max(first + 1, round(until * total))
+        before, last = until, max(first + 1, round(until * total))
         try:
             own = from_dict(_merged({**to_dict(config), "stages": []}, values))
         except ConfigError as error:

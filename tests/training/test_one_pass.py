@@ -1,0 +1,152 @@
+"""Generators of one pass in the loop: their recipes, shading, interpolation, a library, refinement, comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from prd.generators.single_pass import GeneratorMismatch
+from prd.training.batches import SHADING
+from prd.training.comparison import at_frames, markdown_table, measure_run, side_by_side, write_comparison
+from prd.training.config import ConfigError, load_config
+from prd.training.library import LibraryError
+from prd.training.trainer import Trainer
+
+QUICK = [
+    *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
+    *("--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"),
+    *(
+        "--validation.prompts",
+        "[a red cube, a blue cone]",
+        "--validation.stacks",
+        "1",
+        "--validation.every_steps",
+        "null",
+    ),
+    *("--validation.resolution", "32", "--validation.isosurface_resolution", "24"),
+]
+
+
+def make(recipe: str, *words: str) -> Trainer:
+    return Trainer(load_config(recipe, [*QUICK, *words]))
+
+
+@pytest.mark.parametrize("recipe", ["atom_toybox", "att3d_toybox", "latte3d_toybox"])
+def test_a_recipe_goes_through_its_stages(recipe: str, tmp_path: Path) -> None:
+    trainer = make(recipe, "--max_train_steps", "5", "--output_dir", str(tmp_path / "run"))
+    start = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    seen, frames = [], 0
+    for step in range(5):
+        row = trainer.train_step(step)
+        assert row["skipped"] == 0 and row["gradient_norm"] > 0
+        seen.append(trainer.stage.name)
+        frames += 4
+        assert row["frames_per_prompt"] == pytest.approx(frames / 38)
+        learnt = any(name.startswith("gradient_norm/") for name in row)
+        assert learnt == (trainer.stage.name != "pretraining")
+        assert ("mask_loss" in row) == (trainer.stage.name in ("pretraining", "geometry", "text"))
+    assert sorted(set(seen), key=seen.index) == [stage.name for stage in trainer.stages]
+    still = [n for n, p in trainer.student.named_parameters() if torch.equal(p, start[n])]
+    unseen = "heads.deformation"  # whose last layer starts at zero, and which volume rendering does not ask
+    assert not [name for name in still if unseen not in name]
+
+
+def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
+    trainer = make("latte3d_toybox", "--max_train_steps", "5")
+    last = trainer.stages[-1]
+    trainer.enter(last)
+    geometry = [p.detach().clone() for p in trainer.student.parts()["geometry"]]
+    texture = [p.detach().clone() for p in trainer.student.parts()["texture"]]
+    trainer.train_step(last.first)
+    assert all(torch.equal(a, b) for a, b in zip(geometry, trainer.student.parts()["geometry"], strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(texture, trainer.student.parts()["texture"], strict=True)]
+    assert all(moved)
+
+
+def test_clouds_are_annealed_and_keyed_by_sample() -> None:
+    trainer = make("latte3d_toybox", "--max_train_steps", "20", "--train_batch_size", "2")
+    geometry = trainer.stages[1]
+    trainer.enter(geometry)
+    batch = trainer.draw(geometry.first, 0)
+    alone = trainer.batches.draw(geometry, geometry.first, [1], trainer.prompts_drawn(geometry.first))
+    assert torch.equal(batch.shapes.clouds[1], alone.shapes.clouds[0])
+    assert torch.equal(batch.inputs["points"], batch.shapes.clouds)  # the stage begins with the shapes
+    trainer.enter(trainer.stages[2])
+    batch = trainer.draw(trainer.stages[2].first, 0)
+    assert torch.equal(batch.inputs["points"], trainer.student.dummy.expand(2, -1, -1))
+
+
+def test_shading_reaches_the_teachers_and_what_is_drawn() -> None:
+    plain, white = (
+        make("atom_toybox", "--max_train_steps", "5", "--shading.textureless", share) for share in ("0", "1")
+    )
+    rows = [trainer.train_step(0) for trainer in (plain, white)]
+    assert rows[0]["opacity"] == rows[1]["opacity"]  # the same field from the same cameras
+    assert rows[0]["gradient_norm/mvdream/volume"] != rows[1]["gradient_norm/mvdream/volume"]
+    colour = [trainer.student.heads.rgb.third.weight.grad for trainer in (plain, white)]
+    assert bool(colour[0].any()) and not bool(colour[1].any())  # a white render says nothing about colours
+    draws = white.draw(0, 0).draws
+    assert len(draws) > SHADING
+
+
+@pytest.mark.parametrize("over", ["embeddings", "guidance", "losses"])
+def test_what_lies_between_prompts_is_trained(over: str) -> None:
+    words = ["--interpolation.probability", "1", "--interpolation.over", over, "--train_batch_size", "2"]
+    trainer = make("att3d_toybox", "--max_train_steps", "3", *words)
+    batch = trainer.draw(0, 0)
+    first, second = trainer.encoder(batch.prompts), trainer.encoder(batch.mixture.prompts)
+    share = batch.mixture.share.view(-1, 1, 1)
+    torch.testing.assert_close(batch.embeds, (1 - share) * first + share * second)
+    assert 0 < float(batch.mixture.share.min()) and batch.mixture.over == over
+    assert trainer.train_step(0)["skipped"] == 0
+
+
+def test_refinement_starts_from_saved_weights(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = make("atom_toybox", "--max_train_steps", "2", "--output_dir", str(run))
+    trainer.train_step(0)
+    trainer.student.save_pretrained(run / "generator")
+    words = ["--init_from", str(run), "--prompts.texts", "[a red mug]", "--max_train_steps", "2"]
+    refined = make("atom_toybox", *words)
+    saved, state = trainer.student.trained_state_dict(), refined.student.trained_state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    assert list(refined.corpus.prompts) == ["a red mug"] and refined.draw(0, 0).prompts == ["a red mug"]
+    assert refined.train_step(0)["frames_per_prompt"] == 4
+    with pytest.raises(ConfigError, match=r"init_from=.*: its model.sphere_radius is 0.45, not 0.3"):
+        make("atom_toybox", *words, "--model.sphere_radius", "0.3")
+    with pytest.raises(GeneratorMismatch, match="_class_name is 'AToM', expected 'ATT3D'"):
+        make("att3d_toybox", *words)
+
+
+def test_a_library_is_for_those_who_take_shapes() -> None:
+    with pytest.raises(LibraryError, match="library.source='toybox': this generator takes no shapes"):
+        make("atom_toybox", "--library.source", "toybox")
+
+
+def test_runs_are_compared_at_equal_frames(tmp_path: Path) -> None:
+    folders = []
+    for recipe in ("atom_toybox", "att3d_toybox"):
+        folder = tmp_path / recipe
+        words = ["--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "null"]
+        trainer = make(recipe, *words, "--output_dir", str(folder), "--train_batch_size", "2")
+        trainer.train()
+        folders.append(folder)
+        assert (folder / "generator" / "record.json").is_file()
+    rows = [row for folder in folders for row in measure_run(folder)]
+    assert [row.step for row in rows] == [1, 2, 3, 1, 2, 3]
+    assert [row.frames_per_prompt for row in rows[:3]] == pytest.approx([8 / 38, 16 / 38, 24 / 38])
+    assert {split: summary["count"] for split, summary in rows[0].scores.items()} == {
+        "single_seen": 38,
+        "single_held_out": 10,
+    }
+    chosen = at_frames(rows, 16 / 38)
+    assert [(row.run, row.step) for row in chosen] == [("atom_toybox", 2), ("att3d_toybox", 2)]
+    table = write_comparison(rows, tmp_path / "out", 16 / 38)
+    assert table == markdown_table(chosen) and "| atom_toybox | 0 | 2 |" in table
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == 6
+    assert "frames a prompt" in (tmp_path / "out" / "curves.html").read_text()
+    side_by_side(folders, ["a red cube", "a blue mug"], tmp_path / "out" / "sheet.png", ["AToM", "ATT3D"])
+    assert (tmp_path / "out" / "sheet.png").stat().st_size > 500
