@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,9 +109,10 @@ class TriplaneField(AutogradGradient):
         self.heads = heads
         self.bias_radius = bias_radius
 
-    def select(self, index: int) -> TriplaneField:
-        """One of the B samples, as a field of one."""
-        return TriplaneField(self.planes[index, None], self.heads, self.bias_radius)
+    def select(self, index: int | Sequence[int]) -> TriplaneField:
+        """One of the B samples, or some, as a field of their own."""
+        rows = [index] if isinstance(index, int) else list(index)
+        return TriplaneField(self.planes[rows], self.heads, self.bias_radius)
 
     def geometry_features(self, points: Tensor) -> Tensor:
         """Sum of the geometry planes at points [B, N, 3]: [B, N, C]."""

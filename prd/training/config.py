@@ -266,6 +266,7 @@ class TrainConfig:
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
     num_denoising_steps: Count = 4  # K of Algorithm 1
+    estimates_at_once: Count = 1  # of these K, decoded and judged in one batch: for small models; memory of as many
     renderers: Literal["both", "alternate", "volume", "surface"] = "both"  # at each of the K steps; alternate: in turn
     background: Fraction = 0.5  # grey level behind the object
     text_background: bool = False  # train over an environment made from the text instead, trained along; shown: grey

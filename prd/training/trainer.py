@@ -28,7 +28,7 @@ from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
 from prd.distillation.progressive import Judge, JudgeLog, judge_views, rollout
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.fields import Field
+from prd.fields import Field, some_samples
 from prd.memory import keep_freed_memory
 from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
@@ -209,21 +209,33 @@ class Trainer:
         config = self.config
         place = self.accelerator.process_index * config.gradient_accumulation_steps + micro
         samples = range(place * config.train_batch_size, (place + 1) * config.train_batch_size)  # of the whole step
-        draws = [[sample_generator(config.seed, step, i, stream) for i in samples] for stream in range(5)]
-        first = self.prompts_drawn(step)
-        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws[PROMPTS], strict=True)]
+
+        def draws(stream: int, *ks: int) -> list[torch.Generator]:
+            """A stream's generators, of each sample; given ks, those of the first estimate, then of the next."""
+            keys: list[tuple[int, ...]] = [(k,) for k in ks] or [()]
+            return [sample_generator(config.seed, step, i, stream, *key) for key in keys for i in samples]
+
+        first, latents = self.prompts_drawn(step), draws(NOISE)
+        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws(PROMPTS), strict=True)]
         embeds = self.encoder(prompts).to(self.device)
         judges = [
             Judge(teacher, settings.weight, guidance_at(config, settings, step)) for teacher, settings in self.teachers
         ]
 
         @torch.autocast(self.device.type, enabled=False)  # geometry and losses are float32
-        def supervise(k: int, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
-            cameras = self.cameras.sample(draw_uniform((len(prompts), 3), draws[CAMERAS])).to(self.device)
-            witness.ask(k, prompts, cameras)
+        def supervise(ks: range, field: Field) -> Tensor:  # lines 11 to 15 of Algorithm 1
             loss = torch.zeros((), device=self.device)
-            for name, views, regularizer in self.render(step, k, field, cameras, embeds, draws[JITTER], log):
-                loss = loss + regularizer + judge_views(views, judges, prompts, draws[TEACHERS], log, name)
+            for names, alike in by_renderers(config, step, ks).items():
+                rows = [(k - ks.start) * len(prompts) + i for k in alike for i in range(len(prompts))]
+                part, count = some_samples(field, rows, len(ks) * len(prompts)), len(alike)
+                cameras = self.cameras.sample(draw_uniform((len(rows), 3), draws(CAMERAS, *alike))).to(self.device)
+                for k, own in zip(alike, cameras.chunk(count), strict=True):
+                    witness.ask(k, prompts, own)
+                jitter, teachers = draws(JITTER, *alike), draws(TEACHERS, *alike)
+                rendered = self.render(step, names, part, cameras, embeds.repeat(count, 1, 1), jitter, log)
+                for name, views, regularizer in rendered:
+                    judged = judge_views(views, judges, prompts * count, teachers, log, name, count)
+                    loss = loss + count * regularizer + judged
             witness.answer(loss)
             return loss / config.gradient_accumulation_steps
 
@@ -234,7 +246,7 @@ class Trainer:
         def noise(k: int) -> Tensor:
             size, channels = self.student.config.latent_size, self.student.backbone.unet.config["in_channels"]
             shape = (len(prompts), 6, channels, size, size)
-            return draw_normal(shape, draws[NOISE]).to(self.device)
+            return draw_normal(shape, latents).to(self.device)
 
         with self.accelerator.autocast():
             rollout(
@@ -244,6 +256,7 @@ class Trainer:
                 prompt_embeds=embeds,
                 timesteps=self.timesteps,
                 noise=noise,
+                at_once=config.estimates_at_once,
             )
 
     def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
@@ -258,18 +271,18 @@ class Trainer:
     def render(
         self,
         step: int,
-        k: int,
+        names: Sequence[str],
         field: Field,
         cameras: Cameras,
         embeds: Tensor,
         jitter: Sequence[torch.Generator],
         log: JudgeLog,
     ) -> Iterator[tuple[str, Views, Tensor]]:
-        """Dual rendering: (renderer, its views, the regularisers it carries) of estimate k."""
+        """Dual rendering: (renderer, its views, the regularisers it carries) of some estimates by each of `names`."""
         config = self.config
         resolution = config.volume.grid_resolution
         grid = GridField(field, resolution) if resolution else field
-        for name in renderers_of(config, step, k):
+        for name in names:
             if name == "volume":
                 renderer = build_volume_renderer(config, step)
                 size = (len(jitter), renderer.passes, cameras.views, config.volume.height, config.volume.width)
@@ -290,7 +303,7 @@ class Trainer:
                     width=config.surface.width,
                     background=self.backdrop(cameras, config.surface.height, config.surface.width, embeds),
                 )
-                log.add("surfaces_corrected", stats.corrected.float().mean())  # the rate of empty ones
+                log.add("surfaces_corrected", stats.corrected.float().mean(), cameras.batch)  # the rate of empty ones
                 yield name, views, torch.zeros((), device=self.device)
 
     def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
@@ -298,8 +311,8 @@ class Trainer:
         weights = self.config.regularizers
         eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
         opacity = float(views.opacity.detach().mean())
-        log.add("opacity", opacity)
-        log.add("eikonal", eikonal.detach())
+        log.add("opacity", opacity, views.cameras.batch)
+        log.add("eikonal", eikonal.detach(), views.cameras.batch)
         if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
             raise CollapseError(
                 f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
@@ -593,6 +606,14 @@ def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
     if config.renderers == "alternate":
         return ("volume",) if (step + k) % 2 == 0 else ("surface",)
     return (config.renderers,)
+
+
+def by_renderers(config: TrainConfig, step: int, ks: Sequence[int]) -> dict[tuple[str, ...], list[int]]:
+    """The estimates ks by the renderers they meet, which are drawn and judged together."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for k in ks:
+        alike.setdefault(renderers_of(config, step, k), []).append(k)
+    return alike
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

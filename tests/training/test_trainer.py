@@ -71,12 +71,12 @@ def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_fro
     reached: dict[str, float] = {}
     judge = trainer_module.judge_views
 
-    def watched(views, judges, prompts, generator, log, renderer):
+    def watched(views, judges, prompts, generator, log, renderer, estimates):
         def keep(gradient):
             reached[renderer] = max(reached.get(renderer, 0.0), float(gradient.abs().max()))
 
         views.rgb.register_hook(keep)
-        return judge(views, judges, prompts, generator, log, renderer)
+        return judge(views, judges, prompts, generator, log, renderer, estimates)
 
     monkeypatch.setattr(trainer_module, "judge_views", watched)
     before = frozen_hash(trainer)
@@ -136,7 +136,7 @@ def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
 
 
 def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog, tmp_path):
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path))
+    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path), "--estimates_at_once", "1")
     teacher = next(t for t, _ in trainer.teachers if t.name == "richdreamer")
     monkeypatch.setattr(teacher, "predict_noise", lambda x, t, condition: torch.full_like(x, float("nan")))
     start = [p.detach().clone() for p in trainer.parameters]
