@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -215,8 +216,8 @@ class _DenseHead(torch.autograd.Function):
         ctx.save_for_backward(xy, xz, yz, w2, w3)
         batch, resolution = yz.shape[:2]
         out = xy.new_empty(batch, xy.shape[1], resolution, resolution, len(w3))
-        for x, y in _tiles(xy):
-            out[:, x, y] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x, y), w2)), w3)
+        for tile in _tiles(xy):
+            out[tile] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, *tile), w2)), w3)
         return out
 
     @staticmethod
@@ -236,13 +237,13 @@ def _whole_backward(hidden: list[Tensor], w2: Tensor, w3: Tensor, grad_out: Tens
     """Add the gradients of `_DenseHead`'s arguments to `grads`, tile by tile."""
     xy, xz, yz = hidden
     grad_xy, grad_xz, grad_yz, *grad_weights = grads
-    for x, y in _tiles(xy):
-        h1 = _first_hidden(xy, xz, yz, x, y)
-        grad = grad_out[:, x, y].reshape(-1, len(w3))
+    for b, x, y in _tiles(xy):
+        h1 = _first_hidden(xy, xz, yz, b, x, y)
+        grad = grad_out[b, x, y].reshape(-1, len(w3))
         grad1 = _head_backward(h1.view(-1, h1.shape[-1]), w2, w3, grad, *grad_weights).view_as(h1)
-        grad_xy[:, x, y] = grad1.sum(3)
-        grad_xz[:, x] += grad1.sum(2)
-        grad_yz[:, y] += grad1.sum(1)
+        grad_xy[b, x, y] = grad1.sum(3)
+        grad_xz[b, x] += grad1.sum(2)
+        grad_yz[b, y] += grad1.sum(1)
 
 
 def _some_backward(
@@ -275,15 +276,19 @@ def _head_backward(h1: Tensor, w2: Tensor, w3: Tensor, grad: Tensor, grad_w2: Te
     return torch.ops.aten.threshold_backward(grad2 @ w2, h1, 0)
 
 
-def _tiles(xy: Tensor) -> list[tuple[slice, slice]]:
-    """Parts of the x and y axes of xy [B, x, y, C] that hold some NODES_A_TILE nodes each with all of z."""
+def _tiles(xy: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of the samples and of the x and y axes of xy [B, x, y, C] that hold some NODES_A_TILE nodes with all of z.
+
+    All of y comes before more of x, and that before more samples: so the least is left to add up between tiles.
+    """
     batch, planes, resolution, _ = xy.shape
-    rows = min(resolution, max(1, NODES_A_TILE // (batch * resolution)))
-    size = max(1, NODES_A_TILE // (batch * resolution**2))
-    return [
-        (slice(x, x + size), slice(y, y + rows)) for x in range(0, planes, size) for y in range(0, resolution, rows)
-    ]
+    rows = min(resolution, max(1, NODES_A_TILE // resolution))
+    size = min(planes, max(1, NODES_A_TILE // resolution**2))
+    samples = max(1, NODES_A_TILE // (planes * resolution**2))
+    for b, x, y in product(range(0, batch, samples), range(0, planes, size), range(0, resolution, rows)):
+        yield slice(b, b + samples), slice(x, x + size), slice(y, y + rows)
 
 
-def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice, y: slice) -> Tensor:
-    return F.relu_((xy[:, x, y, None] + xz[:, x, None]).add_(yz[:, None, y]))  # [B, x, y, z, width] of the tile
+def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, b: slice, x: slice, y: slice) -> Tensor:
+    """[B, x, y, z, width] of the tile."""
+    return F.relu_((xy[b, x, y, None] + xz[b, x, None]).add_(yz[b, None, y]))
