@@ -94,6 +94,11 @@ class Cameras:
         """These cameras on another device, or in another floating-point type."""
         return Cameras(self.camera_to_world.to(device), self.fovy.to(device))
 
+    def chunk(self, parts: int) -> list[Cameras]:
+        """The cameras of the first samples, of the next, ..., in `parts` equal batches."""
+        pairs = zip(self.camera_to_world.chunk(parts), self.fovy.chunk(parts), strict=True)
+        return [Cameras(matrices, fovy) for matrices, fovy in pairs]
+
     def select(self, views: Tensor) -> Cameras:
         """The views [B, n] (indices per sample) of these cameras."""
         rows = torch.arange(self.batch, device=views.device)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -50,29 +51,38 @@ class AutogradGradient:
         return self.sdf(points), None
 
 
-class FieldSample(AutogradGradient):
-    """One sample of a field of B, as a field of one: what works on a mesh at a time takes this."""
+class FieldSamples(AutogradGradient):
+    """Some samples of a field of B, as a field of their own; the others are asked at the origin, and not heard."""
 
-    def __init__(self, whole: Field, index: int, batch: int) -> None:
-        if not 0 <= index < batch:
-            raise ValueError(f"index={index}: must be in 0..{batch - 1}")
-        self.whole, self.index, self.batch = whole, index, batch
+    def __init__(self, whole: Field, indices: Sequence[int], batch: int) -> None:
+        if not indices or not all(0 <= index < batch for index in indices):
+            raise ValueError(f"indices={list(indices)}: must be some of 0..{batch - 1}")
+        self.whole, self.indices, self.batch = whole, list(indices), batch
 
     def _every(self, points: Tensor) -> Tensor:
-        return points.expand(self.batch, -1, -1)
+        every = points.new_zeros(self.batch, *points.shape[1:])
+        return every.index_copy(0, torch.tensor(self.indices, device=points.device), points)
 
     def sdf(self, points: Tensor) -> Tensor:
-        return self.whole.sdf(self._every(points))[self.index, None]
+        return self.whole.sdf(self._every(points))[self.indices]
 
     def rgb(self, points: Tensor) -> Tensor:
-        return self.whole.rgb(self._every(points))[self.index, None]
+        return self.whole.rgb(self._every(points))[self.indices]
 
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
-        return sdf[self.index, None], None if deformation is None else deformation[self.index, None]
+        return sdf[self.indices], None if deformation is None else deformation[self.indices]
 
 
 def one_sample(field: Field, index: int, batch: int) -> Field:
     """Sample `index` of a field of `batch` samples, by the field's own `select(index)` if it has one."""
     select = getattr(field, "select", None)
-    return select(index) if select is not None else FieldSample(field, index, batch)
+    return select(index) if select is not None else FieldSamples(field, [index], batch)
+
+
+def some_samples(field: Field, indices: Sequence[int], batch: int) -> Field:
+    """Samples `indices` of a field of `batch` samples, by the field's own `select(indices)` if it has one."""
+    if list(indices) == list(range(batch)):
+        return field
+    select = getattr(field, "select", None)
+    return select(indices) if select is not None else FieldSamples(field, indices, batch)

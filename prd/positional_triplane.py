@@ -6,6 +6,7 @@ Every head takes the features of its three planes, the position, and the positio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,10 +98,11 @@ class PositionalTriplaneField(AutogradGradient):
         self.texture = self.geometry if texture is geometry else texture.to(self.geometry.dtype)
         self.heads, self.bias_radius = heads, bias_radius
 
-    def select(self, index: int) -> PositionalTriplaneField:
-        """One of the B samples, as a field of one."""
-        geometry = self.geometry[index, None]
-        texture = geometry if self.texture is self.geometry else self.texture[index, None]
+    def select(self, index: int | Sequence[int]) -> PositionalTriplaneField:
+        """One of the B samples, or some, as a field of their own."""
+        rows = [index] if isinstance(index, int) else list(index)
+        geometry = self.geometry[rows]
+        texture = geometry if self.texture is self.geometry else self.texture[rows]
         return PositionalTriplaneField(geometry, texture, self.heads, self.bias_radius)
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from prd.fields import AutogradGradient
 
 GRID_SAMPLE_TWICE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 NODES_A_TILE = 1 << 12  # nodes the dense grid handles at a time: their activations stay in the cache
+SPARSE = 0.5  # share of its nodes with a gradient below which these are gathered for the backward pass
 
 
 def plane_coordinates(points: Tensor) -> Tensor:
@@ -109,9 +111,10 @@ class TriplaneField(AutogradGradient):
         self.heads = heads
         self.bias_radius = bias_radius
 
-    def select(self, index: int) -> TriplaneField:
-        """One of the B samples, as a field of one."""
-        return TriplaneField(self.planes[index, None], self.heads, self.bias_radius)
+    def select(self, index: int | Sequence[int]) -> TriplaneField:
+        """One of the B samples, or some, as a field of their own."""
+        rows = [index] if isinstance(index, int) else list(index)
+        return TriplaneField(self.planes[rows], self.heads, self.bias_radius)
 
     def geometry_features(self, points: Tensor) -> Tensor:
         """Sum of the geometry planes at points [B, N, 3]: [B, N, C]."""
@@ -214,7 +217,8 @@ class _DenseHead(torch.autograd.Function):
     """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made tile by tile.
 
     xy and xz may hold a part of the x axis alone. The R^3 activations never exist together: the backward pass makes
-    each tile's again while it is in the cache.
+    each tile's again while it is in the cache. Where few nodes receive a gradient (renderers look at those near the
+    surface) it makes those alone.
     """
 
     @staticmethod
@@ -222,42 +226,79 @@ class _DenseHead(torch.autograd.Function):
         ctx.save_for_backward(xy, xz, yz, w2, w3)
         batch, resolution = yz.shape[:2]
         out = xy.new_empty(batch, xy.shape[1], resolution, resolution, len(w3))
-        for x, y in _tiles(xy):
-            out[:, x, y] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, x, y), w2)), w3)
+        for tile in _tiles(xy):
+            out[tile] = F.linear(F.relu_(F.linear(_first_hidden(xy, xz, yz, *tile), w2)), w3)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
-        xy, xz, yz, w2, w3 = ctx.saved_tensors
-        grad_xy, grad_xz, grad_yz = torch.empty_like(xy), torch.zeros_like(xz), torch.zeros_like(yz)
-        grad_w2, grad_w3 = torch.zeros_like(w2), torch.zeros_like(w3)
-        for x, y in _tiles(xy):
-            h1 = _first_hidden(xy, xz, yz, x, y)
-            h2 = F.relu_(F.linear(h1, w2))
-            grad = grad_out[:, x, y].reshape(-1, len(w3))
-            flat1, flat2 = h1.view(-1, h1.shape[-1]), h2.view(-1, h2.shape[-1])
-            grad_w3.addmm_(grad.T, flat2)
-            grad2 = torch.ops.aten.threshold_backward(grad @ w3, flat2, 0)
-            grad_w2.addmm_(grad2.T, flat1)
-            grad1 = torch.ops.aten.threshold_backward(grad2 @ w2, flat1, 0).view_as(
-                h1
-            )  # [B, x, y, z, width] of the tile
-            grad_xy[:, x, y] = grad1.sum(3)
-            grad_xz[:, x] += grad1.sum(2)
-            grad_yz[:, y] += grad1.sum(1)
-        return grad_xy, grad_xz, grad_yz, grad_w2, grad_w3
+        *hidden, w2, w3 = ctx.saved_tensors
+        grads = [torch.zeros_like(tensor) for tensor in (*hidden, w2, w3)]
+        nodes = (grad_out != 0).any(dim=-1).nonzero()  # [n, 4] b, x, y, z; NaN counts
+        if len(nodes) < SPARSE * grad_out[..., 0].numel():
+            _some_backward(hidden, w2, w3, grad_out, nodes, grads)
+        else:
+            _whole_backward(hidden, w2, w3, grad_out, grads)
+        return tuple(grads)
 
 
-def _tiles(xy: Tensor) -> list[tuple[slice, slice]]:
-    """Parts of the x and y axes of xy [B, x, y, C] that hold some NODES_A_TILE nodes each with all of z."""
+def _whole_backward(hidden: list[Tensor], w2: Tensor, w3: Tensor, grad_out: Tensor, grads: list[Tensor]) -> None:
+    """Add the gradients of `_DenseHead`'s arguments to `grads`, tile by tile."""
+    xy, xz, yz = hidden
+    grad_xy, grad_xz, grad_yz, *grad_weights = grads
+    for b, x, y in _tiles(xy):
+        h1 = _first_hidden(xy, xz, yz, b, x, y)
+        grad = grad_out[b, x, y].reshape(-1, len(w3))
+        grad1 = _head_backward(h1.view(-1, h1.shape[-1]), w2, w3, grad, *grad_weights).view_as(h1)
+        grad_xy[b, x, y] = grad1.sum(3)
+        grad_xz[b, x] += grad1.sum(2)
+        grad_yz[b, y] += grad1.sum(1)
+
+
+def _some_backward(
+    hidden: list[Tensor], w2: Tensor, w3: Tensor, grad_out: Tensor, nodes: Tensor, grads: list[Tensor]
+) -> None:
+    """`_whole_backward` of nodes [n, 4] (b, x, y, z) alone, outside of which grad_out is zero."""
+    *grad_hidden, grad_w2, grad_w3 = grads
+    for some in nodes.split(NODES_A_TILE):
+        b, x, y, z = some.unbind(1)
+        places = [
+            (b * tensor.shape[1] + row) * tensor.shape[2] + column
+            for tensor, row, column in zip(hidden, (x, x, y), (y, z, z), strict=True)
+        ]
+        first, second, third = (h.flatten(0, 2).index_select(0, i) for h, i in zip(hidden, places, strict=True))
+        h1 = F.relu_(first.add_(second).add_(third))
+        grad1 = _head_backward(h1, w2, w3, grad_out[b, x, y, z], grad_w2, grad_w3)
+        for grad, place in zip(grad_hidden, places, strict=True):
+            grad.flatten(0, 2).index_add_(0, place, grad1)
+
+
+def _head_backward(h1: Tensor, w2: Tensor, w3: Tensor, grad: Tensor, grad_w2: Tensor, grad_w3: Tensor) -> Tensor:
+    """From grad [n, out] to the gradient [n, width] before the first ReLU, whose output is h1 [n, width].
+
+    Adds the weights' gradients to grad_w2 and grad_w3.
+    """
+    h2 = F.relu_(F.linear(h1, w2))
+    grad_w3.addmm_(grad.T, h2)
+    grad2 = torch.ops.aten.threshold_backward(grad @ w3, h2, 0)
+    grad_w2.addmm_(grad2.T, h1)
+    return torch.ops.aten.threshold_backward(grad2 @ w2, h1, 0)
+
+
+def _tiles(xy: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of the samples and of the x and y axes of xy [B, x, y, C] that hold some NODES_A_TILE nodes with all of z.
+
+    All of y comes before more of x, and that before more samples: so the least is left to add up between tiles.
+    """
     batch, planes, resolution, _ = xy.shape
-    rows = min(resolution, max(1, NODES_A_TILE // (batch * resolution)))
-    size = max(1, NODES_A_TILE // (batch * resolution**2))
-    return [
-        (slice(x, x + size), slice(y, y + rows)) for x in range(0, planes, size) for y in range(0, resolution, rows)
-    ]
+    rows = min(resolution, max(1, NODES_A_TILE // resolution))
+    size = min(planes, max(1, NODES_A_TILE // resolution**2))
+    samples = max(1, NODES_A_TILE // (planes * resolution**2))
+    for b, x, y in product(range(0, batch, samples), range(0, planes, size), range(0, resolution, rows)):
+        yield slice(b, b + samples), slice(x, x + size), slice(y, y + rows)
 
 
-def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, x: slice, y: slice) -> Tensor:
-    return F.relu_((xy[:, x, y, None] + xz[:, x, None]).add_(yz[:, None, y]))  # [B, x, y, z, width] of the tile
+def _first_hidden(xy: Tensor, xz: Tensor, yz: Tensor, b: slice, x: slice, y: slice) -> Tensor:
+    """[B, x, y, z, width] of the tile."""
+    return F.relu_((xy[b, x, y, None] + xz[b, x, None]).add_(yz[b, None, y]))

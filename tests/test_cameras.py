@@ -169,3 +169,10 @@ def test_a_far_plane_at_infinity_is_refused() -> None:
     cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 50.0)
     with pytest.raises(ValueError, match="far=inf"):
         cameras.projection(far=float("inf"))
+
+
+def test_a_batch_of_cameras_falls_into_equal_parts() -> None:
+    cameras = orbit_cameras(torch.zeros(4, 2), torch.arange(8.0).view(4, 2), 2.4, 50.0)
+    parts = cameras.chunk(2)
+    assert [part.batch for part in parts] == [2, 2]
+    torch.testing.assert_close(torch.cat([part.azimuth for part in parts]), cameras.azimuth)

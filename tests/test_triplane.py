@@ -51,8 +51,10 @@ def test_grid_equals_pointwise_queries(resolution: int) -> None:
     assert field.grid(resolution, rgb=False, deformation=False)[1:] == (None, None)
 
 
+@pytest.mark.parametrize("seen", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("tile", [1, 12, 70, 4096])
-def test_grid_gradients_equal_pointwise_ones(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grid_gradients_equal_pointwise_ones(tile: int, seen: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all nodes, and of the share of them that a renderer looks at."""
     monkeypatch.setattr("prd.triplane.NODES_A_TILE", tile)
     field = make_field(dtype=torch.float64)
     axis = torch.linspace(-1, 1, 5, dtype=torch.float64)
@@ -60,7 +62,7 @@ def test_grid_gradients_equal_pointwise_ones(tile: int, monkeypatch: pytest.Monk
     inputs = [field.planes, *field.heads.sdf.parameters(), *field.heads.rgb.parameters()]
     sdf, rgb, _ = field.grid(5, deformation=False)
     assert rgb is not None
-    weights = torch.rand(2, 125, 4, dtype=torch.float64)
+    weights = torch.rand(2, 125, 4, dtype=torch.float64) * (torch.rand(2, 125, 1) < seen)
     dense = torch.cat([sdf[..., None], rgb], dim=-1).flatten(1, 3)
     pointwise = torch.cat([field.sdf(points), field.rgb(points)], dim=-1)
     one = torch.autograd.grad((dense * weights).sum(), inputs)

@@ -291,6 +291,10 @@ class Mixture:
     share: Tensor
     over: Literal["embeddings", "guidance", "losses"] = "embeddings"
 
+    def repeat(self, count: int) -> Mixture:
+        """The same for `count` estimates of the prompts, one after the other."""
+        return Mixture(list(self.prompts) * count, self.share.repeat(count), self.over)
+
     def __post_init__(self) -> None:
         _check_choice("over", self.over, ("embeddings", "guidance", "losses"))
         if self.share.shape != (len(self.prompts),) or not bool(((self.share >= 0) & (self.share <= 1)).all()):

@@ -1,7 +1,8 @@
 """Random numbers that belong to a sample, not to a batch.
 
-Every draw of training is keyed by (seed, optimiser step, index of the sample in the whole step, stream), so that a step
-is the same however its samples are shared out over processes, batches and accumulation, and after a resume.
+Every draw of training is keyed by (seed, optimiser step, index of the sample in the whole step, stream), and what an
+estimate is seen and judged by also by its k, so that a step is the same however its samples are shared out over
+processes, batches, accumulation and estimates judged at once, and after a resume.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 
-def sample_generator(seed: int, step: int, sample: int, stream: int) -> torch.Generator:
+def sample_generator(seed: int, step: int, sample: int, stream: int, *estimate: int) -> torch.Generator:
     """A generator on the CPU for one stream (noise, cameras, teachers, ...) of one sample of one optimiser step.
+
+    estimate  k, for a stream that begins anew for each of the K estimates; nothing for one that goes through all
 
     The key is hashed: torch's generator keeps 32 bits of a seed, in which sums of multiples would meet often.
     """
-    key = hashlib.blake2b(f"{seed} {step} {sample} {stream}".encode(), digest_size=7).digest()
+    words = " ".join(map(str, (seed, step, sample, stream, *estimate)))
+    key = hashlib.blake2b(words.encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 

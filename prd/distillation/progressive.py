@@ -45,28 +45,35 @@ class Student(Protocol):
 
 def rollout(
     student: Student,
-    supervise: Callable[[int, Field], Tensor],
+    supervise: Callable[[range, Field], Tensor],
     backward: Callable[[Tensor], None],
     *,
     prompt_embeds: Tensor,
     timesteps: Sequence[int],
     noise: Callable[[int], Tensor],
+    at_once: int = 1,
 ) -> None:
     """Lines 5 to 17: the K estimates of a batch of prompts, each judged and its gradient kept.
 
-    supervise      (k, field) -> scalar loss, a mean over prompts: lines 11 to 15 with cameras of its own every time
+    supervise      (ks, field) -> scalar loss, the sum over the estimates ks of a mean over prompts: lines 11 to 15
+                   with cameras of its own every time. The field holds the prompts of ks[0], then those of ks[1], ...
     backward       accumulates a scalar's gradient in the student's parameters (line 16)
     prompt_embeds  [B, L, Ct]; timesteps T = t_1 > ... > t_K
     noise          k -> standard normal [B, 6, 4, h, w]; 0 is the start, 1 to K the noise of each step
+    at_once        estimates decoded and judged in one batch. As no gradient flows between them it is the same however
+                   many; their activations wait for each other, and small batches take less time together.
     """
-    z0 = noise(0)  # line 5
+    z0, estimates = noise(0), []  # line 5
     for k, t in enumerate(timesteps):  # line 6
         z_t = student.add_noise(z0, noise(k + 1), t)  # lines 7-8
-        z0 = student.denoise(z_t, t, prompt_embeds)  # line 9
-        theta = student.decode(z0)  # line 10
-        loss = supervise(k, theta)  # lines 11-15
+        estimates.append(student.denoise(z_t, t, prompt_embeds))  # line 9
+        z0 = estimates[-1].detach()  # no gradient across steps (section 3.2)
+        if len(estimates) < at_once and k + 1 < len(timesteps):
+            continue
+        theta = student.decode(torch.cat(estimates))  # line 10
+        loss = supervise(range(k + 1 - len(estimates), k + 1), theta)  # lines 11-15
         backward(loss / len(timesteps))  # line 16
-        z0 = z0.detach()  # no gradient across steps (section 3.2)
+        estimates.clear()
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,12 @@ class JudgeLog:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, value: Tensor | float) -> None:
+    def add(self, name: str, value: Tensor | float, count: int = 1) -> None:
+        """A value, or the mean over the renderings of `count` estimates."""
         value = float(value)
         if value == value:  # a cosine of teachers that share no pixels is NaN and has no mean
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.sums[name] = self.sums.get(name, 0.0) + count * value
+            self.counts[name] = self.counts.get(name, 0) + count
 
     def means(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
@@ -102,11 +110,13 @@ def judge_views(
     generator: torch.Generator | Sequence[torch.Generator],
     log: JudgeLog,
     renderer: str,
+    estimates: int = 1,
     mixture: Mixture | None = None,
 ) -> Tensor:
     """Line 15: a scalar whose gradient at the renderings is the teachers' weighted sum, a mean over prompts.
 
     generator  what the teachers draw from: one for the batch, or one a prompt (then a prompt's draws are its own)
+    estimates  that the batch holds one after the other, each of as many prompts: their means are added up
     mixture    second prompts, what lies between which and the first is judged; with generators of each prompt's own
 
     Each teacher's gradient is taken at the renderings and its graph freed before the next teacher is asked, so that
@@ -116,28 +126,36 @@ def judge_views(
         raise ValueError("judges: none given; a rendering needs at least one teacher")
     leaves = leaf_views(views)
     total: dict[str, Tensor] = {}
-    earlier: dict[str, dict[str, Tensor]] = {}
+    earlier: dict[str, list[dict[str, Tensor]]] = {}
     for judge in judges:
         with resident(judge.teacher, views.rgb.device):
             if isinstance(generator, torch.Generator):
                 result = distill(judge.teacher, leaves, prompts, judge.guidance, generator)
             else:
                 result = distill_samples(judge.teacher, leaves, prompts, judge.guidance, generator, mixture)
-            gradient = rendering_gradient(judge.weight * result.loss.mean(), leaves)
+            gradient = rendering_gradient(judge.weight * result.loss.view(estimates, -1).mean(dim=1).sum(), leaves)
         called = judge.teacher.name
         if called in earlier:  # a second teacher of that name, as with and without a ControlNet
             called = f"{called}_{1 + sum(other.startswith(called) for other in earlier)}"
         name = f"{called}/{renderer}"
-        norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
-        log.add(f"gradient_norm/{name}", norm)
-        log.add(f"weight/{name}", result.weight.mean())
-        log.add(f"distillation/{name}", result.loss.detach().mean())
+        each = _each_estimate(gradient, estimates)
+        for own in each:
+            log.add(f"gradient_norm/{name}", torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
+        log.add(f"weight/{name}", result.weight.mean(), estimates)
+        log.add(f"distillation/{name}", result.loss.detach().mean(), estimates)
         for other, known in earlier.items():
-            log.add(f"cosine/{other}-{name}", gradient_cosine(known, gradient))
-        earlier[called] = gradient
+            for first, second in zip(known, each, strict=True):
+                log.add(f"cosine/{other}-{name}", gradient_cosine(first, second))
+        earlier[called] = each
         for key, value in gradient.items():
             total[key] = total[key] + value if key in total else value
     return rendering_loss(views, total)
+
+
+def _each_estimate(gradient: dict[str, Tensor], estimates: int) -> list[dict[str, Tensor]]:
+    """The part of every estimate in a gradient of tensors [estimates * B, ...]."""
+    parts = zip(*(tensor.chunk(estimates) for tensor in gradient.values()), strict=True)
+    return [dict(zip(gradient, part, strict=True)) for part in parts]
 
 
 _encoded: WeakKeyDictionary[Teacher, torch.Size] = WeakKeyDictionary()  # shape [C, h, w] of each teacher's input

@@ -100,9 +100,10 @@ class HyperField(AutogradGradient):
     def __init__(self, parameters: Tensor, grids: FeatureGrids, head: nn.Sequential, config: Att3dConfig) -> None:
         self.parameters, self.grids, self.head, self.config = parameters, grids, head, config
 
-    def select(self, index: int) -> HyperField:
-        """One of the B samples, as a field of one."""
-        return HyperField(self.parameters[index, None], self.grids, self.head, self.config)
+    def select(self, index: int | Sequence[int]) -> HyperField:
+        """One of the B samples, or some, as a field of their own."""
+        rows = [index] if isinstance(index, int) else list(index)
+        return HyperField(self.parameters[rows], self.grids, self.head, self.config)
 
     def _raw(self, points: Tensor) -> Tensor:
         if points.ndim != 3 or points.shape[0] != len(self.parameters) or points.shape[2] != 3:

@@ -8,15 +8,12 @@ edge leave no gap between them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from prd.rendering._threads import share
 
 WORK_A_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
 
@@ -170,31 +167,6 @@ def rasterize_numba(
         rows = (band * height // bands, (band + 1) * height // bands)
         _draw(vertices[image % views], corners, limits[image // views], rows, *(buffer[image] for buffer in buffers))
 
-    _share(project, views, threads)
-    _share(draw, images * bands, threads)
+    share(project, views, threads)
+    share(draw, images * bands, threads)
     return face_index, barycentric, depth
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Kept between calls; a forked process (another id) has none of its parent's threads and gets its own."""
-    return ThreadPoolExecutor(threads)
-
-
-def _share(job: Callable[[int], None], count: int, threads: int) -> None:
-    """job(0) ... job(count - 1) on this thread and `threads - 1` others, each taking the next when it is free."""
-    numbers = iter(range(count))  # its next() is atomic
-
-    def work() -> None:
-        for number in numbers:
-            job(number)
-
-    helpers = min(threads, count) - 1
-    if helpers < 1:
-        work()
-        return
-    pool = _pool(os.getpid(), threads - 1)
-    others = [pool.submit(work) for _ in range(helpers)]
-    work()
-    for other in others:
-        other.result()

@@ -8,12 +8,15 @@ parameters; the gradient is a grid too (central differences), so that normals ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prd.fields import Field
+from prd.rendering._grid_numba import look_up, march, put_back
 from prd.rendering.checks import expect, several
 from prd.rendering.isosurface import grid_points, values_at
 
@@ -91,11 +94,24 @@ class GridField:
         values = interpolate(self._sdf[..., None], points)
         return _beyond_cube(values, values.detach().expand(-1, -1, 3), points)[0]
 
+    @torch.no_grad()
+    def sdf_along(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
+        """Signed distance [B, M, S] at distances t [B, M, S] along rays [B, M, 3], without gradient."""
+        if t.ndim != 3 or t.shape[0] != len(self._sdf) or not origins.shape == directions.shape == (*t.shape[:2], 3):
+            raise ValueError(
+                f"origins={tuple(origins.shape)}, directions={tuple(directions.shape)}, t={tuple(t.shape)}: expected "
+                f"[B, M, 3] twice and [B, M, S] with B = {len(self._sdf)}"
+            )
+        if t.device.type == "cpu" and t.dtype == self._sdf.dtype:
+            return march(self._sdf, origins, directions, t)
+        points = origins[:, :, None] + t[..., None] * directions[:, :, None]
+        return self.sdf(points.flatten(1, 2)).view(t.shape)
+
     def rgb(self, points: Tensor) -> Tensor:
-        return interpolate(self._volume[..., 4:], points)
+        return interpolate(self._volume, points, slice(4, 7))
 
     def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        values = interpolate(self._volume[..., :4], points)
+        values = interpolate(self._volume, points, slice(0, 4))
         return _beyond_cube(values[..., :1], values[..., 1:], points)
 
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -104,14 +120,41 @@ class GridField:
         return self.sdf(points), interpolate(self._deformation, points)
 
 
-def interpolate(volume: Tensor, points: Tensor) -> Tensor:
-    """Trilinear values [B, N, C] at points [B, N, 3] of volume [B, x, y, z, C]; the border's value beyond the cube."""
+def interpolate(volume: Tensor, points: Tensor, channels: slice = slice(None)) -> Tensor:
+    """Trilinear values [B, N, C'] at points [B, N, 3] of volume [B, x, y, z, C]; the border's value beyond the cube.
+
+    channels  of the volume's: those asked for. Differentiable once, in the volume.
+    """
     if points.ndim != 3 or points.shape[0] != volume.shape[0] or points.shape[2] != 3:
         raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {volume.shape[0]}")
-    lookup = points.detach()[:, None, None].to(volume.dtype)
+    points = points.detach().to(volume.dtype)
+    if volume.device.type == "cpu":
+        first, last, _ = channels.indices(volume.shape[-1])
+        return _Lookup.apply(volume, points, (first, last))
+    return sample_grid(volume[..., channels], points)
+
+
+def sample_grid(volume: Tensor, points: Tensor) -> Tensor:
+    """`interpolate` on every device: all channels of volume [B, x, y, z, C] at points [B, N, 3], [B, N, C]."""
     channels_first = volume.permute(0, 4, 3, 2, 1)  # [B, C, z, y, x]: grid_sample's own order
-    values = F.grid_sample(channels_first, lookup, padding_mode="border", align_corners=True)
+    values = F.grid_sample(channels_first, points[:, None, None], padding_mode="border", align_corners=True)
     return values[:, :, 0, 0].transpose(1, 2)
+
+
+class _Lookup(torch.autograd.Function):
+    """`sample_grid` on the CPU, of some channels."""
+
+    @staticmethod
+    def forward(ctx: Any, volume: Tensor, points: Tensor, channels: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(points)
+        ctx.channels, ctx.shape = channels, volume.shape
+        return look_up(volume, points, channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (points,) = ctx.saved_tensors
+        return put_back(grad, points, ctx.channels, ctx.shape), None, None
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -121,9 +164,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _beyond_cube(sdf: Tensor, gradient: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Add the distance to the cube, and its gradient, at the points outside; on clipped rays these are few or none."""
-    beyond = (points.detach().abs() > 1).any(dim=-1)  # [B, N]
-    if not bool(beyond.any()):
+    if not points.numel() or bool(points.detach().abs().amax() <= 1):
         return sdf, gradient
+    beyond = (points.detach().abs() > 1).any(dim=-1)  # [B, N]
     outside = points[beyond] - points[beyond].clamp(-1, 1)
     distance = outside.norm(dim=-1, keepdim=True)
     added = torch.zeros_like(sdf)

@@ -139,7 +139,8 @@ class VolumeRenderer:
     """Volume rendering of a Field, by rays with `num_samples` segments each.
 
     Rays are sampled where they cross the cube [-1, 1]^3, or between `near` and `far` if these are set. A field with a
-    method `sample(points) -> (sdf, gradient, rgb)` is asked once a point, any other by `sdf_and_gradient` and `rgb`.
+    method `sample(points) -> (sdf, gradient, rgb)` is asked once a point, any other by `sdf_and_gradient` and `rgb`;
+    one with `sdf_along(origins, directions, t) -> sdf` by that where all segments are searched for those that matter.
     With `max_rays` the backward pass makes every chunk's activations again, so that one chunk's exist at a time.
     """
 
@@ -320,7 +321,7 @@ class VolumeRenderer:
             return edges
         widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
         step = torch.full_like(widths, self.proposal_step or 2 * HALF_DIAGONAL / self.num_samples)
-        sdf = _sdf(field, rays.points(middles)).view(middles.shape)
+        sdf = _sdf_along(field, rays, middles)
         alpha = self.model(sdf, -torch.ones_like(sdf), step)
         transmittance = torch.exp(-torch.cumsum(alpha / step * widths, dim=-1))
         cdf = F.pad(1 - transmittance[..., :-1], (1, 0), value=0.0)  # at the edges but the last
@@ -379,7 +380,7 @@ class VolumeRenderer:
         if self.cull_below == 0:
             everything = torch.arange(widths[0].numel(), device=widths.device).expand(len(widths), -1)
             return everything, torch.ones_like(everything, dtype=widths.dtype)
-        sdf = _sdf(field, rays.points(middles)).view(widths.shape)
+        sdf = _sdf_along(field, rays, middles)
         opaque = self.model.may_reach(sdf, widths, self.cull_below)
         if not self.model.uses_normal:
             reached = transmittance(self.model(sdf, sdf, widths)) >= self.cull_below
@@ -434,9 +435,17 @@ def _to3(index: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, 3)
 
 
-def _sdf(field: Field, points: Tensor) -> Tensor:
-    """Signed distance [B, K, 1] at points [B, K, 3]; ValueError for NaN, which would be culled unseen."""
-    sdf = expect("sdf", field.sdf(points), points, 1)
+def _sdf_along(field: Field, rays: RayBundle, t: Tensor) -> Tensor:
+    """Signed distance [B, M, S] at distances t [B, M, S] along the rays; ValueError for NaN, which would be culled.
+
+    By the field's own `sdf_along(origins, directions, t)` if it has one.
+    """
+    along: Callable[[Tensor, Tensor, Tensor], Tensor] | None = getattr(field, "sdf_along", None)
+    if along is not None:
+        sdf = expect("sdf_along", along(rays.origins, rays.directions, t), t, t.shape[2])
+    else:
+        points = rays.points(t)
+        sdf = expect("sdf", field.sdf(points), points, 1).view(t.shape)
     check_numbers("sdf", sdf)
     return sdf
 

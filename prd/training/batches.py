@@ -22,7 +22,7 @@ from prd.training.prompts import Corpus
 from prd.training.sections import InterpolationConfig
 
 # streams of random numbers
-PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = STREAMS = range(8)
+PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = range(8)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Batch:
     """The prompts of a micro-batch and what belongs to each.
 
     embeds   [B, L, Ct]
-    draws    generators [B] of a stream, from which everything random about a prompt comes
+    seed, step, samples  what every random number is keyed by; samples [B] are places in the whole optimiser step
     inputs   what a generator of one pass takes besides the embeddings
     mixture  second prompts, if what lies between is trained
     shapes   of a library, if the generator takes point clouds
@@ -38,10 +38,22 @@ class Batch:
 
     prompts: list[str]
     embeds: Tensor
-    draws: list[list[torch.Generator]]
+    seed: int
+    step: int
+    samples: Sequence[int]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     mixture: Mixture | None = None
     shapes: Shapes | None = None
+
+    def draws(self, stream: int, *ks: int) -> list[torch.Generator]:
+        """The generators of a stream, one a prompt; given ks, for the first of these estimates, then the next."""
+        return generators(self.seed, self.step, self.samples, stream, *ks)
+
+
+def generators(seed: int, step: int, samples: Sequence[int], stream: int, *ks: int) -> list[torch.Generator]:
+    """Generators of some samples of an optimiser step; see `Batch.draws`."""
+    keys: list[tuple[int, ...]] = [(k,) for k in ks] or [()]
+    return [sample_generator(seed, step, i, stream, *key) for key in keys for i in samples]
 
 
 @dataclass(frozen=True)
@@ -60,18 +72,21 @@ class Batches:
 
     def draw(self, stage: Stage, step: int, samples: Sequence[int], first: int) -> Batch:
         """The batch of some samples of an optimiser step; `first`: prompts drawn before that step."""
-        draws = [[sample_generator(self.seed, step, i, stream) for i in samples] for stream in STREAMS]
-        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws[PROMPTS], strict=True)]
+
+        def draws(stream: int) -> list[torch.Generator]:
+            return generators(self.seed, step, samples, stream)
+
+        prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws(PROMPTS), strict=True)]
         embeds = self.encoder(prompts).to(self.device)
-        mixture = draw_mixture(stage.config.interpolation, self.corpus.prompts, draws[INTERPOLATION])
+        mixture = draw_mixture(stage.config.interpolation, self.corpus.prompts, draws(INTERPOLATION))
         if mixture is not None:
             others = self.encoder(mixture.prompts).to(embeds)
             embeds = torch.lerp(embeds, others, mixture.share.view(-1, 1, 1).to(embeds))
-        shapes, inputs = self.shapes(prompts, draws[CLOUDS]), {}
+        shapes, inputs = self.shapes(prompts, draws(CLOUDS)), {}
         if shapes is not None and self.dummy is not None:
             share = at(stage.config.library.annealing, stage.config, step - stage.first)
             inputs["points"] = anneal_cloud(shapes.clouds, self.dummy, share)
-        return Batch(prompts, embeds, draws, inputs, mixture, shapes)
+        return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes)
 
     def shapes(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Shapes | None:
         """The library's shapes for prompts, with points on them; None without a library."""

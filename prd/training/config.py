@@ -73,6 +73,7 @@ class TrainConfig:
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
     num_denoising_steps: Count = 4  # K of Algorithm 1; a generator of one pass has no such steps
+    estimates_at_once: Count = 1  # of these K, decoded and judged in one batch: for small models; memory of as many
     renderers: Literal["both", "alternate", "volume", "surface"] = "both"  # at each of the K steps; alternate: in turn
     stages: tuple[dict[str, Any], ...] = ()  # parts of the run that change some values, each with its `until`
     trained: tuple[str, ...] | None = None  # parts of the generator that are trained; null: all

@@ -128,6 +128,10 @@ class Shapes:
     meshes: list[Mesh]
     clouds: Tensor
 
+    def repeat(self, count: int) -> Shapes:
+        """The same for `count` estimates of the prompts, one after the other."""
+        return Shapes(self.meshes * count, self.clouds.repeat(count, 1, 1))
+
     @torch.no_grad()
     def views(self, cameras: Cameras, height: int, width: int) -> Views:
         """Views [B, V, height, width, .] without colours: opacity, normals and disparity are what they are made for."""

@@ -32,8 +32,10 @@ class Witness:
         self.asked.append({"k": k, "prompts": prompts, "cameras": cameras, "loss": None})
 
     def answer(self, loss: Tensor) -> None:
-        """The loss of the estimate last asked about."""
-        self.asked[-1]["loss"] = loss.detach()
+        """The loss of the estimates asked about since the last answer, together."""
+        for estimate in self.asked:
+            if estimate["loss"] is None:
+                estimate["loss"] = loss.detach()
 
     def suspects(self, reason: str) -> list[dict[str, Any]]:
         """What can be blamed, ready for JSON: estimates without a finite loss, or all if the gradient alone is not."""

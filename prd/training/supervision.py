@@ -14,7 +14,7 @@ from prd.cameras import Cameras
 from prd.distillation.draws import draw_uniform
 from prd.distillation.progressive import Judge, JudgeLog, judge_views
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.fields import Field
+from prd.fields import Field, some_samples
 from prd.rendering.alpha import AlphaModel
 from prd.rendering.background import TextBackground
 from prd.rendering.grid import GridField
@@ -75,40 +75,71 @@ class Supervision:
                 found.append(Judge(teacher, own.weight, guidance_at(self.config, own, step)))
         return found
 
-    def __call__(self, batch: Batch, k: int, field: Field, step: int, log: JudgeLog, witness: Witness) -> Tensor:
-        """The loss of estimate k, a mean over prompts, at an optimiser step of the run."""
+    def __call__(self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, witness: Witness) -> Tensor:
+        """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
+
+        field  the prompts of ks[0], then those of ks[1], ...
+        """
+        size, local = len(batch.prompts), step - self.stage.first
+        judges = self.judges(local)
         with torch.autocast(self.device.type, enabled=False):  # geometry and losses are float32
-            cameras = self.cameras.sample(
-                draw_uniform((len(batch.prompts), self.cameras.num_draws), batch.draws[CAMERAS])
-            ).to(self.device)
-            witness.ask(k, batch.prompts, cameras)
             loss = torch.zeros((), device=self.device)
-            judges, local = self.judges(step - self.stage.first), step - self.stage.first
-            library = self.config.library
-            alpha = at(library.alpha, self.config, local)
-            for name, views, regularizer in self.render(step, k, field, cameras, batch, log):
-                loss = loss + regularizer
-                if judges:
-                    seen = judge_views(
-                        views, judges, batch.prompts, batch.draws[TEACHERS], log, name, mixture=batch.mixture
-                    )
-                    loss = loss + (1 - alpha) * seen
-                if batch.shapes is not None:
-                    weights = (alpha * library.mask_weight, at(library.reconstruction, self.config, local))
-                    loss = loss + follow_shapes(views, batch.shapes, *weights, log)
+            for names, alike in by_renderers(self.config, step, ks).items():
+                count = len(alike)
+                rows = [(k - ks.start) * size + i for k in alike for i in range(size)]
+                uniforms = draw_uniform((len(rows), self.cameras.num_draws), batch.draws(CAMERAS, *alike))
+                cameras = self.cameras.sample(uniforms).to(self.device)
+                for k, own in zip(alike, cameras.chunk(count), strict=True):
+                    witness.ask(k, batch.prompts, own)
+                part = some_samples(field, rows, len(ks) * size)
+                for name, views, regularizer in self.render(step, names, part, cameras, batch, alike, log):
+                    judged = self.judge(views, judges, batch, alike, local, log, name)
+                    loss = loss + count * regularizer + judged
             witness.answer(loss)
             return loss
 
+    def judge(
+        self,
+        views: Views,
+        judges: Sequence[Judge],
+        batch: Batch,
+        alike: Sequence[int],
+        local: int,
+        log: JudgeLog,
+        name: str,
+    ) -> Tensor:
+        """What teachers and the library say of the views of some estimates, summed over these."""
+        library, count = self.config.library, len(alike)
+        alpha = at(library.alpha, self.config, local)
+        loss = torch.zeros((), device=self.device)
+        if judges:
+            mixture = None if batch.mixture is None else batch.mixture.repeat(count)
+            draws = batch.draws(TEACHERS, *alike)
+            judged = judge_views(views, judges, batch.prompts * count, draws, log, name, count, mixture=mixture)
+            loss = loss + (1 - alpha) * judged
+        if batch.shapes is not None:
+            weights = alpha * library.mask_weight, at(library.reconstruction, self.config, local)
+            loss = loss + count * follow_shapes(views, batch.shapes.repeat(count), *weights, log)
+        return loss
+
     def render(
-        self, step: int, k: int, field: Field, cameras: Cameras, batch: Batch, log: JudgeLog
+        self,
+        step: int,
+        names: Sequence[str],
+        field: Field,
+        cameras: Cameras,
+        batch: Batch,
+        alike: Sequence[int],
+        log: JudgeLog,
     ) -> Iterator[tuple[str, Views, Tensor]]:
-        """(renderer, its views, the regularisers it carries) of estimate k, by each renderer it meets."""
-        config, local, count = self.config, step - self.stage.first, len(batch.prompts)
+        """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
+        config, local, count = self.config, step - self.stage.first, cameras.batch
+        embeds = batch.embeds.repeat(len(alike), 1, 1)
         resolution = config.volume.grid_resolution
         grid = GridField(field, resolution, count, self.device) if resolution else field
-        for name in renderers_of(config, step, k):
+        for name in names:
             size = config.volume if name == "volume" else config.surface
-            background = self.backdrop(cameras, size.height, size.width, batch.embeds)
+            background = self.backdrop(cameras, size.height, size.width, embeds)
             if name == "volume":
                 alpha: AlphaModel | None = None if self.alpha is None else self.alpha()
                 renderer = build_volume_renderer(config, local, alpha)
@@ -119,7 +150,7 @@ class Supervision:
                     height=size.height,
                     width=size.width,
                     background=background,
-                    jitter=draw_uniform(shape, batch.draws[JITTER]).transpose(0, 1),
+                    jitter=draw_uniform(shape, batch.draws(JITTER, *alike)).transpose(0, 1),
                 )
                 regularizer = self.regularizer(step, views, gradient, log)
             else:
@@ -130,16 +161,16 @@ class Supervision:
                     width=size.width,
                     background=background,
                 )
-                log.add("surfaces_corrected", stats.corrected.float().mean())  # the rate of empty ones
+                log.add("surfaces_corrected", stats.corrected.float().mean(), count)  # the rate of empty ones
                 regularizer = torch.zeros((), device=self.device)
-            yield name, self.shade(views, background, batch), regularizer
+            yield name, self.shade(views, background, batch.draws(SHADING, *alike)), regularizer
 
-    def shade(self, views: Views, background: float | Tensor, batch: Batch) -> Views:
+    def shade(self, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]) -> Views:
         """The views under a random light near the camera, for the share of prompts that the config says."""
         shading = self.config.shading
         if not shading.textureless + shading.diffuse:
             return views
-        drawn = draw_uniform((len(batch.prompts), 6), batch.draws[SHADING]).to(self.device)
+        drawn = draw_uniform((len(draws), 6), draws).to(self.device)
         kind, low_high = drawn[:, 0], shading.ambient
         near, far = shading.light_distance
         position = views.cameras.position
@@ -168,8 +199,8 @@ class Supervision:
         weights, local = self.config.regularizers, step - self.stage.first
         eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
         opacity = float(views.opacity.detach().mean())
-        log.add("opacity", opacity)
-        log.add("eikonal", eikonal.detach())
+        log.add("opacity", opacity, views.cameras.batch)
+        log.add("eikonal", eikonal.detach(), views.cameras.batch)
         if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
             raise CollapseError(
                 f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
@@ -202,6 +233,14 @@ def settings_in(stage: TrainConfig, run: TrainConfig, settings: TeacherConfig) -
         if getattr(run.teachers, section.name) is settings:
             return getattr(stage.teachers, section.name)
     return settings
+
+
+def by_renderers(config: TrainConfig, step: int, ks: Sequence[int]) -> dict[tuple[str, ...], list[int]]:
+    """The estimates ks by the renderers they meet, which are drawn and judged together."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for k in ks:
+        alike.setdefault(renderers_of(config, step, k), []).append(k)
+    return alike
 
 
 def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:

@@ -248,11 +248,11 @@ class Trainer:
         return scaler is not None and scaler.get_scale() > 1
 
     def accumulate(self, step: int, micro: int, log: JudgeLog, witness: Witness) -> None:
-        """A micro-batch: the estimates of its prompts, each rendered and judged, gradients added up."""
+        """A micro-batch: the estimates of its prompts, rendered and judged, gradients added up."""
         batch, generator = self.draw(step, micro), self.student
 
-        def supervise(k: int, field: Field) -> Tensor:
-            loss = self.supervision(batch, k, field, step, log, witness)
+        def supervise(ks: range, field: Field) -> Tensor:
+            loss = self.supervision(batch, ks, field, step, log, witness)
             return loss / self.config.gradient_accumulation_steps
 
         @torch.autocast(self.device.type, enabled=False)  # each operation's gradient in the precision it ran in
@@ -264,12 +264,13 @@ class Trainer:
                 generator.train()
                 field = generator.generate(batch.embeds, **batch.inputs)
                 generator.eval()
-                backward(supervise(0, field))
+                backward(supervise(range(1), field))
                 return
 
+            latents = batch.draws(NOISE)
+
             def noise(k: int) -> Tensor:
-                shape = (len(batch.prompts), *generator.latent_shape)
-                return draw_normal(shape, batch.draws[NOISE]).to(self.device)
+                return draw_normal((len(batch.prompts), *generator.latent_shape), latents).to(self.device)
 
             rollout(
                 generator,
@@ -278,6 +279,7 @@ class Trainer:
                 prompt_embeds=batch.embeds,
                 timesteps=generator.timesteps(self.config.num_denoising_steps),
                 noise=noise,
+                at_once=self.config.estimates_at_once,
             )
 
     def draw(self, step: int, micro: int) -> Batch:

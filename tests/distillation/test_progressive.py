@@ -8,7 +8,7 @@ import torch
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance, leaf_views, rendering_gradient
 from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
-from prd.distillation.progressive import distill_samples, rollout
+from prd.distillation.progressive import Judge, JudgeLog, distill_samples, judge_views, rollout
 from prd.rendering.views import Views
 from prd.teachers import MVDreamTeacher, RichDreamerTeacher, StableDiffusionTeacher
 
@@ -30,11 +30,12 @@ def test_a_draw_is_its_samples_own_whatever_the_batch():
 
 def test_no_two_keys_draw_the_same():
     keys = [
-        (seed, step, sample, stream)
+        (seed, step, sample, stream, *estimate)
         for seed in (0, 1)
         for step in range(20)
         for sample in range(8)
         for stream in range(5)
+        for estimate in ((), (0,), (1,))
     ]
     assert len({float(torch.rand((), dtype=torch.float64, generator=sample_generator(*key))) for key in keys}) == len(
         keys
@@ -67,29 +68,71 @@ def test_a_prompt_is_judged_the_same_alone_and_in_a_batch(random_toybox, teacher
         distill_samples(teacher, leaf_views(views_of(2)), PROMPTS[:2], GUIDANCE, generators(0))
 
 
-def test_the_rollout_is_algorithm_1():
+class Doubling:
+    """A student of one trained number: z_0 = 2 z_t, and the field is z_0 itself."""
+
+    def __init__(self) -> None:
+        self.weight = torch.tensor(2.0, requires_grad=True)
+        self.asked: list[tuple[int, float]] = []
+
+    def add_noise(self, x0, noise, timestep):
+        return x0 + noise
+
+    def denoise(self, latents, timestep, prompt_embeds):
+        self.asked.append((timestep, float(latents.detach())))
+        return self.weight * latents
+
+    def decode(self, latents):
+        return latents
+
+
+@pytest.mark.parametrize("at_once, groups", [(1, [[0], [1], [2]]), (2, [[0, 1], [2]]), (3, [[0, 1, 2]])])
+def test_the_rollout_is_algorithm_1(at_once, groups):
     """Every step starts from the one before, noised to a lower timestep, and no gradient flows between them."""
-    asked: list[tuple[int, float]] = []
-    weight = torch.tensor(2.0, requires_grad=True)
+    student, judged = Doubling(), []
 
-    class Student:
-        def add_noise(self, x0, noise, timestep):
-            return x0 + noise
-
-        def denoise(self, latents, timestep, prompt_embeds):
-            asked.append((timestep, float(latents.detach())))
-            return weight * latents
-
-        def decode(self, latents):
-            return latents
+    def supervise(ks, field):
+        judged.append(list(ks))
+        assert len(field) == len(ks)
+        return field.sum()
 
     rollout(
-        Student(),
-        lambda k, field: field.sum(),
+        student,
+        supervise,
         lambda loss: loss.backward(),
         prompt_embeds=torch.zeros(1, 1, 1),
-        timesteps=[999, 499],
+        timesteps=[999, 499, 249],
         noise=lambda k: torch.tensor([float(k)]),
+        at_once=at_once,
     )
-    assert asked == [(999, 1.0), (499, 4.0)]  # 0 + 1; 2 * 1 + 2
-    assert float(weight.grad) == (1.0 + 4.0) / 2  # a mean over the estimates; 2 more each if z0 were not cut off
+    assert student.asked == [(999, 1.0), (499, 4.0), (249, 11.0)]  # 0 + 1; 2 * 1 + 2; 2 * 4 + 3
+    assert judged == groups
+    mean = (1.0 + 4.0 + 11.0) / 3  # over the estimates; more if z0 were not cut off
+    assert float(student.weight.grad) == pytest.approx(mean)
+
+
+def test_estimates_are_judged_together_as_one_by_one(random_toybox):
+    kinds = (StableDiffusionTeacher, MVDreamTeacher)
+    judges = [Judge(kind.from_pretrained(str(random_toybox / kind.name)), 0.5, GUIDANCE) for kind in kinds]
+
+    def judge(views: Views, estimates: range) -> tuple[torch.Tensor, JudgeLog]:
+        leaves, log = leaf_views(views), JudgeLog()
+        draws = [sample_generator(3, 7, sample, 4, k) for k in estimates for sample in range(2)]
+        judge_views(leaves, judges, PROMPTS[:2] * len(estimates), draws, log, "volume", len(estimates)).backward()
+        return leaves.rgb.grad, log
+
+    whole = views_of(4)  # two prompts at two estimates
+    one_by_one, logs = zip(*(judge(part_of(whole, k), range(k, k + 1)) for k in range(2)), strict=True)
+    together, log = judge(whole, range(2))
+    expected = torch.cat(one_by_one)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    first, second = (own.means() for own in logs)
+    assert log.means() == pytest.approx({name: (first[name] + second[name]) / 2 for name in first}, rel=1e-4)
+    assert "cosine/stable_diffusion-mvdream/volume" in first
+
+
+def part_of(views: Views, k: int) -> Views:
+    """Estimate k of views that hold two estimates of two prompts."""
+    rows = slice(2 * k, 2 * k + 2)
+    names = ("rgb", "normal", "depth", "disparity", "opacity")
+    return Views(*(getattr(views, name)[rows] for name in names), cameras=views.cameras.chunk(2)[k])

@@ -94,6 +94,8 @@ def test_a_permutation_of_prompts_permutes_the_fields(kind: str) -> None:
     alone = before.select(1)
     torch.testing.assert_close(alone.sdf(points[:1])[0], before.sdf(points)[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(alone.rgb(points[:1])[0], before.rgb(points)[1], rtol=1e-5, atol=1e-6)
+    some = before.select([2, 0])
+    torch.testing.assert_close(some.sdf(points[:2]), before.sdf(points)[[2, 0]], rtol=1e-5, atol=1e-6)
 
 
 @each

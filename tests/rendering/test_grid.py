@@ -6,7 +6,8 @@ from torch import Tensor
 
 from prd.cameras import orbit_cameras
 from prd.fields import AutogradGradient
-from prd.rendering.grid import GridField
+from prd.rendering import _grid_numba
+from prd.rendering.grid import GridField, interpolate, sample_grid
 from prd.rendering.isosurface import extract_isosurface, grid_points
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
@@ -186,3 +187,50 @@ def test_a_dense_grid_has_its_gradient_under_autocast() -> None:
     assert rgb is not None
     (exact,) = torch.autograd.grad(sdf.sum() + rgb.sum(), planes)
     assert (gradient - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [slice(0, 7), slice(0, 4), slice(4, 7)])
+@pytest.mark.parametrize("points_a_job", [1 << 14, 7])
+def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_a_job, monkeypatch) -> None:
+    """Values and gradients, inside the cube, on its border and beyond, in one job and in several."""
+    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+    draw = torch.Generator().manual_seed(0)
+    volume = torch.rand(2, 5, 5, 5, 7, generator=draw, dtype=dtype).requires_grad_()
+    points = torch.rand(2, 60, 3, generator=draw, dtype=dtype) * 2.6 - 1.3
+    points[0, :3] = torch.tensor([[1.0, -1.0, 0.5], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], dtype=dtype)
+    wanted = sample_grid(volume[..., channels], points)
+    found = interpolate(volume, points, channels)
+    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(found, wanted, **tolerance)
+    weights = torch.rand(found.shape, generator=draw, dtype=dtype)
+    gradients = [torch.autograd.grad((values * weights).sum(), volume)[0] for values in (found, wanted)]
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
+def test_the_compiled_lookup_of_nothing_and_of_nan() -> None:
+    volume = torch.rand(1, 4, 4, 4, 2).requires_grad_()
+    assert interpolate(volume, torch.empty(1, 0, 3)).shape == (1, 0, 2)
+    points = torch.tensor([[[torch.nan, 0, 0], [torch.inf, 0, 0], [1, 0, 0]]])
+    values = interpolate(volume, points)
+    assert values[0, 0].isnan().all()
+    torch.testing.assert_close(values[0, 1], values[0, 2])
+
+
+@pytest.mark.parametrize("points_a_job", [1 << 14, 5])
+def test_distances_along_rays_are_those_at_their_points(points_a_job, monkeypatch) -> None:
+    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+    draw = torch.Generator().manual_seed(0)
+    grid = GridField(Ball(torch.tensor([0.4, 0.7])), 8, batch=2)
+    origins, directions = (torch.rand(2, 9, 3, generator=draw) * 4 - 2 for _ in range(2))
+    directions = torch.nn.functional.normalize(directions, dim=-1)
+    t = torch.rand(2, 9, 6, generator=draw) * 4
+    points = origins[:, :, None] + t[..., None] * directions[:, :, None]
+    assert (points.abs() > 1).any() and (points.abs() < 1).all(dim=-1).any()
+    wanted = grid.sdf(points.flatten(1, 2)).view(t.shape)
+    torch.testing.assert_close(grid.sdf_along(origins, directions, t), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="with B = 2"):
+        grid.sdf_along(origins[:1], directions[:1], t[:1])
+    # rays of another type than the grid take the way that every device has
+    doubled = grid.sdf_along(origins.double(), directions.double(), t.double())
+    torch.testing.assert_close(doubled.float(), wanted, rtol=0, atol=1e-5)

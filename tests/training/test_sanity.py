@@ -53,3 +53,13 @@ def test_suspects_are_the_estimates_without_a_finite_loss_or_all(tmp_path):
     assert len(witness.suspects("the gradient alone")) == 2
     witness.ask(2, ["a torus"], cameras)  # its teacher raised: there is no loss
     assert [s["prompts"] for s in witness.suspects("raised")] == [["a torus"]]
+
+
+def test_estimates_that_were_judged_together_answer_together():
+    cameras = orbit_cameras(torch.tensor([[20.0, 20.0]]), torch.tensor([[30.0, 120.0]]), 2.4, 50.0)
+    witness = Witness()
+    for ks, loss in (((0, 1), 1.0), ((2, 3), float("nan"))):
+        for k in ks:
+            witness.ask(k, ["a cube"], cameras)
+        witness.answer(torch.tensor(loss))
+    assert [suspect["k"] for suspect in witness.suspects("why")] == [2, 3]

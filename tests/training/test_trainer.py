@@ -148,7 +148,7 @@ def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
 
 
 def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog, tmp_path):
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path))
+    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path), "--estimates_at_once", "1")
     teacher = next(t for t, _ in trainer.teachers if t.name == "richdreamer")
     monkeypatch.setattr(teacher, "predict_noise", lambda x, t, condition: torch.full_like(x, float("nan")))
     start = [p.detach().clone() for p in trainer.parameters]
