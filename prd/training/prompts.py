@@ -137,11 +137,9 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
     and for a held-out prompt the corpus lacks.
     """
     if config.texts:
-        _check_held_out(config.held_out, config.texts, "prompts.texts")
-        kept = [text for text in config.texts if text not in config.held_out]
-        if not kept or not all(text.strip() for text in kept):
-            raise CorpusError(f"prompts.texts={list(config.texts)}: must be texts, at least one of them not held out")
-        return ShuffledPrompts(kept, seed, "prompts.texts")
+        if not all(text.strip() for text in config.texts):
+            raise CorpusError(f"prompts.texts={list(config.texts)}: one of them is empty; say what to make")
+        return ShuffledPrompts(list(dict.fromkeys(config.texts)), seed, "prompts.texts")
     if config.source == "toybox":
         return _toybox(config)
     if config.source in SETS:

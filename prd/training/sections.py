@@ -51,7 +51,7 @@ class ModelConfig:
 class PromptsConfig:
     """What is asked of the student."""
 
-    texts: tuple[str, ...] = ()  # the prompts themselves, in the place of a source
+    texts: tuple[str, ...] = ()  # the prompts themselves, in the place of a source and of held_out
     source: str = "toybox"  # "toybox", "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub dataset
     column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
     split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
