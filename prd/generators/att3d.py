@@ -98,7 +98,9 @@ class HyperField(AutogradGradient):
     """
 
     def __init__(self, parameters: Tensor, grids: FeatureGrids, head: nn.Sequential, config: Att3dConfig) -> None:
-        self.parameters, self.grids, self.head, self.config = parameters, grids, head, config
+        half = parameters.dtype in (torch.float16, torch.bfloat16)
+        self.parameters = parameters.float() if half else parameters
+        self.grids, self.head, self.config = grids, head, config
 
     def select(self, index: int | Sequence[int]) -> HyperField:
         """One of the B samples, or some, as a field of their own."""

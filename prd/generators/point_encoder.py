@@ -73,7 +73,8 @@ class PointEncoder(nn.Module):
 
     def scatter(self, features: Tensor, pixels: Tensor) -> Tensor:
         """Means of features [B, N, W] over the points of each pixel: [B, 3, H H, W]."""
-        batch, count, width = features.shape
+        batch, _, width = features.shape
+        features = features.float()  # half precision counts no more than 256 points exactly
         index = pixels[..., None].expand(-1, -1, -1, width)
         total = features.new_zeros(batch, 3, self.size**2, width)
         total = total.scatter_add(2, index, features[:, None].expand(-1, 3, -1, -1))

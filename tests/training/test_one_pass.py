@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from prd.generators.single_pass import GeneratorMismatch
 from prd.training.comparison import at_frames, markdown_table, measure_run, side_by_side, write_comparison
@@ -51,6 +52,21 @@ def test_a_recipe_goes_through_its_stages(recipe: str, tmp_path: Path) -> None:
     still = [n for n, p in trainer.student.named_parameters() if torch.equal(p, start[n])]
     unseen = "heads.deformation"  # whose last layer starts at zero, and which volume rendering does not ask
     assert not [name for name in still if unseen not in name]
+
+
+@pytest.mark.parametrize("recipe", ["atom_toybox", "att3d_toybox", "latte3d_toybox"])
+def test_a_step_in_mixed_precision_is_near_the_exact_one(recipe: str) -> None:
+    norms = []
+    for precision in ("no", "bf16"):
+        words = ["--stages", "[]", "--renderers", "volume", "--library.alpha", "0", "--mixed_precision", precision]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = make(recipe, "--max_train_steps", "2", *words, "--teachers.dtype", "float32")
+        row = trainer.train_step(0)
+        assert row["skipped"] == 0
+        norms.append(row["gradient_norm"])
+        assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
 def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
