@@ -261,7 +261,7 @@ class Trainer:
 
         with self.accelerator.autocast():
             if isinstance(generator, SinglePassGenerator):
-                generator.train()
+                generator.train(micro == 0)  # spectral norms iterate once a step, however it is shared out
                 field = generator.generate(batch.embeds, **batch.inputs)
                 generator.eval()
                 backward(supervise(range(1), field))

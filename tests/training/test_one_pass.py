@@ -69,6 +69,20 @@ def test_a_step_in_mixed_precision_is_near_the_exact_one(recipe: str) -> None:
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
+@pytest.mark.parametrize("recipe", ["atom_toybox", "att3d_toybox", "latte3d_toybox"])
+def test_a_batch_and_its_accumulation_are_one_step(recipe: str) -> None:
+    gradients, states = [], []
+    for batch, accumulation in ((2, 1), (1, 2)):
+        words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+        trainer = make(recipe, "--max_train_steps", "20", *words, "--interpolation.probability", "0.5")
+        trainer.enter(next(stage for stage in trainer.stages if stage.name != "pretraining"))
+        trainer.train_step(trainer.stage.first)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).double())
+        states.append([b for n, b in trainer.student.named_buffers() if n.endswith(("_u", "_v"))])
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm() > 0
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
     trainer = make("latte3d_toybox", "--max_train_steps", "5")
     last = trainer.stages[-1]
