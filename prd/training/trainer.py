@@ -130,6 +130,7 @@ class Trainer:
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.skipped = self.skipped_total = 0  # steps in a row, and in this run
         self.frames = 0  # rendered for the teachers, by all processes
+        self.minutes_before = 0.0  # of the run that is resumed
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, self.corpus.prompts)
         self.stop = StopRequest()
         self.stopping: str | None = None  # why all processes stop after this step
@@ -311,10 +312,14 @@ class Trainer:
         self.stopping = next((why for why, wished in wishes.items() if wished), None)
         return own
 
+    def minutes(self) -> float:
+        """Since this process began; what the resumed run had taken before is `minutes_before`."""
+        return (time.time() - self.started) / 60
+
     def out_of_time(self) -> bool:
         """Whether `max_train_minutes` are over by the main process's clock."""
         limit = self.config.max_train_minutes
-        return limit is not None and self.accelerator.is_main_process and (time.time() - self.started) / 60 > limit
+        return limit is not None and self.accelerator.is_main_process and self.minutes() > limit
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
@@ -359,6 +364,7 @@ class Trainer:
             "prompts_drawn": self.prompts_drawn(step),  # the position in the corpus
             "skipped_total": self.skipped_total,
             "frames": self.frames,
+            "minutes": self.minutes_before + self.minutes(),
             "best_spread": self.watch.best,
         }
         if self.accelerator.is_main_process:
@@ -388,7 +394,7 @@ class Trainer:
             set_rng_state(own)
         self.first, self.first_prompt = checkpoint.step, state["prompts_drawn"]
         self.skipped_total, self.frames = state["skipped_total"], state["frames"]
-        self.watch.best = state["best_spread"]
+        self.watch.best, self.minutes_before = state["best_spread"], state["minutes"]
         return checkpoint.step
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -545,7 +551,7 @@ class Trainer:
             record = {
                 "train_steps": steps,
                 "frames_per_prompt": round(self.frames / len(self.corpus.prompts), 1),
-                "minutes": round((time.time() - self.started) / 60, 1),
+                "minutes": round(self.minutes_before + self.minutes(), 1),
                 "seed": config.seed,
                 "held_out": list(config.prompts.held_out),
                 "measured": {name: part["summary"] for name, part in report.items()},
@@ -553,7 +559,7 @@ class Trainer:
             write_whole(folder / self.student.folder_name / "record.json", json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         write_report(folder)
-        print(f"run folder: {folder}  ({(time.time() - self.started) / 60:.1f} minutes)")
+        print(f"run folder: {folder}  ({self.minutes():.1f} minutes)")
 
 
 def check_captions(prompts: Sequence[str]) -> None:

@@ -158,6 +158,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(runs, tmp_path):
 
 def test_signals_save_and_the_run_goes_on_in_the_middle_of_an_epoch(runs, tmp_path):
     run = tmp_path / "stopped"
+    minutes = [0.0]
     for number in (signal.SIGTERM, signal.SIGINT):
         pid = runs.start(
             run, 500, "--resume_from_checkpoint", "latest", "--start_afresh", "--checkpointing_steps", "400"
@@ -168,6 +169,8 @@ def test_signals_save_and_the_run_goes_on_in_the_middle_of_an_epoch(runs, tmp_pa
         assert runs.code() == 0
         assert verify_checkpoint(latest_checkpoint(run)) == logged(run)[-1]  # no step was lost
         assert f"stopped by {number.name}" in runs.said()
+        minutes.append(load_checkpoint(latest_checkpoint(run)).state["minutes"])
+    assert minutes == sorted(minutes) and minutes[2] > minutes[1] > 0  # those of all its processes
     end = logged(run)[-1] + 3  # five prompts are an epoch
     runs.start(run, end, "--resume_from_checkpoint", "latest")
     assert runs.code() == 0
