@@ -5,7 +5,8 @@
 
 Every run sees single objects alone (38 seen, 10 held out). Cost is the number of frames rendered a training prompt
 (ATT3D, section 4.1.2). A run that is complete in the folder is not made again. Writes results/generators.json with the
-scores of every checkpoint, and docs/generators: the tables, the curves and a contact sheet.
+scores of the runs (of every checkpoint of the four generators side by side), and docs/generators: the tables, the
+curves and a contact sheet.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -103,6 +106,19 @@ def train(name: str, args: argparse.Namespace) -> None:
     print(f"{name}: {'trained' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
 
 
+def one_prompt(name: str) -> bool:
+    """Whether a run is one for a single prompt."""
+    return "--prompts.texts" in RUNS[name][1]
+
+
+def made(name: str, args: argparse.Namespace) -> list[Measured]:
+    """Make a run and measure it; a run for one prompt has measured itself."""
+    train(name, args)
+    if one_prompt(name):
+        return []
+    return measure_run(place(args.folder, name), name, last=None if name in SIDE_BY_SIDE else 1)
+
+
 def recipe_steps(recipe: str, overrides: list[str]) -> int:
     """The optimiser steps that a run is to take."""
     from prd.training.config import load_config
@@ -130,12 +146,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "generators.json")
     args = parser.parse_args()
     names = [n for n in RUNS if args.only is None or any(word.lower() in n.lower() for word in args.only)]
+    torch.set_num_threads(args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda name: train(name, args), names))
-    alone = {n: own_scores(n, args.folder) for n in names if n.endswith("alone") and "'" in n}
-    rows: list[Measured] = []
-    for name in (n for n in names if n not in alone):
-        rows += measure_run(place(args.folder, name), name)
+        rows: list[Measured] = sum(pool.map(lambda name: made(name, args), names), [])
+    alone = {n: own_scores(n, args.folder) for n in names if one_prompt(n)}
     report = {
         "command": " ".join(sys.argv),
         "runs": {name: {"recipe": RUNS[name][0], "overrides": RUNS[name][1]} for name in names},

@@ -21,7 +21,7 @@ from prd.fields import Field
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
-from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
+from prd.generators.single_pass import CONFIG, GeneratorMismatch, SinglePassGenerator, read_record
 from prd.hub import find_generator, read_facts
 from prd.mesh import Mesh
 from prd.mesh_files import read_mesh, sample_points
@@ -291,7 +291,10 @@ def load_pipeline(name_or_path: str | Path, **options: Any) -> TextTo3D:
     folder = find_generator(name_or_path, options.get("revision"), **hub)
     name = read_record(folder)["_class_name"]
     if name not in PIPELINES:
-        raise GeneratorMismatch(f"{name_or_path}: its class {name!r} is unknown; allowed: {', '.join(PIPELINES)}")
+        known = ", ".join(map(repr, PIPELINES))
+        raise GeneratorMismatch(
+            f"{folder / CONFIG}: _class_name is {name!r}, expected {known}; update prd if it is newer"
+        )
     load = PIPELINES[name].from_pretrained
     if unknown := sorted(options.keys() - inspect.signature(load).parameters.keys()):
         raise ValueError(f"{unknown[0]}={options[unknown[0]]!r}: {name} takes no such option; leave it out")

@@ -174,7 +174,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The contents of config.json; FileNotFoundError without one, GeneratorMismatch if it is no object."""
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; give a folder that a generator was saved to")
+        raise FileNotFoundError(f"{path}: is missing; give a folder that a generator was saved to")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

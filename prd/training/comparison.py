@@ -45,8 +45,11 @@ class Measured:
     scores: dict[str, dict[str, Any]]  # summary by split
 
 
-def measure_run(folder: str | Path, name: str | None = None) -> list[Measured]:
-    """Every checkpoint of a run, in the order of their steps; name: of the run in what is written, None: the folder's.
+def measure_run(folder: str | Path, name: str | None = None, *, last: int | None = None) -> list[Measured]:
+    """The checkpoints of a run, in the order of their steps.
+
+    name  of the run in what is written, None: the folder's
+    last  how many, counted from the end, None: all
 
     Raises ConfigError or CheckpointError for a folder that holds no run of the toy box or no whole checkpoint.
     """
@@ -55,7 +58,7 @@ def measure_run(folder: str | Path, name: str | None = None) -> list[Measured]:
     generator, encoder = build_generator(config)
     prompts = len(load_corpus(config.prompts, config.seed).prompts)
     rows = []
-    for place in tqdm(checkpoint_folders(folder), desc=name or folder.name):
+    for place in tqdm(checkpoint_folders(folder)[-last if last else 0 :], desc=name or folder.name):
         checkpoint = load_checkpoint(place)
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         generator.eval()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
+from prd.amortized import load_pipeline
+from prd.hub import SHIPPED, find_generator
 from prd.pipeline import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
 from prd.teachers.depth_control import DepthControlTeacher, control_images
@@ -160,6 +163,30 @@ def test_the_adapter_makes_what_it_is_asked(split: str, r_at_1: float, iou: floa
     assert summary["r_at_1"] >= max(r_at_1 - 0.1, record["r_at_1"] - 0.3), summary
     assert summary["iou"] >= max(iou - 0.03, record["iou"] - 0.08), summary
     assert summary["color_error"] <= record["color_error"] + 0.04, summary
+
+
+AMORTIZED = {"toybox-atom": (0.8, 0.6), "toybox-att3d": (0.7, 0.4), "toybox-latte3d": (0.7, 0.5)}  # seen, held out
+
+
+@pytest.mark.parametrize("name", AMORTIZED)
+def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
+    """Single objects alone are what they were trained on: ten of the seen ones, and every one held out."""
+    pipe: Any = load_pipeline(name)
+    folder = find_generator(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 3 * 2**20
+    record = json.loads((folder / "record.json").read_text())
+    recipe = load_config(f"{SHIPPED[name]}_toybox")
+    assert record["train_steps"] == recipe.max_train_steps
+    assert record["held_out"] == [prompt for prompt in recipe.prompts.held_out if " on " not in prompt]
+    seen, unseen = AMORTIZED[name]
+    measured = record["measured"]
+    assert measured["single_seen"]["r_at_1"] >= seen and measured["single_held_out"]["r_at_1"] >= unseen
+    splits = toybox_splits(recipe.prompts.held_out, 1)
+    some = summarise(measure(pipe.generator, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
+    rest = summarise(measure(pipe.generator, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
+    assert some["r_at_1"] >= seen - 0.1 and rest["r_at_1"] >= unseen - 0.1, (some, rest)
+    for figure in ("iou", "color_error"):  # what is shipped is what was measured, but for float16
+        assert rest[figure] == pytest.approx(measured["single_held_out"][figure], abs=0.01), figure
 
 
 def test_a_prompt_becomes_one_closed_coloured_mesh() -> None:

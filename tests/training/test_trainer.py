@@ -73,12 +73,12 @@ def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_fro
     reached: dict[str, float] = {}
     judge = supervision.judge_views
 
-    def watched(views, judges, prompts, generator, log, renderer, **options):
+    def watched(views, judges, prompts, draws, log, renderer, *count, **options):
         def keep(gradient):
             reached[renderer] = max(reached.get(renderer, 0.0), float(gradient.abs().max()))
 
         views.rgb.register_hook(keep)
-        return judge(views, judges, prompts, generator, log, renderer, **options)
+        return judge(views, judges, prompts, draws, log, renderer, *count, **options)
 
     monkeypatch.setattr(supervision, "judge_views", watched)
     before = frozen_hash(trainer)
