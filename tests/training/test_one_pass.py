@@ -125,7 +125,9 @@ def test_the_average_of_the_texture_begins_where_the_texture_does() -> None:
     now = [p.detach().clone() for p in trainer.student.texture_encoder.parameters()]
     with trainer.averaged_weights():
         for average, first, last in zip(trainer.student.texture_encoder.parameters(), shared, now, strict=True):
-            torch.testing.assert_close(average.detach(), torch.lerp(first, last, 1 - 5 / 14))  # (1 + step) / (10 + step)
+            torch.testing.assert_close(
+                average.detach(), torch.lerp(first, last, 1 - 5 / 14)
+            )  # (1 + step) / (10 + step)
 
 
 def test_clouds_are_annealed_and_keyed_by_sample() -> None:

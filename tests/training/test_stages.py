@@ -60,6 +60,13 @@ def test_a_stage_is_the_recipe_with_some_values_replaced(tmp_path) -> None:
         ("[{until: 1, seed: 3}]", r"stages\[0\]: 'seed' is no value of a stage; allowed: renderers, "),
         ("[{until: 1, optimizer: {lrr: 1}}]", r"stages\[0\]: unknown config key 'optimizer.lrr'; the nearest known "),
         ("[{until: 1, renderers: none}]", r"stages\[0\]: renderers='none'"),
+        ("[{until: 1, library: {alpha: [0, 0.3]}}]", r"stages\[0\]: library.alpha=\(0.0, 0.3\): needs shapes; give "),
+        ("[{until: 1, library: {reconstruction: 9}}]", r"stages\[0\]: library.reconstruction=9.0: needs shapes; give "),
+        (
+            "[{until: 1, library: {source: toybox}}]",
+            r"stages\[0\].library.source: holds for the whole run; give it out",
+        ),
+        ("[{until: 1, teachers: {offload: true}}]", r"stages\[0\].teachers.offload: holds for the whole run"),
         (
             "[{until: 1, teachers: {mvdream: {enabled: false}, stable_diffusion: {enabled: false}}}]",
             r"stages\[0\]: no teacher is enabled",
