@@ -157,7 +157,7 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the generator are trained, by an optimiser of its own."""
         self.stage = stage
-        self.accelerator.free_memory()  # it holds every optimiser it prepared, and would unscale gradients once for each
+        self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         if isinstance(self.student, SinglePassGenerator):
             self.student.begin_stage(stage.config.trained)
         chosen = trained_parameters(self.student, stage.config.trained)
