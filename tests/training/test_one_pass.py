@@ -95,6 +95,17 @@ def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
     assert all(moved)
 
 
+def test_the_side_of_a_view_is_told_to_the_teacher_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--teachers.stable_diffusion.view_dependent_prompts", "true", "--teachers.mvdream.enabled", "false"]
+    trainer = make("att3d_toybox", "--max_train_steps", "3", *words)
+    (prompt,), plain, given = trainer.draw(0, 0).prompts, trainer.student.generate, []
+    monkeypatch.setattr(trainer.student, "generate", lambda embeds: plain(given.append(embeds) or embeds))
+    trainer.train_step(0)
+    assert len(given) == 1 and torch.equal(given[0], trainer.encoder([prompt]))
+    told = [text for text in trainer.encoder.encoded if text.endswith("view")]  # the teacher's encoder is the same
+    assert told and all(text.startswith(f"{prompt}, ") for text in told)
+
+
 LAST_STAGES = ["--schedule_steps", "5", "--max_train_steps", "7", "--ema_decay", "0.9"]  # LATTE3D: text 2-3, texture 4-
 
 
