@@ -126,6 +126,17 @@ class HyperField(AutogradGradient):
     def rgb(self, points: Tensor) -> Tensor:
         return colour_from_features(self._raw(points)[..., 1:]).clamp(0, 1)
 
+    def sample(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Signed distance [B, N, 1], its gradient [B, N, 3] and colour [B, N, 3], the grid being read once."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            points = points if points.requires_grad else points.detach().requires_grad_(True)
+            raw = self._raw(points)
+            sdf = self._distance(raw[..., :1], points.norm(dim=-1, keepdim=True))
+            (gradient,) = torch.autograd.grad(sdf.sum(), points, create_graph=create_graph, retain_graph=True)
+        colour = colour_from_features(raw[..., 1:]).clamp(0, 1)
+        return (sdf, gradient, colour) if create_graph else (sdf.detach(), gradient, colour.detach())
+
     def grid(self, resolution: int) -> tuple[Tensor, Tensor, None]:
         """sdf [B, R, R, R] and rgb [B, R, R, R, 3] at the nodes linspace(-1, 1, R) of the cube, no deformation."""
         raw, radius = self._slab(resolution, 0, resolution)

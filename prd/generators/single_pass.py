@@ -216,4 +216,5 @@ def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

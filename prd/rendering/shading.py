@@ -19,13 +19,14 @@ def shade_views(
 ) -> Views:
     """Views whose colours are those under a light, for the prompts that ask for it.
 
-    light        [B, V, 3]  direction from the origin towards the light, world axes
+    light        [B, V, 3]  where the light of each view is, scene units
     ambient      [B]        share of the light that comes from everywhere, in [0, 1]; the rest is Lambert's
     background   what the views were composited over
     textureless  [B] bool   white in the place of the colour, lit
     diffuse      [B] bool   the colour, lit; the others stay as they are
 
-    rgb = colour (ambient + (1 - ambient) max(normal . light, 0)), composited; normals and the rest are left alone.
+    rgb = colour (ambient + (1 - ambient) max(normal . l, 0)), l from what a pixel sees towards the light, composited;
+    normals and the rest are left alone. No gradient passes through where the surface is, as l changes little with it.
     """
     lit = textureless | diffuse
     if not bool(lit.any()):
@@ -33,12 +34,23 @@ def shade_views(
     opacity = views.opacity
     back = (1 - opacity) * background_like(background, views.rgb)
     normal = F.normalize(views.normal, dim=-1, eps=1e-6)
-    direction = F.normalize(light, dim=-1)[:, :, None, None]
+    direction = F.normalize(light[:, :, None, None] - surface_points(views), dim=-1, eps=1e-6)
     facing = (normal * direction).sum(-1, keepdim=True).clamp(min=0)
     share = ambient.view(-1, 1, 1, 1, 1)
     shade = share + (1 - share) * facing
     colour = torch.where(_rows(textureless), opacity.expand_as(views.rgb), views.rgb - back)
     return replace(views, rgb=torch.where(_rows(lit), colour * shade + back, views.rgb))
+
+
+@torch.no_grad()
+def surface_points(views: Views) -> Tensor:
+    """The points [B, V, H, W, 3] that pixels see: at the mean depth of what is opaque, of the background at far."""
+    height, width = views.opacity.shape[2:4]
+    origins, directions = views.cameras.rays(height, width)
+    forward = -views.cameras.camera_to_world[..., :3, 2][:, :, None, None]
+    far = views.cameras.near_far[1][:, :, None, None, None]
+    depth = far - (far - views.depth) / views.opacity.clamp(min=1e-6)
+    return origins + directions * depth / (directions * forward).sum(-1, keepdim=True)
 
 
 def _rows(chosen: Tensor) -> Tensor:

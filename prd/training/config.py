@@ -53,6 +53,7 @@ STAGED = (  # what a stage may change: keys and sections
     *("renderers", "background", "cameras", "volume", "surface", "shading", "teachers", "distillation"),
     *("regularizers", "optimizer", "trained", "library", "interpolation"),
 )
+ONCE = ("library.source", "teachers.dtype", "teachers.checkpoint_vae", "teachers.offload")  # of a run, not of a stage
 GENERATORS = {section.__dataclass_fields__["generator"].default: section for section in get_args(Generators)}
 
 
@@ -106,6 +107,10 @@ class TrainConfig:
     def _check(self) -> TrainConfig:
         if not self.teachers.enabled and self.library.reconstruction == 0:
             raise ValueError("no teacher is enabled; enable at least one, as teachers.mvdream.enabled: true")
+        for name in ("alpha", "reconstruction"):
+            given = getattr(self.library, name)
+            if self.library.source is None and given not in (0, (0, 0)):
+                raise ValueError(f"library.{name}={given}: needs shapes; give library.source, or leave it at 0")
         if self.distillation.reference == "noise" and any(t.eta > 0 for t in self.teachers.enabled):
             raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
         if self.validation.gallery_steps and not self.validation.prompts:
@@ -170,6 +175,8 @@ def stages_of(config: TrainConfig) -> list[Stage]:
             raise ConfigError(f"{where}.until={until!r}: must be a share of the run up to 1, ascending")
         if unknown := sorted(values.keys() - set(STAGED)):
             raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
+        if fixed := [key for key in _leaves(values) if key in ONCE]:
+            raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
         before, last = until, max(first + 1, round(until * total))
         try:
             own = from_dict(_merged({**to_dict(config), "stages": []}, values))

@@ -136,7 +136,7 @@ class SurfaceConfig:
 
     height: Count = 512  # image height, pixels
     width: Count = 512  # image width, pixels
-    grid_resolution: Size = 128  # cells of the isosurface grid along each axis
+    grid_resolution: Size = 128  # nodes of the isosurface grid along each axis
     sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf
     deformation_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the deformation
     isosurface: Literal["cubes", "tetrahedra"] = "cubes"  # marching cubes, or DMTet's marching tetrahedra

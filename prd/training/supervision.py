@@ -166,7 +166,7 @@ class Supervision:
             yield name, self.shade(views, background, batch.draws(SHADING, *alike)), regularizer
 
     def shade(self, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]) -> Views:
-        """The views under a random light near the camera, for the share of prompts that the config says."""
+        """The views under a random point light near the camera, for the share of prompts that the config says."""
         shading = self.config.shading
         if not shading.textureless + shading.diffuse:
             return views

@@ -158,6 +158,7 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the generator are trained, by an optimiser of its own."""
         self.stage = stage
+        self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         if isinstance(self.student, SinglePassGenerator):
             self.student.begin_stage(stage.config.trained)
         chosen = trained_parameters(self.student, stage.config.trained)
@@ -188,6 +189,7 @@ class Trainer:
         """One optimiser step; returns what is logged."""
         if not self.stage.first <= step < self.stage.last:
             self.enter(self.stage_at(step))
+            self.restart_average()
         config, log, witness = self.stage.config, JudgeLog(), Witness()
         begun = time.time()
         lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
@@ -302,9 +304,10 @@ class Trainer:
         for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient  # also alone: the optimizer must not skip here what it updates among several processes
         if self.accelerator.num_processes > 1:
-            own = torch.cat([g.flatten() for g in gradients])
-            flags = own.new_tensor([float(wish) for wish in wishes.values()])
-            mean = self.accelerator.reduce(torch.cat([own, flags]), reduction="mean")
+            flags = gradients[0].new_tensor([float(wish) for wish in wishes.values()])
+            whole = torch.cat([*(g.flatten() for g in gradients), flags])  # large models have no room for another copy
+            own = whole[: -len(flags)]
+            mean = self.accelerator.reduce(whole, reduction="mean")
             *parts, flags = mean.split([p.numel() for p in self.parameters] + [len(flags)])
             for p, part in zip(self.parameters, parts, strict=True):
                 p.grad = part.view_as(p)
@@ -320,6 +323,15 @@ class Trainer:
         """Whether `max_train_minutes` are over by the main process's clock."""
         limit = self.config.max_train_minutes
         return limit is not None and self.accelerator.is_main_process and self.minutes() > limit
+
+    @torch.no_grad()
+    def restart_average(self) -> None:
+        """Begin the moving average of what a new stage trains anew: a stage may have given it other weights."""
+        if self.average is not None:
+            trained = {id(parameter) for parameter in self.parameters}
+            for average, parameter in zip(self.average, self.every_parameter(), strict=True):
+                if id(parameter) in trained:
+                    average.copy_(parameter)
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:

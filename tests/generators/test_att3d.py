@@ -51,6 +51,24 @@ def test_the_density_is_the_threshold_on_the_surface_and_above_it_inside() -> No
     assert opacity[0] == 0 and float(opacity[1]) == pytest.approx(1 - 2.718281828 ** (-level * 0.1), rel=1e-4)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_sample_is_what_the_single_queries_give(graph: bool) -> None:
+    model, points = make("att3d"), some_points(2)
+    with torch.set_grad_enabled(graph):
+        field = model.generate(embeddings(2))
+        together, apart = field.sample(points), (*field.sdf_and_gradient(points), field.rgb(points))
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.requires_grad == b.requires_grad == graph
+    if graph:
+        found = [
+            torch.autograd.grad(sum(x.square().sum() for x in parts), list(model.parameters()), retain_graph=True)
+            for parts in (together, apart)
+        ]
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_signed_distance_for_comparison() -> None:
     torch.manual_seed(0)
     model = Att3dGenerator(replace(ATT3D, representation="sdf"))

@@ -112,6 +112,9 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ply").write_text("not a mesh")
     with pytest.raises(UnreadableMesh, match=r"a\.ply: cannot be read as a mesh|a\.ply: holds no triangles"):
         read_mesh(tmp_path / "a.ply")
+    trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], process=False).export(tmp_path / "line.ply")
+    with pytest.raises(UnreadableMesh, match=r"line\.ply: holds no triangles with an area"):
+        read_mesh(tmp_path / "line.ply")
     config = LibraryConfig(source="toybox")
     with pytest.raises(LibraryError, match="library.source='toybox': this generator takes no shapes"):
         open_library(config, None, object())

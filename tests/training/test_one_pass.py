@@ -95,6 +95,52 @@ def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
     assert all(moved)
 
 
+def test_the_side_of_a_view_is_told_to_the_teacher_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--teachers.stable_diffusion.view_dependent_prompts", "true", "--teachers.mvdream.enabled", "false"]
+    trainer = make("att3d_toybox", "--max_train_steps", "3", *words)
+    (prompt,), plain, given = trainer.draw(0, 0).prompts, trainer.student.generate, []
+    monkeypatch.setattr(trainer.student, "generate", lambda embeds: plain(given.append(embeds) or embeds))
+    trainer.train_step(0)
+    assert len(given) == 1 and torch.equal(given[0], trainer.encoder([prompt]))
+    told = [text for text in trainer.encoder.encoded if text.endswith("view")]  # the teacher's encoder is the same
+    assert told and all(text.startswith(f"{prompt}, ") for text in told)
+
+
+LAST_STAGES = ["--schedule_steps", "5", "--max_train_steps", "7", "--ema_decay", "0.9"]  # LATTE3D: text 2-3, texture 4-
+
+
+@pytest.mark.parametrize(("recipe", "saved"), [("att3d_toybox", 4), ("latte3d_toybox", 4), ("latte3d_toybox", 5)])
+def test_a_resumed_run_is_the_uninterrupted_one(recipe: str, saved: int, tmp_path: Path) -> None:
+    """With the spectral norms' vectors, and on both sides of where the texture gets an encoder of its own."""
+    words = [*LAST_STAGES, "--output_dir", str(tmp_path / "run")]
+    whole = make(recipe, *words)
+    for step in range(3, saved):
+        whole.train_step(step)
+    whole.save(saved)
+    rows = [whole.train_step(step) for step in range(saved, 6)]
+    other = make(recipe, *words, "--resume_from_checkpoint", "latest")
+    assert other.resume() == saved
+    again = [other.train_step(step) for step in range(saved, 6)]
+    for a, b in zip(rows, again, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    one, two = whole.student.trained_state_dict(), other.student.trained_state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(a, b) for a, b in zip(whole.average, other.average, strict=True))
+
+
+def test_the_average_of_the_texture_begins_where_the_texture_does() -> None:
+    trainer = make("latte3d_toybox", *LAST_STAGES)
+    trainer.train_step(3)
+    shared = [p.detach().clone() for p in trainer.student.geometry_encoder.parameters()]
+    trainer.train_step(4)
+    now = [p.detach().clone() for p in trainer.student.texture_encoder.parameters()]
+    with trainer.averaged_weights():
+        for average, first, last in zip(trainer.student.texture_encoder.parameters(), shared, now, strict=True):
+            torch.testing.assert_close(
+                average.detach(), torch.lerp(first, last, 1 - 5 / 14)
+            )  # (1 + step) / (10 + step)
+
+
 def test_clouds_are_annealed_and_keyed_by_sample() -> None:
     trainer = make("latte3d_toybox", "--max_train_steps", "20", "--train_batch_size", "2")
     geometry = trainer.stages[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -58,6 +60,13 @@ def test_a_stage_is_the_recipe_with_some_values_replaced(tmp_path) -> None:
         ("[{until: 1, seed: 3}]", r"stages\[0\]: 'seed' is no value of a stage; allowed: renderers, "),
         ("[{until: 1, optimizer: {lrr: 1}}]", r"stages\[0\]: unknown config key 'optimizer.lrr'; the nearest known "),
         ("[{until: 1, renderers: none}]", r"stages\[0\]: renderers='none'"),
+        ("[{until: 1, library: {alpha: [0, 0.3]}}]", r"stages\[0\]: library.alpha=\(0.0, 0.3\): needs shapes; give "),
+        ("[{until: 1, library: {reconstruction: 9}}]", r"stages\[0\]: library.reconstruction=9.0: needs shapes; give "),
+        (
+            "[{until: 1, library: {source: toybox}}]",
+            r"stages\[0\].library.source: holds for the whole run; give it out",
+        ),
+        ("[{until: 1, teachers: {offload: true}}]", r"stages\[0\].teachers.offload: holds for the whole run"),
         (
             "[{until: 1, teachers: {mvdream: {enabled: false}, stable_diffusion: {enabled: false}}}]",
             r"stages\[0\]: no teacher is enabled",
@@ -83,6 +92,22 @@ def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) ->
         assert not [name for name in row if "mvdream" in name or name.endswith("volume")]
     assert (rows[0]["lr"], rows[2]["lr"]) == (4e-3, 1e-3)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}  # begun anew
+
+
+def test_a_loss_scale_is_taken_out_once_in_every_stage(toybox, monkeypatch, tmp_path) -> None:
+    words = ["--max_train_steps", "4", "--stages", STAGES.replace("0.6", "0.5")]
+    plain, scaled = (Trainer(staged(tmp_path, *words)) for _ in range(2))
+    accelerator = scaled.accelerator  # as on a GPU in fp16, with the arithmetic of float32
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    monkeypatch.setattr(accelerator, "autocast", nullcontext)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    second = scaled.stages[1]
+    for trainer in (plain, scaled):
+        trainer.enter(second)
+    first, again = plain.train_step(second.first), scaled.train_step(second.first)
+    assert again["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+    assert len(accelerator._optimizers) == 1  # what an earlier stage's held is let go
 
 
 def test_a_resume_across_stages_is_bit_for_bit(toybox, tmp_path) -> None:
