@@ -41,6 +41,7 @@ RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
     "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
 }
+ASKED = tuple(field.name for field in fields(TeacherConfig) if field.name != "path")  # at every step, of a teacher
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -126,34 +127,52 @@ def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> Promp
 
 
 def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
-    """The teachers that any stage enables, frozen, in the precision and the place the config gives them.
+    """The teachers that any stage enables, frozen, in the precision and the place that these stages give them.
 
     Each with its settings in the run's config; `prd.training.supervision.settings_in` has those of a stage.
     """
     section, dtype = config.teachers, teachers_dtype(config)
-    asked = [stage.config.teachers for stage in stages_of(config)]
-    sd, mv, rd, pixels = section.stable_diffusion, section.mvdream, section.richdreamer, section.deepfloyd
+    sd, mv, rd, pixels = (
+        _as_loaded(name, config) for name in ("stable_diffusion", "mvdream", "richdreamer", "deepfloyd")
+    )
     loaded: list[tuple[Teacher, TeacherConfig]] = []
-    if any(teachers.stable_diffusion.enabled for teachers in asked):
-        loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), sd))
-    if any(teachers.mvdream.enabled for teachers in asked):
+    if sd is not None:
+        loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), section.stable_diffusion))
+    if mv is not None:
         folder = _place("mvdream", mv)
-        loaded.append(
-            (MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae), mv)
-        )
-    if any(teachers.richdreamer.enabled for teachers in asked):
+        views = MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae)
+        loaded.append((views, section.mvdream))
+    if rd is not None:
         normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
         if rd.input_convention is not None:
             normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
-        loaded.append((normals, rd))
-    if any(teachers.deepfloyd.enabled for teachers in asked):
+        loaded.append((normals, section.richdreamer))
+    if pixels is not None:
         told = pixels.view_dependent_prompts
-        loaded.append((DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told), pixels))
+        floyd = DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told)
+        loaded.append((floyd, section.deepfloyd))
     share_texts([teacher for teacher, _ in loaded])
     for teacher, _ in loaded:
         if isinstance(teacher, torch.nn.Module):
             set_offload(teacher) if section.offload else teacher.to(device)
     return loaded
+
+
+def _as_loaded(name: str, config: TrainConfig) -> Any:
+    """A teacher's settings in the stages that enable it, None if none does; ConfigError if these load it differently.
+
+    What asks it anew at every step (enabled, weight, guidance) may change from stage to stage; the rest loads it.
+    """
+    given = [getattr(stage.config.teachers, name) for stage in stages_of(config)]
+    enabled = [settings for settings in given if settings.enabled]
+    for field in fields(enabled[0]) if enabled else ():
+        values = {getattr(settings, field.name) for settings in enabled}
+        if len(values) > 1 and field.name not in ASKED:
+            raise ConfigError(
+                f"teachers.{name}.{field.name}: is {' and '.join(sorted(map(str, values)))} in stages; a teacher is "
+                "loaded once: give the stages that enable it one value"
+            )
+    return enabled[0] if enabled else None
 
 
 def share_texts(teachers: Sequence[Teacher]) -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from prd.training.build import load_teachers
 from prd.training.config import ConfigError, load_config, save_config, stages_of
 from prd.training.trainer import Trainer
 
@@ -92,6 +93,14 @@ def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) ->
         assert not [name for name in row if "mvdream" in name or name.endswith("volume")]
     assert (rows[0]["lr"], rows[2]["lr"]) == (4e-3, 1e-3)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}  # begun anew
+
+
+def test_a_teacher_is_loaded_as_the_stages_that_enable_it_say(tmp_path) -> None:
+    found = {type(t).__name__ for t, _ in load_teachers(load_config("latte3d_toybox"), torch.device("cpu"))}
+    assert found == {"DepthControlTeacher", "MVDreamTeacher"}  # the ControlNet is named by the last stage alone
+    stages = "[{until: 0.5}, {until: 1, teachers: {stable_diffusion: {weight: 2, controlnet: toybox}}}]"
+    with pytest.raises(ConfigError, match=r"teachers.stable_diffusion.controlnet: is None and toybox in stages"):
+        load_teachers(staged(tmp_path, "--stages", stages), torch.device("cpu"))
 
 
 def test_a_loss_scale_is_taken_out_once_in_every_stage(toybox, monkeypatch, tmp_path) -> None:
