@@ -29,6 +29,11 @@ def main() -> None:
     pairs = [word.rpartition("=") for word in args.runs]
     names = [name or Path(folder).name for name, _, folder in pairs]
     folders = [folder for _, _, folder in pairs]
+    for name, folder in zip(names, folders, strict=True):
+        if not (Path(folder) / "config.yaml").is_file():
+            parser.error(f"{folder!r}: holds no config.yaml; give the folder of a run, as NAME=FOLDER")
+        if names.count(name) > 1:
+            parser.error(f"{name!r} names {names.count(name)} runs; give each its own name, as NAME=FOLDER")
     rows = []
     for name, folder in zip(names, folders, strict=True):
         rows += measure_run(folder, name)

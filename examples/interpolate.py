@@ -3,7 +3,7 @@
     python examples/interpolate.py "a red cube" "a blue sphere" -o between.gif
     python examples/interpolate.py "a pig" "a lion" --model runs/att3d --frames 48 --turn 360 --device cuda -o pig.gif
 
-Writes the animation (.gif or .webp) and, beside it, every eighth frame in a row as a .png.
+Writes the animation (.gif or .webp) and, beside it, up to five of its frames from the first to the last as a .png.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from prd import ATT3D, orbit_cameras
 from prd.fields import one_sample
@@ -26,7 +27,7 @@ BATCH = 8  # fields at a time
 def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
     """A picture for each share of the second prompt, from 0 to 1."""
     alphas = torch.linspace(0, 1, args.frames)
-    pictures = []
+    pictures, bar = [], tqdm(total=args.frames, desc="frames")
     for start in range(0, args.frames, BATCH):
         part = alphas[start : start + BATCH]
         fields = pipe.interpolate(args.first, args.second, part)
@@ -42,6 +43,8 @@ def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
                 views = volume(sample, cameras, height=args.size, width=args.size)
             pixels = (views.rgb[0, 0].clamp(0, 1) * 255).round().byte().cpu().numpy()
             pictures.append(Image.fromarray(pixels))
+            bar.update()
+    bar.close()
     return pictures
 
 
@@ -64,13 +67,18 @@ def main() -> None:
         parser.error(
             f"{args.output}, {args.frames} frames: the output must end in .gif or .webp, with 2 frames or more"
         )
-    pipe = ATT3D.from_pretrained(args.model, device=args.device)
-    pictures = frames(pipe, args)
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"{args.output}: the folder {args.output.parent} is not there; make it first")
+    try:
+        pictures = frames(ATT3D.from_pretrained(args.model, device=args.device), args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     there_and_back = [*pictures, *pictures[-2:0:-1]]
     there_and_back[0].save(args.output, save_all=True, append_images=there_and_back[1:], duration=80, loop=0)
-    strip = Image.new("RGB", (args.size * len(pictures[::8]), args.size))
-    for i, picture in enumerate(pictures[::8]):
-        strip.paste(picture, (i * args.size, 0))
+    shown = torch.linspace(0, len(pictures) - 1, min(5, len(pictures))).round().int().tolist()
+    strip = Image.new("RGB", (args.size * len(shown), args.size))
+    for i, index in enumerate(shown):
+        strip.paste(pictures[index], (i * args.size, 0))
     strip.save(args.output.with_suffix(".png"))
     print(f"{args.output}: {len(pictures)} shapes from {args.first!r} to {args.second!r}")
 

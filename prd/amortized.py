@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Never, Self
 
 import torch
 from torch import Tensor
@@ -27,9 +28,20 @@ from prd.mesh import Mesh
 from prd.mesh_files import read_mesh, sample_points
 from prd.pipeline import TriplaneTurbo
 from prd.teachers.text import PromptEncoder
-from prd.text_to_3d import Keep, OnEmpty, Stopwatch, TextTo3D, TextTo3DOutput, check_mesh_arguments, check_prompts
+from prd.text_to_3d import (
+    Keep,
+    OnEmpty,
+    Stopwatch,
+    TextTo3D,
+    TextTo3DOutput,
+    check_device,
+    check_mesh_arguments,
+    check_prompts,
+)
 
 logger = logging.getLogger(__name__)
+
+OF_NOISE = ("generator", "latents", "num_inference_steps", "num_meshes_per_prompt", "callback_on_step_end")
 
 
 class Amortized(TextTo3D):
@@ -71,9 +83,10 @@ class Amortized(TextTo3D):
         allow_other_encoder  accept a text encoder with other weights
         text                 False: without text encoder, for prompt_embeds= alone
 
-        Raises ValueError for a revision of files on disk, FileNotFoundError if there is no generator, GeneratorMismatch
-        for one of another class, a damaged one, or another text encoder.
+        Raises ValueError for a device that is not here or a revision of files on disk, FileNotFoundError if there is no
+        generator, GeneratorMismatch for one of another class, a damaged one, or another text encoder.
         """
+        check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_generator(name_or_path, revision, **hub)
         found = read_record(folder)["_class_name"]
@@ -101,9 +114,15 @@ class Amortized(TextTo3D):
         return pipe
 
     def to(self, device: str | torch.device) -> Self:
-        """Move generator and text encoder, in place."""
+        """Move generator and text encoder, in place; ValueError for a device that is not here."""
+        check_device(device)
         self._move(device, None)
         return self
+
+    def _encode(
+        self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int | None = None
+    ) -> tuple[list[str], Tensor]:
+        return super()._encode(prompt, prompt_embeds, width or self.generator.config.text_width)
 
     @torch.no_grad()
     def __call__(
@@ -112,12 +131,13 @@ class Amortized(TextTo3D):
         *,
         prompt_embeds: Tensor | None = None,
         output_type: Literal["mesh", "field"] = "mesh",
-        isosurface_resolution: int = 128,
+        isosurface_resolution: int = 160,
         target_faces: int | None = 10_000,
         texture_size: int | None = 1024,
         keep: Keep = "all",
         on_empty: OnEmpty = "raise",
         return_dict: bool = True,
+        **others: Never,
     ) -> TextTo3DOutput | tuple[Any]:
         """Generate a textured mesh for each prompt.
 
@@ -131,8 +151,10 @@ class Amortized(TextTo3D):
         return_dict            False: a tuple of the meshes or the field alone
 
         Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
-        out of its range or of another shape.
+        out of its range or of another shape. The arguments of a `TriplaneTurbo` that belong to noise and steps
+        (`generator`, `num_meshes_per_prompt`, ...) are a TypeError: nothing is drawn.
         """
+        _refuse(others, type(self).__name__)
         return self._generate(
             prompt,
             prompt_embeds,
@@ -171,7 +193,7 @@ class Amortized(TextTo3D):
             texture_size=texture_size,
         )
         watch = Stopwatch(self.device)
-        prompts, embeds = self._encode(prompt, prompt_embeds, self.generator.config.text_width)
+        prompts, embeds = self._encode(prompt, prompt_embeds)
         watch.lap("text")
         field: Field = self.generator.generate(embeds, **inputs)
         watch.lap("generate")
@@ -189,6 +211,13 @@ class Amortized(TextTo3D):
         if return_dict:
             return output
         return (output.meshes if output_type == "mesh" else field,)
+
+
+def _refuse(others: Mapping[str, object], name: str) -> None:
+    """TypeError for arguments of a call that a generator of one pass does not have."""
+    for key in others:
+        reason = ", for it answers in one pass and draws nothing" if key in OF_NOISE else ""
+        raise TypeError(f"{key}=: {name} takes no such argument{reason}; leave it out")
 
 
 class AToM(Amortized):
@@ -212,10 +241,36 @@ class ATT3D(Amortized):
 
     @torch.no_grad()
     def interpolate(self, prompt_a: str, prompt_b: str, alphas: Sequence[float] | Tensor) -> Field:
-        """The continuum between two prompts: the fields of m((1 - alpha) c_a + alpha c_b), one for each alpha [N]."""
-        _, (first, second) = self._encode([prompt_a, prompt_b], None, self.generator.config.text_width)
+        """The continuum between two prompts: the fields of m((1 - alpha) c_a + alpha c_b), one for each alpha.
+
+        prompt_a, prompt_b  one text each
+        alphas              [N] in [0, 1], the share of the second: 0 is `prompt_a` alone
+
+        Raises TypeError and ValueError for a prompt that is not text or is empty and for other alphas, ValueError for a
+        pipeline without text encoder.
+        """
+        shares = _shares(alphas)
+        if self.encoder is None:
+            raise ValueError(
+                "interpolate: the pipeline came without a text encoder; load it with text=True, or give embeddings to "
+                "pipe.generator.interpolate"
+            )
+        _, (first, second) = self._encode([prompt_a, prompt_b], None)
         generator: Any = self.generator
-        return generator.interpolate(first, second, alphas)
+        return generator.interpolate(first, second, shares)
+
+
+def _shares(alphas: Sequence[float] | Tensor) -> Tensor:
+    """Shares of a second prompt as a tensor [N]; TypeError or ValueError unless they are numbers in [0, 1]."""
+    try:
+        shares = torch.as_tensor(alphas, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"alphas={alphas!r}: must be numbers in [0, 1], as [0.0, 0.5, 1.0]") from error
+    if shares.ndim != 1 or not len(shares):
+        raise ValueError(f"alphas of shape {tuple(shares.shape)}: must be a list of numbers in [0, 1], at least one")
+    if wrong := [alpha for alpha in shares.tolist() if not 0 <= alpha <= 1]:
+        raise ValueError(f"alphas hold {wrong[0]:g}: must lie in [0, 1], 0 the first prompt and 1 the second")
+    return shares
 
 
 class LATTE3D(Amortized):
@@ -236,20 +291,25 @@ class LATTE3D(Amortized):
         shape: Mesh | str | Path | Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         output_type: Literal["mesh", "field"] = "mesh",
-        isosurface_resolution: int = 128,
+        isosurface_resolution: int = 160,
         target_faces: int | None = 10_000,
         texture_size: int | None = 1024,
         keep: Keep = "all",
         on_empty: OnEmpty = "raise",
         return_dict: bool = True,
+        **others: Never,
     ) -> TextTo3DOutput | tuple[Any]:
         """Generate a textured mesh for each prompt; arguments as in `Amortized.__call__`, and
 
         shape  the 3D shape that all prompts follow (3D stylisation): a Mesh or points [N, 3] in scene units, or a file
-               of a mesh, which is scaled into the scene; None: the text alone
+               of a mesh (any that trimesh reads; UnreadableMesh else), which is scaled into the scene; None: the text
+               alone
         """
-        count = len(prompt_embeds) if prompt_embeds is not None else len(check_prompts(prompt))
-        inputs = {} if shape is None else {"points": self._cloud(shape).expand(count, -1, -1)}
+        _refuse(others, type(self).__name__)
+        inputs = {}
+        if shape is not None:
+            count = len(check_prompts(prompt) if prompt_embeds is None else self._encode(prompt, prompt_embeds)[1])
+            inputs["points"] = self._cloud(shape).expand(count, -1, -1)
         return self._generate(
             prompt,
             prompt_embeds,
@@ -268,13 +328,15 @@ class LATTE3D(Amortized):
         if isinstance(shape, Tensor):
             if shape.ndim != 2 or shape.shape[1] != 3:
                 raise ValueError(f"shape={tuple(shape.shape)}: expected points [N, 3]")
+            if not len(shape) or not bool(shape.isfinite().all()) or bool((shape.abs() > 1).any()):
+                raise ValueError("shape: its points must be at least one, finite and in the cube [-1, 1]^3; scale them")
             return shape[None].to(self.device)
         if isinstance(shape, Mesh):
             mesh = torch.from_numpy(shape.vertices), torch.from_numpy(shape.faces)
         elif isinstance(shape, str | Path):
             mesh = read_mesh(Path(shape))
         else:
-            raise TypeError(f"shape={shape!r}: must be a Mesh, a file of one, or points [N, 3]")
+            raise TypeError(f"shape={reprlib.repr(shape)}: must be a Mesh, a file of one, or points [N, 3] as a tensor")
         draw = torch.Generator().manual_seed(0)
         return sample_points(mesh, self.generator.config.num_points, draw)[None].to(self.device)
 

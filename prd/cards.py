@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from prd.generators.adapter_files import read_configs
-from prd.generators.single_pass import WEIGHTS, read_record
+from prd.generators.single_pass import read_record
 
 LIBRARY = "prd"
 TOYBOX = "toybox"
@@ -24,7 +24,7 @@ def on_hub(base: str) -> bool:
 
 def model_card(folder: Path, name: str, license: str | None, facts: dict[str, Any]) -> ModelCard:
     """The card of the generator in `folder`; it names no path of this machine."""
-    if (folder / WEIGHTS).is_file():
+    if read_record(folder)["_class_name"] in PAPERS:
         return _single_pass_card(folder, name, license, facts)
     peta, record = read_configs(folder)
     base, shared = record["base"], on_hub(record["base"])

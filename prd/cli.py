@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,6 +94,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     if not args.output.endswith(SUFFIXES):
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
+    if not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"output={args.output!r}: the folder {Path(args.output).parent} is not there; make it first")
     from transformers.utils import logging as transformers_logging
 
     from prd.amortized import Amortized, load_pipeline
@@ -136,8 +139,6 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
@@ -156,8 +157,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     import torch
     from transformers.utils import logging as transformers_logging
 

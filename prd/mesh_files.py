@@ -16,18 +16,20 @@ REACH = 0.9  # half the longest side of a shape that was read from a file, scene
 
 
 class UnreadableMesh(ValueError):
-    """A file that holds no mesh, or one that is not finite."""
+    """A file that is not there or holds no mesh, or one without area or not finite."""
 
 
 def read_mesh(path: Path) -> Mesh:
     """A mesh file's triangles, +Y up turned to +Z, centred and scaled into the cube; UnreadableMesh without any."""
+    if not path.is_file():
+        raise UnreadableMesh(f"{path}: no such file; give a mesh that trimesh reads, as .ply, .obj or .glb")
     try:
         loaded: Any = trimesh.load(path, force="mesh", process=False)
     except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
         raise UnreadableMesh(f"{path}: cannot be read as a mesh ({error})") from error
     vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
     if not len(faces) or not np.isfinite(vertices).all() or not loaded.area > 0:
-        raise UnreadableMesh(f"{path}: holds no triangles with an area, or points that are not finite")
+        raise UnreadableMesh(f"{path}: holds no triangles, none with an area, or points that are not finite")
     if path.suffix.lower() in (".glb", ".gltf", ".obj"):
         vertices = vertices[:, [2, 0, 1]]  # the exporter's X -> Z, Y -> X, Z -> Y, turned back
     low, high = vertices.min(axis=0), vertices.max(axis=0)

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from prd.adapters.planes import load_xformers_attention
 from prd.base import check_dtype, load_base
+from prd.generators.adapter_files import ADAPTER_CONFIG, AdapterMismatch
+from prd.generators.single_pass import WEIGHTS, read_record
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
 from prd.hub import find_generator, read_facts
 from prd.teachers.text import PromptEncoder
@@ -27,6 +29,7 @@ from prd.text_to_3d import (
     TextTo3D,
     TextTo3DOutput,
     check_at_least,
+    check_device,
     check_floating,
     check_mesh_arguments,
 )
@@ -89,13 +92,17 @@ class TriplaneTurbo(TextTo3D):
         text              False: without text encoder and tokenizer, for prompt_embeds= alone; None: with them if the
                           base has them
 
-        Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if there is no adapter,
-        `AdapterMismatch` if it does not fit the base, and `UnsupportedBase` for a base that is no Stable Diffusion
-        1.x or 2.x.
+        Raises ValueError for another dtype, a device that is not here or a revision of files on disk, FileNotFoundError
+        if there is no adapter, `AdapterMismatch` for a generator of another class or one that does not fit the base,
+        and `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
         """
         check_dtype(dtype)
+        check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_generator(name_or_path, revision, **hub)
+        if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            found = read_record(folder)["_class_name"]
+            raise AdapterMismatch(f"{name_or_path}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
         _, record = read_configs(folder)
         if not base and not record["base"]:
             raise ValueError(f"base=None: {name_or_path} was trained on a folder of its maker's; pass base=")

@@ -87,7 +87,9 @@ class TextTo3D:
             return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
         prompts = check_prompts(prompt)
         if self.encoder is None:
-            raise ValueError(f"prompt={prompt!r}: the base came without a text encoder; give prompt_embeds= instead")
+            raise ValueError(
+                f"prompt={prompt!r}: the pipeline came without a text encoder; give prompt_embeds= instead"
+            )
         self._warn(prompts, self.encoder)
         return prompts, self.encoder(prompts).to(self.device)
 
@@ -228,6 +230,15 @@ def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def check_at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def check_device(device: str | torch.device) -> None:
+    """ValueError for a device that torch does not know or that is not here, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"device={str(device)!r}: cannot compute here ({reason}); try 'cpu'") from None
 
 
 def check_floating(name: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 import trimesh
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import prd
 from prd.amortized import PIPELINES, load_pipeline
 from prd.cli import main
 from prd.encoders import encoder_hashes, load_encoder
+from prd.generators.adapter_files import AdapterMismatch
 from prd.generators.single_pass import GeneratorMismatch
+from prd.mesh_files import UnreadableMesh
 from prd.rendering.isosurface import EmptySurfaceError
 from prd.toybox import asset
 from tests.generators.tiny_single_pass import KINDS
@@ -62,6 +66,8 @@ def test_the_command_line_knows_the_model_by_its_files(tmp_path: Path, capsys) -
     capsys.readouterr()
     for extra, message in (
         (["--steps", "4"], "steps=4: .* answers in one pass; leave it out"),
+        (["-o", str(tmp_path / "no" / "cube.glb")], "the folder .*no is not there; make it first"),
+        (["--device", "cudaa"], "device='cudaa': cannot compute here"),
         (["--base", "toybox"], "base='toybox': AToM takes no such option; leave it out"),
     ):
         assert main([*words, *extra]) == 2
@@ -78,6 +84,11 @@ def test_what_is_saved_comes_back_with_a_card(tmp_path: Path) -> None:
     assert card.data.library_name == "prd" and card.data.license == "apache-2.0" and "att3d" in card.data.tags
     assert "ATT3D.from_pretrained" in card.text and "| single seen | 3 | 0.50 |" in card.text
     assert str(tmp_path) not in card.text
+    with pytest.raises(AdapterMismatch, match="mine: is a ATT3D, not TriplaneTurbo; use prd.ATT3D.from_pretrained"):
+        prd.TriplaneTurbo.from_pretrained(tmp_path / "mine")
+    prd.TriplaneTurbo.from_pretrained("toybox").save_pretrained(tmp_path / "mine")  # the card is of what came last
+    assert "TriplaneTurbo.from_pretrained" in ModelCard.load(tmp_path / "mine" / "README.md").text
+    prd.TriplaneTurbo.from_pretrained(tmp_path / "mine")
 
 
 def test_another_text_encoder_is_refused(tmp_path: Path) -> None:
@@ -118,6 +129,13 @@ def test_bad_arguments_and_empty_fields(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pipe("a red cube", **arguments)
+    for name in ("generator", "num_meshes_per_prompt", "callback_on_step_end"):
+        with pytest.raises(TypeError, match=f"{name}=: AToM takes no such argument, for it answers in one pass"):
+            pipe("a red cube", **{name: 2})
+    with pytest.raises(TypeError, match="colour=: AToM takes no such argument; leave it out"):
+        pipe("a red cube", colour="red")
+    with pytest.raises(ValueError, match="device='cudaa': cannot compute here .* try 'cpu'"):
+        pipe.to("cudaa")
     with pytest.raises(TypeError, match="prompt=3: must be a string"):
         pipe(3)
     with pytest.raises(ValueError, match=r"prompt_embeds=\(1, 16, 3\): expected \[prompts, tokens, 64\]"):
@@ -143,6 +161,45 @@ def test_att3d_interpolates_between_prompts(tmp_path: Path) -> None:
     torch.testing.assert_close(between.sdf(points), back.sdf(points), rtol=1e-4, atol=1e-5)
     alone = pipe("a red cube", output_type="field").field
     torch.testing.assert_close(between.sdf(points)[:1], alone.sdf(points[:1]), rtol=1e-4, atol=1e-5)
+    for alphas in ([-0.1], [0.5, 1.5], [float("nan")], [], 0.5, torch.rand(2, 2)):
+        with pytest.raises(ValueError, match=r"alphas .* \[0, 1\]"):
+            pipe.interpolate("a red cube", "a blue sphere", alphas)
+    with pytest.raises(TypeError, match="alphas='half': must be numbers"):
+        pipe.interpolate("a red cube", "a blue sphere", "half")
+    without = prd.ATT3D.from_pretrained(tmp_path, text=False)
+    with pytest.raises(ValueError, match="load it with text=True, or give embeddings to pipe.generator.interpolate"):
+        without.interpolate("a red cube", "a blue sphere", [0.5])
+
+
+def test_the_continuum_becomes_an_animation(tmp_path: Path, monkeypatch, capsys) -> None:
+    script = Path(__file__).parents[1] / "examples" / "interpolate.py"
+    run, output = str(save("att3d", tmp_path)), tmp_path / "between.gif"
+    words = ["a red cube", "a blue sphere", "--model", run, "--frames", "3", "--size", "16"]
+    monkeypatch.setattr("sys.argv", ["interpolate.py", *words, "-o", str(output)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert Image.open(output.with_suffix(".png")).size == (3 * 16, 16)  # the last shape is in it
+    for extra, message in (
+        (["--model", str(save("atom", tmp_path / "atom"))], "is a AToM, not ATT3D"),
+        (["-o", str(tmp_path / "no" / "x.gif")], "the folder .*no is not there; make it first"),
+    ):
+        monkeypatch.setattr("sys.argv", ["interpolate.py", *words, *extra])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(script), run_name="__main__")
+        assert __import__("re").search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [(["A=nowhere"], "'nowhere': holds no config.yaml"), (["A={0}", "A={0}"], "'A' names 2 runs; give each its own")],
+)
+def test_runs_that_cannot_be_compared_are_named(
+    runs: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr("sys.argv", ["compare_generators.py", *(run.format(tmp_path) for run in runs)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(__file__).parents[1] / "examples" / "compare_generators.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_latte3d_follows_a_shape_that_is_given(tmp_path: Path) -> None:
@@ -161,3 +218,12 @@ def test_latte3d_follows_a_shape_that_is_given(tmp_path: Path) -> None:
         pipe("a red cube", shape=3)
     with pytest.raises(ValueError, match=r"shape=\(4, 2\): expected points \[N, 3\]"):
         pipe("a red cube", shape=torch.zeros(4, 2))
+    for points in (torch.zeros(0, 3), torch.full((4, 3), float("nan")), torch.full((4, 3), 1.5)):
+        with pytest.raises(ValueError, match="shape: its points must be at least one, finite and in the cube"):
+            pipe("a red cube", shape=points)
+    (tmp_path / "line.obj").write_text("v 0 0 0\nv 0 1 0\nv 0 2 0\nf 1 2 3\n")
+    for name, message in (("line.obj", "none with an area"), ("nowhere.ply", "no such file")):
+        with pytest.raises(UnreadableMesh, match=message):
+            pipe("a red cube", shape=tmp_path / name)
+    with pytest.raises(TypeError, match="prompt_embeds is a int: must be"):
+        pipe(prompt_embeds=3, shape=cloud)

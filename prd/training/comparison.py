@@ -86,14 +86,14 @@ def at_frames(rows: Sequence[Measured], frames: float) -> list[Measured]:
 
 
 def markdown_table(rows: Sequence[Measured]) -> str:
-    """A line a row: frames a prompt, steps, and the figures of each split as "seen / held out"."""
+    """A line a row: frames a prompt, steps, and the figures of each split as "seen / held out", "-" for none."""
     heads = ("", "frames a prompt", "steps", "R@1", "IoU", "colour error", "right topology")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row.run, f"{row.frames_per_prompt:.0f}", str(row.step)]
         for figure in FIGURES:
-            values = [row.scores[split].get(figure) for split in SPLITS if split in row.scores]
-            cells.append(" / ".join("" if value is None else f"{value:.2f}" for value in values))
+            values = [row.scores.get(split, {}).get(figure) for split in SPLITS]
+            cells.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

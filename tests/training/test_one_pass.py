@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from prd.generators.single_pass import GeneratorMismatch
-from prd.training.comparison import at_frames, markdown_table, measure_run, side_by_side, write_comparison
+from prd.training.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
 from prd.training.config import ConfigError, load_config
 from prd.training.library import LibraryError
 from prd.training.trainer import Trainer
@@ -223,3 +223,8 @@ def test_runs_are_compared_at_equal_frames(tmp_path: Path) -> None:
     assert "frames a prompt" in (tmp_path / "out" / "curves.html").read_text()
     side_by_side(folders, ["a red cube", "a blue mug"], tmp_path / "out" / "sheet.png", ["AToM", "ATT3D"])
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 500
+
+
+def test_a_split_that_was_not_measured_keeps_its_place_in_the_table() -> None:
+    row = Measured("mine", 2, 4.0, {"single_held_out": {"r_at_1": 0.5, "iou": 0.25}})
+    assert markdown_table([row]).splitlines()[-1] == "| mine | 4 | 2 | - / 0.50 | - / 0.25 | - / - | - / - |"
