@@ -29,7 +29,7 @@ def read_mesh(path: Path) -> Mesh:
         raise UnreadableMesh(f"{path}: cannot be read as a mesh ({error})") from error
     vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
     if not len(faces) or not np.isfinite(vertices).all() or not loaded.area > 0:
-        raise UnreadableMesh(f"{path}: holds no triangles, none with an area, or points that are not finite")
+        raise UnreadableMesh(f"{path}: holds no triangles with an area, or points that are not finite")
     if path.suffix.lower() in (".glb", ".gltf", ".obj"):
         vertices = vertices[:, [2, 0, 1]]  # the exporter's X -> Z, Y -> X, Z -> Y, turned back
     low, high = vertices.min(axis=0), vertices.max(axis=0)

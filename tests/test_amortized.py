@@ -222,7 +222,7 @@ def test_latte3d_follows_a_shape_that_is_given(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="shape: its points must be at least one, finite and in the cube"):
             pipe("a red cube", shape=points)
     (tmp_path / "line.obj").write_text("v 0 0 0\nv 0 1 0\nv 0 2 0\nf 1 2 3\n")
-    for name, message in (("line.obj", "none with an area"), ("nowhere.ply", "no such file")):
+    for name, message in (("line.obj", "no triangles with an area"), ("nowhere.ply", "no such file")):
         with pytest.raises(UnreadableMesh, match=message):
             pipe("a red cube", shape=tmp_path / name)
     with pytest.raises(TypeError, match="prompt_embeds is a int: must be"):
