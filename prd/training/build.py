@@ -17,7 +17,7 @@ from prd.encoders import encoder_digest, encoder_hashes, load_encoder
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
-from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator
+from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.hub import find_generator
 from prd.rendering.alpha import AlphaModel, NeusAlpha
@@ -64,10 +64,18 @@ def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | Singl
     generator = kind.for_encoder(config.model, encoder)
     generator.text_hash = hashes
     if config.init_from is not None:
-        saved = kind.from_pretrained(find_generator(config.init_from))
+        folder = find_generator(config.init_from)
+        if (made := read_record(folder)["_class_name"]) != kind.class_name:
+            raise GeneratorMismatch(
+                f"init_from={config.init_from!r}: _class_name is {made!r}, expected {kind.class_name!r}; give one of "
+                "that class, or another model.generator"
+            )
+        saved = kind.from_pretrained(folder)
         check_same_settings(config.init_from, saved.config, generator.config)
         if not saved.fits_encoder(hashes):
-            raise GeneratorMismatch(f"init_from={config.init_from!r}: was trained with another text encoder")
+            raise GeneratorMismatch(
+                f"init_from={config.init_from!r}: was trained with another text encoder; set model.text_encoder to that"
+            )
         generator.load_trained_state_dict(saved.trained_state_dict())
     return generator, encoder
 

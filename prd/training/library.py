@@ -80,7 +80,8 @@ class MeshLibrary:
         index = self.folder / INDEX
         if not index.is_file():
             raise LibraryError(
-                f"library.source={str(folder)!r}: holds no {INDEX}; see prd.training.library for its lines"
+                f"library.source={str(folder)!r}: holds no {INDEX}, which has a line a shape: "
+                '{"file": "chair.glb", "captions": ["a wooden chair"]}'
             )
         for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():

@@ -318,10 +318,10 @@ def find_runs(folder: str | Path) -> list[Run]:
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run the config values in which the runs differ, apart from where they write."""
+    """Of each run the config values in which the runs differ, those that it has, apart from where they write."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     differ = [key for key in keys if key not in FREE and len({shown(run.config.get(key)) for run in runs}) > 1]
-    return [{key: run.config.get(key) for key in differ} for run in runs]
+    return [{key: run.config[key] for key in differ if key in run.config} for run in runs]
 
 
 def final_scores(run: Run) -> dict[str, float]:

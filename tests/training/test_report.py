@@ -132,6 +132,14 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     assert "output_dir" not in table
 
 
+def test_what_only_another_generator_has_is_not_listed_of_a_run(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "two", "--model", "{generator: atom, text_encoder: toybox}")
+    first, second = differences(find_runs(tmp_path))
+    assert first["model.generator"] == "triplane_turbo" and second["model.generator"] == "atom"
+    assert "model.rank" in first and "model.num_blocks" in second and not first.keys() & {"model.num_blocks"}
+
+
 def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, caplog):
     run = make_run(tmp_path / "one", scores=True)
     make_run(tmp_path / "two")
