@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from prd import ATT3D, orbit_cameras
 from prd.fields import one_sample
+from prd.rendering.grid import GridField
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 
@@ -40,7 +41,8 @@ def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
                 views = renderer(sample, cameras, height=args.size, width=args.size)
             else:
                 volume = VolumeRenderer(num_samples=128, alpha=pipe.generator.alpha(), max_rays=4096)
-                views = volume(sample, cameras, height=args.size, width=args.size)
+                grid = GridField(sample, args.resolution, device=pipe.device)  # read once, not at every point of a ray
+                views = volume(grid, cameras, height=args.size, width=args.size)
             pixels = (views.rgb[0, 0].clamp(0, 1) * 255).round().byte().cpu().numpy()
             pictures.append(Image.fromarray(pixels))
             bar.update()
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--size", type=int, default=192, help="pixels a side")
     parser.add_argument("--renderer", choices=("volume", "surface"), default="volume")
-    parser.add_argument("--resolution", type=int, default=96, help="nodes an axis of the surface's grid")
+    parser.add_argument("--resolution", type=int, default=96, help="nodes an axis of the grid that is rendered")
     parser.add_argument("--elevation", type=float, default=20.0, help="degrees")
     parser.add_argument("--azimuth", type=float, default=30.0, help="degrees, at the start")
     parser.add_argument("--turn", type=float, default=0.0, help="degrees that the camera moves on the way")

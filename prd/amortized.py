@@ -144,7 +144,7 @@ class Amortized(TextTo3D):
         prompt_embeds          [prompts, L, Ct] hidden states of the text encoder, instead of a prompt
         output_type            how far to go: "field" stops before the isosurface
         isosurface_resolution  nodes an axis of the isosurface grid over [-1, 1]^3
-        target_faces           triangles to simplify to, None for all
+        target_faces           triangles to simplify to (more where fewer would change the topology), None for all
         texture_size           side of the baked texture, None for vertex colours
         keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
         on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None

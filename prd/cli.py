@@ -46,7 +46,7 @@ def _run(words: Sequence[str]) -> int:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
     generate.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
-    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to")
+    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to, if the topology allows")
     generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
     generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")

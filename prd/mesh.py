@@ -211,7 +211,7 @@ def build_meshes(
     """Coloured meshes from the raw surfaces of a field's B samples: clean, decimate, unwrap, bake.
 
     surfaces       B pairs of tensors: vertices [V, 3] in scene units, faces [F, 3]
-    target_faces   triangles to decimate to, None for all
+    target_faces   triangles to decimate to, None for all; more are kept where fewer would change the topology
     texture_size   side of the baked texture in texels, None for vertex colours alone
     keep           "largest": the piece with the largest volume; "all": every piece but dust. Cavities go either way
 
