@@ -145,7 +145,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(GeneratorMismatch, match="is no JSON"):
         type(model).from_pretrained(tmp_path)
     config.unlink()
-    with pytest.raises(FileNotFoundError, match="config.json: not found"):
+    with pytest.raises(FileNotFoundError, match="config.json: is missing"):
         type(model).from_pretrained(tmp_path)
     with pytest.raises(GeneratorMismatch, match="state does not fit: missing"):
         model.load_trained_state_dict({})
