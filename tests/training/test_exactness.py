@@ -77,6 +77,8 @@ def test_every_way_of_sharing_out_is_one_step(steps, record_property):
     record_property("differences", json.dumps(differences))
     for name, step in steps.items():
         assert differences[name]["gradient"] <= 1e-5
+        if name != "estimates together":  # one product sums there what the loop adds up afterwards
+            assert differences[name]["sgd"] <= 1e-6
         furthest = (joined(step, "sgd") - joined(whole, "sgd")).abs().max()
         limit = 5e-6 if name == "estimates together" else 2.5e-6  # float32 rounds: 0.5e-6 to 1.4e-6 by the seed
         assert furthest <= limit * joined(whole, "sgd").abs().max()
