@@ -98,7 +98,7 @@ def build(size: str, dtype: torch.dtype, device: str) -> Any:
     """A pipeline: the shipped toy box, or Stable Diffusion 2.1's size with an adapter of the paper's rank."""
     from prd.adapters import PetaConfig
     from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
-    from prd.pipeline import TriplaneTurbo
+    from prd.pipelines.triplane_turbo import TriplaneTurbo
 
     torch.manual_seed(0)
     if size == "toy":
@@ -137,7 +137,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     """A sentence to a mesh with a colour a vertex: every call's stages, and the peak memory of the process."""
-    from prd.memory import keep_freed_memory
+    from prd.utils.memory import keep_freed_memory
 
     keeps = args.keep_memory and keep_freed_memory()
     dtype, device = DTYPES[args.dtype], args.device
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
     parser.add_argument("--batch", type=int, default=1, help="prompts together, for the ratios")
-    parser.add_argument("--keep-memory", action="store_true", help="as `prd generate` does: see prd/memory.py")
+    parser.add_argument("--keep-memory", action="store_true", help="as `prd generate` does: see prd/utils/memory.py")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
     parser.add_argument("--mesh", default=None, help="write the pipeline's mesh here, to look at it")

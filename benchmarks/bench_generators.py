@@ -26,9 +26,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from machine import describe  # noqa: E402
 
+from prd.evaluation.comparison import Measured, at_frames, curves, markdown_table, measure_run, side_by_side  # noqa: E402
 from prd.toybox.world import COLORS, SHAPES  # noqa: E402
-from prd.training.comparison import Measured, at_frames, curves, markdown_table, measure_run, side_by_side  # noqa: E402
-from prd.training.files import write_whole  # noqa: E402
+from prd.utils.files import write_whole  # noqa: E402
 
 SINGLES = ["--prompts.stack_fraction", "0"]
 VOLUME, SURFACE = ["--stages", "[]", "--renderers", "volume"], ["--stages", "[]", "--renderers", "surface"]

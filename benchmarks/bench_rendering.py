@@ -36,13 +36,7 @@ from machine import PeakMemory, describe, matmul_rate  # noqa: E402
 
 from prd.cameras import orbit_cameras  # noqa: E402
 from prd.distillation.regularizers import eikonal_loss  # noqa: E402
-from prd.rendering.coarse_to_fine import extract_coarse_to_fine  # noqa: E402
-from prd.rendering.isosurface import extract_isosurface  # noqa: E402
-from prd.rendering.marching import marching_cubes  # noqa: E402
-from prd.rendering.rasterize import rasterize  # noqa: E402
-from prd.rendering.tetrahedra import marching_tetrahedra  # noqa: E402
-from prd.rendering.volume import VolumeRenderer  # noqa: E402
-from prd.triplane import (  # noqa: E402
+from prd.fields.triplane import (  # noqa: E402
     TriplaneField,
     TriplaneHeads,
     _first_hidden,
@@ -51,6 +45,12 @@ from prd.triplane import (  # noqa: E402
     plane_coordinates,
     plane_lattices,
 )
+from prd.isosurface.coarse_to_fine import extract_coarse_to_fine  # noqa: E402
+from prd.isosurface.extract import extract_isosurface  # noqa: E402
+from prd.isosurface.marching_cubes import marching_cubes  # noqa: E402
+from prd.isosurface.marching_tetrahedra import marching_tetrahedra  # noqa: E402
+from prd.rendering.rasterize import rasterize  # noqa: E402
+from prd.rendering.volume import VolumeRenderer  # noqa: E402
 
 Record = dict[str, Any]
 VIEWS = 4

@@ -138,7 +138,7 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     from unittest import mock
 
-    import prd.training.supervision as judging
+    import prd.training.objective as judging
 
     student = trainer.student
     patches = [

@@ -137,9 +137,9 @@ def count_teacher(name: str) -> dict[str, float]:
 def count_renderers() -> dict[str, dict[str, float]]:
     """TFLOP and bytes of both renderers for one estimate of one prompt; the volume renderer from a 16th of its rays."""
     from prd.cameras import orbit_cameras
+    from prd.fields.triplane import TriplaneField, TriplaneHeads
     from prd.training.build import build_surface_renderer, build_volume_renderer
     from prd.training.config import load_config
-    from prd.triplane import TriplaneField, TriplaneHeads
 
     config = load_config("triplane_turbo_sd21")
     torch.manual_seed(0)

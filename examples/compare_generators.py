@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prd.training.comparison import measure_run, side_by_side, summary_line, write_comparison
+from prd.evaluation.comparison import measure_run, side_by_side, summary_line, write_comparison
 
 SHOWN = ["a red cube", "a cyan mug", "a yellow wedge", "a purple cone", "a green arrow", "a blue torus"]
 HELD_OUT = ["a blue wedge", "a green mug", "a red arrow"]

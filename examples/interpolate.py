@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from prd import ATT3D, orbit_cameras
-from prd.fields import one_sample
-from prd.rendering.grid import GridField
+from prd.fields.grid import GridField
+from prd.fields.protocol import one_sample
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 

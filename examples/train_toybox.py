@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import orbit_cameras
+from prd.evaluation.pictures import save_sheet
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector, set_joint_attention
 from prd.toybox.check import REQUIRED_DEPTH_RATIO, REQUIRED_RATIO, camera_ratios, depth_ratios, silhouette_iou
@@ -39,7 +40,6 @@ from prd.toybox.models import (
     make_unet,
     make_vae,
 )
-from prd.training.pictures import save_sheet
 
 STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500, "controlnet": 2000}
 STAGES = tuple(STEPS)  # a stage's place seeds its draws

@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prd.amortized import ATT3D, LATTE3D, AToM
     from prd.cameras import Cameras, CameraSampling, orbit_cameras
-    from prd.fields import Field
-    from prd.mesh import Mesh
-    from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
-    from prd.rendering.isosurface import EmptySurfaceError
+    from prd.fields.protocol import Field
+    from prd.isosurface.extract import EmptySurfaceError
+    from prd.meshes.mesh import Mesh
+    from prd.pipelines.single_pass import ATT3D, LATTE3D, AToM
+    from prd.pipelines.triplane_turbo import TriplaneTurbo, TriplaneTurboOutput
     from prd.rendering.views import Views
 
 __version__ = "0.1.0"
@@ -34,16 +34,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ATT3D": "amortized",
-    "AToM": "amortized",
+    "ATT3D": "pipelines.single_pass",
+    "AToM": "pipelines.single_pass",
     "CameraSampling": "cameras",
     "Cameras": "cameras",
-    "EmptySurfaceError": "rendering.isosurface",
-    "Field": "fields",
-    "LATTE3D": "amortized",
-    "Mesh": "mesh",
-    "TriplaneTurbo": "pipeline",
-    "TriplaneTurboOutput": "pipeline",
+    "EmptySurfaceError": "isosurface.extract",
+    "Field": "fields.protocol",
+    "LATTE3D": "pipelines.single_pass",
+    "Mesh": "meshes.mesh",
+    "TriplaneTurbo": "pipelines.triplane_turbo",
+    "TriplaneTurboOutput": "pipelines.triplane_turbo",
     "Views": "rendering.views",
     "orbit_cameras": "cameras",
 }

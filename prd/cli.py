@@ -90,7 +90,7 @@ def _run(words: Sequence[str]) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch  # here, not above: `prd --help` must not wait for it
 
-    from prd.mesh import SUFFIXES
+    from prd.meshes.mesh import SUFFIXES
 
     if not args.output.endswith(SUFFIXES):
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
@@ -98,9 +98,9 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"output={args.output!r}: the folder {Path(args.output).parent} is not there; make it first")
     from transformers.utils import logging as transformers_logging
 
-    from prd.amortized import Amortized, load_pipeline
-    from prd.memory import keep_freed_memory
-    from prd.text_to_3d import TextTo3DOutput
+    from prd.pipelines.base import TextTo3DOutput
+    from prd.pipelines.single_pass import Amortized, load_pipeline
+    from prd.utils.memory import keep_freed_memory
 
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
@@ -132,7 +132,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _runs(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prd.training.report import runs_table
+    from prd.evaluation.report import runs_table
 
     Console().print(runs_table(args.folder))
     return 0
@@ -142,9 +142,9 @@ def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
-    from prd.base import load_base
     from prd.generators.published import student_from_published
-    from prd.hub import write_card
+    from prd.hub.repositories import write_card
+    from prd.loading.stable_diffusion import load_base
 
     base = load_base(  # a single file does not say what it predicts; Stable Diffusion 2.1-base predicts epsilon
         args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
@@ -160,10 +160,10 @@ def _embed(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from prd.encoders import load_encoder
+    from prd.data.embeddings import embed
+    from prd.data.prompts import load_corpus
+    from prd.text.loading import load_encoder
     from prd.toybox import asset
-    from prd.training.embeddings import embed
-    from prd.training.prompts import load_corpus
     from prd.training.sections import PromptsConfig
 
     transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
@@ -201,10 +201,10 @@ def _train(overrides: Sequence[str]) -> int:
 
     try:
         config = parse_args(overrides)
-        from prd.training.run_folder import check_run
+        from prd.training.run.folder import check_run
 
         check_run(config)
-        from prd.training.supervision import CollapseError
+        from prd.training.objective import CollapseError
         from prd.training.trainer import Trainer
 
         try:

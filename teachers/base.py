@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 from prd.cameras import Cameras
 from prd.rendering.views import Views
 from prd.teachers.loading import PREDICTIONS, load_schedule, load_strict
-from prd.teachers.text import PromptEncoder, check_prompts, view_prompts
+from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
 
 Resize = Literal["bilinear", "area"]
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from prd.rendering.views import Views
 from prd.teachers.base import UNetTeacher, to_images
-from prd.teachers.text import T5PromptEncoder
+from prd.text.encoders import T5PromptEncoder
 
 
 class DeepFloydTeacher(UNetTeacher):

@@ -57,7 +57,7 @@ def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _save_random_adapter(folder: Path) -> None:
     """A student whose every trained tensor is random, near its starting sphere."""
-    from prd.base import load_base
+    from prd.loading.stable_diffusion import load_base
     from prd.training.build import build_student
     from prd.training.config import load_config
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, CameraSampling, orbit_cameras
-from prd.fields import AutogradGradient
+from prd.fields.protocol import AutogradGradient
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 

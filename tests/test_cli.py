@@ -35,7 +35,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 
 def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("prd.amortized.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.pipelines.single_pass.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
     assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
 
@@ -60,8 +60,8 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
         )
         raise ValueError("stop")
 
-    monkeypatch.setattr("prd.amortized.load_pipeline", load)
-    monkeypatch.setattr("prd.base.load_base", load)
+    monkeypatch.setattr("prd.pipelines.single_pass.load_pipeline", load)
+    monkeypatch.setattr("prd.loading.stable_diffusion.load_base", load)
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])
     one_sentence(capsys, ["convert", "a.pth", str(tmp_path / "a"), "--base", "me/b", *place])
@@ -83,8 +83,8 @@ def test_ctrl_c_is_one_sentence(words, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prd.training.report.runs_table", interrupted)
-    monkeypatch.setattr("prd.training.run_folder.check_run", interrupted)
+    monkeypatch.setattr("prd.evaluation.report.runs_table", interrupted)
+    monkeypatch.setattr("prd.training.run.folder.check_run", interrupted)
     assert main(words) == 130
     assert capsys.readouterr().err == f"prd {words[0]}: interrupted\n"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, Teacher, ViewConditioned
-from prd.teachers.text import check_prompts
+from prd.text.encoders import check_prompts
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
 

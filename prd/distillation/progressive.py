@@ -27,7 +27,7 @@ from prd.distillation.asd import (
     rendering_loss,
 )
 from prd.distillation.draws import draw_normal, draw_uniform
-from prd.fields import Field
+from prd.fields.protocol import Field
 from prd.rendering.views import Views
 from prd.teachers.base import Teacher
 from prd.teachers.offload import resident

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import prd
 from prd.adapters.peta import PetaConfig
-from prd.base_hash import HALF_PRECISIONS, NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.loading.weight_hashes import HALF_PRECISIONS, NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
 
 if TYPE_CHECKING:
     from prd.generators.triplane_turbo import TriplaneTurboGenerator
@@ -121,7 +121,7 @@ def _some(names: Iterable[Any]) -> str:
 
 
 def base_hash(backbone: nn.Module) -> dict[str, str]:
-    """Hashes of the base's weights as they are in this backbone, adapted or not (`prd.base_hash.weights_hash`).
+    """Hashes of the base's weights as they are in this backbone, adapted or not (`weights_hash`).
 
     `load_base` computes them of the weights as they were stored, which is what half precision needs.
     """

@@ -3,7 +3,7 @@
 embeddings [B, L, Ct] --mean, linear--> triplane [B, 3, C, H, W] --N blocks that look at every token--> Field
 
 The Field serves both stages of the paper's training: volume rendering reads its signed distance and colour, the mesh
-stage its deformation too. Planes are xy, xz, yz, laid out as `prd.triplane.plane_coordinates` says.
+stage its deformation too. Planes are xy, xz, yz, laid out as `prd.fields.triplane.plane_coordinates` says.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneField
+from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.single_pass import SinglePassGenerator
-from prd.generators.triplane_blocks import TriplaneConvNeXtBlock
-from prd.positional_triplane import PositionalHeads, PositionalTriplaneField
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
-from prd.settings import CHECKS, Count, Positive, Radius
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

@@ -17,12 +17,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from prd.fields import AutogradGradient
+from prd.fields.hash_grid import FeatureGrids
+from prd.fields.protocol import AutogradGradient
+from prd.fields.triplane import colour_from_features
 from prd.generators.single_pass import SinglePassGenerator
-from prd.hash_grid import FeatureGrids
 from prd.rendering.alpha import AlphaModel, DensityAlpha
-from prd.settings import CHECKS, Count, Positive, Radius, Size
-from prd.triplane import colour_from_features
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius, Size
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

@@ -19,11 +19,11 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneField
+from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.point_encoder import PointEncoder, dummy_cloud
 from prd.generators.single_pass import SinglePassGenerator
-from prd.generators.triplane_blocks import TriplaneConvNeXtBlock
-from prd.positional_triplane import PositionalHeads, PositionalTriplaneField
-from prd.settings import CHECKS, Count, Positive, Radius
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

@@ -1,6 +1,6 @@
 """PointNet with local pooling: a point cloud becomes features on three planes (after Convolutional Occupancy Networks).
 
-LATTE3D's encoder. Planes are xy, xz, yz, laid out as `prd.triplane.plane_coordinates` says.
+LATTE3D's encoder. Planes are xy, xz, yz, laid out as `prd.fields.triplane.plane_coordinates` says.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prd.positional_triplane import positional_encoding
-from prd.triplane import plane_coordinates
+from prd.fields.positional_triplane import positional_encoding
+from prd.fields.triplane import plane_coordinates
 
 FREQUENCIES = 4  # of the positions' encoding
 

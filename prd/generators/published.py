@@ -18,9 +18,9 @@ from prd.adapters.convert import (
     read_published,
 )
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone
-from prd.base import Base
 from prd.generators.adapter_files import StudentConfig
 from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.loading.stable_diffusion import Base
 
 LATENT_SIZE = 32  # of the published pipeline, whatever its base draws
 SDF_BIAS = 0.5  # sdf = MLP + |p| - 0.5

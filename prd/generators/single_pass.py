@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prd
-from prd.base_hash import TEXT, same_weights
-from prd.fields import Field
+from prd.fields.protocol import Field
+from prd.loading.weight_hashes import TEXT, same_weights
 from prd.rendering.alpha import AlphaModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
 from prd.adapters.planes import PlaneAttention
+from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.generators import adapter_files
 from prd.generators.adapter_files import HALF_PRECISIONS, AdapterMismatch, StudentConfig, read_configs
-from prd.triplane import TriplaneField, TriplaneHeads
 
 __all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboGenerator", "read_configs"]
 

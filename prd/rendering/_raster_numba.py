@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prd.rendering._threads import share
+from prd.utils.threads import share
 
 WORK_A_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.cameras import Cameras
-from prd.fields import Field
+from prd.fields.protocol import Field
 from prd.rendering.views import Views, background_like, check_image_size
 from prd.rendering.volume import GradientSamples, VolumeRenderer
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.cameras import HALF_DIAGONAL, Cameras
-from prd.fields import Field
+from prd.fields.protocol import Field
 from prd.rendering.views import Views, disparity_from_depth
 
 

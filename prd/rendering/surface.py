@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.cameras import HALF_DIAGONAL, Cameras
-from prd.fields import Field
+from prd.fields.checks import expect
+from prd.fields.protocol import Field
+from prd.isosurface.extract import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
+from prd.isosurface.marching_cubes import Mesh, marching_cubes
 from prd.rendering.antialias import antialias
-from prd.rendering.checks import expect
-from prd.rendering.isosurface import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
-from prd.rendering.marching import Mesh, marching_cubes
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
 from prd.rendering.volume import scale_gradient

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prd.cameras import HALF_DIAGONAL, Cameras
-from prd.fields import Field
+from prd.fields.checks import check_numbers, expect, several
+from prd.fields.protocol import Field
 from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
-from prd.rendering.checks import check_numbers, expect, several
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
 
 __all__ = [

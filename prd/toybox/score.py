@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from prd.fields import Field
+from prd.fields.protocol import Field
 from prd.toybox.world import (
     ASYMMETRIC_SHAPES,
     COLORS,

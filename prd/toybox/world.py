@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prd.fields import AutogradGradient
+from prd.fields.protocol import AutogradGradient
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.12, 0.12),
@@ -194,7 +194,7 @@ def unknown_words(text: str) -> list[str]:
 
 
 class ExactField(AutogradGradient):
-    """The exact fields of B captions: signed distance and lit colour (`prd.fields.Field`)."""
+    """The exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`)."""
 
     def __init__(self, captions: Sequence[Caption | str], forms: Sequence[int] | None = None) -> None:
         parsed = [c if isinstance(c, Caption) else parse_caption(c) for c in captions]

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
-from prd.base import Base, load_base
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance
 from prd.distillation.schedules import LinearSchedule
-from prd.encoders import encoder_digest, encoder_hashes, load_encoder
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
 from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
-from prd.hub import find_generator
+from prd.hub.repositories import find_generator
+from prd.isosurface.marching_cubes import marching_cubes
+from prd.isosurface.marching_tetrahedra import marching_tetrahedra
+from prd.loading.stable_diffusion import Base, load_base
 from prd.rendering.alpha import AlphaModel, NeusAlpha
-from prd.rendering.marching import marching_cubes
 from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.tetrahedra import marching_tetrahedra
 from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
@@ -32,7 +31,8 @@ from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.offload import set_offload
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
-from prd.teachers.text import PromptEncoder
+from prd.text.encoders import PromptEncoder
+from prd.text.loading import encoder_digest, encoder_hashes, load_encoder
 from prd.toybox import asset
 from prd.training.config import ConfigError, TrainConfig, stages_of
 from prd.training.sections import ModelConfig, Schedule, StableDiffusionConfig, TeacherConfig
@@ -137,7 +137,7 @@ def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> Promp
 def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
     """The teachers that any stage enables, frozen, in the precision and the place that these stages give them.
 
-    Each with its settings in the run's config; `prd.training.supervision.settings_in` has those of a stage.
+    Each with its settings in the run's config; `prd.training.objective.settings_in` has those of a stage.
     """
     section, dtype = config.teachers, teachers_dtype(config)
     sd, mv, rd, pixels = (
@@ -279,7 +279,7 @@ def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -
     """AdamW or Adan over the trained parameters."""
     o = config.optimizer
     if o.name == "adan":
-        from prd.training.adan import Adan
+        from prd.training.optimizers import Adan
 
         return Adan(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     first, second = o.betas

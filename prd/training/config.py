@@ -29,8 +29,6 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from prd.settings import CHECKS, Count, Fraction, Positive
-from prd.training.files import write_whole
 from prd.training.sections import (
     CamerasConfig,
     DistillationConfig,
@@ -47,6 +45,8 @@ from prd.training.sections import (
     ValidationConfig,
     VolumeConfig,
 )
+from prd.utils.checked_types import CHECKS, Count, Fraction, Positive
+from prd.utils.files import write_whole
 
 SWITCHES = ("start_afresh", "allow_config_change")  # need no value on the command line
 STAGED = (  # what a stage may change: keys and sections

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
-from prd.settings import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
+from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
 
 Schedule = float | tuple[float, float]
 Elevation = Annotated[float, Field(gt=-90, lt=90)]

@@ -1,7 +1,7 @@
 """The Accelerate loop around Progressive Rendering Distillation, and around generators that answer in one pass.
 
 A step draws prompts, rolls the student out over K timesteps (`prd.distillation.progressive`) or asks a generator once,
-renders each estimate, lets the teachers judge (`prd.training.supervision`), and updates what is trained once. Gradients
+renders each estimate, lets the teachers judge (`prd.training.objective`), and updates what is trained once. Gradients
 are summed over the estimates and the micro-batches and exchanged between processes once a step, so the generator needs
 no wrapper.
 """
@@ -22,20 +22,26 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from prd.data.batches import NOISE, Batch, Batches, dummy_of
+from prd.data.embeddings import Embeddings
+from prd.data.prompts import load_corpus
+from prd.data.shape_library import open_library
 from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.draws import draw_normal
 from prd.distillation.progressive import JudgeLog, rollout
-from prd.fields import Field
-from prd.generators.generator import Generator
+from prd.evaluation.report import write_report
+from prd.fields.protocol import Field
+from prd.generators.protocol import Generator
 from prd.generators.single_pass import SinglePassGenerator
-from prd.memory import keep_freed_memory
 from prd.rendering.background import TextBackground
 from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
-from prd.training.batches import NOISE, Batch, Batches, dummy_of
 from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers, shared_encoder
-from prd.training.checkpoints import (
+from prd.training.config import ConfigError, Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
+from prd.training.diagnostics import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
+from prd.training.objective import Supervision, renderers_of
+from prd.training.run.checkpoints import (
     CheckpointError,
     load_optimizer_state,
     optimizer_state,
@@ -44,15 +50,7 @@ from prd.training.checkpoints import (
     set_aside_later,
     set_rng_state,
 )
-from prd.training.config import ConfigError, Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
-from prd.training.embeddings import Embeddings
-from prd.training.files import write_whole
-from prd.training.library import open_library
-from prd.training.processes import StopRequest, choose_threads, end_with_launcher
-from prd.training.prompts import load_corpus
-from prd.training.report import write_report
-from prd.training.resume import load_resumed, plain, resumed_config
-from prd.training.run_folder import (
+from prd.training.run.folder import (
     check_run,
     metrics_line,
     open_metrics,
@@ -61,9 +59,11 @@ from prd.training.run_folder import (
     sole_writer,
     write_environment,
 )
-from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
-from prd.training.supervision import Supervision, renderers_of
+from prd.training.run.processes import StopRequest, choose_threads, end_with_launcher
+from prd.training.run.resume import load_resumed, plain, resumed_config
 from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
+from prd.utils.files import write_whole
+from prd.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

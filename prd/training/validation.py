@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
-from prd.fields import Field, one_sample
-from prd.generators.generator import Generator
+from prd.evaluation.pictures import save_sheet
+from prd.fields.protocol import Field, one_sample
+from prd.generators.protocol import Generator
 from prd.generators.triplane_turbo import TriplaneTurboGenerator
-from prd.mesh import extract_mesh
-from prd.rendering.isosurface import EmptySurfaceError
+from prd.isosurface.extract import EmptySurfaceError
+from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
@@ -25,8 +26,7 @@ from prd.toybox.score import Score, score_field
 from prd.toybox.world import all_captions
 from prd.training.build import camera_sampling
 from prd.training.config import TrainConfig
-from prd.training.files import write_whole
-from prd.training.pictures import save_sheet
+from prd.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 

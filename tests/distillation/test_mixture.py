@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prd.data.batches import draw_mixture
 from prd.distillation.asd import Guidance, Mixture, leaf_views
 from prd.distillation.progressive import distill_samples
 from prd.teachers.base import Condition
-from prd.training.batches import draw_mixture
 from prd.training.sections import InterpolationConfig
 from tests.distillation.test_judging import StubTeacher
 from tests.teachers.tiny import random_views

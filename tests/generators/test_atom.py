@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from prd.fields.triplane import plane_coordinates
 from prd.generators.atom import AtomConfig, AtomGenerator
-from prd.generators.triplane_blocks import (
+from prd.generators.blocks import (
     PlaneAwareConv,
     PlaneNorm,
     PlaneTextAttention,
     TriplaneConvNeXtBlock,
     along_the_axes,
 )
-from prd.rendering.isosurface import evaluate_grid, grid_to_meshes
-from prd.rendering.tetrahedra import marching_tetrahedra
-from prd.triplane import plane_coordinates
+from prd.isosurface.extract import evaluate_grid, grid_to_meshes
+from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from tests.generators.tiny_single_pass import ATOM, WIDTH, embeddings, make
 
 CHANNELS, SIZE = 4, 5

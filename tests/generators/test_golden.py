@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.adapters.convert import convert_published, published_config
+from prd.fields.triplane import TriplaneField
 from prd.generators import StudentConfig, TriplaneTurboGenerator
-from prd.triplane import TriplaneField
 from tests.adapters.test_convert import published_state
 from tests.adapters.tiny import tiny_base
 from tests.parity.generator_records import plain

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from prd.fields.triplane import plane_coordinates
 from prd.generators.latte3d import Latte3dConfig
 from prd.generators.point_encoder import PointEncoder, anneal_cloud, dummy_cloud
-from prd.triplane import plane_coordinates
 from tests.generators.tiny_single_pass import LATTE3D, embeddings, make, some_points
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from prd.fields.grid import GridField
 from prd.generators.single_pass import GeneratorMismatch
-from prd.rendering.grid import GridField
 from tests.generators.tiny_single_pass import KINDS, LENGTH, TEXT, WIDTH, embeddings, make, some_points
 
 each = pytest.mark.parametrize("kind", list(KINDS))

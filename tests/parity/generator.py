@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from prd.adapters.convert import convert_published, published_config, published_layers
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone
+from prd.fields.triplane import TriplaneField, colour_from_features
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
-from prd.triplane import TriplaneField, colour_from_features
 from tests.parity import CLOSED_FORM, GRADIENT, NETWORK, Recording, compared
 from tests.parity.generator_records import compare_records, plain
 

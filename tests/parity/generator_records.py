@@ -19,7 +19,7 @@ from prd.adapters.convert import (
     read_published,
 )
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta
-from prd.triplane import TriplaneHeads
+from prd.fields.triplane import TriplaneHeads
 
 if TYPE_CHECKING:
     from tests.parity.generator import GeneratorParity

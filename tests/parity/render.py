@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prd.cameras import Cameras, CameraSampling, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.distillation.schedules import LinearSchedule
-from prd.fields import AutogradGradient, Field
+from prd.fields.protocol import AutogradGradient, Field
 from prd.rendering.alpha import (
     PUBLISHED_ALPHA_FLOOR,
     LearnedInvStd,
@@ -39,7 +39,7 @@ from prd.rendering.surface import PackedMeshes, composite, shade, vertex_normals
 from prd.rendering.views import Views, published_disparity, published_mesh_depth
 from prd.rendering.volume import RayBundle, VolumeRenderer
 from prd.teachers.multiview import camera_vector
-from prd.training.adan import Adan
+from prd.training.optimizers import Adan
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
 
 FAR = 1000.0  # of the published projection, scene units; its near plane is 0.1, as ours

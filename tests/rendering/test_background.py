@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
-from prd.fields import AutogradGradient
+from prd.fields.protocol import AutogradGradient
 from prd.rendering.background import HARMONICS, HyperHead, TextBackground, spherical_harmonics
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer

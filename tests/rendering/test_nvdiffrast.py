@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
+from prd.isosurface.marching_cubes import marching_cubes
 from prd.rendering.antialias import antialias
-from prd.rendering.marching import marching_cubes
 from prd.rendering.rasterize import Fragments, interpolate, rasterize
 
 pytestmark = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
-from prd.fields import AutogradGradient
+from prd.fields.protocol import AutogradGradient
 from prd.rendering.patch import PatchRenderer, paste, resize
 from prd.rendering.volume import VolumeRenderer
 

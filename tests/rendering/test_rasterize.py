@@ -5,9 +5,9 @@ import torch
 from scipy.spatial import ConvexHull
 
 from prd.cameras import orbit_cameras
+from prd.isosurface.marching_cubes import marching_cubes
 from prd.rendering import _raster_numba
 from prd.rendering.antialias import antialias, mesh_edges
-from prd.rendering.marching import marching_cubes
 from prd.rendering.rasterize import _rasterize_torch, interpolate, rasterize
 
 BACKENDS = ["numba", "torch"]

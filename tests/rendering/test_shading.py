@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from prd.cameras import orbit_cameras
-from prd.fields import AutogradGradient
+from prd.fields.protocol import AutogradGradient
 from prd.rendering.shading import shade_views, surface_points
 from prd.rendering.volume import VolumeRenderer
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from prd.cameras import Cameras, orbit_cameras
-from prd.fields import AutogradGradient
-from prd.rendering.grid import GridField
-from prd.rendering.isosurface import EmptySurfaceError
-from prd.rendering.marching import marching_cubes
+from prd.fields.grid import GridField
+from prd.fields.protocol import AutogradGradient
+from prd.isosurface.extract import EmptySurfaceError
+from prd.isosurface.marching_cubes import marching_cubes
+from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from prd.rendering.surface import MeshError, SurfaceRenderer, vertex_normals
-from prd.rendering.tetrahedra import marching_tetrahedra
 from prd.rendering.views import disparity_from_depth
 from prd.rendering.volume import VolumeRenderer
 

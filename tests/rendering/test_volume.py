@@ -12,11 +12,11 @@ from torch import Tensor
 from prd import TriplaneTurbo
 from prd.cameras import Cameras, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss
-from prd.fields import AutogradGradient
+from prd.fields.grid import GridField
+from prd.fields.protocol import AutogradGradient
+from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
-from prd.rendering.grid import GridField
 from prd.rendering.volume import VolumeRenderer, cube_near_far, neus_alpha, render_weights
-from prd.triplane import TriplaneField, TriplaneHeads
 
 SHARP = VolumeRenderer(num_samples=256, inv_std=400.0)
 SOFT = VolumeRenderer(num_samples=48, inv_std=30.0, cull_below=0)
@@ -363,9 +363,9 @@ import resource, torch
 from prd.cameras import CameraSampling
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
-from prd.rendering.grid import GridField
+from prd.fields.grid import GridField
 from prd.rendering.volume import VolumeRenderer
-from prd.triplane import TriplaneField, TriplaneHeads
+from prd.fields.triplane import TriplaneField, TriplaneHeads
 torch.manual_seed(0)
 planes = (0.1 * torch.randn(1, 6, 32, 256, 256)).requires_grad_()
 planes.grad = torch.zeros_like(planes)

@@ -9,7 +9,7 @@ import torch
 from prd.cameras import orbit_cameras
 from prd.teachers import Condition, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.base import epsilon_from, to_images
-from prd.teachers.text import view_prompts
+from prd.text.encoders import view_prompts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
-from prd.amortized import load_pipeline
-from prd.hub import SHIPPED, find_generator
-from prd.pipeline import TriplaneTurbo
+from prd.hub.repositories import SHIPPED, find_generator
+from prd.pipelines.single_pass import load_pipeline
+from prd.pipelines.triplane_turbo import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
 from prd.teachers.depth_control import DepthControlTeacher, control_images
 from prd.teachers.mvdream import MVDreamTeacher

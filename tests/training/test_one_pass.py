@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from prd.data.shape_library import LibraryError
+from prd.evaluation.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
 from prd.generators.single_pass import GeneratorMismatch
-from prd.training.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
 from prd.training.config import ConfigError, load_config
-from prd.training.library import LibraryError
 from prd.training.trainer import Trainer
 
 QUICK = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prd.training.checkpoints import latest_checkpoint, load_checkpoint, verify_checkpoint
+from prd.training.run.checkpoints import latest_checkpoint, load_checkpoint, verify_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 2  # steps between checkpoints

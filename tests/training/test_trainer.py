@@ -16,9 +16,9 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from prd.teachers import DepthControlTeacher
 from prd.training import supervision
 from prd.training import trainer as trainer_module
-from prd.training.checkpoints import CheckpointError
 from prd.training.config import ConfigError, load_config
-from prd.training.supervision import CollapseError, renderers_of
+from prd.training.objective import CollapseError, renderers_of
+from prd.training.run.checkpoints import CheckpointError
 from prd.training.trainer import Trainer
 from tests.teachers.tiny import save_deepfloyd
 

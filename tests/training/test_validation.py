@@ -11,10 +11,10 @@ import torch
 import trimesh
 from PIL import Image
 
-from prd.base import load_base
+from prd.evaluation.pictures import LABEL_HEIGHT
+from prd.loading.stable_diffusion import load_base
 from prd.training.build import build_student
 from prd.training.config import ConfigError, load_config
-from prd.training.pictures import LABEL_HEIGHT
 from prd.training.trainer import Trainer
 from prd.training.validation import mesh_names, save_gallery
 

@@ -1,0 +1,1 @@
+"""Training data: prompt corpora, embeddings, shape libraries, batches."""

@@ -1,0 +1,161 @@
+"""A library of 3D shapes beside the prompts: LATTE3D's point clouds, and the masks that regularise its shapes.
+
+A folder of meshes is a library by its `library.jsonl`, a line a shape:
+
+    {"file": "chairs/a.glb", "captions": ["a wooden chair", "a chair with four legs"]}
+
+A prompt has the shape of its caption; one that is no caption has that of the nearest, by the cosine between the mean
+text embeddings. Files are read when they are first needed, scaled into the cube and kept as points and triangles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prd.cameras import Cameras
+from prd.fields.protocol import AutogradGradient
+from prd.isosurface.extract import extract_isosurface
+from prd.isosurface.marching_cubes import Mesh
+from prd.meshes.read import read_mesh
+from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.views import Views
+from prd.text.encoders import PromptEncoder
+from prd.toybox.world import ExactField, parse_caption
+from prd.training.config import ConfigError
+from prd.training.sections import LibraryConfig
+
+INDEX = "library.jsonl"
+TOY_RESOLUTION = 64  # nodes an axis of the toy shapes' surfaces
+KEPT = 512  # shapes in memory
+
+
+class LibraryError(ConfigError):
+    """A library that is no library: without an index, or with a file that holds no mesh."""
+
+
+class ShapeLibrary(Protocol):
+    """Shapes by prompt."""
+
+    def mesh(self, prompt: str) -> Mesh:
+        """(vertices [V, 3] in scene units, faces [F, 3]) of the shape for a prompt, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class ToyLibrary:
+    """The toy box's exact shapes, without their colours; of a family of forms the first."""
+
+    def mesh(self, prompt: str) -> Mesh:
+        """See `ShapeLibrary.mesh`; ValueError for a prompt that is no caption of the toy box."""
+        return _toy_mesh(tuple(shape for _, shape in parse_caption(prompt).words))
+
+
+@lru_cache(maxsize=64)
+def _toy_mesh(shapes: tuple[str, ...]) -> Mesh:
+    colours = ("red", "blue")
+    text = " on ".join(f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=False))
+    with torch.no_grad():
+        (mesh,) = extract_isosurface(ExactField([text]), TOY_RESOLUTION)
+    return mesh
+
+
+class MeshLibrary:
+    """A folder of meshes with its `library.jsonl`; `embed` gives the mean text embeddings [n, C] of n captions.
+
+    Raises LibraryError, naming the line or file, for an index that cannot be used.
+    """
+
+    def __init__(self, folder: str | Path, embed: Callable[[Sequence[str]], Tensor]) -> None:
+        self.folder, self.embed = Path(folder), embed
+        self.files: dict[str, Path] = {}  # by caption
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise LibraryError(
+                f"library.source={str(folder)!r}: holds no {INDEX}, which has a line a shape: "
+                '{"file": "chair.glb", "captions": ["a wooden chair"]}'
+            )
+        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                self._add(number, line)
+        if not self.files:
+            raise LibraryError(f"{index}: lists no shape")
+        self.captions = list(self.files)
+        self._keys: Tensor | None = None
+        self._read = lru_cache(maxsize=KEPT)(read_mesh)
+
+    def _add(self, number: int, line: str) -> None:
+        where = f"{self.folder / INDEX}, line {number}"
+        try:
+            row: Any = json.loads(line)
+            path, captions = self.folder / row["file"], list(row["captions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LibraryError(f'{where}: must be {{"file": ..., "captions": [...]}} ({error!r})') from None
+        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            raise LibraryError(f"{where}: captions={captions!r}: must be texts, at least one")
+        if not path.is_file():
+            raise LibraryError(f"{where}: {path} is not there")
+        self.files.update(dict.fromkeys(captions, path))
+
+    def mesh(self, prompt: str) -> Mesh:
+        """See `ShapeLibrary.mesh`."""
+        return self._read(self.files[prompt if prompt in self.files else self.nearest(prompt)])
+
+    @torch.no_grad()
+    def nearest(self, prompt: str) -> str:
+        """The caption nearest to a prompt."""
+        if self._keys is None:
+            parts = [self.embed(self.captions[i : i + 256]) for i in range(0, len(self.captions), 256)]
+            self._keys = F.normalize(torch.cat(parts).float(), dim=1)
+        asked = F.normalize(self.embed([prompt]).float(), dim=1)
+        return self.captions[int((self._keys @ asked[0]).argmax())]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The library's shapes for the prompts of a batch.
+
+    meshes  [B]; clouds [B, N, 3] points on their surfaces, scene units
+    """
+
+    meshes: list[Mesh]
+    clouds: Tensor
+
+    def repeat(self, count: int) -> Shapes:
+        """The same for `count` estimates of the prompts, one after the other."""
+        return Shapes(self.meshes * count, self.clouds.repeat(count, 1, 1))
+
+    @torch.no_grad()
+    def views(self, cameras: Cameras, height: int, width: int) -> Views:
+        """Views [B, V, height, width, .] without colours: opacity, normals and disparity are what they are made for."""
+        device = cameras.fovy.device
+        moved = [(vertices.to(device), faces.to(device)) for vertices, faces in self.meshes]
+        renderer = SurfaceRenderer(antialias=False, supersample=2)
+        return renderer.draw_views(_COLOURLESS, moved, cameras, height=height, width=width)
+
+
+class _Colourless(AutogradGradient):
+    def rgb(self, points: Tensor) -> Tensor:
+        return torch.zeros_like(points)
+
+
+_COLOURLESS = _Colourless()
+
+
+def open_library(config: LibraryConfig, encoder: PromptEncoder, generator: object) -> ShapeLibrary | None:
+    """The library that a config names, None for none; LibraryError for a generator that takes no shapes."""
+    if config.source is None:
+        return None
+    if not getattr(generator, "takes_shapes", False):
+        raise LibraryError(f"library.source={config.source!r}: this generator takes no shapes; leave the library out")
+    if config.source == "toybox":
+        return ToyLibrary()
+    return MeshLibrary(config.source, lambda texts: encoder(texts).mean(dim=1))

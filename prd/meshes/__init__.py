@@ -1,0 +1,1 @@
+"""Triangle meshes: cleaning, simplification, textures, export and reading."""

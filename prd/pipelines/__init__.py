@@ -1,0 +1,1 @@
+"""Pipelines: a prompt becomes a textured mesh."""

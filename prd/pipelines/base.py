@@ -1,0 +1,266 @@
+"""What every text-to-3D pipeline does around its generator: prompts in, meshes out, saving and sharing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prd.fields.protocol import Field, one_sample
+from prd.hub.repositories import push_generator, write_card
+from prd.isosurface.extract import EmptySurfaceError, evaluate_grid, grid_to_meshes
+from prd.meshes.mesh import Mesh, build_meshes
+from prd.text.encoders import PromptEncoder
+from prd.toybox.world import unknown_words
+from prd.utils.memory import release_freed_memory
+
+logger = logging.getLogger(__name__)
+
+OnEmpty = Literal["raise", "flag"]
+Keep = Literal["largest", "all"]
+
+
+@dataclass(frozen=True)
+class TextTo3DOutput:
+    """What a call returns, B = prompts x meshes a prompt, those of one prompt beside each other.
+
+    meshes  [B] with output_type="mesh", else empty; None where `on_empty="flag"` and there is no surface
+    prompts [B] the prompt of each sample, "" where embeddings were given
+    field   the shapes before extraction: a `Field` of B samples
+    seconds wall-clock time by stage, isosurface and mesh among them
+    """
+
+    meshes: list[Mesh | None]
+    prompts: list[str]
+    field: Any
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class TextTo3D:
+    """A generator with its text encoder: what the pipelines share.
+
+    encoder      of prompts, None if they are given as embeddings
+    encoder_name where it is from; "toybox" warns of words that the toy box does not know
+    """
+
+    def __init__(self, model: Any, encoder: PromptEncoder | None, encoder_name: str) -> None:
+        self.model, self.encoder, self.encoder_name = model.eval(), encoder, encoder_name
+        self.facts: dict[str, Any] = {}  # of the training run, for the model card
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the generator and the text encoder; the heads and the field are in float32."""
+        return self.model.dtype
+
+    def _move(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+        self.model.to(device=device, dtype=dtype)
+        if self.encoder is not None:
+            if dtype not in (None, self.encoder.model.dtype):
+                self.encoder.encoded.clear()
+            self.encoder.model.to(device=device, dtype=dtype)
+
+    def _release(self) -> None:
+        if self.device.type == "cpu":
+            release_freed_memory()
+
+    def _encode(
+        self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int
+    ) -> tuple[list[str], Tensor]:
+        """Prompts and their embeddings [prompts, L, width], from one or the other."""
+        if prompt_embeds is not None:
+            if prompt is not None:
+                raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
+            check_floating("prompt_embeds", prompt_embeds)
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
+                raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
+            return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
+        prompts = check_prompts(prompt)
+        if self.encoder is None:
+            raise ValueError(
+                f"prompt={prompt!r}: the pipeline came without a text encoder; give prompt_embeds= instead"
+            )
+        self._warn(prompts, self.encoder)
+        return prompts, self.encoder(prompts).to(self.device)
+
+    def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
+        for text in prompts:
+            tokens = len(encoder.tokenizer(text).input_ids)
+            if tokens > encoder.length:
+                logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, encoder.length)
+            if self.encoder_name == "toybox" and (words := unknown_words(text)):
+                logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
+
+    def _mesh(
+        self,
+        output: TextTo3DOutput,
+        watch: Stopwatch,
+        *,
+        resolution: int,
+        on_empty: OnEmpty,
+        target_faces: int | None,
+        texture_size: int | None,
+        keep: Keep,
+    ) -> None:
+        """Put the meshes of an output's field into it."""
+        batch = len(output.prompts)
+        surfaces = self._surfaces(output.field, batch, resolution, on_empty)
+        watch.lap("isosurface")
+        for i, surface in enumerate(surfaces):
+            if surface is None:
+                output.meshes.append(None)
+                continue
+            sample = one_sample(output.field, i, batch)
+            output.meshes.extend(
+                build_meshes(sample, [surface], target_faces=target_faces, texture_size=texture_size, keep=keep)
+            )
+        watch.lap("mesh")
+
+    def _surfaces(
+        self, field: Field, batch: int, resolution: int, on_empty: OnEmpty
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """(vertices, faces) of each sample, or None where it has no surface and that is to be flagged."""
+        sdf, deformation = evaluate_grid(field, resolution, batch=batch, device=self.device)
+        surfaces: list[tuple[Tensor, Tensor] | None] = []
+        for i in range(batch):
+            offset = None if deformation is None else deformation[i : i + 1]
+            try:
+                surfaces += grid_to_meshes(sdf[i : i + 1], offset)
+            except EmptySurfaceError:
+                if on_empty == "raise":
+                    raise EmptySurfaceError([i], resolution) from None
+                surfaces.append(None)
+        return surfaces
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
+    ) -> None:
+        """Write what was trained (not the base or the text encoder) and a model card; `from_pretrained` reads it.
+
+        dtype    of the tensors on disk (float32, bfloat16 or float16); None: as they are, and what was loaded and not
+                 trained since as it was on disk, whatever the pipeline computes in
+        license  in the card, as the Hub names it; None: that of the base
+        """
+        self.model.save_pretrained(folder, dtype=dtype)
+        write_card(Path(folder), license=license, facts=self.facts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload text-to-3D weights",
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address.
+
+        private   of a repository that is made now; None: as the account's default
+        token     None: the one that `hf auth login` stored
+        revision  branch, made if it is missing; None: main
+
+        dtype and license as for `save_pretrained`. Raises ValueError for a repo_id that is no 'owner/name', and OSError
+        where the Hub refuses.
+        """
+        save: Callable[[Path], None] = lambda folder: self.model.save_pretrained(folder, dtype=dtype)  # noqa: E731
+        return push_generator(
+            save,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            license=license,
+            facts=self.facts,
+        )
+
+
+def check_mesh_arguments(
+    output_type: str,
+    allowed: tuple[str, ...],
+    *,
+    on_empty: str,
+    keep: str,
+    isosurface_resolution: int,
+    target_faces: int | None,
+    texture_size: int | None,
+) -> None:
+    """ValueError for an argument of a pipeline's call that is out of its range, before anything is computed."""
+    check_one_of("output_type", output_type, allowed)
+    check_one_of("on_empty", on_empty, ("raise", "flag"))
+    check_one_of("keep", keep, ("all", "largest"))
+    check_at_least("isosurface_resolution", isosurface_resolution, 2)
+    if target_faces is not None:
+        check_at_least("target_faces", target_faces, 4)
+    if texture_size is not None:
+        check_at_least("texture_size", texture_size, 1)
+
+
+def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
+    """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"prompt={text!r}: must be a string or a list of strings")
+        if not text.strip():
+            raise ValueError(f"prompt={text!r}: is empty; say what to make")
+    if not prompts:
+        raise ValueError("prompt=[]: give at least one prompt")
+    return prompts
+
+
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def check_device(device: str | torch.device) -> None:
+    """ValueError for a device that torch does not know or that is not here, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"device={str(device)!r}: cannot compute here ({reason}); try 'cpu'") from None
+
+
+def check_floating(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is a {found}: must be a floating-point torch.Tensor")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: holds NaN or infinity")
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self.last, 4)
+        self.last = now

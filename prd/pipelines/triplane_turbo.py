@@ -1,0 +1,286 @@
+"""TriplaneTurbo: a prompt becomes a mesh.
+
+prompt -> text encoder -> K denoising steps of six latent planes -> decoder -> Field -> isosurface -> texture -> Mesh
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prd.adapters.planes import load_xformers_attention
+from prd.generators.adapter_files import ADAPTER_CONFIG, AdapterMismatch
+from prd.generators.single_pass import WEIGHTS, read_record
+from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
+from prd.hub.repositories import find_generator, read_facts
+from prd.loading.stable_diffusion import check_dtype, load_base
+from prd.pipelines.base import (
+    Keep,
+    OnEmpty,
+    Stopwatch,
+    TextTo3D,
+    TextTo3DOutput,
+    check_at_least,
+    check_device,
+    check_floating,
+    check_mesh_arguments,
+)
+from prd.text.encoders import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class TriplaneTurboOutput(TextTo3DOutput):
+    """What a call returns; its stages are text, denoise, decode, isosurface and mesh, its field a `TriplaneField`."""
+
+    @property
+    def planes(self) -> Tensor:
+        """[B, 6, C, H, W] float32: xy, xz, yz for geometry, then xy, xz, yz for texture."""
+        return self.field.planes
+
+
+class TriplaneTurbo(TextTo3D):
+    """A frozen Stable Diffusion with a PETA adapter and its text encoder.
+
+    pipe = TriplaneTurbo.from_pretrained("toybox")
+    mesh = pipe("a red cube", generator=torch.Generator().manual_seed(0)).meshes[0]
+    mesh.export("cube.glb")
+    """
+
+    def __init__(self, student: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
+        """encoder: of prompts, None if they are given as embeddings; base: the name of the student's base."""
+        super().__init__(student, encoder, base)
+        self._progress: dict[str, Any] = {"disable": None}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        base: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        allow_other_base: bool = False,
+        text: bool | None = None,
+    ) -> TriplaneTurbo:
+        """Load an adapter and the base it was trained on.
+
+        name_or_path      "toybox" (shipped, needs no network), a run folder, an adapter folder, or a Hub id
+        base              another place of the same Stable Diffusion, in any of float32 and its half precision copies;
+                          the hash of its weights (and of its text encoder's, where recorded) must be the recorded one
+        device, dtype     where and in what to compute; dtype=None: bfloat16 where the device computes in it (float16 on
+                          older CUDA devices, float32 on older CPUs and for models as small as the toy box's);
+                          `pipe.dtype` says which. Half precision is laid out channels_last
+        revision          branch, tag or commit of the adapter on the Hub; its base comes at the commit recorded there
+        token, cache_dir  of the Hub, for the adapter and for its base
+        local_files_only  take both from the cache, without asking the Hub
+        allow_other_base  accept a base with other weights, another noise schedule or another kind of prediction
+        text              False: without text encoder and tokenizer, for prompt_embeds= alone; None: with them if the
+                          base has them
+
+        Raises ValueError for another dtype, a device that is not here or a revision of files on disk, FileNotFoundError
+        if there is no adapter, `AdapterMismatch` for a generator of another class or one that does not fit the base,
+        and `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
+        """
+        check_dtype(dtype)
+        check_device(device)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find_generator(name_or_path, revision, **hub)
+        if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            found = read_record(folder)["_class_name"]
+            raise AdapterMismatch(f"{name_or_path}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
+        _, record = read_configs(folder)
+        if not base and not record["base"]:
+            raise ValueError(f"base=None: {name_or_path} was trained on a folder of its maker's; pass base=")
+        base_revision = None if base else record["base_revision"]
+        parts = load_base(
+            base or record["base"],
+            dtype=dtype,
+            device=device,
+            revision=base_revision,
+            text=text,
+            prediction_type=record["prediction_type"],
+            expected=record["base_hash"],
+            **hub,
+        )
+        student = TriplaneTurboGenerator.from_adapter(
+            folder,
+            parts.unet,
+            parts.vae,
+            parts.scheduler,
+            allow_other_base=allow_other_base,
+            base_hash=parts.hashes,
+        )
+        logger.info("%s: computes in %s on %s", name_or_path, student.dtype, device)
+        pipe = cls(student, parts.encoder, parts.name).to(device, student.dtype)
+        if pipe.dtype != torch.float32:
+            pipe.to(memory_format=torch.channels_last)
+        pipe.facts = read_facts(folder)
+        return pipe
+
+    @property
+    def student(self) -> TriplaneTurboGenerator:
+        """The generator: the frozen base, the adapter and the heads."""
+        return self.model
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory_format: torch.memory_format | None = None,
+    ) -> TriplaneTurbo:
+        """Move, cast (float32, bfloat16 or float16) or lay out (torch.channels_last) the models, in place."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype}: must be torch.float32, torch.bfloat16 or torch.float16")
+        self._move(device, dtype)
+        if memory_format is not None:
+            module: Any = self.student  # whose signature has no memory_format for type checkers
+            module.to(memory_format=memory_format)
+        return self
+
+    def fuse(self) -> TriplaneTurbo:
+        """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
+        self.student.fuse()
+        self._release()
+        return self
+
+    def compile(self, **kwargs: Any) -> TriplaneTurbo:
+        """torch.compile the U-Net and the decoder, in place; kwargs as for torch.compile. Fuse first.
+
+        The first call of each batch size compiles (minutes at full size) and needs a C++ compiler, on CUDA Triton.
+        """
+        self.student.backbone.unet.compile(**kwargs)
+        self.student.backbone.decoder.compile(**kwargs)
+        return self
+
+    def enable_xformers_memory_efficient_attention(self) -> TriplaneTurbo:
+        """xformers' attention in the U-Net instead of torch's; ImportError where it is not installed."""
+        self.student.set_attention(load_xformers_attention())
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of tqdm for the bar over the steps: disable=True silences it. Shown on terminals by default."""
+        self._progress = {**self._progress, **kwargs}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        num_meshes_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: Literal["mesh", "field", "planes"] = "mesh",
+        isosurface_resolution: int = 160,
+        target_faces: int | None = 10_000,
+        texture_size: int | None = 1024,
+        keep: Keep = "all",
+        on_empty: OnEmpty = "raise",
+        callback_on_step_end: StepCallback | None = None,
+        return_dict: bool = True,
+    ) -> TriplaneTurboOutput | tuple[Any]:
+        """Generate a textured mesh for each prompt.
+
+        num_inference_steps    K, a divisor of 1000; None: what the adapter was trained for
+        num_meshes_per_prompt  samples of each prompt, beside each other in the output
+        generator              of the initial noise: one for the batch, or one a sample (then a sample's planes do not
+                               depend on the others)
+        latents                [B, 6, 4, h, w] the initial noise itself
+        prompt_embeds          [prompts, 77, Ct] hidden states of the text encoder, instead of a prompt
+        output_type            how far to go: "planes" and "field" stop before the isosurface
+        isosurface_resolution  nodes an axis of the isosurface grid over [-1, 1]^3
+        target_faces           triangles to simplify to (more where fewer would change the topology), None for all
+        texture_size           side of the baked texture, None for vertex colours
+        keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
+        on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
+        callback_on_step_end   called as (pipe, step, timestep, {"latents": ...}) after each step; what it returns under
+                               "latents" replaces them
+        return_dict            False: a tuple of the meshes, the field or the planes alone
+
+        Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
+        out of its range or of another shape.
+        """
+        check_mesh_arguments(
+            output_type,
+            ("mesh", "field", "planes"),
+            on_empty=on_empty,
+            keep=keep,
+            isosurface_resolution=isosurface_resolution,
+            target_faces=target_faces,
+            texture_size=texture_size,
+        )
+        check_at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
+        k = self.student.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.student.timesteps(k)  # raises for a bad K before anything is computed
+        if latents is not None:
+            check_floating("latents", latents)
+        watch = Stopwatch(self.device)
+        prompts, embeds = self._encode(prompt, prompt_embeds, self.student.backbone.unet.config["cross_attention_dim"])
+        prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
+        embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
+        watch.lap("text")
+        with tqdm(total=k, desc="denoise", **self._progress) as bar:
+
+            def on_step(step: int, timestep: int, x: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return x
+                return _replaced(x, callback_on_step_end(self, step, timestep, {"latents": x}))
+
+            z = self.student.sample_latents(embeds, generator, k, latents, on_step)
+        self._release()
+        watch.lap("denoise")
+        field = self.student.decode(z)
+        if not bool(field.planes.isfinite().all()):
+            raise FloatingPointError(
+                f"the planes of {prompts!r} hold NaN or infinity (dtype {self.dtype}): generate in torch.float32, or "
+                "train again"
+            )
+        self._release()
+        watch.lap("decode")
+        output = TriplaneTurboOutput([], prompts, field, watch.seconds)
+        if output_type == "mesh":
+            self._mesh(
+                output,
+                watch,
+                resolution=isosurface_resolution,
+                on_empty=on_empty,
+                target_faces=target_faces,
+                texture_size=texture_size,
+                keep=keep,
+            )
+        if return_dict:
+            return output
+        return ({"mesh": output.meshes, "field": field, "planes": field.planes}[output_type],)
+
+
+def _replaced(latents: Tensor, answer: object) -> Tensor:
+    """The latents that a callback's answer puts in the place of `latents`."""
+    if answer is None:
+        return latents
+    if not isinstance(answer, dict) or not answer.keys() <= {"latents"}:
+        raise TypeError(f"callback_on_step_end returned {answer!r}: must return None or {{'latents': tensor}}")
+    new = answer.get("latents", latents)
+    check_floating("callback_on_step_end's latents", new)
+    if new.shape != latents.shape:
+        raise ValueError(f"callback_on_step_end's latents={tuple(new.shape)}: must stay {tuple(latents.shape)}")
+    return new.to(latents)

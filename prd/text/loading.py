@@ -1,0 +1,76 @@
+"""Text encoders by themselves: loaded from where a model keeps one, and known by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from prd.loading.stable_diffusion import load_base
+from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
+from prd.teachers.loading import load_strict
+from prd.text.encoders import PromptEncoder, T5PromptEncoder
+from prd.toybox import asset
+
+INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
+
+
+class UnknownEncoder(ValueError):
+    """No text encoder is where one was said to be, or one of another kind than CLIP's or T5's."""
+
+
+def encoder_digest(encoder: PromptEncoder) -> str:
+    """What an encoder's numbers depend on: weights and their precision, tokenizer, activation, kind of encoder."""
+    tokenizer, config = encoder.tokenizer, encoder.model.config
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_padding()  # these two are as the last call left them
+    plain.no_truncation()
+    settings = {name: getattr(config, name, None) for name in INFLUENTIAL}
+    padding = [tokenizer.pad_token_id, tokenizer.padding_side, getattr(config, "max_position_embeddings", None)]
+    digest = hashlib.sha256(f"{type(encoder).__name__} {settings} {padding} {plain.to_str()}".encode())
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encoder_hashes(encoder: PromptEncoder) -> dict[str, str]:
+    """What a generator records of its text encoder: hashes of the weights, the same in any precision of them."""
+    return weights_hash(text_weights(encoder.model), prefix=TEXT)
+
+
+def load_encoder(
+    place: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **hub: Any
+) -> PromptEncoder:
+    """A frozen text encoder and its tokenizer: "toybox", a folder or Hub id in diffusers' layout, or a single file.
+
+    hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP or a T5. Raises UnknownEncoder for another
+    model or a folder without one, OSError and CheckpointError for missing or foreign files.
+    """
+    if place == "toybox":
+        place = asset("stable_diffusion")
+    if place.endswith(".safetensors"):
+        encoder = load_base(place, dtype=dtype, text=True, **hub).encoder
+        assert encoder is not None  # text=True
+        encoder.model.to(device)
+        return encoder
+    if Path(place).is_dir() or Path(place).is_absolute() or place.count("/") != 1:
+        if not (Path(place) / "text_encoder/config.json").is_file():
+            raise UnknownEncoder(
+                f"encoder={place!r}: has no text_encoder/config.json; give a folder with one (of the Stable Diffusion "
+                "whose text encoder it shares), a .safetensors file or a Hub id 'owner/name'"
+            )
+    kinds: dict[str, tuple[Any, type[PromptEncoder]]] = {
+        "clip_text_model": (CLIPTextModel, PromptEncoder),
+        "t5": (T5EncoderModel, T5PromptEncoder),
+    }
+    kind = AutoConfig.from_pretrained(place, subfolder="text_encoder", **hub).model_type
+    if kind not in kinds:
+        raise UnknownEncoder(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
+    model_class, encoder_class = kinds[kind]
+    model = load_strict(model_class, place, "text_encoder", dtype, **hub).requires_grad_(False).eval().to(device)
+    return encoder_class(AutoTokenizer.from_pretrained(place, subfolder="tokenizer", **hub), model)

@@ -1,0 +1,1 @@
+"""Files and processes of a training run: its folder, checkpoints, resuming, signals."""

@@ -1,0 +1,208 @@
+"""The folder of a run before its first step: that it is free, who writes into it, and where the run took place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from filelock import FileLock, Timeout
+
+from prd.training.config import ConfigError, TrainConfig
+from prd.training.run.checkpoints import named_checkpoint
+from prd.utils.files import read_json, write_whole
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+PACKAGES = (
+    *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
+    *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
+)
+
+
+def check_run(config: TrainConfig) -> None:
+    """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
+    check_output_folder(config)
+    check_tracker(config)
+    folder = Path(config.output_dir)
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
+        with sole_writer(folder):
+            pass
+
+
+def check_output_folder(config: TrainConfig) -> None:
+    """`ConfigError` if `output_dir` is no folder, or holds a run that this one does not continue."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir!r}: is a file; name a folder")
+    name = config.resume_from_checkpoint
+    if name == "latest" or (name is not None and named_checkpoint(name, folder).resolve().parent == folder.resolve()):
+        return
+    if found := _traces_of_a_run(folder):
+        raise ConfigError(
+            f"output_dir={config.output_dir!r}: holds another run ({found}); continue it with "
+            "--resume_from_checkpoint latest, or name another folder"
+        )
+
+
+def _traces_of_a_run(folder: Path) -> str:
+    """What a run has left in a folder, in words; empty if it has not taken a step there."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        return metrics.name
+    if found := next((name for name in ("adapter", "generator") if (folder / name).exists()), ""):
+        return found
+    return next((path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()), "")
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as its main process does while it trains; the system frees it however the process ends.
+
+    Raises ConfigError if another process holds it: two that train into one folder destroy each other's checkpoints.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output_dir={str(folder)!r}: another process is training into it; wait until it has ended, or name "
+            "another folder"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks: see that no other process trains into it", folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """`ConfigError` for a `report_to` that Accelerate does not know or whose package is not installed."""
+    name = config.report_to
+    if name is None or name == "all":
+        return
+    known = sorted(str(logger) for logger in LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise ConfigError(f"report_to={name!r}: no tracker of Accelerate; allowed are null, all, {', '.join(known)}")
+    if name not in {str(logger) for logger in get_available_trackers()}:
+        raise ConfigError(f"report_to={name!r}: its package is not installed; pip install {name}, or --report_to null")
+
+
+def environment(num_processes: int = 1) -> dict[str, Any]:
+    """Package versions, git revision, hardware and command of this process, as JSON can hold them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": git_revision(Path(__file__).resolve().parents[3]),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "hardware": {
+            "cpu": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gigabytes": round(memory / 1e9, 1),
+            "devices": [{"name": d.name, "memory_gigabytes": round(d.total_memory / 1e9, 1)} for d in devices],
+            "cuda": torch.version.cuda,
+        },
+        "processes": num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_environment(folder: Path, num_processes: int = 1) -> None:
+    """Write `environment.json`; a resumed run's goes to the end of the list, since it may be another machine."""
+    path = folder / ENVIRONMENT
+    earlier = read_json(path, [])
+    write_whole(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
+
+
+def open_metrics(path: Path, steps: int) -> TextIO:
+    """metrics.jsonl, ready for the line after `steps`.
+
+    Lines of later steps, from before a resume, are dropped, and a last line that a full disk or a kill cut short.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    write_whole(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def metrics_line(steps: int, values: Mapping[str, float]) -> str:
+    """What was measured after `steps`, to five digits, as a line of metrics.jsonl; null is what is no finite number."""
+    rounded = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": steps, **rounded}, allow_nan=False) + "\n"
+
+
+def git_revision(root: Path) -> dict[str, Any] | None:
+    """Commit of the work tree whose top is `root`, and whether files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # an installed copy inside somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes at the process's peak so far: allocated on its CUDA device, or resident in main memory.
+
+    NaN where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def run_data_parallel() -> None:
+    """Turn Accelerate's FSDP and DeepSpeed off, with a warning: only adapters are trained, and nothing is wrapped.
+
+    To be called before the `Accelerator` is made.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            os.environ[name] = "false"
+            logger.warning("%s: the trainer exchanges its few gradients by itself; running as data parallel", name)

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of 3D: arguments, files, memory, threads, checked types."""

@@ -1,0 +1,82 @@
+"""The README's main job, cut to two steps: every file of the run folder, and a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trimesh
+from PIL import Image
+
+from prd.evaluation.pictures import LABEL_HEIGHT
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [
+    *("--validation.prompts", "[a red cube, a red torus]"),
+    *("--validation.stacks", "1"),
+    *("--validation.resolution", "48"),
+    *("--checkpointing_steps", "1"),
+    *("--train_batch_size", "1"),
+]
+
+
+FLOORS = {
+    "single_seen": (0.85, 0.68),
+    "single_held_out": (0.7, 0.55),
+    "stack_seen": (0.4, 0.6),
+    "stack_held_out": (0.25, 0.6),
+}
+
+
+def launch(folder: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "train_prd.py")]
+    result = subprocess.run(
+        [*command, "--output_dir", str(folder), *options],
+        cwd=folder.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_two_steps_from_the_shell(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = launch(run, *SHORT, "--max_train_steps", "2")
+    assert "single_held_out" in output
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    for teacher in ("stable_diffusion", "mvdream", "richdreamer"):
+        for renderer in ("volume", "surface"):
+            assert steps[0][f"gradient_norm/{teacher}/{renderer}"] > 0
+    for name in ("before.png", "after.png"):
+        assert Image.open(run / name).size == (8 * 49, 2 * (49 + LABEL_HEIGHT))
+    meshes = sorted((run / "meshes").iterdir())
+    assert [path.name for path in meshes] == ["a_red_cube.glb", "a_red_torus.glb"]
+    assert trimesh.load(meshes[0], force="mesh").volume > 0
+    assert (run / "adapter" / "adapter_model.safetensors").is_file() and (run / "config.yaml").is_file()
+    assert json.loads((run / "scores.json").read_text())["single_seen"]["summary"]["count"] == 38
+
+    # a third step after a resume leaves the first two lines as they were
+    launch(run, *SHORT, "--max_train_steps", "3", "--schedule_steps", "2", "--resume_from_checkpoint", "latest")
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert again[:2] == steps and again[2]["step"] == 3
+
+
+@pytest.mark.slow
+def test_the_main_job_reaches_its_figures(tmp_path: Path) -> None:
+    """The README's command for all of its steps, however long they take: a slow machine's clock is no regression."""
+    launch(tmp_path / "run", "--max_train_minutes", "null")
+    report = json.loads((tmp_path / "run" / "scores.json").read_text())
+    for split, (r_at_1, iou) in FLOORS.items():
+        summary = report[split]["summary"]
+        assert summary["r_at_1"] >= r_at_1 and summary["iou"] >= iou, (split, summary)
+    singles = [s for split in ("single_seen", "single_held_out") for s in report[split]["scores"]]
+    assert sum(s["iou"] for s in singles) / len(singles) >= 0.68
+    assert len(list((tmp_path / "run" / "meshes").glob("*.glb"))) == 12
