@@ -28,7 +28,7 @@ from machine import describe  # noqa: E402
 
 from prd.evaluation.comparison import Measured, at_frames, curves, markdown_table, measure_run, side_by_side  # noqa: E402
 from prd.toybox.world import COLORS, SHAPES  # noqa: E402
-from prd.utils.files import write_whole  # noqa: E402
+from prd.utils.files import write_atomic  # noqa: E402
 
 SINGLES = ["--prompts.stack_fraction", "0"]
 VOLUME, SURFACE = ["--stages", "[]", "--renderers", "volume"], ["--stages", "[]", "--renderers", "surface"]
@@ -152,15 +152,15 @@ def main() -> None:
         "per_prompt": alone,
         "machine": describe(),
     }
-    write_whole(args.output, json.dumps(report, indent=1) + "\n")
+    write_atomic(args.output, json.dumps(report, indent=1) + "\n")
     args.docs.mkdir(parents=True, exist_ok=True)
     frames = min(max(row.frames_per_prompt for row in rows if row.run == name) for name in {row.run for row in rows})
     equal = at_frames(rows, frames)
     four = [row for row in equal if row.run in SIDE_BY_SIDE]
     others = [row for row in equal if row.run not in SIDE_BY_SIDE]
     print(markdown_table(four), markdown_table(others), json.dumps(alone, indent=1), sep="\n\n")
-    write_whole(args.docs / "table.md", f"{markdown_table(four)}\n\n{markdown_table(others)}\n")
-    write_whole(args.docs / "curves.html", curves(rows))
+    write_atomic(args.docs / "table.md", f"{markdown_table(four)}\n\n{markdown_table(others)}\n")
+    write_atomic(args.docs / "curves.html", curves(rows))
     shown = [name for name in SIDE_BY_SIDE if name in names]
     if shown:
         side_by_side([place(args.folder, n) for n in shown], SHOWN, args.docs / "sheet.png", shown)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
 from prd.training.config import ConfigError
-from prd.utils.files import replace_file, write_whole
+from prd.utils.files import replace_file, write_atomic
 
 SHARD_BYTES = 256 << 20
 CHECKED = 1000  # prompts of a corpus that are looked up before training starts
@@ -213,7 +213,7 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> None:
                 f"output={str(folder.parent)!r}: holds {there['texts']} other texts of this encoder; name a new folder"
             )
         return
-    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from prd.training.config import ConfigError
 from prd.training.sections import PromptsConfig
-from prd.utils.files import write_whole
+from prd.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +131,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         for start in range(0, len(prompts), BATCH):
             long = [p for p in prompts[start : start + BATCH] if len(p.encode()) > limit - special]
             count += sum(len(encoding.ids) > limit for encoding in plain.encode_batch_fast(long))
-        write_whole(record, str(count))
+        write_atomic(record, str(count))
         return count
 
 
@@ -183,7 +183,7 @@ def _prepare(config: PromptsConfig, folder: Path) -> None:
             raise CorpusError(f"prompts.source={config.source!r}: {why}; give at least one")
         del everything
         (aside / "all.arrow").unlink()
-        write_whole(aside / "counts.json", json.dumps(asdict(counts)))
+        write_atomic(aside / "counts.json", json.dumps(asdict(counts)))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -77,7 +77,7 @@ def rollout(
 
 
 @dataclass(frozen=True)
-class Judge:
+class WeightedTeacher:
     """A teacher with its weight in the loss and how it is asked at this step."""
 
     teacher: Teacher
@@ -105,7 +105,7 @@ class JudgeLog:
 
 def judge_views(
     views: Views,
-    judges: Sequence[Judge],
+    judges: Sequence[WeightedTeacher],
     prompts: Sequence[str],
     generator: torch.Generator | Sequence[torch.Generator],
     log: JudgeLog,

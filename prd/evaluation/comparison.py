@@ -29,7 +29,7 @@ from prd.training.build import build_generator
 from prd.training.config import TrainConfig, load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
 from prd.training.validation import generate_fields, measure, sheet_views, toybox_splits
-from prd.utils.files import write_whole
+from prd.utils.files import write_atomic
 
 SPLITS = ("single_seen", "single_held_out")
 FIGURES = ("r_at_1", "iou", "color_error", "right_topology")
@@ -120,9 +120,9 @@ def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(at_frames(rows, frames))
-    write_whole(folder / "comparison.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    write_whole(folder / "table.md", table + "\n")
-    write_whole(folder / "curves.html", curves(rows))
+    write_atomic(folder / "comparison.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_atomic(folder / "table.md", table + "\n")
+    write_atomic(folder / "curves.html", curves(rows))
     return table
 
 

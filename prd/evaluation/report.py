@@ -22,7 +22,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from prd.utils.files import read_json, write_whole
+from prd.utils.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def write_report(folder: str | Path) -> Path:
         "</body></html>\n",
     ]
     path = run.folder / PAGE
-    write_whole(path, "\n".join(part for part in parts if part))
+    write_atomic(path, "\n".join(part for part in parts if part))
     return path
 
 

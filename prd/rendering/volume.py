@@ -26,7 +26,7 @@ __all__ = [
     "PUBLISHED_ALPHA_FLOOR",
     "GradientSamples",
     "RayBundle",
-    "RayColours",
+    "RayOutputs",
     "VolumeRenderer",
     "neus_alpha",
     "render_weights",
@@ -60,7 +60,7 @@ def edges_around(middles: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.cat([first, inner, last], dim=-1)
 
 
-def quantiles(edges: Tensor, cdf: Tensor, shares: Tensor) -> Tensor:
+def sample_pdf(edges: Tensor, cdf: Tensor, shares: Tensor) -> Tensor:
     """Where a distribution reaches shares [..., S] in [0, 1) of its mass: [..., S].
 
     edges, cdf [..., M]: the distribution, piecewise linear between ascending `edges`.
@@ -108,7 +108,7 @@ class GradientSamples(NamedTuple):
     weights: Tensor | None
 
 
-class RayColours(NamedTuple):
+class RayOutputs(NamedTuple):
     """What volume rendering finds along M rays of each sample.
 
     edges    [B, M, S + 1]  the segments' ends, scene units along the ray
@@ -326,11 +326,11 @@ class VolumeRenderer:
         transmittance = torch.exp(-torch.cumsum(alpha / step * widths, dim=-1))
         cdf = F.pad(1 - transmittance[..., :-1], (1, 0), value=0.0)  # at the edges but the last
         cdf = F.pad(cdf, (0, 1), value=1.0)  # what is left lies at the end
-        fine = quantiles(edges, cdf, shares(self.num_samples, rays.jitter[1]))
+        fine = sample_pdf(edges, cdf, shares(self.num_samples, rays.jitter[1]))
         fine = edges_around(fine, edges[..., :1], edges[..., -1:])
         return torch.cat([edges, fine], dim=-1).sort(dim=-1).values
 
-    def march(self, field: Field, rays: RayBundle, edges: Tensor) -> RayColours:
+    def march(self, field: Field, rays: RayBundle, edges: Tensor) -> RayOutputs:
         """Opacity, colour and normals along rays whose segments end at edges [B, M, S + 1].
 
         Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
@@ -338,7 +338,7 @@ class VolumeRenderer:
         """
         return self._march(field, rays, edges, *self._relevant(field, rays, edges))
 
-    def _chunk(self, field: Field, rays: RayBundle) -> RayColours:
+    def _chunk(self, field: Field, rays: RayBundle) -> RayOutputs:
         """Some rays' colours. Where there are several chunks, the graph of one is made again when it is needed."""
         edges = self.sample_edges(field, rays)
         index, valid = self._relevant(field, rays, edges)
@@ -346,7 +346,7 @@ class VolumeRenderer:
             return self._march(field, rays, edges, index, valid)
         return checkpoint(self._march, field, rays, edges, index, valid, use_reentrant=False, preserve_rng_state=False)
 
-    def _march(self, field: Field, rays: RayBundle, edges: Tensor, index: Tensor, valid: Tensor) -> RayColours:
+    def _march(self, field: Field, rays: RayBundle, edges: Tensor, index: Tensor, valid: Tensor) -> RayOutputs:
         """`march` at the segments index [B, K] of M * S, of which those with valid [B, K] = 1 count."""
         middles = (edges[..., 1:] + edges[..., :-1]) / 2  # [B, M, S]
         batch, count, segments = middles.shape
@@ -365,7 +365,7 @@ class VolumeRenderer:
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         distance = (weights * middles).sum(-1, keepdim=True)
         variance = torch.linalg.vecdot(weights, (middles - distance).square())[..., None]
-        return RayColours(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient, valid)
+        return RayOutputs(edges, alpha, weights, rgb, rgb_opacity, normals, distance, variance, gradient, valid)
 
     @torch.no_grad()
     def _relevant(self, field: Field, rays: RayBundle, edges: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,7 +395,7 @@ class VolumeRenderer:
         return _gathered(reached & (alpha > 0), widths.dtype)
 
 
-def _samples(parts: list[RayColours]) -> GradientSamples:
+def _samples(parts: list[RayOutputs]) -> GradientSamples:
     """The gradients of all chunks, without their padding."""
     real = [part.valid > 0 for part in parts]
     gradient = torch.cat([part.gradient[rows] for part, rows in zip(parts, real, strict=True)])

@@ -46,7 +46,7 @@ from prd.training.sections import (
     VolumeConfig,
 )
 from prd.utils.checked_types import CHECKS, Count, Fraction, Positive
-from prd.utils.files import write_whole
+from prd.utils.files import write_atomic
 
 SWITCHES = ("start_afresh", "allow_config_change")  # need no value on the command line
 STAGED = (  # what a stage may change: keys and sections
@@ -235,7 +235,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every value as YAML; `load_config(path)` gives an equal config."""
-    write_whole(Path(path), dump_config(config))
+    write_atomic(Path(path), dump_config(config))
 
 
 def dump_config(config: TrainConfig) -> str:

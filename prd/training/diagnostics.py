@@ -22,7 +22,7 @@ LOST, FLAT, SETTLED = 0.1, 5e-3, 0.25  # share of the best spread, spread in sce
 
 
 @dataclass
-class Witness:
+class NonFiniteDiagnostics:
     """The estimates of one optimiser step: their prompts, their cameras, and the loss once it is known."""
 
     asked: list[dict[str, Any]] = field(default_factory=list)

@@ -14,7 +14,7 @@ from prd.cameras import Cameras
 from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
-from prd.distillation.progressive import Judge, JudgeLog, judge_views
+from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields.grid import GridField
 from prd.fields.protocol import Field, some_samples
@@ -32,7 +32,7 @@ from prd.training.build import (
     guidance_at,
 )
 from prd.training.config import Stage, TrainConfig
-from prd.training.diagnostics import Witness
+from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.sections import TeacherConfig
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
@@ -66,16 +66,18 @@ class Supervision:
         self.cameras = camera_sampling(stage.config)
 
     @torch.no_grad()
-    def judges(self, step: int) -> list[Judge]:
+    def judges(self, step: int) -> list[WeightedTeacher]:
         """The teachers of this stage, as they are asked at a step of it."""
         found = []
         for teacher, settings in self.teachers:
             own = settings_in(self.config, self.run, settings)
             if own.enabled:
-                found.append(Judge(teacher, own.weight, guidance_at(self.config, own, step)))
+                found.append(WeightedTeacher(teacher, own.weight, guidance_at(self.config, own, step)))
         return found
 
-    def __call__(self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, witness: Witness) -> Tensor:
+    def __call__(
+        self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, witness: NonFiniteDiagnostics
+    ) -> Tensor:
         """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
 
         field  the prompts of ks[0], then those of ks[1], ...
@@ -101,7 +103,7 @@ class Supervision:
     def judge(
         self,
         views: Views,
-        judges: Sequence[Judge],
+        judges: Sequence[WeightedTeacher],
         batch: Batch,
         alike: Sequence[int],
         local: int,

@@ -39,15 +39,15 @@ from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
 from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers, shared_encoder
 from prd.training.config import ConfigError, Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
-from prd.training.diagnostics import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
+from prd.training.diagnostics import CollapseWatch, NonFiniteDiagnostics, prompt_spread, record_skipped, watched_prompts
 from prd.training.objective import Supervision, renderers_of
 from prd.training.run.checkpoints import (
     CheckpointError,
+    archive_newer_checkpoints,
     load_optimizer_state,
     optimizer_state,
     rng_state,
     save_checkpoint,
-    set_aside_later,
     set_rng_state,
 )
 from prd.training.run.folder import (
@@ -56,13 +56,13 @@ from prd.training.run.folder import (
     open_metrics,
     peak_memory,
     run_data_parallel,
-    sole_writer,
+    run_lock,
     write_environment,
 )
 from prd.training.run.processes import StopRequest, choose_threads, end_with_launcher
 from prd.training.run.resume import load_resumed, plain, resumed_config
 from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
-from prd.utils.files import write_whole
+from prd.utils.files import write_atomic
 from prd.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Trainer:
         if not self.stage.first <= step < self.stage.last:
             self.enter(self.stage_at(step))
             self.restart_average()
-        config, log, witness = self.stage.config, JudgeLog(), Witness()
+        config, log, witness = self.stage.config, JudgeLog(), NonFiniteDiagnostics()
         begun = time.time()
         lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
         for group in self.optimizer.param_groups:
@@ -228,7 +228,7 @@ class Trainer:
         renders = sum(len(renderers_of(config, step, k)) for k in range(estimates))
         return self.prompts_a_step * config.cameras.views * renders
 
-    def skip(self, step: int, reason: str, own: Tensor | None, witness: Witness) -> None:
+    def skip(self, step: int, reason: str, own: Tensor | None, witness: NonFiniteDiagnostics) -> None:
         """Count a step without a finite gradient and record who was asked; FloatingPointError after too many in a row.
 
         own  this process's gradient before the exchange: the one that spoiled it tells; None: there is no other
@@ -250,7 +250,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
-    def accumulate(self, step: int, micro: int, log: JudgeLog, witness: Witness) -> None:
+    def accumulate(self, step: int, micro: int, log: JudgeLog, witness: NonFiniteDiagnostics) -> None:
         """A micro-batch: the estimates of its prompts, rendered and judged, gradients added up."""
         batch, generator = self.draw(step, micro), self.student
 
@@ -414,7 +414,7 @@ class Trainer:
     def train(self) -> Path:
         """The whole run; returns its folder."""
         check_run(self.config)
-        with sole_writer(self.folder) if self.accelerator.is_main_process else nullcontext():
+        with run_lock(self.folder) if self.accelerator.is_main_process else nullcontext():
             return self._train()
 
     def _train(self) -> Path:
@@ -424,7 +424,7 @@ class Trainer:
             save_config(config, self.folder / "config.yaml")
             print(dump_config(config))
         first = self.resume()
-        if main and (later := set_aside_later(self.folder, first)):
+        if main and (later := archive_newer_checkpoints(self.folder, first)):
             logger.warning("of a course this run has left, renamed: %s", ", ".join(str(place) for place in later))
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
@@ -559,7 +559,7 @@ class Trainer:
             lines.append("IoU by shape      " + "  ".join(f"{k} {v:.2f}" for k, v in singles["iou_by_shape"].items()))
             margins = singles["orientation_margin"].items()
             lines.append("orientation       " + "  ".join(f"{k} {v:+.2f}" for k, v in margins))
-            write_whole(folder / "scores.json", json.dumps(report, indent=1) + "\n")
+            write_atomic(folder / "scores.json", json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
                 "frames_per_prompt": round(self.frames / len(self.corpus.prompts), 1),
@@ -568,7 +568,7 @@ class Trainer:
                 "held_out": list(config.prompts.held_out),
                 "measured": {name: part["summary"] for name, part in report.items()},
             }
-            write_whole(folder / self.student.folder_name / "record.json", json.dumps(record, indent=1) + "\n")
+            write_atomic(folder / self.student.folder_name / "record.json", json.dumps(record, indent=1) + "\n")
             print("\n".join(lines))
         write_report(folder)
         print(f"run folder: {folder}  ({self.minutes():.1f} minutes)")

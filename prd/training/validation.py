@@ -26,7 +26,7 @@ from prd.toybox.score import Score, score_field
 from prd.toybox.world import all_captions
 from prd.training.build import camera_sampling
 from prd.training.config import TrainConfig
-from prd.utils.files import write_whole
+from prd.utils.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def save_gallery(student: Generator, encoder: PromptEncoder, config: TrainConfig
                 row |= {"r_at_1": score.recognised, "iou": score.iou, "color_error": score.color_error}
             rows.append(row)
     _save_rows(torch.cat(pictures), prompts, config, folder / "sheet.png")
-    write_whole(folder / "metrics.json", json.dumps(rows, indent=1) + "\n")
+    write_atomic(folder / "metrics.json", json.dumps(rows, indent=1) + "\n")
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
     values = {key: [float(row[key]) for row in rows if key in row] for key in keys}
     return {key: sum(found) / len(found) for key, found in values.items()}

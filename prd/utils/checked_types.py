@@ -1,8 +1,21 @@
-"""Types of settings that are checked when they are made: what pydantic's dataclasses of the project share."""
+"""Types of settings that are checked when a settings dataclass is made, and schedules that move with the training step.
+
+A part owns its settings: a frozen pydantic dataclass stands beside the class that it configures.
+
+    @dataclass(frozen=True, kw_only=True, config=CHECKS)     # pydantic.dataclasses.dataclass
+    class VolumeConfig:
+        num_samples: Size = 64                                # samples per ray
+        inv_std: Schedule = 100.0                             # a number, or [start, end]
+
+    now = resolved(config, step, total)                       # the same class, every Schedule replaced by its number
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field
 
@@ -14,3 +27,76 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Radius = Annotated[float, Field(gt=0, lt=1)]
 
 CHECKS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class MovesWithStep:
+    """Marks an annotation whose [start, end] is a schedule over the training steps, not a range."""
+
+
+MOVES = MovesWithStep()
+Schedule = Annotated[float | tuple[float, float], MOVES]
+PositiveSchedule = Annotated[Positive | tuple[Positive, Positive], MOVES]
+
+Settings = TypeVar("Settings")
+
+
+def scheduled(value: float | tuple[float, float], step: int, total: int) -> float:
+    """The value of a schedule at a training step (counted from 0): linear from start to end at step `total`, then end.
+
+    scheduled((500, 20), 5_000, 20_000) == 380; a single number is constant. Raises ValueError if total < 1.
+    """
+    if total < 1:
+        raise ValueError(f"total={total}: a schedule spans at least one step")
+    start, end = value if isinstance(value, tuple | list) else (value, value)
+    share = min(max(step / total, 0.0), 1.0)
+    return (1 - share) * start + share * end
+
+
+def resolved(settings: Settings, step: int, total: int) -> Settings:
+    """A settings dataclass with the number of this step in the place of every schedule, nested dataclasses included.
+
+    step   training step, counted from 0
+    total  step at which every [start, end] reaches its end
+    """
+    changes: dict[str, Any] = {}
+    kind: type = type(settings)
+    moving = _schedules(kind)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if field.name in moving:
+            changes[field.name] = scheduled(value, step, total)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changes[field.name] = resolved(value, step, total)
+        elif isinstance(value, Mapping) and any(dataclasses.is_dataclass(v) for v in value.values()):
+            changes[field.name] = {
+                key: resolved(v, step, total) if dataclasses.is_dataclass(v) else v for key, v in value.items()
+            }
+    return _replaced(settings, changes)
+
+
+def number(value: float | tuple[float, float]) -> float:
+    """A resolved schedule as the number that it is; TypeError for one that still is [start, end]."""
+    if isinstance(value, tuple):
+        raise TypeError(f"schedule={list(value)}: still spans steps; take resolved(settings, step, total) first")
+    return value
+
+
+def _replaced(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """A copy with other values, without running the checks again: a schedule's number lies within what was checked."""
+    copy = object.__new__(type(settings))
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        object.__setattr__(copy, field.name, changes.get(field.name, getattr(settings, field.name)))
+    return copy
+
+
+@cache
+def _schedules(kind: type) -> frozenset[str]:
+    """The fields of a settings dataclass that are annotated as schedules."""
+    hints = get_type_hints(kind, include_extras=True)
+    return frozenset(f.name for f in dataclasses.fields(kind) if _is_schedule(hints[f.name]))
+
+
+def _is_schedule(hint: Any) -> bool:
+    return any(isinstance(extra, MovesWithStep) for extra in getattr(hint, "__metadata__", ())) or any(
+        _is_schedule(argument) for argument in getattr(hint, "__args__", ()) if hasattr(argument, "__metadata__")
+    )

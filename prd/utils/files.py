@@ -21,7 +21,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(aside, path)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text: a reader, or a process that starts after this one was killed, meets the old file or this one."""
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 

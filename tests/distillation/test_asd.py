@@ -23,7 +23,7 @@ from prd.distillation.asd import (
     select_views,
     shifted_timesteps,
 )
-from prd.distillation.progressive import Judge, JudgeLog, judge_views
+from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
 from prd.teachers.base import Condition
 from tests.teachers.tiny import random_views, tiny_teacher
 
@@ -277,7 +277,7 @@ def test_a_teachers_graph_is_freed_before_the_next_is_asked(tmp_path):
             return encode(replace(views, rgb=kept.log()), **draws)
 
         teacher.encode = watching
-        return Judge(teacher, 1.0, Guidance(3.0))
+        return WeightedTeacher(teacher, 1.0, Guidance(3.0))
 
     kinds = ("stable_diffusion", "mvdream", "stable_diffusion")
     judges = [watched(tiny_teacher(tmp_path / str(i), kind)) for i, kind in enumerate(kinds)]

@@ -17,7 +17,7 @@ from prd.distillation.asd import (
     shifted_timesteps,
 )
 from prd.distillation.draws import draw_normal, draw_uniform
-from prd.distillation.progressive import Judge, JudgeLog, distill_samples, judge_views
+from prd.distillation.progressive import JudgeLog, WeightedTeacher, distill_samples, judge_views
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
 from prd.training.build import guidance_at
@@ -144,7 +144,7 @@ def test_a_teacher_of_single_images_sees_each_view_in_its_turn(each):
     assert seen == [{0, 1, 2, 3}] * 2
 
 
-def pulled_by(judges: list[Judge]) -> tuple[torch.Tensor, dict[str, float]]:
+def pulled_by(judges: list[WeightedTeacher]) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient at the colours of two prompts' renderings, and the log."""
     views, log = leaf_views(random_views(2, 4, size=8)), JudgeLog()
     judge_views(views, judges, PROMPTS, torch.Generator().manual_seed(5), log, "volume").backward()
@@ -157,19 +157,19 @@ def test_a_judges_weight_scales_its_pull_and_its_guidance_is_its_own():
     leaves = leaf_views(random_views(2, 4, size=8))
     result = distill(teacher, leaves, PROMPTS, BASE, torch.Generator().manual_seed(5))
     one = rendering_gradient(result.loss.mean(), leaves)["rgb"]
-    found, logged = pulled_by([Judge(teacher, 2.5, BASE)])
+    found, logged = pulled_by([WeightedTeacher(teacher, 2.5, BASE)])
     torch.testing.assert_close(found, 2.5 * one)
     assert logged["gradient_norm/stub/volume"] == pytest.approx(float((2.5 * one).norm()), rel=1e-5)
     assert logged["weight/stub/volume"] == pytest.approx(float(result.weight.mean()), rel=1e-5)
-    other, _ = pulled_by([Judge(teacher, 2.5, replace(BASE, guidance_scale=9.0))])
+    other, _ = pulled_by([WeightedTeacher(teacher, 2.5, replace(BASE, guidance_scale=9.0))])
     assert not torch.allclose(other, found, rtol=1e-3)
 
 
 def test_judges_add_up():
     second = StubTeacher(1)
     second.name = "second"
-    first = Judge(StubTeacher(4), 1.0, BASE)
-    together, logged = pulled_by([first, Judge(second, 0.5, BASE)])
+    first = WeightedTeacher(StubTeacher(4), 1.0, BASE)
+    together, logged = pulled_by([first, WeightedTeacher(second, 0.5, BASE)])
     generator = torch.Generator().manual_seed(5)
     expected = torch.zeros_like(together)
     for teacher, weight in ((first.teacher, 1.0), (second, 0.5)):
@@ -190,7 +190,7 @@ def test_a_recipes_settings_reach_the_guidance():
 
 
 def test_teachers_of_one_name_are_logged_apart():
-    pulled, logged = pulled_by([Judge(StubTeacher(4), 1.0, BASE), Judge(StubTeacher(4), 2.0, BASE)])
+    pulled, logged = pulled_by([WeightedTeacher(StubTeacher(4), 1.0, BASE), WeightedTeacher(StubTeacher(4), 2.0, BASE)])
     assert {"gradient_norm/stub/volume", "gradient_norm/stub_2/volume", "cosine/stub-stub_2/volume"} <= logged.keys()
     assert logged["gradient_norm/stub_2/volume"] != logged["gradient_norm/stub/volume"]
 

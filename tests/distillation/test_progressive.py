@@ -8,7 +8,7 @@ import torch
 from prd.cameras import CameraSampling
 from prd.distillation.asd import Guidance, leaf_views, rendering_gradient
 from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
-from prd.distillation.progressive import Judge, JudgeLog, distill_samples, judge_views, rollout
+from prd.distillation.progressive import JudgeLog, WeightedTeacher, distill_samples, judge_views, rollout
 from prd.rendering.views import Views
 from prd.teachers import MVDreamTeacher, RichDreamerTeacher, StableDiffusionTeacher
 
@@ -113,7 +113,7 @@ def test_the_rollout_is_algorithm_1(at_once, groups):
 
 def test_estimates_are_judged_together_as_one_by_one(random_toybox):
     kinds = (StableDiffusionTeacher, MVDreamTeacher)
-    judges = [Judge(kind.from_pretrained(str(random_toybox / kind.name)), 0.5, GUIDANCE) for kind in kinds]
+    judges = [WeightedTeacher(kind.from_pretrained(str(random_toybox / kind.name)), 0.5, GUIDANCE) for kind in kinds]
 
     def judge(views: Views, estimates: range) -> tuple[torch.Tensor, JudgeLog]:
         leaves, log = leaf_views(views), JudgeLog()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prd.distillation.asd import Guidance
-from prd.distillation.progressive import Judge, JudgeLog, judge_views
+from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
 from prd.teachers.offload import resident, set_offload
 from tests.teachers.tiny import TEACHERS, random_views, tiny_teacher
 
@@ -21,7 +21,7 @@ def pull(teacher, device="cpu"):
         },
         cameras=views.cameras.to(device),
     )
-    judge = Judge(teacher, 1.0, Guidance(3.0, eta=0.1))
+    judge = WeightedTeacher(teacher, 1.0, Guidance(3.0, eta=0.1))
     loss = judge_views(views, [judge], ["a"], torch.Generator().manual_seed(0), JudgeLog(), "volume")
     loss.backward()
     return {k: g for k in ("rgb", "normal") if (g := getattr(views, k).grad) is not None}

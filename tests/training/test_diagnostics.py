@@ -7,7 +7,7 @@ import json
 import torch
 
 from prd.cameras import orbit_cameras
-from prd.training.diagnostics import CollapseWatch, Witness, prompt_spread, record_skipped
+from prd.training.diagnostics import CollapseWatch, NonFiniteDiagnostics, prompt_spread, record_skipped
 
 
 class Spheres:
@@ -38,7 +38,7 @@ def test_a_student_that_makes_one_shape_is_told_from_one_that_begins():
 
 def test_suspects_are_the_estimates_without_a_finite_loss_or_all(tmp_path):
     cameras = orbit_cameras(torch.tensor([[20.0, 20.0]]), torch.tensor([[30.0, 120.0]]), 2.4, 50.0)
-    witness = Witness()
+    witness = NonFiniteDiagnostics()
     for k, (prompt, loss) in enumerate((("a cube", 1.0), ("a cone", float("nan")), ("a mug", 2.0))):
         witness.ask(k, [prompt], cameras)
         witness.answer(torch.tensor(loss))
@@ -57,7 +57,7 @@ def test_suspects_are_the_estimates_without_a_finite_loss_or_all(tmp_path):
 
 def test_estimates_that_were_judged_together_answer_together():
     cameras = orbit_cameras(torch.tensor([[20.0, 20.0]]), torch.tensor([[30.0, 120.0]]), 2.4, 50.0)
-    witness = Witness()
+    witness = NonFiniteDiagnostics()
     for ks, loss in (((0, 1), 1.0), ((2, 3), float("nan"))):
         for k in ks:
             witness.ask(k, ["a cube"], cameras)

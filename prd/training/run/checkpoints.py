@@ -136,7 +136,7 @@ def latest_checkpoint(run: str | Path) -> Path | None:
     return None
 
 
-def set_aside_later(run: str | Path, step: int) -> list[Path]:
+def archive_newer_checkpoints(run: str | Path, step: int) -> list[Path]:
     """Rename a run's checkpoints of steps after `step` to `abandoned-checkpoint-N`; returns their new places.
 
     For a run that goes on from `step`: "latest" would else lead back to what it left, and `total_limit` count it.

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from prd.training.config import ConfigError, TrainConfig
 from prd.training.run.checkpoints import named_checkpoint
-from prd.utils.files import read_json, write_whole
+from prd.utils.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def check_run(config: TrainConfig) -> None:
     check_tracker(config)
     folder = Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
-        with sole_writer(folder):
+        with run_lock(folder):
             pass
 
 
@@ -70,7 +70,7 @@ def _traces_of_a_run(folder: Path) -> str:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder, as its main process does while it trains; the system frees it however the process ends.
 
     Raises ConfigError if another process holds it: two that train into one folder destroy each other's checkpoints.
@@ -131,7 +131,7 @@ def write_environment(folder: Path, num_processes: int = 1) -> None:
     """Write `environment.json`; a resumed run's goes to the end of the list, since it may be another machine."""
     path = folder / ENVIRONMENT
     earlier = read_json(path, [])
-    write_whole(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
+    write_atomic(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
 
 
 def open_metrics(path: Path, steps: int) -> TextIO:
@@ -141,7 +141,7 @@ def open_metrics(path: Path, steps: int) -> TextIO:
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps and path.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    write_whole(path, "".join(kept))
+    write_atomic(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 

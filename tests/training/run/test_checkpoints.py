@@ -11,13 +11,13 @@ import torch
 from prd.training import checkpoints
 from prd.training.run.checkpoints import (
     CheckpointError,
+    archive_newer_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_state,
     optimizer_state,
     rng_state,
     save_checkpoint,
-    set_aside_later,
     set_rng_state,
     verify_checkpoint,
 )
@@ -97,11 +97,11 @@ def test_later_checkpoints_are_set_aside_and_none_is_lost(tmp_path):
     for note in ("first", "second"):
         for step in (2, 4, 10):
             save_checkpoint(tmp_path, step, TENSORS, {"note": note})
-        set_aside_later(tmp_path, 2)
+        archive_newer_checkpoints(tmp_path, 2)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     for place, note in (("4", "first"), ("10", "first"), ("4.2", "second"), ("10.2", "second")):
         assert load_checkpoint(tmp_path / f"abandoned-checkpoint-{place}").state["note"] == note
-    assert set_aside_later(tmp_path, 2) == [] == set_aside_later(tmp_path / "absent", 0)
+    assert archive_newer_checkpoints(tmp_path, 2) == [] == archive_newer_checkpoints(tmp_path / "absent", 0)
 
 
 def test_none_yet(tmp_path):

@@ -19,7 +19,7 @@ from prd.training.run.folder import (
     metrics_line,
     open_metrics,
     peak_memory,
-    sole_writer,
+    run_lock,
     write_environment,
 )
 
@@ -54,8 +54,8 @@ def test_a_folder_is_continued_from_its_own_checkpoints_alone(tmp_path, trace):
 
 def test_a_folder_that_is_being_written_is_refused_until_its_writer_is_gone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prd.training.trainer.build_generator", lambda *a, **k: pytest.fail("loaded a model"))
-    hold = "import sys, time; from pathlib import Path; from prd.training.run.folder import sole_writer\n"
-    hold += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    hold = "import sys, time; from pathlib import Path; from prd.training.run.folder import run_lock\n"
+    hold += "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout and other.stdout.readline() == "held\n"
@@ -69,7 +69,7 @@ def test_a_folder_that_is_being_written_is_refused_until_its_writer_is_gone(tmp_
         other.kill()
         other.wait()
     check_run(config(tmp_path))
-    with sole_writer(tmp_path), pytest.raises(ConfigError, match="another process"), sole_writer(tmp_path):
+    with run_lock(tmp_path), pytest.raises(ConfigError, match="another process"), run_lock(tmp_path):
         pass
 
 
