@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +26,8 @@ import prd
 from prd.fields.protocol import Field
 from prd.loading.weight_hashes import TEXT, same_weights
 from prd.rendering.alpha import AlphaModel
+from prd.text.encoders import PromptEncoder
+from prd.text.loading import encoder_hashes, load_encoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 RECORDS = ("_class_name", "_prd_version", "weights_hash", "text_hash")  # in config.json beside the settings
@@ -46,6 +48,7 @@ class SinglePassGenerator(nn.Module):
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
     takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds of a library's shapes
+    num_estimates = 1  # of a rollout
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -58,24 +61,99 @@ class SinglePassGenerator(nn.Module):
         self.text_hash: dict[str, str] | None = None  # of the text encoder it was trained with, by precision
 
     @classmethod
-    def for_encoder(cls, config: Any, encoder: Any) -> Self:
-        """A fresh generator for the embeddings of this `PromptEncoder`."""
+    def for_encoder(cls, config: Any, encoder: PromptEncoder) -> Self:
+        """Build a fresh model for the embeddings of this `PromptEncoder`."""
         _, length, width = encoder([""]).shape
         return cls(replace(config, text_length=length, text_width=width))
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> Field:
-        """The field of each prompt; prompt_embeds [B, L, Ct]. Nothing is drawn unless a subclass says so."""
-        raise NotImplementedError(f"{type(self).__name__}.generate: a generator says how embeddings become a field")
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        num_denoising_steps: int = 1,
+        text_dtype: torch.dtype = torch.float32,
+        init_from: str | Path | None = None,
+    ) -> tuple[Self, PromptEncoder]:
+        """Build a model to train and load the text encoder that its config names.
+
+        num_denoising_steps  unused: there is one pass
+        text_dtype           of the text encoder's weights
+        init_from            a saved model of these settings and this text encoder to start from
+
+        Raises FileNotFoundError without a model there, and GeneratorMismatch for one of another class, with other
+        settings or another text encoder.
+        """
+        encoder = load_encoder(config.text_encoder, text_dtype)
+        hashes = encoder_hashes(encoder)
+        model = cls.for_encoder(config, encoder)
+        model.text_hash = hashes
+        if init_from is not None:
+            model._start_from(str(init_from), hashes)
+        return model, encoder
+
+    def _start_from(self, init_from: str, hashes: Mapping[str, str]) -> None:
+        """Load the weights of a saved model; GeneratorMismatch if it is not like this one."""
+        from prd.hub.repositories import find_generator  # which knows this module's files
+
+        folder, where = find_generator(init_from), f"init_from={init_from!r}"
+        if (made := read_record(folder)["_class_name"]) != self.class_name:
+            raise GeneratorMismatch(
+                f"{where}: _class_name is {made!r}, expected {self.class_name!r}; give one of that class, or another "
+                "model.class"
+            )
+        saved = type(self).from_pretrained(folder)
+        for field in fields(self.config):
+            theirs, ours = getattr(saved.config, field.name), getattr(self.config, field.name)
+            if theirs != ours and field.name != "text_encoder":
+                raise GeneratorMismatch(f"{where}: its model.{field.name} is {theirs}, not {ours}; set it to that")
+        if not saved.fits_encoder(hashes):
+            raise GeneratorMismatch(f"{where}: was trained with another text encoder; set model.text_encoder to that")
+        self.load_trained_state_dict(saved.trained_state_dict())
+
+    def rollout(
+        self,
+        prompt_embeds: Tensor,
+        inputs: Mapping[str, Tensor],
+        draws: Sequence[torch.Generator],
+        *,
+        batch_size: int = 1,
+        first: bool = True,
+    ) -> Iterator[tuple[range, Field]]:
+        """Yield (range(1), field) once: there is one estimate per prompt, and nothing is drawn.
+
+        first  whether spectral norms iterate, which they do once per optimiser step. See
+               `prd.generators.protocol.Model.rollout`.
+        """
+        generate: Callable[..., Field] = self.generate  # which takes `inputs` by keyword where there are any
+        self.train(first)
+        field = generate(prompt_embeds, **inputs)
+        self.eval()
+        yield range(1), field
+
+    def generate(
+        self,
+        prompt_embeds: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+    ) -> Field:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct], with gradient where that is enabled.
+
+        Nothing is drawn from `generator` unless a subclass says so, and there are no steps: both are there so that
+        every model is called alike.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.generate: a model says how embeddings become a field")
 
     def alpha(self) -> AlphaModel | None:
         """How the volume renderer reads its fields; None: NeuS with the renderer's own width."""
         return None
 
-    def begin_stage(self, trained: Sequence[str] | None) -> None:
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Prepare for a stage that trains these parts (None: all); nothing to do for most."""
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by the names that a stage of training may give in `trained`."""
+        """The parameters by the names that a stage of training may give as `trainable`."""
         return {"all": list(self.parameters())}
 
     @property

@@ -15,36 +15,13 @@ from pydantic.dataclasses import dataclass
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
-from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
+from prd.generators.triplane_turbo import TriplaneTurboConfig as ModelConfig
+from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Size
 
 Schedule = float | tuple[float, float]
 Elevation = Annotated[float, Field(gt=-90, lt=90)]
 Angle = Annotated[float, Field(gt=0, lt=180)]
 Timestep = Annotated[float, Field(ge=1, le=999)]
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class ModelConfig:
-    """TriplaneTurbo's student: a frozen Stable Diffusion with PETA adapters and the three heads."""
-
-    generator: Literal["triplane_turbo"] = "triplane_turbo"  # which generator this section describes
-    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
-    revision: str | None = None  # branch, tag or commit of a Hub id
-    rank: Count = 16  # rank of every LoRA pair
-    plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
-    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
-    self_attention: bool = True  # whether it is adapted, as the next four
-    cross_attention: bool = True
-    convolutions: bool = True  # of the U-Net
-    decoder_attention: bool = True
-    decoder_convolutions: bool = True
-    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
-    plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
-    head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
-    latent_size: Count = 32  # height and width of each plane's latents
-    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
-    sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
-    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

@@ -27,10 +27,8 @@ from prd.data.embeddings import Embeddings
 from prd.data.prompts import load_corpus
 from prd.data.shape_library import open_library
 from prd.distillation.asd import NonFinitePrediction
-from prd.distillation.draws import draw_normal
-from prd.distillation.progressive import JudgeLog, rollout
+from prd.distillation.progressive import JudgeLog
 from prd.evaluation.report import write_report
-from prd.fields.protocol import Field
 from prd.generators.protocol import Generator
 from prd.generators.single_pass import SinglePassGenerator
 from prd.rendering.background import TextBackground
@@ -159,8 +157,7 @@ class Trainer:
         """Begin a stage: its parts of the generator are trained, by an optimiser of its own."""
         self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
-        if isinstance(self.student, SinglePassGenerator):
-            self.student.begin_stage(stage.config.trained)
+        self.student.begin_stage(stage.config.trained)
         chosen = trained_parameters(self.student, stage.config.trained)
         for parameter in trained_parameters(self.student, None):
             parameter.requires_grad_(False)
@@ -174,7 +171,7 @@ class Trainer:
             self.config,
             self.teachers,
             self.device,
-            alpha=self.student.alpha if isinstance(self.student, SinglePassGenerator) else None,
+            alpha=self.student.alpha,
             background=self.background,
         )
 
@@ -224,8 +221,7 @@ class Trainer:
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes: ATT3D's measure of cost, over the prompts of the corpus."""
         config = self.stage.config
-        estimates = 1 if isinstance(self.student, SinglePassGenerator) else config.num_denoising_steps
-        renders = sum(len(renderers_of(config, step, k)) for k in range(estimates))
+        renders = sum(len(renderers_of(config, step, k)) for k in range(self.student.num_estimates))
         return self.prompts_a_step * config.cameras.views * renders
 
     def skip(self, step: int, reason: str, own: Tensor | None, witness: NonFiniteDiagnostics) -> None:
@@ -252,38 +248,20 @@ class Trainer:
 
     def accumulate(self, step: int, micro: int, log: JudgeLog, witness: NonFiniteDiagnostics) -> None:
         """A micro-batch: the estimates of its prompts, rendered and judged, gradients added up."""
-        batch, generator = self.draw(step, micro), self.student
-
-        def supervise(ks: range, field: Field) -> Tensor:
-            loss = self.supervision(batch, ks, field, step, log, witness)
-            return loss / self.config.gradient_accumulation_steps
-
-        @torch.autocast(self.device.type, enabled=False)  # each operation's gradient in the precision it ran in
-        def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss)
-
+        batch = self.draw(step, micro)
+        estimates = self.student.rollout(
+            batch.embeds,
+            batch.inputs,
+            batch.draws(NOISE),
+            batch_size=self.config.estimates_at_once,
+            first=micro == 0,
+        )
         with self.accelerator.autocast():
-            if isinstance(generator, SinglePassGenerator):
-                generator.train(micro == 0)  # spectral norms iterate once a step, however it is shared out
-                field = generator.generate(batch.embeds, **batch.inputs)
-                generator.eval()
-                backward(supervise(range(1), field))
-                return
-
-            latents = batch.draws(NOISE)
-
-            def noise(k: int) -> Tensor:
-                return draw_normal((len(batch.prompts), *generator.latent_shape), latents).to(self.device)
-
-            rollout(
-                generator,
-                supervise,
-                backward,
-                prompt_embeds=batch.embeds,
-                timesteps=generator.timesteps(self.config.num_denoising_steps),
-                noise=noise,
-                at_once=self.config.estimates_at_once,
-            )
+            for ks, field in estimates:
+                loss = self.supervision(batch, ks, field, step, log, witness)
+                loss = loss / self.config.gradient_accumulation_steps / self.student.num_estimates
+                with torch.autocast(self.device.type, enabled=False):  # each operation's gradient in its own precision
+                    self.accelerator.backward(loss)
 
     def draw(self, step: int, micro: int) -> Batch:
         """The prompts of a micro-batch, with random numbers of their own."""
