@@ -1,5 +1,13 @@
-"""The base class of every error that this library raises on purpose."""
+"""The errors that this library raises on purpose."""
 
 
 class PrdError(Exception):
     """Base class of the library's errors; each also derives from the built-in error that fits (mostly ValueError)."""
+
+
+class CheckpointError(PrdError, ValueError):
+    """Saved weights that are damaged, incomplete, or not of the model or run that they are to be loaded into."""
+
+
+class ModelMismatch(CheckpointError):
+    """A saved model that is damaged, of another class, or does not fit the base, text encoder or settings at hand."""

@@ -23,10 +23,12 @@ from prd.distillation.progressive import rollout
 from prd.fields.protocol import Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.generators import adapter_files
-from prd.generators.adapter_files import HALF_PRECISIONS, AdapterMismatch, StudentConfig, read_configs
+from prd.generators.adapter_files import AdapterMismatch, StudentConfig, read_configs
+from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
 from prd.text.encoders import PromptEncoder
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
+from prd.utils.dtypes import HALF_PRECISIONS
 
 __all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboConfig", "TriplaneTurboGenerator", "read_configs"]
 
@@ -388,13 +390,11 @@ class TriplaneTurboGenerator(nn.Module):
         Raises what `load_base` raises, FileNotFoundError without an adapter there, and AdapterMismatch for one that
         does not fit.
         """
-        from prd.hub.repositories import find_generator  # which knows this module's files
-
         base = load_base(config.base, revision=config.revision, text=True)
         assert base.encoder is not None  # text=True
         model = cls.from_base(base, config, num_denoising_steps)
         if init_from is not None:
-            model.load_adapter(find_generator(init_from))
+            model.load_adapter(find_model(init_from))
         return model, base.encoder
 
     @classmethod
