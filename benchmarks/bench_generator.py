@@ -147,7 +147,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     fusing = seconds(pipe.fuse, device)
     memory.lap("fuse")
     generator = torch.Generator().manual_seed(0)
-    student, encoder = pipe.student, pipe.encoder
+    student, encoder = pipe.model, pipe.encoder
     embeds = encoder([PROMPT]).to(student.device)
     latents = student.draw_latents(1, generator)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def measure_ratios(args: argparse.Namespace) -> dict[str, Any]:
     from prd.adapters.planes import PlaneAttention
 
     dtype, device = DTYPES[args.dtype], args.device
-    unfused, fused = build(args.size, dtype, device).student, None
+    unfused, fused = build(args.size, dtype, device).model, None
     plain = strip_adapters(shared_copy(unfused.backbone.unet))
     alone = shared_copy(plain)
     for module in plain.modules():
@@ -239,7 +239,7 @@ def measure_ratios(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(module, BasicTransformerBlock):
             module.attn1.set_processor(AttnProcessor2_0())
             module.attn2.set_processor(AttnProcessor2_0())
-    fused = build(args.size, dtype, device).student.fuse()
+    fused = build(args.size, dtype, device).model.fuse()
     width = unfused.backbone.unet.config["cross_attention_dim"]
     tokens = 77 if args.size == "sd21" else 16
     text = torch.randn(args.batch, tokens, width, device=device, dtype=dtype)

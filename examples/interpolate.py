@@ -40,7 +40,7 @@ def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
                 renderer = SurfaceRenderer(resolution=args.resolution, supersample=2, on_empty="flag")
                 views = renderer(sample, cameras, height=args.size, width=args.size)
             else:
-                volume = VolumeRenderer(num_samples=128, alpha=pipe.generator.alpha(), max_rays=4096)
+                volume = VolumeRenderer(num_samples=128, alpha=pipe.model.alpha(), max_rays=4096)
                 grid = GridField(sample, args.resolution, device=pipe.device)  # read once, not at every point of a ray
                 views = volume(grid, cameras, height=args.size, width=args.size)
             pixels = (views.rgb[0, 0].clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -161,7 +161,9 @@ def save_gallery(student: Generator, encoder: PromptEncoder, config: TrainConfig
             pictures.append(_row(drawn, config, student.device))
             row: dict[str, Any] = {"prompt": prompt, "mesh": None, "coverage": 0.0, "empty": drawn is None}
             if drawn is not None:
-                (mesh,) = extract_mesh(sample, settings.isosurface_resolution, texture_size=None, keep="all")
+                resolution = settings.isosurface_resolution
+                (mesh,) = extract_mesh(sample, isosurface_resolution=resolution, texture_size=None)
+                assert mesh is not None  # on_empty="raise"
                 mesh.export(folder / name)
                 row |= {"mesh": name, "coverage": float(drawn.opacity.mean())}
                 row |= {"triangles": len(mesh.faces), "volume": mesh.volume}
@@ -186,9 +188,9 @@ def export_meshes(
         generator = prompt_generators(config.seed, prompts)[i]
         embeds = encoder([prompt]).to(student.device)
         field = make_fields(student, embeds, [generator], config.validation.num_inference_steps)
-        try:
-            (mesh,) = extract_mesh(field, config.validation.isosurface_resolution, keep="all")
-        except EmptySurfaceError:
+        resolution = config.validation.isosurface_resolution
+        (mesh,) = extract_mesh(field, isosurface_resolution=resolution, on_empty="flag")
+        if mesh is None:
             logger.warning("%r has no surface: no mesh was written for it", prompt)
             continue
         path = folder / name

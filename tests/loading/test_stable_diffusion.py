@@ -204,7 +204,7 @@ def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tm
     pipe = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(path))
     text, latents = torch.randn(1, 77, 768), torch.randn(1, 6, 4, 4, 4)
     if dtype == torch.float32:
-        ours, theirs = (s.generate(text, latents=latents).planes for s in (pipe.student, student))
+        ours, theirs = (s.generate(text, latents=latents).planes for s in (pipe.model, student))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     save_file({**state, first: state[first] * 2}, path)
@@ -331,7 +331,7 @@ def test_a_base_is_known_in_every_precision(dtype: torch.dtype, original: Path, 
         copy = store(Path(shutil.copytree(original, tmp_path / str(stored))), stored, parts=everything)
         pipe = TriplaneTurbo.from_pretrained(adapter, base=str(copy), dtype=dtype)
         assert pipe.dtype == dtype and pipe.encoder is not None and pipe.encoder.model.dtype == dtype
-        assert pipe.student.base_hash() == read_configs(adapter)[1]["base_hash"]
+        assert pipe.model.base_hash() == read_configs(adapter)[1]["base_hash"]
         with pytest.raises(AdapterMismatch, match="whose weights differ"):
             TriplaneTurbo.from_pretrained(adapter, base=str(store(copy, stored, 1.02, ("vae",))), dtype=dtype)
 
@@ -360,7 +360,7 @@ def test_what_half_precision_loaded_is_saved_as_it_was(dtype: torch.dtype, adapt
     pipe = TriplaneTurbo.from_pretrained(adapter, dtype=dtype)
     changed = "base_model.model.decoder.conv_out.bias"
     pipe.save_pretrained(tmp_path / "same")
-    pipe.student.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)
+    pipe.model.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)
     pipe.save_pretrained(tmp_path / "trained")
     was, same, trained = (
         load_file(f / "adapter_model.safetensors") for f in (adapter, *map(tmp_path.joinpath, ("same", "trained")))

@@ -19,7 +19,7 @@ from prd.generators.adapter_files import AdapterMismatch
 from prd.generators.single_pass import GeneratorMismatch
 from prd.isosurface.extract import EmptySurfaceError
 from prd.meshes.read import UnreadableMesh
-from prd.pipelines.single_pass import PIPELINES, load_pipeline
+from prd.pipelines.auto import PIPELINES, load_pipeline
 from prd.text.loading import encoder_hashes, load_encoder
 from prd.toybox import asset
 from tests.generators.tiny_single_pass import KINDS
@@ -167,7 +167,7 @@ def test_att3d_interpolates_between_prompts(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="alphas='half': must be numbers"):
         pipe.interpolate("a red cube", "a blue sphere", "half")
     without = prd.ATT3D.from_pretrained(tmp_path, text=False)
-    with pytest.raises(ValueError, match="load it with text=True, or give embeddings to pipe.generator.interpolate"):
+    with pytest.raises(ValueError, match="load it with text=True, or give embeddings to pipe.model.interpolate"):
         without.interpolate("a red cube", "a blue sphere", [0.5])
 
 

@@ -62,7 +62,7 @@ def test_a_batch_with_one_generator_each_equals_single_prompts(pipe):
 def test_what_is_saved_loads_as_the_same_field(toybox, tmp_path):
     pipe = TriplaneTurbo.from_pretrained("toybox")
     with torch.no_grad():
-        for parameter in pipe.student.trainable_parameters():
+        for parameter in pipe.model.trainable_parameters():
             parameter.add_(0.01)  # not what "toybox" holds
     pipe.save_pretrained(tmp_path / "adapter")
     expected = pipe("a red cube", generator=seeds(1)[0], **SMALL).field
@@ -154,9 +154,9 @@ def test_how_far_to_go_and_the_tuple(pipe):
 
 def test_embeddings_and_latents_replace_the_text_and_the_draw(pipe):
     prompts = ["a red cube", "a blue mug"]
-    embeds, latents = pipe.encoder(prompts), pipe.student.draw_latents(2, seeds(1)[0])
+    embeds, latents = pipe.encoder(prompts), pipe.model.draw_latents(2, seeds(1)[0])
     expected = pipe(prompts, generator=seeds(1)[0], output_type="planes").planes
-    bare = TriplaneTurbo(pipe.student)  # no text encoder at all
+    bare = TriplaneTurbo(pipe.model)  # no text encoder at all
     found = bare(prompt_embeds=embeds, latents=latents, output_type="planes")
     assert torch.equal(found.planes, expected) and found.prompts == ["", ""]
     with pytest.raises(ValueError, match="without a text encoder; give prompt_embeds= instead"):
@@ -178,7 +178,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
         seen.append((step, timestep, tensors["latents"].shape))
 
     plain = pipe("a red cube", generator=seeds(1)[0], output_type="planes", callback_on_step_end=watch).planes
-    shape = (1, *pipe.student.draw_latents(1).shape[1:])
+    shape = (1, *pipe.model.draw_latents(1).shape[1:])
     assert seen == [(0, 999, shape), (1, 749, shape), (2, 499, shape), (3, 249, shape)]
     other = pipe(
         "a red cube",
@@ -205,7 +205,7 @@ def test_a_callback_s_answer_is_checked(pipe, answer, error):
 
 
 def test_what_is_no_tensor_or_not_finite_is_named(pipe):
-    embeds, latents = pipe.encoder(["a red cube"]), pipe.student.draw_latents(1)
+    embeds, latents = pipe.encoder(["a red cube"]), pipe.model.draw_latents(1)
     for name, value in (("latents", latents), ("prompt_embeds", embeds)):
         others = {"latents": latents, "prompt_embeds": embeds}
         for wrong in (value.tolist(), value.bool()):
@@ -219,14 +219,14 @@ def test_what_is_no_tensor_or_not_finite_is_named(pipe):
 
 
 def test_planes_that_are_not_finite_are_an_error(pipe, monkeypatch):
-    decode = pipe.student.decode
+    decode = pipe.model.decode
 
     def broken(latents):
         field = decode(latents)
         field.planes[0, 0, 0, 0, 0] = torch.nan
         return field
 
-    monkeypatch.setattr(pipe.student, "decode", broken)
+    monkeypatch.setattr(pipe.model, "decode", broken)
     with pytest.raises(FloatingPointError, match="'a red cube'.*float32"):
         pipe("a red cube", output_type="planes")
 
@@ -244,7 +244,7 @@ def test_the_timesteps_of_k_steps(pipe, k, timesteps):
 
 
 def test_the_progress_bar_can_be_silenced(pipe, capfd):
-    loud, silent = TriplaneTurbo(pipe.student, pipe.encoder), TriplaneTurbo(pipe.student, pipe.encoder)
+    loud, silent = TriplaneTurbo(pipe.model, pipe.encoder), TriplaneTurbo(pipe.model, pipe.encoder)
     loud.set_progress_bar_config(disable=False)
     silent.set_progress_bar_config(disable=True)
     loud("a red cube", output_type="planes")
@@ -278,7 +278,7 @@ def test_it_moves_to_half_precision_and_back(toybox):
     half = pipe.to(torch.bfloat16)("a red cube", generator=seeds(1)[0], output_type="planes").planes
     assert pipe.dtype == torch.bfloat16 and half.dtype == torch.float32
     assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
-    assert {p.dtype for n, p in pipe.student.named_parameters() if "heads" not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in pipe.model.named_parameters() if "heads" not in n} == {torch.bfloat16}
     again = pipe.to("cpu", torch.float32)("a red cube", generator=seeds(1)[0], output_type="planes").planes
     assert pipe.dtype == torch.float32 and (again - exact).abs().max() < (half - exact).abs().max()
     with pytest.raises(ValueError, match="dtype=torch.float64: must be torch.float32"):
@@ -289,7 +289,7 @@ def test_channels_last_and_fused_give_the_same_planes(toybox):
     pipe = TriplaneTurbo.from_pretrained("toybox")
     exact = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
     pipe.to(memory_format=torch.channels_last)
-    assert pipe.student.backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert pipe.model.backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for again in (pipe, pipe.fuse()):
         found = again("a red cube", generator=seeds(1)[0], output_type="planes").planes
         assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
@@ -322,7 +322,7 @@ def test_xformers_is_asked_for_by_name(pipe, monkeypatch):
         )
     pipe.enable_xformers_memory_efficient_attention()
     found = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
-    pipe.student.set_attention(None)
+    pipe.model.set_attention(None)
     assert calls and (found - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 

@@ -63,8 +63,8 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     student, encoder = student_and_encoder
     generate = student.generate
 
-    def vanished(*words):
-        field = generate(*words)
+    def vanished(*words, **options):
+        field = generate(*words, **options)
         field.bias_radius = -5.0
         return field
 
