@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,14 @@ class PlaneAttention:
         mixed = self.attention(query, key, value).transpose(1, 2)
         mixed = mixed.reshape(rows, hidden_states.shape[1], -1)  # [B P, L, C]
         return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def set_attention(unet: nn.Module, attention: Callable[..., Tensor] | None) -> None:
+    """Set the attention of every `PlaneAttention` of a U-Net, of q, k, v [B, heads, L, d]; None: torch's."""
+    processors: Any = unet.attn_processors
+    for processor in {id(p): p for p in processors.values()}.values():
+        assert isinstance(processor, PlaneAttention)
+        processor.attention = attention or F.scaled_dot_product_attention
 
 
 def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
