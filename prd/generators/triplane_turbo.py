@@ -184,9 +184,10 @@ class TriplaneTurboGenerator(nn.Module):
         for a text of its own for each plane.
         """
         batch = self._check_latents(latents)
-        if prompt_embeds.ndim not in (3, 4) or prompt_embeds.shape[0] != batch:
+        shape, width = prompt_embeds.shape, self.backbone.unet.config["cross_attention_dim"]
+        if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != 6):
             raise ValueError(
-                f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct]"
+                f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
             )
         t = torch.as_tensor(timestep, device=latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
@@ -378,8 +379,7 @@ class TriplaneTurboGenerator(nn.Module):
             sdf_init_scale=config.sdf_init_scale,
             num_inference_steps=num_denoising_steps,
         )
-        checkpointing = config.gradient_checkpointing
-        parts = base.unet, base.vae, base.scheduler, peta, sizes
+        parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, sizes), config.gradient_checkpointing
         return cls(*parts, gradient_checkpointing=checkpointing, base_hash=base.hashes)
 
     @classmethod

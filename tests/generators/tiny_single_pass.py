@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,7 @@ from prd.generators.atom import AtomConfig, AtomGenerator
 from prd.generators.att3d import Att3dConfig, Att3dGenerator
 from prd.generators.latte3d import Latte3dConfig, Latte3dGenerator
 from prd.generators.single_pass import SinglePassGenerator
+from prd.text.loading import encoder_hashes, load_encoder
 
 LENGTH, WIDTH = 5, 12
 TEXT = {"text_length": LENGTH, "text_width": WIDTH}
@@ -49,3 +54,13 @@ def embeddings(count: int, seed: int = 1) -> Tensor:
 
 def some_points(batch: int, count: int = 50, seed: int = 2) -> Tensor:
     return torch.rand(batch, count, 3, generator=torch.Generator().manual_seed(seed)) * 1.8 - 0.9
+
+
+def save_run(kind: str, folder: Path, **changes: Any) -> Path:
+    """Save a tiny model for the toy box's text encoder, as a run leaves it; returns the run folder."""
+    model_class, config = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(replace(config, text_length=16, text_width=64, **changes))
+    model.text_hash = encoder_hashes(load_encoder("toybox"))
+    model.save_pretrained(folder / "generator")
+    return folder
