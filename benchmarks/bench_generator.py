@@ -97,14 +97,14 @@ def full_size_base(dtype: torch.dtype, device: str) -> tuple[Any, Any, Any, Any]
 def build(size: str, dtype: torch.dtype, device: str) -> Any:
     """A pipeline: the shipped toy box, or Stable Diffusion 2.1's size with an adapter of the paper's rank."""
     from prd.adapters import PetaConfig
-    from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel
     from prd.pipelines.triplane_turbo import TriplaneTurbo
 
     torch.manual_seed(0)
     if size == "toy":
         return TriplaneTurbo.from_pretrained("toybox", device=device, dtype=dtype)
     unet, vae, scheduler, encoder = full_size_base(dtype, device)
-    student = TriplaneTurboGenerator(unet, vae, scheduler, PetaConfig(), StudentConfig(sdf_init_scale=0.05))
+    student = TriplaneTurboModel(unet, vae, scheduler, PetaConfig(), SavedConfig(sdf_init_scale=0.05))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:

@@ -156,15 +156,15 @@ def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
-    from prd.generators.published import student_from_published
+    from prd.generators.published import model_from_published
     from prd.hub.repositories import write_card
     from prd.loading.stable_diffusion import load_base
 
     base = load_base(  # a single file does not say what it predicts; Stable Diffusion 2.1-base predicts epsilon
         args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
     )
-    student, added = student_from_published(args.checkpoint, base, latent_size=args.latent_size)
-    student.save_pretrained(output)
+    model, added = model_from_published(args.checkpoint, base, latent_size=args.latent_size)
+    model.save_pretrained(output)
     write_card(output)
     print(f"{output}: {added}")
     return 0
@@ -225,7 +225,7 @@ def _train(overrides: Sequence[str]) -> int:
             Trainer(config).train()
         except (CollapseError, FloatingPointError) as error:
             raise ConfigError(str(error)) from error
-    except (ValueError, OSError) as error:  # ConfigError, CheckpointError, AdapterMismatch, a missing file
+    except (ValueError, OSError) as error:  # ConfigError, CheckpointError, ModelMismatch, a missing file
         print(f"prd train: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Denoiser(Protocol):
-    """What sampling asks of a model."""
+    """Model that latents are sampled from."""
 
     def denoise(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor: ...
 

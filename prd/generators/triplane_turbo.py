@@ -22,14 +22,14 @@ from prd.distillation.progressive import rollout
 from prd.fields.protocol import Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.generators import adapter_files, sampling
-from prd.generators.adapter_files import StudentConfig
+from prd.generators.adapter_files import SavedConfig
 from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
 from prd.text.encoders import PromptEncoder
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 from prd.utils.dtypes import HALF_PRECISIONS
 
-__all__ = ["StudentConfig", "TriplaneTurboConfig", "TriplaneTurboGenerator"]
+__all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -56,7 +56,7 @@ class TriplaneTurboConfig:
     gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
 
 
-class TriplaneTurboGenerator(nn.Module):
+class TriplaneTurboModel(nn.Module):
     """Frozen base, trainable PETA, conv_out and heads.
 
     unet, vae: the base; its modules stay unadapted, its weights are shared (moving or casting either moves or casts
@@ -75,14 +75,14 @@ class TriplaneTurboGenerator(nn.Module):
         vae: AutoencoderKL,
         scheduler: Any,
         peta: PetaConfig | None = None,
-        config: StudentConfig | None = None,
+        config: SavedConfig | None = None,
         *,
         gradient_checkpointing: bool = False,
         base_hash: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.peta = peta or PetaConfig()
-        self.config = config or StudentConfig()
+        self.config = config or SavedConfig()
         if self.peta.num_planes != 6:
             raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
         self.prediction_type: str = scheduler.config.prediction_type
@@ -116,12 +116,12 @@ class TriplaneTurboGenerator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base; latents and planes are computed in it, the field in float32."""
+        """Type of the base's weights; latents and planes are computed in it, the field in float32."""
         return self.backbone.decoder.conv_in.weight.dtype
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(6, 4, h, w) of a sample's latents."""
+        """Shape (6, 4, h, w) of a sample's latents."""
         size = self.config.latent_size
         return 6, self.backbone.unet.config["in_channels"], size, size
 
@@ -145,7 +145,7 @@ class TriplaneTurboGenerator(nn.Module):
         self._check_not_fused("train")
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboGenerator:
+    def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboModel:
         """Heads and noise schedule follow to every device, but stay in float32 when the base goes to half precision."""
         exact = [self.alphas_cumprod.data, *(parameter.data for parameter in self.heads.parameters())]
         super()._apply(fn, recurse)
@@ -158,7 +158,7 @@ class TriplaneTurboGenerator(nn.Module):
     def is_fused(self) -> bool:
         return self._unfused_state is not None
 
-    def fuse(self) -> TriplaneTurboGenerator:
+    def fuse(self) -> TriplaneTurboModel:
         """Merge the adapter into weights of its own for inference: faster steps, the same planes.
 
         Ordinary LoRA goes into the weights, plane-wise LoRA into six stacked weights (0.25 billion more parameters at
@@ -196,7 +196,7 @@ class TriplaneTurboGenerator(nn.Module):
         return prediction.view(latents.shape).to(latents.dtype)
 
     def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """One step of the student: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
+        """Denoise in one step: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
         prediction = self.predict(latents, timestep, prompt_embeds)
         alpha, sigma = self._alpha_sigma(timestep, latents)
         if self.prediction_type == "epsilon":
@@ -370,7 +370,7 @@ class TriplaneTurboGenerator(nn.Module):
             "full": config.full,
         }
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **kinds, **adapted)
-        sizes = StudentConfig(
+        sizes = SavedConfig(
             base=base.name,
             base_revision=base.revision,
             latent_size=config.latent_size,
@@ -394,7 +394,10 @@ class TriplaneTurboGenerator(nn.Module):
         base_hash: Mapping[str, str] | None = None,
     ) -> Self:
         """Build a model as the configs in `folder` say, on this base, and load the saved adapter."""
-        peta, config = adapter_files.read_student(Path(folder))
-        student = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
-        student.load_adapter(folder, allow_other_base=allow_other_base)
-        return student
+        peta, config = adapter_files.read_settings(Path(folder))
+        model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
+        model.load_adapter(folder, allow_other_base=allow_other_base)
+        return model
+
+
+TriplaneTurboGenerator = TriplaneTurboModel

@@ -59,7 +59,7 @@ class Mesh:
         for name, width in (("vertices", 3), ("vertex_normals", 3), ("vertex_colors", 3), ("uv", 2)):
             value = getattr(self, name)
             if value is not None and value.shape != (count, width):
-                raise ValueError(f"{name}={value.shape}: expected ({count}, {width}), one row a vertex")
+                raise ValueError(f"{name}={value.shape}: expected ({count}, {width}), one row per vertex")
             if value is not None and not np.isfinite(value).all():
                 raise ValueError(f"{name}: holds NaN or infinity; check the field it was made from")
         if self.faces.ndim != 2 or self.faces.shape[1] != 3 or len(self.faces) == 0:

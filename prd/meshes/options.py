@@ -1,4 +1,4 @@
-"""How a field becomes a mesh: one set of options for the pipelines, the command line and validation."""
+"""Options of mesh extraction: one set for the pipelines, the command line and validation."""
 
 from __future__ import annotations
 

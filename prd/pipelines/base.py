@@ -47,7 +47,7 @@ class TextTo3DPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model and the text encoder; the heads and the field are in float32."""
+        """Type of the weights of model and text encoder; the heads and the field are in float32."""
         return self.model.dtype
 
     def _move(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
@@ -64,7 +64,7 @@ class TextTo3DPipeline:
     def _encode(
         self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int
     ) -> tuple[list[str], Tensor]:
-        """Prompts and their embeddings [prompts, L, width], from one or the other."""
+        """Return prompts and their embeddings [prompts, L, width], from one or the other."""
         if prompt_embeds is not None:
             if prompt is not None:
                 raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
@@ -168,7 +168,7 @@ class TextTo3DPipeline:
 
 
 def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
-    """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
+    """Return one or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
     prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
     for text in prompts:
@@ -187,7 +187,7 @@ def check_at_least(name: str, value: object, least: int) -> None:
 
 
 def check_device(device: str | torch.device) -> None:
-    """ValueError for a device that torch does not know or that is not here, before anything is loaded."""
+    """Raise ValueError for a device that torch does not know or that is not here, before anything is loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
@@ -196,7 +196,7 @@ def check_device(device: str | torch.device) -> None:
 
 
 def check_floating(name: str, value: object) -> None:
-    """TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
+    """Raise TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is a {found}: must be a floating-point torch.Tensor")

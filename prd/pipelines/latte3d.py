@@ -10,7 +10,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from prd.generators.latte3d import Latte3dGenerator
+from prd.generators.latte3d import Latte3dModel
 from prd.meshes.mesh import Mesh
 from prd.meshes.options import MeshKeywords
 from prd.meshes.read import read_mesh, sample_points
@@ -26,7 +26,7 @@ class LATTE3D(SinglePassPipeline):
     pipe("a red mug", shape="mug.ply")  # a model that was trained to follow shapes keeps this one
     """
 
-    model_class = Latte3dGenerator
+    model_class = Latte3dModel
 
     @torch.no_grad()
     def __call__(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from prd.errors import ModelMismatch
 from prd.fields.protocol import Field
-from prd.generators.atom import AtomGenerator
-from prd.generators.att3d import Att3dGenerator
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.atom import AtomModel
+from prd.generators.att3d import Att3dModel
+from prd.generators.single_pass import SinglePassModel
 from prd.hub.find import find_model, read_training_metadata
 from prd.loading.saved_model import read_record
 from prd.meshes.options import MeshKeywords
@@ -34,15 +34,15 @@ OF_NOISE = ("generator", "latents", "num_inference_steps", "num_meshes_per_promp
 class SinglePassPipeline(TextTo3DPipeline):
     """A model that answers in one pass, with its text encoder: base class of `AToM`, `ATT3D` and `LATTE3D`."""
 
-    model_class: ClassVar[type[SinglePassGenerator]]
+    model_class: ClassVar[type[SinglePassModel]]
     draws_noise = False
 
-    def __init__(self, model: SinglePassGenerator, encoder: PromptEncoder | None = None) -> None:
+    def __init__(self, model: SinglePassModel, encoder: PromptEncoder | None = None) -> None:
         """encoder: of prompts, None if they are given as embeddings."""
         super().__init__(model, encoder, model.config.text_encoder)
 
     @property
-    def generator(self) -> SinglePassGenerator:
+    def generator(self) -> SinglePassModel:
         """`model`, by the name that it had before."""
         warnings.warn("pipe.generator is now called pipe.model", DeprecationWarning, stacklevel=2)
         return self.model
@@ -162,7 +162,7 @@ class AToM(SinglePassPipeline):
     pipe("a red cube").meshes[0].export("cube.glb")
     """
 
-    model_class = AtomGenerator
+    model_class = AtomModel
 
 
 class ATT3D(SinglePassPipeline):
@@ -172,7 +172,7 @@ class ATT3D(SinglePassPipeline):
     fields = pipe.interpolate("a red cube", "a blue sphere", [0.0, 0.5, 1.0])
     """
 
-    model_class = Att3dGenerator
+    model_class = Att3dModel
 
     @torch.no_grad()
     def interpolate(self, prompt_a: str, prompt_b: str, alphas: Sequence[float] | Tensor) -> Field:

@@ -19,7 +19,7 @@ from prd.adapters.planes import load_xformers_attention
 from prd.errors import ModelMismatch
 from prd.fields.triplane import TriplaneField
 from prd.generators.adapter_files import read_configs
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.hub.find import find_model, read_training_metadata
 from prd.loading.saved_model import ADAPTER_CONFIG, WEIGHTS, read_record
 from prd.loading.stable_diffusion import Base, load_base
@@ -44,7 +44,7 @@ class TriplaneTurbo(TextTo3DPipeline):
 
     draws_noise = True
 
-    def __init__(self, model: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
+    def __init__(self, model: TriplaneTurboModel, encoder: PromptEncoder | None = None, base: str = "") -> None:
         """encoder: of prompts, None if they are given as embeddings; base: the name of the model's base."""
         super().__init__(model, encoder, base)
         self._progress: dict[str, Any] = {"disable": None}
@@ -89,7 +89,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_model(name_or_path, revision, **hub)
         parts = _load_base(folder, str(name_or_path), base, dtype, device, text, hub)
-        model = TriplaneTurboGenerator.from_adapter(
+        model = TriplaneTurboModel.from_adapter(
             folder,
             parts.unet,
             parts.vae,
@@ -105,7 +105,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         return pipe
 
     @property
-    def student(self) -> TriplaneTurboGenerator:
+    def student(self) -> TriplaneTurboModel:
         """`model`, by the name that it had before."""
         warnings.warn("pipe.student is now called pipe.model", DeprecationWarning, stacklevel=2)
         return self.model
@@ -129,7 +129,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         return self
 
     def fuse(self) -> TriplaneTurbo:
-        """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
+        """Merge the adapter into the weights, for many calls: see `TriplaneTurboModel.fuse`."""
         self.model.fuse()
         self._release()
         return self

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from prd.adapters import PetaConfig
 from prd.errors import ModelMismatch, PrdError
 from prd.fields.protocol import AutogradGradient, Field
-from prd.generators import StudentConfig, TriplaneTurboGenerator
+from prd.generators import SavedConfig, TriplaneTurboModel
 from prd.generators.protocol import Model
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.single_pass import SinglePassModel
 from prd.generators.triplane_turbo import TriplaneTurboConfig
 from tests.adapters.tiny import tiny_base
 from tests.generators.tiny_single_pass import KINDS, LENGTH, TEXT, WIDTH, make
@@ -45,7 +45,7 @@ class BallField(AutogradGradient):
         return self.color[:, None].expand(-1, points.shape[1], -1)
 
 
-class Ball(SinglePassGenerator):
+class Ball(SinglePassModel):
     """The least that a single-pass model of a user's own writes: a ball whose size and colour the text decides."""
 
     class_name = "Ball"
@@ -78,9 +78,9 @@ class Member:
         return torch.stack(rows)
 
 
-def triplane_turbo(seed: int) -> TriplaneTurboGenerator:
-    sizes = StudentConfig(latent_size=4, head_width=8, base="tiny", num_inference_steps=K)
-    model = TriplaneTurboGenerator(*tiny_base(), PetaConfig(r=2, plane_channels=3), sizes)
+def triplane_turbo(seed: int) -> TriplaneTurboModel:
+    sizes = SavedConfig(latent_size=4, head_width=8, base="tiny", num_inference_steps=K)
+    model = TriplaneTurboModel(*tiny_base(), PetaConfig(r=2, plane_channels=3), sizes)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
@@ -93,7 +93,7 @@ def ball(seed: int) -> Ball:
     return Ball(BallConfig(text_length=LENGTH, text_width=WIDTH)).eval()
 
 
-def load_single_pass(model: SinglePassGenerator, folder: Path) -> SinglePassGenerator:
+def load_single_pass(model: SinglePassModel, folder: Path) -> SinglePassModel:
     return type(model).from_pretrained(folder)
 
 
@@ -102,7 +102,7 @@ MEMBERS = {
     "triplane_turbo": Member(
         triplane_turbo,
         77,
-        lambda model, folder: TriplaneTurboGenerator.from_adapter(folder, *tiny_base()),
+        lambda model, folder: TriplaneTurboModel.from_adapter(folder, *tiny_base()),
         TriplaneTurboConfig(base="toybox", rank=2, plane_channels=3, head_width=8, latent_size=8),
     ),
     **{
@@ -139,7 +139,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_it_is_a_model(member: Member) -> None:
     model = member.make(0)
     assert isinstance(model, Model) and isinstance(model, nn.Module) and not model.training
-    assert model.num_estimates == (K if isinstance(model, TriplaneTurboGenerator) else 1)
+    assert model.num_estimates == (K if isinstance(model, TriplaneTurboModel) else 1)
     assert isinstance(model.folder_name, str) and isinstance(member.config, model.config_class)
     assert model.device == torch.device("cpu") and model.dtype == torch.float32
 
@@ -312,7 +312,7 @@ def test_it_is_built_from_its_config_and_starts_from_saved_weights(
     model_class = type(member.make(0))
     torch.manual_seed(0)
     model, encoder = model_class.from_config(member.config, num_denoising_steps=2)
-    assert model.num_estimates == (2 if model_class is TriplaneTurboGenerator else 1)
+    assert model.num_estimates == (2 if model_class is TriplaneTurboModel else 1)
     values(model.generate(encoder(["a red cube"])), 1)
     with torch.no_grad():
         for parameters in model.parts().values():
@@ -322,7 +322,7 @@ def test_it_is_built_from_its_config_and_starts_from_saved_weights(
     assert same(state(again), state(model))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         model_class.from_config(member.config, init_from="nowhere")
-    other = MEMBERS["own" if model_class is TriplaneTurboGenerator else "triplane_turbo"]
+    other = MEMBERS["own" if model_class is TriplaneTurboModel else "triplane_turbo"]
     foreign, _ = type(other.make(0)).from_config(other.config)
     foreign.save_pretrained(tmp_path / "foreign")
     with pytest.raises((ModelMismatch, FileNotFoundError)):

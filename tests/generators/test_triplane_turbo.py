@@ -7,21 +7,21 @@ import torch
 
 from prd.adapters import PetaConfig
 from prd.errors import ModelMismatch
-from prd.generators import StudentConfig, TriplaneTurboGenerator
+from prd.generators import SavedConfig, TriplaneTurboModel
 from tests.adapters.tiny import tiny_base
 
 
 def student(
     seed: int = 0, *, prediction_type: str = "epsilon", gradient_checkpointing: bool = False, **options: object
-) -> TriplaneTurboGenerator:
+) -> TriplaneTurboModel:
     base = tiny_base(seed, prediction_type=prediction_type)
-    config = StudentConfig(latent_size=4, head_width=8, base="tiny", **options)
-    return TriplaneTurboGenerator(
+    config = SavedConfig(latent_size=4, head_width=8, base="tiny", **options)
+    return TriplaneTurboModel(
         *base, PetaConfig(r=2, plane_channels=3), config, gradient_checkpointing=gradient_checkpointing
     )
 
 
-def trained(seed: int = 0, **options: object) -> TriplaneTurboGenerator:
+def trained(seed: int = 0, **options: object) -> TriplaneTurboModel:
     model = student(seed, **options)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -109,12 +109,12 @@ def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) 
     trained().save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.bfloat16):
         unet, vae, scheduler = tiny_base()
-        TriplaneTurboGenerator.from_adapter(tmp_path, unet.to(dtype), vae.to(dtype), scheduler)
+        TriplaneTurboModel.from_adapter(tmp_path, unet.to(dtype), vae.to(dtype), scheduler)
     unet, vae, scheduler = tiny_base()
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] += 0.1
     with pytest.raises(ModelMismatch, match="weights differ"):
-        TriplaneTurboGenerator.from_adapter(tmp_path, unet, vae, scheduler)
+        TriplaneTurboModel.from_adapter(tmp_path, unet, vae, scheduler)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prd.generators.atom import AtomConfig, AtomGenerator
-from prd.generators.att3d import Att3dConfig, Att3dGenerator
-from prd.generators.latte3d import Latte3dConfig, Latte3dGenerator
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.atom import AtomConfig, AtomModel
+from prd.generators.att3d import Att3dConfig, Att3dModel
+from prd.generators.latte3d import Latte3dConfig, Latte3dModel
+from prd.generators.single_pass import SinglePassModel
 from prd.text.loading import encoder_hashes, load_encoder
 
 LENGTH, WIDTH = 5, 12
@@ -33,10 +33,10 @@ LATTE3D = Latte3dConfig(
     head_width=8,
     frequencies=2,
 )
-KINDS = {"atom": (AtomGenerator, ATOM), "att3d": (Att3dGenerator, ATT3D), "latte3d": (Latte3dGenerator, LATTE3D)}
+KINDS = {"atom": (AtomModel, ATOM), "att3d": (Att3dModel, ATT3D), "latte3d": (Latte3dModel, LATTE3D)}
 
 
-def make(kind: str, seed: int = 0) -> SinglePassGenerator:
+def make(kind: str, seed: int = 0) -> SinglePassModel:
     """A generator with random weights everywhere, those that start at zero included."""
     model_class, config = KINDS[kind]
     torch.manual_seed(seed)
