@@ -42,6 +42,7 @@ class SinglePassModel(nn.Module):
     takes_shapes: ClassVar[bool] = (
         False  # whether `generate` takes point clouds, and `dummy` is one
     )
+    shares_text_encoder: ClassVar[bool] = True  # whether a teacher's, if it is the same, may stand for it
     num_estimates = 1  # of a rollout
 
     def __init__(self, config: Any) -> None:

@@ -67,7 +67,7 @@ class TriplaneTurboModel(nn.Module):
 
     config_class = TriplaneTurboConfig
     folder_name = "adapter"  # in a run folder
-    takes_shapes = False
+    takes_shapes = shares_text_encoder = False
 
     def __init__(
         self,

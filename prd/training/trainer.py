@@ -30,7 +30,6 @@ from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.progressive import JudgeLog
 from prd.evaluation.report import write_report
 from prd.generators.protocol import Generator
-from prd.generators.single_pass import SinglePassGenerator
 from prd.rendering.background import TextBackground
 from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
@@ -101,7 +100,7 @@ class Trainer:
                 logger.warning(found)
         self.student.to(self.device)
         self.teachers = load_teachers(config, self.device)
-        if isinstance(self.student, SinglePassGenerator) and not config.teachers.offload:
+        if self.student.shares_text_encoder and not config.teachers.offload:
             self.encoder = shared_encoder(self.encoder, [teacher for teacher, _ in self.teachers])
         self.encoder.model.to(self.device)
         text_width = self.encoder([""]).shape[-1]
