@@ -39,9 +39,7 @@ class SinglePassModel(nn.Module):
     folder_name = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
-    takes_shapes: ClassVar[bool] = (
-        False  # whether `generate` takes point clouds, and `dummy` is one
-    )
+    takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
     shares_text_encoder: ClassVar[bool] = True  # whether a teacher's, if it is the same, may stand for it
     num_estimates = 1  # of a rollout
 
