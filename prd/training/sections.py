@@ -12,15 +12,21 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from prd.distillation.asd import AsdConfig as DistillationConfig  # noqa: F401
+from prd.distillation.interpolation import InterpolationConfig  # noqa: F401
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
+from prd.teachers.base import TeacherConfig, TeacherOptions
+from prd.teachers.deepfloyd import DeepFloydTeacherConfig as DeepFloydConfig
+from prd.teachers.mvdream import MVDreamTeacherConfig
+from prd.teachers.richdreamer import RichDreamerTeacherConfig as RichDreamerConfig
+from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
 from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
 
 Schedule = float | tuple[float, float]
 Elevation = Annotated[float, Field(gt=-90, lt=90)]
 Angle = Annotated[float, Field(gt=0, lt=180)]
-Timestep = Annotated[float, Field(ge=1, le=999)]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -59,19 +65,6 @@ class PromptsConfig:
     embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
     held_out: tuple[str, ...] = ()  # prompts never trained on; exactly these texts
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class InterpolationConfig:
-    """Training what lies between two prompts (ATT3D, section 3.2.2): m((1 - a) c1 + a c2) for a share a of the second.
-
-    The shares (1 - a, a) are drawn from a Dirichlet distribution. What the teachers are asked for is interpolated
-    in their text embeddings, in their guidance (the two predictions), or in the loss (two judgements).
-    """
-
-    probability: Fraction = 0.0  # of pairing a prompt with another one
-    over: Literal["embeddings", "guidance", "losses"] = "embeddings"  # what is interpolated at the teachers
-    concentration: Positive = 1.0  # of the Dirichlet distribution: 1 uniform, below 1 near the two prompts
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -165,53 +158,11 @@ class ShadingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
-class TeacherConfig:
-    """One teacher and its guidance."""
-
-    enabled: bool = True  # False: not loaded
-    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
-    weight: NonNegative = 1.0  # of this teacher's loss
-    guidance_scale: Schedule = 7.5  # classifier-free guidance
-    eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
-    negative_prompt: str = ""  # of the classifier-free guidance
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class StableDiffusionConfig(TeacherConfig):
-    """Stable Diffusion, which sees one view of a prompt and may be told which."""
-
-    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it, or "toybox"; null: none
-    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class DeepFloydConfig(TeacherConfig):
-    """DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
-
-    enabled: bool = False  # True: loaded
-    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
-    guidance_scale: Schedule = 20.0  # classifier-free guidance
-    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class RichDreamerConfig(TeacherConfig):
-    """RichDreamer, whose normal and disparity images have two conventions."""
-
-    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
-    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class TeachersConfig:
+class TeachersConfig(TeacherOptions):
     """The three teachers of the paper, section 3.4, and how all are kept."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
-    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
-    offload: bool = False  # keep idle teachers in main memory
     stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)  # one random view a prompt
-    mvdream: TeacherConfig = field(default_factory=TeacherConfig)  # all views jointly, RGB
+    mvdream: MVDreamTeacherConfig = field(default_factory=MVDreamTeacherConfig)  # all views jointly, RGB
     richdreamer: RichDreamerConfig = field(default_factory=RichDreamerConfig)  # all views jointly, normal + disparity
     deepfloyd: DeepFloydConfig = field(default_factory=DeepFloydConfig)  # one random view a prompt, in pixels
 
@@ -220,27 +171,6 @@ class TeachersConfig:
         """Those that are enabled."""
         every = (self.stable_diffusion, self.mvdream, self.richdreamer, self.deepfloyd)
         return [teacher for teacher in every if teacher.enabled]
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class DistillationConfig:
-    """Asynchronous score distillation, paper Eq. 1-2."""
-
-    t_min: Timestep | tuple[Timestep, Timestep] = (500.0, 20.0)  # smallest teacher timestep, of 1000
-    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
-    weighting: Literal["dmd", "uniform", "sds", "sqrt"] = "dmd"  # w(t); "dmd" is Eq. 2
-    delta: Positive = 0.1  # added to the denominator of Eq. 2
-    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
-    x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
-    average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
-    grad_clip: Positive | None = None  # bound on each element of a teacher's gradient at its input; null: none
-
-    @model_validator(mode="after")
-    def _check(self) -> DistillationConfig:
-        for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
-            if t_min >= self.t_max:
-                raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
