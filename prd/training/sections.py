@@ -12,14 +12,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from prd.cameras import CamerasConfig  # noqa: F401
+from prd.distillation.regularizers import RegularizersConfig  # noqa: F401
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
-from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
+from prd.rendering.shading import ShadingConfig  # noqa: F401
+from prd.rendering.surface import SurfaceConfig  # noqa: F401
+from prd.rendering.volume import VolumeConfig  # noqa: F401
+from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Schedule, Size
 
-Schedule = float | tuple[float, float]
-Elevation = Annotated[float, Field(gt=-90, lt=90)]
-Angle = Annotated[float, Field(gt=0, lt=180)]
 Timestep = Annotated[float, Field(ge=1, le=999)]
 
 
@@ -91,76 +93,6 @@ class LibraryConfig:
             for value in given if isinstance(given, tuple) else (given,):
                 if not 0 <= value <= 1:
                     raise ValueError(f"{name}={given}: must lie in 0..1")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class CamerasConfig:
-    """Orbit cameras around the object; azimuths are spaced evenly from a random start."""
-
-    views: Count = 4  # views a prompt, evenly spaced in azimuth
-    elevation: tuple[Elevation, Elevation] = (0.0, 30.0)  # range, degrees above the horizon
-    relative_distance: tuple[Positive, Positive] = (0.8, 1.0)  # range of distance * tan(fovy / 2)
-    fovy: Angle | tuple[Angle, Angle] = 60.0  # vertical field of view, degrees; a range is drawn from
-    distance: tuple[Positive, Positive] | None = None  # range, scene units, in the place of relative_distance
-
-    @model_validator(mode="after")
-    def _check(self) -> CamerasConfig:
-        for name in ("elevation", "relative_distance", "fovy", "distance"):
-            if not isinstance(given := getattr(self, name), tuple):
-                continue
-            low, high = given
-            if low > high:
-                raise ValueError(f"{name}=[{low}, {high}]: must be [low, high]")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class VolumeConfig:
-    """The NeuS volume renderer."""
-
-    height: Count = 128  # image height, pixels
-    width: Count = 128  # image width, pixels
-    num_samples: Size = 64  # uniform samples a ray; the proposal's fine samples if there is importance sampling
-    num_importance_samples: Annotated[int, Field(ge=0)] = 128  # proposal samples a ray; 0: none
-    inv_std: Positive | tuple[Positive, Positive] = 100.0  # s of the logistic density, 1 / scene units
-    grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
-    max_rays: Count | None = None  # rays of a prompt at a time, made again in the backward pass; null: all at once
-    rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
-    rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class SurfaceConfig:
-    """The mesh renderer: isosurface and rasteriser."""
-
-    height: Count = 512  # image height, pixels
-    width: Count = 512  # image width, pixels
-    grid_resolution: Size = 128  # nodes of the isosurface grid along each axis
-    sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf
-    deformation_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the deformation
-    isosurface: Literal["cubes", "tetrahedra"] = "cubes"  # marching cubes, or DMTet's marching tetrahedra
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class ShadingConfig:
-    """Shading of training renders by a random light, so that geometry is not drawn in the texture (DreamFusion, 3.1).
-
-    The rest of the prompts, 1 - textureless - diffuse, keep their colours as they are ("shadeless").
-    """
-
-    textureless: Fraction = 0.0  # share of prompts rendered white under the light
-    diffuse: Fraction = 0.0  # share of prompts whose colours are rendered under the light
-    ambient: tuple[Fraction, Fraction] = (
-        0.1,
-        0.4,
-    )  # range of the light from everywhere; the rest is diffuse
-    light_distance: tuple[Positive, Positive] = (0.8, 1.5)  # range, over the camera's; the light is near the camera
-
-    @model_validator(mode="after")
-    def _check(self) -> ShadingConfig:
-        if self.textureless + self.diffuse > 1:
-            raise ValueError(f"textureless={self.textureless}, diffuse={self.diffuse}: are shares of one whole")
         return self
 
 
@@ -241,14 +173,6 @@ class DistillationConfig:
             if t_min >= self.t_max:
                 raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
         return self
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class RegularizersConfig:
-    """Weights of the geometric regularisers on the volume render."""
-
-    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
-    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
