@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.asd import Guidance
 from prd.distillation.schedules import LinearSchedule
 from prd.generators.atom import AtomGenerator
@@ -263,7 +263,6 @@ def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
     )
 
 
-def camera_sampling(config: TrainConfig) -> CameraSampling:
+def camera_sampling(config: TrainConfig) -> CamerasConfig:
     """How the cameras of every one of the K estimates are drawn."""
-    cameras = config.cameras
-    return CameraSampling(cameras.views, cameras.elevation, cameras.relative_distance, cameras.fovy, cameras.distance)
+    return config.cameras

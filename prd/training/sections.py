@@ -22,12 +22,12 @@ from prd.teachers.deepfloyd import DeepFloydTeacherConfig as DeepFloydConfig
 from prd.teachers.mvdream import MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerTeacherConfig as RichDreamerConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
-from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
-
-Schedule = float | tuple[float, float]
-Elevation = Annotated[float, Field(gt=-90, lt=90)]
-Angle = Annotated[float, Field(gt=0, lt=180)]
-
+from prd.cameras import CamerasConfig  # noqa: F401
+from prd.distillation.regularizers import RegularizersConfig  # noqa: F401
+from prd.rendering.shading import ShadingConfig  # noqa: F401
+from prd.rendering.surface import SurfaceConfig  # noqa: F401
+from prd.rendering.volume import VolumeConfig  # noqa: F401
+from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Schedule, Size
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
 class ModelConfig:
@@ -159,6 +159,46 @@ class ShadingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
 class TeachersConfig(TeacherOptions):
+class TeacherConfig:
+    """One teacher and its guidance."""
+
+    enabled: bool = True  # False: not loaded
+    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
+    weight: NonNegative = 1.0  # of this teacher's loss
+    guidance_scale: Schedule = 7.5  # classifier-free guidance
+    eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
+    negative_prompt: str = ""  # of the classifier-free guidance
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class StableDiffusionConfig(TeacherConfig):
+    """Stable Diffusion, which sees one view of a prompt and may be told which."""
+
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it, or "toybox"; null: none
+    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class DeepFloydConfig(TeacherConfig):
+    """DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
+
+    enabled: bool = False  # True: loaded
+    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
+    guidance_scale: Schedule = 20.0  # classifier-free guidance
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class RichDreamerConfig(TeacherConfig):
+    """RichDreamer, whose normal and disparity images have two conventions."""
+
+    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
+    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeachersConfig:
     """The three teachers of the paper, section 3.4, and how all are kept."""
 
     stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)  # one random view a prompt
@@ -179,6 +219,24 @@ class RegularizersConfig:
 
     eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
     sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
+class DistillationConfig:
+    """Asynchronous score distillation, paper Eq. 1-2."""
+
+    t_min: Timestep | tuple[Timestep, Timestep] = (500.0, 20.0)  # smallest teacher timestep, of 1000
+    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
+    weighting: Literal["dmd", "uniform", "sds", "sqrt"] = "dmd"  # w(t); "dmd" is Eq. 2
+    delta: Positive = 0.1  # added to the denominator of Eq. 2
+    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
+    x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
+    average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
+    grad_clip: Positive | None = None  # bound on each element of a teacher's gradient at its input; null: none
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillationConfig:
+        for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
+            if t_min >= self.t_max:
+                raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
