@@ -114,7 +114,7 @@ class Sketch:
 
 def make_trainer(folder: Path, batch: int, renderers: str, threads: int) -> Any:
     """The toy box's recipe in a folder of its own."""
-    from prd.training.config import load_config
+    from prd.training.recipes import load_config
     from prd.training.trainer import Trainer
 
     words = ["--output_dir", str(folder / "run"), "--train_batch_size", str(batch), "--renderers", renderers]

@@ -190,14 +190,15 @@ The keys and their defaults (recipes change them):
 
 
 def _train(overrides: Sequence[str]) -> int:
-    from prd.training.config import parse_args, shipped_recipes
+    from prd.training.recipes import parse_args, shipped_recipes
 
     if {"-h", "--help"} & set(overrides):
-        from prd.training.config import TrainConfig, dump_config
+        from prd.training.config import TrainConfig
+        from prd.training.recipes import dump_config
 
         print(f"{TRAIN_HELP}\n{dump_config(TrainConfig())}\nrecipes: {', '.join(shipped_recipes())}")
         return 0
-    from prd.training.config import ConfigError
+    from prd.errors import ConfigError
 
     try:
         config = parse_args(overrides)

@@ -59,7 +59,7 @@ def _save_random_adapter(folder: Path) -> None:
     """A student whose every trained tensor is random, near its starting sphere."""
     from prd.loading.stable_diffusion import load_base
     from prd.training.build import build_student
-    from prd.training.config import load_config
+    from prd.training.recipes import load_config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prd.toybox.ASSETS", folder)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prd.training.config import ConfigError
+from prd.errors import ConfigError
 from prd.training.sections import PromptsConfig
 from prd.utils.files import write_atomic
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.errors import ConfigError
 from prd.fields.protocol import AutogradGradient
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Mesh
@@ -30,7 +31,6 @@ from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.views import Views
 from prd.text.encoders import PromptEncoder
 from prd.toybox.world import ExactField, parse_caption
-from prd.training.config import ConfigError
 from prd.training.sections import LibraryConfig
 
 INDEX = "library.jsonl"

@@ -17,11 +17,10 @@ NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
 
 @settings(frozen=True, kw_only=True, config=CHECKS)
-class RegularizersConfig:
-    """Weights of the geometric regularisers on the volume render."""
+class RegularizerConfig:
+    """Settings of a regulariser; one of the user's own with more settings has a subclass."""
 
-    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
-    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
+    weight: Schedule = 1.0  # of its loss
 
 
 def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
-from prd.cameras import CamerasConfig
-from prd.distillation.asd import Guidance
-from prd.distillation.schedules import LinearSchedule
+from prd.distillation.asd import AsdConfig, Guidance
+from prd.errors import ConfigError
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
@@ -22,19 +21,23 @@ from prd.isosurface.marching_cubes import marching_cubes
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from prd.loading.stable_diffusion import Base, load_base
 from prd.rendering.alpha import AlphaModel, NeusAlpha
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
-from prd.teachers.base import Teacher, UNetTeacher
+from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
+from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest, encoder_hashes, load_encoder
 from prd.toybox import asset
-from prd.training.config import ConfigError, TrainConfig, stages_of
-from prd.training.sections import ModelConfig, Schedule, StableDiffusionConfig, TeacherConfig
+from prd.training.classes import class_name_of
+from prd.training.config import TrainConfig
+from prd.training.recipes import stages_of
+from prd.training.sections import ModelConfig
+from prd.utils.checked_types import number
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
@@ -67,7 +70,7 @@ def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | Singl
         if (made := read_record(folder)["_class_name"]) != kind.class_name:
             raise GeneratorMismatch(
                 f"init_from={config.init_from!r}: _class_name is {made!r}, expected {kind.class_name!r}; give one of "
-                "that class, or another model.generator"
+                "that class, or another model.class"
             )
         saved = kind.from_pretrained(folder)
         check_same_settings(config.init_from, saved.config, generator.config)
@@ -123,7 +126,9 @@ def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
 
 def teachers_dtype(config: TrainConfig) -> torch.dtype:
     """Of the teachers' weights, and of the text encoder of a generator of one pass."""
-    return getattr(torch, config.teachers.dtype) if config.teachers.dtype else DTYPES[config.mixed_precision]
+    return (
+        getattr(torch, config.teacher_options.dtype) if config.teacher_options.dtype else DTYPES[config.mixed_precision]
+    )
 
 
 def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> PromptEncoder:
@@ -135,38 +140,39 @@ def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> Promp
 
 def load_teachers(config: TrainConfig) -> dict[str, Teacher]:
     """The teachers that any stage enables, by name, frozen, on the CPU."""
-    section, dtype = config.teachers, teachers_dtype(config)
-    sd, mv, rd, pixels = (
-        _as_loaded(name, config) for name in ("stable_diffusion", "mvdream", "richdreamer", "deepfloyd")
-    )
+    options, dtype = config.teacher_options, teachers_dtype(config)
+    stages = [stage.config for stage in stages_of(config)]
     loaded: dict[str, Teacher] = {}
-    if sd is not None:
-        loaded["stable_diffusion"] = _stable_diffusion(sd, dtype, section.checkpoint_vae)
-    if mv is not None:
-        folder = _place("mvdream", mv)
-        loaded["mvdream"] = MVDreamTeacher.from_pretrained(
-            folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae
-        )
-    if rd is not None:
-        normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
-        if rd.input_convention is not None:
-            normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
-        loaded["richdreamer"] = normals
-    if pixels is not None:
-        told = pixels.view_dependent_prompts
-        floyd = DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told)
-        loaded["deepfloyd"] = floyd
+    for name in dict.fromkeys(name for stage in stages for name in stage.teachers):
+        settings: Any = _as_loaded(name, stages)
+        if settings is None:
+            continue
+        kind = class_name_of(config, f"teachers.{name}")
+        if kind == "stable_diffusion":
+            loaded[name] = _stable_diffusion(settings, dtype, options.checkpoint_vae)
+        elif kind == "mvdream":
+            loaded[name] = MVDreamTeacher.from_pretrained(
+                _place(kind, settings), torch_dtype=dtype, checkpoint_vae=options.checkpoint_vae
+            )
+        elif kind == "richdreamer":
+            normals = RichDreamerTeacher.from_pretrained(_place(kind, settings), torch_dtype=dtype)
+            if settings.input_convention is not None:
+                normals.config = replace(normals.config, **RICHDREAMER_INPUTS[settings.input_convention])
+            loaded[name] = normals
+        else:
+            loaded[name] = DeepFloydTeacher.from_pretrained(
+                settings.path, torch_dtype=dtype, view_dependent=settings.view_dependent_prompts
+            )
     share_texts(list(loaded.values()))
     return loaded
 
 
-def _as_loaded(name: str, config: TrainConfig) -> Any:
+def _as_loaded(name: str, stages: Sequence[TrainConfig]) -> TeacherConfig | None:
     """A teacher's settings in the stages that enable it, None if none does; ConfigError if these load it differently.
 
     What asks it anew at every step (enabled, weight, guidance) may change from stage to stage; the rest loads it.
     """
-    given = [getattr(stage.config.teachers, name) for stage in stages_of(config)]
-    enabled = [settings for settings in given if settings.enabled]
+    enabled = [stage.teachers[name] for stage in stages if name in stage.enabled_teachers]
     for field in fields(enabled[0]) if enabled else ():
         values = {getattr(settings, field.name) for settings in enabled}
         if len(values) > 1 and field.name not in ASKED:
@@ -213,56 +219,41 @@ def _place(name: str, settings: TeacherConfig) -> str:
     return str(asset(name)) if settings.path == "toybox" else settings.path
 
 
-def at(schedule: Schedule, config: TrainConfig, step: int) -> float:
-    """The value of a schedule at an optimizer step, spanning `schedule_steps`."""
-    return LinearSchedule.from_value(schedule, config.schedule_steps or config.max_train_steps)(step)
-
-
-def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guidance:
-    """How a teacher is asked at an optimizer step."""
-    distillation = config.distillation
+def guidance(settings: TeacherConfig, loss: AsdConfig) -> Guidance:
+    """How a teacher is asked at a step, of settings whose schedules are numbers."""
     return Guidance(
-        guidance_scale=at(settings.guidance_scale, config, step),
-        t_min=int(at(distillation.t_min, config, step)),
-        t_max=distillation.t_max,
+        guidance_scale=number(settings.guidance_scale),
+        t_min=int(number(loss.t_min)),
+        t_max=loss.t_max,
         eta=settings.eta,
-        weighting=distillation.weighting,
-        delta=distillation.delta,
-        x0_from=distillation.x0_from,
-        average_over=distillation.average_over,
-        reference=distillation.reference,
-        grad_clip=distillation.grad_clip,
+        weighting=loss.weighting,
+        delta=loss.delta,
+        x0_from=loss.x0_from,
+        average_over=loss.average_over,
+        reference=loss.reference,
+        grad_clip=loss.grad_clip,
         negative_prompt=settings.negative_prompt,
     )
 
 
-def build_volume_renderer(config: TrainConfig, step: int, alpha: AlphaModel | None = None) -> VolumeRenderer:
-    """The volume renderer with its gradient scales at an optimizer step; alpha: of the generator, None: NeuS."""
-    volume = config.volume
-    if alpha is None:
-        alpha = NeusAlpha(at(volume.inv_std, config, step))
+def build_volume_renderer(volume: VolumeConfig, alpha: AlphaModel | None = None) -> VolumeRenderer:
+    """The volume renderer at a step; alpha: of the model, None: NeuS."""
     return VolumeRenderer(
         num_samples=volume.num_samples,
         num_importance_samples=volume.num_importance_samples,
         max_rays=volume.max_rays,
-        alpha=alpha,
-        rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),
-        rgb_weight_gradient_scale=at(volume.rgb_weight_gradient_scale, config, step),
+        alpha=NeusAlpha(number(volume.inv_std)) if alpha is None else alpha,
+        rgb_gradient_scale=number(volume.rgb_gradient_scale),
+        rgb_weight_gradient_scale=number(volume.rgb_weight_gradient_scale),
     )
 
 
-def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
-    """The mesh renderer in training mode with its gradient scales at an optimizer step."""
-    surface = config.surface
+def build_surface_renderer(surface: SurfaceConfig) -> SurfaceRenderer:
+    """The mesh renderer in training mode at a step."""
     return SurfaceRenderer(
         resolution=surface.grid_resolution,
-        sdf_gradient_scale=at(surface.sdf_gradient_scale, config, step),
-        deformation_gradient_scale=at(surface.deformation_gradient_scale, config, step),
+        sdf_gradient_scale=number(surface.sdf_gradient_scale),
+        deformation_gradient_scale=number(surface.deformation_gradient_scale),
         isosurface=marching_tetrahedra if surface.isosurface == "tetrahedra" else marching_cubes,
         on_empty="correct",
     )
-
-
-def camera_sampling(config: TrainConfig) -> CamerasConfig:
-    """How the cameras of every one of the K estimates are drawn."""
-    return config.cameras

@@ -6,14 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prd.cameras import Cameras
 from prd.fields.protocol import Field
-from prd.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 SKIPPED = "skipped.jsonl"  # in the run folder: a line for each estimate behind a step that was skipped
 WATCHED = 4  # prompts whose shapes are compared

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
 from prd.toybox.score import score_field
-from prd.training.build import camera_sampling
-from prd.training.config import TrainConfig
 from prd.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
     """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, in the middle of the training range."""
     views = config.validation.views
     azimuth = (30 + torch.arange(views) * 360 / views).expand(batch, -1)
-    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *camera_sampling(config).middle)
+    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *config.cameras.middle)
 
 
 def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Views | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,15 +24,10 @@ from prd.rendering.shading import shade_views
 from prd.rendering.views import Views
 from prd.rendering.volume import GradientSamples
 from prd.teachers.base import Teacher
-from prd.training.build import (
-    at,
-    build_surface_renderer,
-    build_volume_renderer,
-    camera_sampling,
-    guidance_at,
-)
+from prd.training.build import build_surface_renderer, build_volume_renderer, guidance
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
+from prd.utils.checked_types import number
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
@@ -41,11 +37,11 @@ class CollapseError(RuntimeError):
     """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
 
 
-class Supervision:
-    """Judges the fields of a stage: renders each from fresh cameras and asks the teachers.
+class Objective:
+    """The loss of a stage's fields: renders each from fresh cameras and asks the teachers.
 
     teachers    by name, each asked where the stage enables it
-    alpha       how the volume renderer reads the generator's fields; called at every render, None: NeuS
+    alpha       how the volume renderer reads the model's fields; called at every render, None: NeuS
     background  made from the text, trained along; None: the stage's grey level
     """
 
@@ -58,90 +54,68 @@ class Supervision:
         alpha: Any = None,
         background: TextBackground | None = None,
     ) -> None:
-        self.stage, self.config, self.teachers, self.device = stage, stage.config, teachers, device
+        self.stage, self.teachers, self.device = stage, teachers, device
         self.alpha, self.background = alpha, background
-        self.cameras = camera_sampling(stage.config)
-
-    @torch.no_grad()
-    def judges(self, step: int) -> list[WeightedTeacher]:
-        """The teachers of this stage, as they are asked at a step of it."""
-        found = []
-        for name, teacher in self.teachers.items():
-            own = getattr(self.config.teachers, name)
-            if own.enabled:
-                found.append(WeightedTeacher(teacher, own.weight, guidance_at(self.config, own, step)))
-        return found
 
     def __call__(
-        self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, witness: NonFiniteDiagnostics
+        self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, diagnostics: NonFiniteDiagnostics
     ) -> Tensor:
         """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
 
         field  the prompts of ks[0], then those of ks[1], ...
         """
-        size, local = len(batch.prompts), step - self.stage.first
-        judges = self.judges(local)
+        size, config = len(batch.prompts), self.stage.at(step)
         with torch.autocast(self.device.type, enabled=False):  # geometry and losses are float32
             loss = torch.zeros((), device=self.device)
-            for names, alike in by_renderers(self.config, step, ks).items():
-                count = len(alike)
+            for names, alike in by_renderers(config, step, ks).items():
                 rows = [(k - ks.start) * size + i for k in alike for i in range(size)]
-                uniforms = draw_uniform((len(rows), self.cameras.num_draws), batch.draws(CAMERAS, *alike))
-                cameras = self.cameras.sample(uniforms).to(self.device)
-                for k, own in zip(alike, cameras.chunk(count), strict=True):
-                    witness.ask(k, batch.prompts, own)
+                uniforms = draw_uniform((len(rows), config.cameras.num_draws), batch.draws(CAMERAS, *alike))
+                cameras = config.cameras.sample(uniforms).to(self.device)
+                for k, own in zip(alike, cameras.chunk(len(alike)), strict=True):
+                    diagnostics.ask(k, batch.prompts, own)
                 part = some_samples(field, rows, len(ks) * size)
-                for name, views, regularizer in self.render(step, names, part, cameras, batch, alike, log):
-                    judged = self.judge(views, judges, batch, alike, local, log, name)
-                    loss = loss + count * regularizer + judged
-            witness.answer(loss)
+                shown = Shown(config, step, batch, alike, cameras, log)
+                for name, views, regularizer in self.render(shown, names, part):
+                    judged = self.judge(shown, name, views)
+                    loss = loss + len(alike) * regularizer + judged
+            diagnostics.answer(loss)
             return loss
 
-    def judge(
-        self,
-        views: Views,
-        judges: Sequence[WeightedTeacher],
-        batch: Batch,
-        alike: Sequence[int],
-        local: int,
-        log: JudgeLog,
-        name: str,
-    ) -> Tensor:
+    def judge(self, shown: Shown, name: str, views: Views) -> Tensor:
         """What teachers and the library say of the views of some estimates, summed over these."""
-        library, count = self.config.library, len(alike)
-        alpha = at(library.alpha, self.config, local)
+        config, batch, count = shown.config, shown.batch, len(shown.ks)
+        alpha = number(config.library.alpha)
         loss = torch.zeros((), device=self.device)
+        judges = self.judges(config)
         if judges:
             mixture = None if batch.mixture is None else batch.mixture.repeat(count)
-            draws = batch.draws(TEACHERS, *alike)
-            judged = judge_views(views, judges, batch.prompts * count, draws, log, name, count, mixture=mixture)
+            draws = batch.draws(TEACHERS, *shown.ks)
+            judged = judge_views(views, judges, batch.prompts * count, draws, shown.log, name, count, mixture=mixture)
             loss = loss + (1 - alpha) * judged
         if batch.shapes is not None:
-            weights = alpha * library.mask_weight, at(library.reconstruction, self.config, local)
-            loss = loss + count * follow_shapes(views, batch.shapes.repeat(count), *weights, log)
+            weights = alpha * config.library.mask_weight, number(config.library.reconstruction)
+            loss = loss + count * follow_shapes(views, batch.shapes.repeat(count), *weights, shown.log)
         return loss
 
-    def render(
-        self,
-        step: int,
-        names: Sequence[str],
-        field: Field,
-        cameras: Cameras,
-        batch: Batch,
-        alike: Sequence[int],
-        log: JudgeLog,
-    ) -> Iterator[tuple[str, Views, Tensor]]:
+    def judges(self, config: TrainConfig) -> list[WeightedTeacher]:
+        """The teachers that are enabled, as they are asked at this step."""
+        return [
+            WeightedTeacher(self.teachers[name], own.weight, guidance(own, config.distillation))
+            for name, own in config.enabled_teachers.items()
+        ]
+
+    def render(self, shown: Shown, names: Sequence[str], field: Field) -> Iterator[tuple[str, Views, Tensor]]:
         """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
-        config, local, count = self.config, step - self.stage.first, cameras.batch
-        embeds = batch.embeds.repeat(len(alike), 1, 1)
-        resolution = config.volume.grid_resolution
+        config, cameras, batch, count = shown.config, shown.cameras, shown.batch, shown.cameras.batch
+        embeds = batch.embeds.repeat(len(shown.ks), 1, 1)
+        resolution = config.renderers["volume"].grid_resolution if "volume" in config.renderers else None
         grid = GridField(field, resolution, count, self.device) if resolution else field
         for name in names:
-            size = config.volume if name == "volume" else config.surface
-            background = self.backdrop(cameras, size.height, size.width, embeds)
+            size = config.renderers[name]
+            background = self.backdrop(config, cameras, size.height, size.width, embeds)
             if name == "volume":
                 alpha: AlphaModel | None = None if self.alpha is None else self.alpha()
-                renderer = build_volume_renderer(config, local, alpha)
+                renderer = build_volume_renderer(size, alpha)
                 shape = (count, renderer.passes, cameras.views, size.height, size.width)
                 views, gradient = renderer.render_with_samples(
                     grid,
@@ -149,24 +123,26 @@ class Supervision:
                     height=size.height,
                     width=size.width,
                     background=background,
-                    jitter=draw_uniform(shape, batch.draws(JITTER, *alike)).transpose(0, 1),
+                    jitter=draw_uniform(shape, batch.draws(JITTER, *shown.ks)).transpose(0, 1),
                 )
-                regularizer = self.regularizer(step, views, gradient, log)
+                regularizer = self.regularizer(shown, views, gradient)
             else:
-                views, stats = build_surface_renderer(config, local).render_with_stats(
-                    grid if resolution == config.surface.grid_resolution else field,
+                views, stats = build_surface_renderer(size).render_with_stats(
+                    grid if resolution == size.grid_resolution else field,
                     cameras,
                     height=size.height,
                     width=size.width,
                     background=background,
                 )
-                log.add("surfaces_corrected", stats.corrected.float().mean(), count)  # the rate of empty ones
+                shown.log.add("surfaces_corrected", stats.corrected.float().mean(), count)  # the rate of empty ones
                 regularizer = torch.zeros((), device=self.device)
-            yield name, self.shade(views, background, batch.draws(SHADING, *alike)), regularizer
+            yield name, self.shade(config, views, background, batch.draws(SHADING, *shown.ks)), regularizer
 
-    def shade(self, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]) -> Views:
+    def shade(
+        self, config: TrainConfig, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]
+    ) -> Views:
         """The views under a random point light near the camera, for the share of prompts that the config says."""
-        shading = self.config.shading
+        shading = config.shading
         if not shading.textureless + shading.diffuse:
             return views
         drawn = draw_uniform((len(draws), 6), draws).to(self.device)
@@ -184,18 +160,20 @@ class Supervision:
             diffuse=(kind >= shading.textureless) & (kind < shading.textureless + shading.diffuse),
         )
 
-    def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
+    def backdrop(
+        self, config: TrainConfig, cameras: Cameras, height: int, width: int, embeds: Tensor
+    ) -> float | Tensor:
         """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
 
-        embeds [B, L, C]: a prompt is told by the mean over its tokens.
+        embeds [B, L, C]: the mean over its tokens stands for a prompt.
         """
         if self.background is None:
-            return self.config.background
+            return config.background
         return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
 
-    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
+    def regularizer(self, shown: Shown, views: Views, gradient: GradientSamples) -> Tensor:
         """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
-        weights, local = self.config.regularizers, step - self.stage.first
+        weights, step, log = shown.config.regularizers, shown.step, shown.log
         eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
         opacity = float(views.opacity.detach().mean())
         log.add("opacity", opacity, views.cameras.batch)
@@ -203,9 +181,21 @@ class Supervision:
         if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
             raise CollapseError(
                 f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
-                "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
+                "renderers.volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
             )
-        return at(weights.eikonal, self.config, local) * eikonal + at(weights.sparsity, self.config, local) * sparsity
+        return number(weights["eikonal"].weight) * eikonal + number(weights["sparsity"].weight) * sparsity
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Some estimates of a batch, with what they are seen by: the config's numbers at a step, cameras [len(ks) * B]."""
+
+    config: TrainConfig
+    step: int
+    batch: Batch
+    ks: Sequence[int]
+    cameras: Cameras
+    log: JudgeLog
 
 
 def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: JudgeLog) -> Tensor:
@@ -230,14 +220,5 @@ def by_renderers(config: TrainConfig, step: int, ks: Sequence[int]) -> dict[tupl
     """The estimates ks by the renderers they meet, which are drawn and judged together."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for k in ks:
-        alike.setdefault(renderers_of(config, step, k), []).append(k)
+        alike.setdefault(config.renderers_of(step, k), []).append(k)
     return alike
-
-
-def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
-    """The renderers of estimate k: both, or by turns, starting with another one every step."""
-    if config.renderers == "both":
-        return ("volume", "surface")
-    if config.renderers == "alternate":
-        return ("volume",) if (step + k) % 2 == 0 else ("surface",)
-    return (config.renderers,)

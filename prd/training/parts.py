@@ -55,9 +55,9 @@ def build_parts(config: TrainConfig, device: torch.device | str = "cpu") -> Part
     model, encoder = build_generator(config)
     model.to(device)
     teachers = load_teachers(config)
-    if isinstance(model, SinglePassGenerator) and not config.teachers.offload:
+    if isinstance(model, SinglePassGenerator) and not config.teacher_options.offload:
         encoder = shared_encoder(encoder, list(teachers.values()))
-    parts = Parts(model, encoder, corpus, teachers).to(device, offload=config.teachers.offload)
+    parts = Parts(model, encoder, corpus, teachers).to(device, offload=config.teacher_options.offload)
     if embeddings is not None:
         parts.text_encoder = embeddings.encoder(encoder, "student")
         for teacher in teachers.values():

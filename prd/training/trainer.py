@@ -24,13 +24,14 @@ from prd.evaluation.report import write_report
 from prd.fields.protocol import Field
 from prd.generators.single_pass import SinglePassGenerator
 from prd.rendering.background import TextBackground
-from prd.training.config import Stage, TrainConfig, dump_config, save_config, stages_of, to_dict
+from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.ema import WeightAverage
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
-from prd.training.objective import Supervision, renderers_of
-from prd.training.optimizers import build_optimizer, learning_rate, trainable_parameters
+from prd.training.objective import Objective
+from prd.training.optimizers import build_optimizer, lr_factor, trainable_parameters
 from prd.training.parts import Parts, build_parts
+from prd.training.recipes import dump_config, save_config, stages_of, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
 from prd.training.run.clock import TIME_IS_UP, Clock
 from prd.training.run.folder import check_run, run_lock, write_environment
@@ -57,7 +58,7 @@ class Trainer:
         self.config = config = resumed_config(self.config, self.resumed, self.global_batch_size)
         torch.manual_seed(config.seed)
         parts = parts or build_parts(config, self.device)
-        self.parts = parts.to(self.device, offload=config.teachers.offload)
+        self.parts = parts.to(self.device, offload=config.teacher_options.offload)
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
         if self.accelerator.is_main_process:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
@@ -112,16 +113,15 @@ class Trainer:
         self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         if isinstance(self.model, SinglePassGenerator):
-            self.model.begin_stage(stage.config.trained)
-        chosen = trainable_parameters(self.model, stage.config.trained)
+            self.model.begin_stage(stage.config.trainable)
+        chosen = trainable_parameters(self.model, stage.config.trainable)
         for parameter in trainable_parameters(self.model, None):
             parameter.requires_grad_(False)
         for parameter in chosen:
             parameter.requires_grad_(True)
         self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config, self.parameters))
-        self.lr_factor = learning_rate(stage.config)
-        self.objective = Supervision(
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config.optimizer, self.parameters))
+        self.objective = Objective(
             stage,
             self.parts.teachers,
             self.device,
@@ -139,7 +139,7 @@ class Trainer:
                 self.average.restart(self.parameters)
         config, log, diagnostics, reason = self.stage.config, JudgeLog(), NonFiniteDiagnostics(), NOT_FINITE
         begun = time.time()
-        lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
+        lr = config.optimizer.lr * lr_factor(config.optimizer, step - self.stage.first, config.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +170,7 @@ class Trainer:
         """Frames that a step renders, over all processes."""
         config = self.stage.config
         estimates = 1 if isinstance(self.model, SinglePassGenerator) else config.num_denoising_steps
-        renders = sum(len(renderers_of(config, step, k)) for k in range(estimates))
+        renders = sum(len(config.renderers_of(step, k)) for k in range(estimates))
         return self.global_batch_size * config.cameras.views * renders
 
     def wishes(self) -> dict[str, bool]:
@@ -211,7 +211,7 @@ class Trainer:
                 prompt_embeds=batch.embeds,
                 timesteps=model.timesteps(self.config.num_denoising_steps),
                 noise=noise,
-                at_once=self.config.estimates_at_once,
+                at_once=self.config.rollout_batch_size,
             )
 
     def draw(self, step: int, micro: int) -> Batch:

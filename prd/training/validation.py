@@ -7,23 +7,43 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic.dataclasses import dataclass
 
+from prd.errors import ConfigError
 from prd.evaluation.report import write_report
 from prd.generators.protocol import Generator
 from prd.text.encoders import PromptEncoder
 from prd.toybox.score import Score, score_field, summarise
 from prd.toybox.world import all_captions, parse_caption
-from prd.training.config import ConfigError, TrainConfig
 from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
+from prd.utils.checked_types import CHECKS, Count, Size
 from prd.utils.files import write_atomic
 
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class ValidationConfig:
+    """Settings of what is generated, drawn and measured before, during and after training."""
+
+    prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
+    every_steps: Count | None = None  # measure every so many steps; null: before and after only
+    spread_steps: Count | None = 100  # check that shapes of different prompts differ every so many steps; null: never
+    gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
+    num_inference_steps: Count = 4  # denoising steps of the model
+    views: Count = 4  # views per prompt on the contact sheet
+    stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones
+    resolution: Count = 128  # image height and width on the contact sheet, pixels
+    isosurface_resolution: Size = 64  # grid of the exported meshes
 
 
 class Validation:

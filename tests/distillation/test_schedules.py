@@ -6,7 +6,7 @@ import pytest
 
 from prd.distillation.schedules import LinearSchedule
 from prd.training.build import guidance_at
-from prd.training.config import load_config
+from prd.training.recipes import load_config
 from tests.fixtures import OFFICIAL, needs_fixtures
 
 

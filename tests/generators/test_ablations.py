@@ -8,7 +8,7 @@ import torch
 from prd.adapters.peta import PlaneLora
 from prd.generators import TriplaneTurboGenerator
 from prd.training.build import build_student
-from prd.training.config import load_config
+from prd.training.recipes import load_config
 from tests.adapters.tiny import tiny_base
 
 

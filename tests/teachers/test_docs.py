@@ -49,7 +49,7 @@ def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
     """As the page says: appended to the trainer's teachers before it starts."""
     names: dict = {}
     exec(compile(blocks()[0], str(PAGE), "exec"), names)
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path / "run"))
+    trainer = make("--renderer_schedule", "[volume]", "--output_dir", str(tmp_path / "run"))
     teacher = names["SilhouetteTeacher"].from_pretrained(folder).to(trainer.device)
     trainer.teachers.append((teacher, TeacherConfig(weight=1.0)))
     row = trainer.train_step(0)

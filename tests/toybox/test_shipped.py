@@ -32,7 +32,7 @@ from prd.toybox.data import ViewPool
 from prd.toybox.score import summarise
 from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
 from prd.training.build import load_teachers
-from prd.training.config import load_config
+from prd.training.recipes import load_config
 from prd.training.validation import measure, toybox_splits
 
 

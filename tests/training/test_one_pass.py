@@ -10,14 +10,22 @@ import torch
 from accelerate.state import AcceleratorState
 
 from prd.data.shape_library import LibraryError
+from prd.errors import ConfigError
 from prd.evaluation.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
 from prd.generators.single_pass import GeneratorMismatch
-from prd.training.config import ConfigError, load_config
+from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
 QUICK = [
     *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
-    *("--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"),
+    *(
+        "--renderers.volume.grid_resolution",
+        "16",
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+    ),
     *(
         "--validation.prompts",
         "[a red cube, a blue cone]",
@@ -58,9 +66,18 @@ def test_a_recipe_goes_through_its_stages(recipe: str, tmp_path: Path) -> None:
 def test_a_step_in_mixed_precision_is_near_the_exact_one(recipe: str) -> None:
     norms = []
     for precision in ("no", "bf16"):
-        words = ["--stages", "[]", "--renderers", "volume", "--library.alpha", "0", "--mixed_precision", precision]
+        words = [
+            "--stages",
+            "[]",
+            "--renderer_schedule",
+            "[volume]",
+            "--library.alpha",
+            "0",
+            "--mixed_precision",
+            precision,
+        ]
         AcceleratorState._reset_state(reset_partial_state=True)
-        trainer = make(recipe, "--max_train_steps", "2", *words, "--teachers.dtype", "float32")
+        trainer = make(recipe, "--max_train_steps", "2", *words, "--teacher_options.dtype", "float32")
         row = trainer.train_step(0)
         assert row["skipped"] == 0
         norms.append(row["gradient_norm"])

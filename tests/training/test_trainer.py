@@ -13,19 +13,27 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from prd.errors import ConfigError
 from prd.teachers import DepthControlTeacher
 from prd.training import objective
 from prd.training import trainer as trainer_module
-from prd.training.config import ConfigError, load_config
 from prd.training.gradients import MOST_SKIPPED
-from prd.training.objective import CollapseError, renderers_of
+from prd.training.objective import CollapseError
+from prd.training.recipes import load_config
 from prd.training.run.checkpoints import CheckpointError
 from prd.training.trainer import Trainer
 from tests.teachers.tiny import save_deepfloyd
 
 SMALL = [
     *("--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "2", "--optimizer.warmup_steps", "1"),
-    *("--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"),
+    *(
+        "--renderers.volume.grid_resolution",
+        "16",
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+    ),
 ]
 TRAINED = ("lora_A", "lora_B", "modules_to_save", "heads.")  # in the name of each tensor that may move
 TEACHERS = ("stable_diffusion", "mvdream", "richdreamer")
@@ -74,7 +82,7 @@ def frozen_hash(trainer: Trainer) -> str:
 
 
 def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_frozen_moves(toybox, monkeypatch):
-    trainer = make("--renderers", "both")
+    trainer = make("--renderer_schedule", "all")
     reached: dict[str, float] = {}
     judge = objective.judge_views
 
@@ -118,7 +126,7 @@ def losses(trainer: Trainer, steps: int = 2) -> list[dict[str, float]]:
 
 def test_a_parameter_no_renderer_reached_is_updated_by_zero_as_among_several_processes(toybox):
     """Weight decay and moments move it then; several processes cannot tell what none of them reached."""
-    trainer = make("--renderers", "volume", "--optimizer.weight_decay", "0.5")
+    trainer = make("--renderer_schedule", "[volume]", "--optimizer.weight_decay", "0.5")
     unreached = [p for n, p in trainer.model.named_parameters() if n.startswith("heads.deformation.")]
     start = [p.detach().clone() for p in unreached]
     trainer.train_step(0)
@@ -127,19 +135,19 @@ def test_a_parameter_no_renderer_reached_is_updated_by_zero_as_among_several_pro
 
 
 def test_the_same_seed_repeats_and_the_renderers_alternate(toybox):
-    one, two = (losses(make("--renderers", "alternate", "--seed", "7")) for _ in range(2))
+    one, two = (losses(make("--renderer_schedule", "alternate", "--seed", "7")) for _ in range(2))
     assert one == two
-    (other,) = losses(make("--renderers", "alternate", "--seed", "8"), steps=1)
+    (other,) = losses(make("--renderer_schedule", "alternate", "--seed", "8"), steps=1)
     assert other != one[0]
     for step in one:  # K = 2: each renderer has its turn
         assert all(f"gradient_norm/mvdream/{renderer}" in step for renderer in ("volume", "surface"))
-    config = load_config("toybox", ["--renderers", "alternate"])
-    turns = [renderers_of(config, step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
+    config = load_config("toybox", ["--renderer_schedule", "alternate"])
+    turns = [config.renderers_of(step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
     assert turns == [("volume",), ("surface",), ("surface",)]
 
 
 def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
-    trainer = make("--renderers", "volume")
+    trainer = make("--renderer_schedule", "[volume]")
     decode = trainer.model.decode
 
     def vanished(latents):
@@ -153,7 +161,7 @@ def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
 
 
 def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog, tmp_path):
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path), "--estimates_at_once", "1")
+    trainer = make("--renderer_schedule", "[volume]", "--output_dir", str(tmp_path), "--rollout_batch_size", "1")
     teacher = next(t for t in trainer.parts.teachers.values() if t.name == "richdreamer")
     monkeypatch.setattr(teacher, "predict_noise", lambda x, t, condition: torch.full_like(x, float("nan")))
     start = [p.detach().clone() for p in trainer.parameters]
@@ -177,7 +185,16 @@ def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, mo
 
 
 def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(toybox, monkeypatch, tmp_path):
-    words = ["--validation.prompts", "[]", "--prompts.held_out", "[]", "--report_to", "null", "--renderers", "volume"]
+    words = [
+        "--validation.prompts",
+        "[]",
+        "--prompts.held_out",
+        "[]",
+        "--report_to",
+        "null",
+        "--renderer_schedule",
+        "[volume]",
+    ]
     trainer = make("--output_dir", str(tmp_path), "--max_train_steps", "30", *words)
     plain, steps = trainer.accumulate, []
 
@@ -202,8 +219,8 @@ def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(to
 
 
 def test_a_loss_scale_changes_no_update_and_leaves_overflow_out(toybox, monkeypatch, tmp_path):
-    plain = make("--output_dir", str(tmp_path), "--renderers", "volume")
-    scaled = make("--output_dir", str(tmp_path), "--renderers", "volume")
+    plain = make("--output_dir", str(tmp_path), "--renderer_schedule", "[volume]")
+    scaled = make("--output_dir", str(tmp_path), "--renderer_schedule", "[volume]")
     accelerator = scaled.accelerator  # as on a GPU in fp16, with the arithmetic of float32
     accelerator.scaler = scaled.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
     scaled.optimizer.__setstate__({})  # what preparing it with a scaler sets
@@ -238,10 +255,10 @@ def any_precision():
 
 
 def test_bfloat16_runs_and_stays_near_float32(toybox, any_precision):
-    half = make("--mixed_precision", "bf16", "--renderers", "both")
+    half = make("--mixed_precision", "bf16", "--renderer_schedule", "all")
     rows = [half.train_step(0)]
     any_precision(True)
-    rows.append(make("--mixed_precision", "no", "--renderers", "both").train_step(0))
+    rows.append(make("--mixed_precision", "no", "--renderer_schedule", "all").train_step(0))
     assert rows[0]["skipped"] == 0 and rows[0] != rows[1]
     assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=0.5)
     assert {p.dtype for p in half.parameters} == {torch.float32}
@@ -275,7 +292,7 @@ def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monke
 
 
 def test_a_disabled_teacher_is_not_asked(toybox):
-    trainer = make("--renderers", "surface", "--teachers.mvdream.enabled", "false")
+    trainer = make("--renderer_schedule", "[surface]", "--teachers.mvdream.enabled", "false")
     row = trainer.train_step(0)
     assert not [name for name in row if "mvdream" in name]
     assert row["gradient_norm/richdreamer/surface"] > 0
@@ -328,12 +345,12 @@ def test_validation_prompts_are_checked_before_training(toybox):
 
 def test_how_the_teachers_are_kept_changes_no_number_and_grad_clip_does(toybox):
     plain = losses(make(), steps=1)
-    kept = ["--teachers.checkpoint_vae", "true", "--teachers.offload", "true"]
+    kept = ["--teacher_options.checkpoint_vae", "true", "--teacher_options.offload", "true"]
     offloaded = make(*kept)
     assert all(teacher.offload for teacher in offloaded.parts.teachers.values())
     assert losses(offloaded, steps=1) == plain
     assert losses(make("--distillation.grad_clip", "0.001"), steps=1) != plain
-    half = make("--teachers.dtype", "bfloat16")
+    half = make("--teacher_options.dtype", "bfloat16")
     assert {teacher.unet.dtype for teacher in half.parts.teachers.values()} == {torch.bfloat16}
     assert losses(half, steps=1)[0]["skipped"] == 0
 
@@ -342,7 +359,9 @@ def test_stable_diffusion_with_depth_control_and_sides(toybox, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(toybox / "stable_diffusion" / "unet")
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8)).save_pretrained(tmp_path)
     words = ["--teachers.stable_diffusion.controlnet", str(tmp_path)]
-    trainer = make(*words, "--teachers.stable_diffusion.view_dependent_prompts", "true", "--renderers", "volume")
+    trainer = make(
+        *words, "--teachers.stable_diffusion.view_dependent_prompts", "true", "--renderer_schedule", "[volume]"
+    )
     teacher = trainer.parts.teachers["stable_diffusion"]
     assert isinstance(teacher, DepthControlTeacher) and teacher.view_dependent
     row = trainer.train_step(0)
@@ -352,7 +371,7 @@ def test_stable_diffusion_with_depth_control_and_sides(toybox, tmp_path):
 
 def test_deepfloyd_among_the_teachers(toybox, tmp_path):
     words = ["--teachers.deepfloyd.enabled", "true", "--teachers.deepfloyd.path", str(save_deepfloyd(tmp_path))]
-    row = make(*words, "--renderers", "volume").train_step(0)
+    row = make(*words, "--renderer_schedule", "[volume]").train_step(0)
     assert row["gradient_norm/deepfloyd/volume"] > 0
     assert -1 <= row["cosine/stable_diffusion-deepfloyd/volume"] <= 1
 

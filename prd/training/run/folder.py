@@ -14,15 +14,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from filelock import FileLock, Timeout
 
-from prd.training.config import ConfigError, TrainConfig
+from prd.errors import ConfigError
 from prd.training.run.checkpoints import named_checkpoint
 from prd.utils.files import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prd.training.config import ConfigError, TrainConfig, to_dict
+from prd.errors import ConfigError
+from prd.training.config import TrainConfig
+from prd.training.recipes import from_dict, to_dict
 from prd.training.run.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -61,14 +63,20 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
         return replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
     if "config" not in checkpoint.state:
         raise CheckpointError(f"checkpoint-{checkpoint.step} does not say how it was trained: not one of a run")
-    saved = dict(checkpoint.state["config"])
-    config = replace(config, schedule_steps=config.schedule_steps or saved["schedule_steps"])
-    if config.optimizer.name != saved["optimizer"]["name"]:
+    try:
+        saved = from_dict(checkpoint.state["config"], f"checkpoint-{checkpoint.step}")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint-{checkpoint.step}: the config it was trained with is not one of today's ({error}); resume it "
+            "with the version of prd that wrote it"
+        ) from error
+    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps)
+    if config.optimizer.name != saved.optimizer.name:
         raise ConfigError(
             f"optimizer.name={config.optimizer.name!r}: checkpoint-{checkpoint.step} holds the state of "
-            f"{saved['optimizer']['name']!r}; resume with that, or start another run"
+            f"{saved.optimizer.name!r}; resume with that, or start another run"
         )
-    found = differing_keys(saved, to_dict(config))
+    found = differing_keys(comparable(saved), comparable(config))
     before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
     if before != global_batch_size:
         found.append(f"prompts per step: {before} -> {global_batch_size}")
@@ -80,6 +88,16 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
     if found:
         logger.warning("checkpoint-%d was trained with another config: %s", checkpoint.step, "; ".join(found))
     return config
+
+
+def comparable(config: TrainConfig) -> dict[str, Any]:
+    """A config's plain values without what does nothing: teachers that are disabled, whatever their settings."""
+    values = to_dict(config)
+    staged = {name for stage in config.stages for name in stage.get("teachers", {})}
+    values["teachers"] = {
+        name: own for name, own in values["teachers"].items() if name in config.enabled_teachers or name in staged
+    }
+    return values
 
 
 def differing_keys(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
 
-from prd.training.config import to_dict
+from prd.training.recipes import to_dict
 from prd.training.run.checkpoints import (
     Checkpoint,
     CheckpointError,

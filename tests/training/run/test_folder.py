@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prd.cli import main
-from prd.training.config import ConfigError, load_config
+from prd.errors import ConfigError
+from prd.training.recipes import load_config
 from prd.training.run.folder import (
     check_output_folder,
     check_run,

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from prd.cli import main
-from prd.training.config import ConfigError, TrainConfig, load_config, to_dict
+from prd.errors import ConfigError
+from prd.training.config import TrainConfig
+from prd.training.recipes import load_config, to_dict
 from prd.training.run.checkpoints import Checkpoint, CheckpointError, save_checkpoint
 from prd.training.run.resume import load_resumed, resumed_config
 
@@ -18,7 +20,7 @@ from prd.training.run.resume import load_resumed, resumed_config
 def checkpoint(config: TrainConfig, prompts: int = 4) -> Checkpoint:
     """As a run of `config` with `prompts` a step leaves it."""
     settled = replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
-    return Checkpoint(7, {}, json.loads(json.dumps({"config": to_dict(settled), "prompts_a_step": prompts})))
+    return Checkpoint(7, {}, json.loads(json.dumps({"config": to_dict(settled), "global_batch_size": prompts})))
 
 
 def test_limits_logging_output_and_the_split_of_a_batch_are_free():
