@@ -18,7 +18,7 @@ from prd.data.embeddings import Embeddings, EmbeddingsError, embed
 from prd.data.prompts import load_corpus
 from prd.text.loading import UnknownEncoder, encoder_digest, load_encoder
 from prd.toybox import asset
-from prd.training import embeddings as module
+from prd.data import embeddings as module
 from prd.training.config import ConfigError, load_config
 from prd.training.trainer import Trainer
 
@@ -122,7 +122,7 @@ KILLED = """
 import sys, time
 from prd.text.loading import load_encoder
 from prd.toybox import asset
-from prd.training import embeddings
+from prd.data import embeddings
 from prd.data.compositional import pig64
 embeddings.SHARD_BYTES = 1  # a text each
 encoder = load_encoder(asset("stable_diffusion"))

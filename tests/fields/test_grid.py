@@ -9,7 +9,7 @@ from prd.fields.grid import GridField, interpolate, sample_grid
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.isosurface.extract import extract_isosurface, grid_points
-from prd.rendering import _grid_numba
+from prd.fields import _grid_numba
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from prd.teachers import DepthControlTeacher
-from prd.training import supervision
+from prd.training import objective as supervision
 from prd.training import trainer as trainer_module
 from prd.training.config import ConfigError, load_config
 from prd.training.objective import CollapseError, renderers_of
