@@ -36,7 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe, synchronize  # noqa: E402
 
-from prd.cameras import CameraSampling  # noqa: E402
+from prd.cameras import CamerasConfig  # noqa: E402
 from prd.distillation.asd import Guidance, distill, leaf_views, rendering_gradient  # noqa: E402
 from prd.rendering.views import Views  # noqa: E402
 from prd.teachers import (  # noqa: E402
@@ -187,7 +187,7 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 def renderings(prompts: int, size: int, device: str, views: int = 4) -> Views:
     """Random square renderings of some views a prompt."""
-    cameras = CameraSampling(views=views).sample(torch.rand(prompts, 3))
+    cameras = CamerasConfig(views=views).sample(torch.rand(prompts, 3))
     for name in ("camera_to_world", "fovy"):  # set past the checks of their values, which the meta device has not
         object.__setattr__(cameras, name, getattr(cameras, name).to(device))
     rgb, normal, depth, disparity, opacity = (

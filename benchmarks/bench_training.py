@@ -140,14 +140,14 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     import prd.training.objective as judging
 
-    student = trainer.student
+    student = trainer.model
     patches = [
         mock.patch.object(student, "denoise", timed("student: U-Net", student.denoise)),
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
         mock.patch.object(judging, "judge_views", timed("teachers", judging.judge_views)),
-        mock.patch.object(trainer, "encoder", timed("text", trainer.encoder)),
+        mock.patch.object(trainer, "encoder", timed("text", trainer.parts.text_encoder)),
     ]
     for patch in patches:
         patch.start()

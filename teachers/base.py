@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,8 +23,30 @@ from prd.cameras import Cameras
 from prd.rendering.views import Views
 from prd.teachers.loading import PREDICTIONS, load_schedule, load_strict
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
+from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Schedule
 
 Resize = Literal["bilinear", "area"]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeacherConfig:
+    """Settings of one teacher in a training run; a teacher's own settings are a subclass beside it."""
+
+    enabled: bool = True  # False: not loaded
+    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
+    weight: NonNegative = 1.0  # of this teacher's loss
+    guidance_scale: Schedule = 7.5  # classifier-free guidance
+    eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
+    negative_prompt: str = ""  # of the classifier-free guidance
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeacherOptions:
+    """Settings that all teachers of a training run share."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
+    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
+    offload: bool = False  # keep idle teachers in main memory
 
 
 @dataclass(frozen=True)

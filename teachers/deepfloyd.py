@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import torch
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from prd.rendering.views import Views
-from prd.teachers.base import UNetTeacher, to_images
+from prd.teachers.base import TeacherConfig, UNetTeacher, to_images
 from prd.text.encoders import T5PromptEncoder
+from prd.utils.checked_types import CHECKS, Schedule
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class DeepFloydTeacherConfig(TeacherConfig):
+    """Settings of DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
+
+    enabled: bool = False  # True: loaded
+    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
+    guidance_scale: Schedule = 20.0  # classifier-free guidance
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
 
 
 class DeepFloydTeacher(UNetTeacher):

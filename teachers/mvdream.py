@@ -6,19 +6,27 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
+from prd.teachers.base import TeacherConfig
 from prd.teachers.loading import load_vae_encoder, read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.checked_types import CHECKS
 
 NEGATIVE_PROMPT = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
     "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
     "bad proportions"
 )  # of the published recipe, for MVDream and RichDreamer
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class MVDreamTeacherConfig(TeacherConfig):
+    """Settings of MVDream as a teacher: all views of a prompt jointly, RGB."""
 
 
 @dataclass(frozen=True)

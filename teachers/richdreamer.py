@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
 from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
-from prd.teachers.base import Resize, UNetTeacher, to_images
+from prd.teachers.base import Resize, TeacherConfig, UNetTeacher, to_images
 from prd.teachers.loading import read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
+from prd.utils.checked_types import CHECKS
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class RichDreamerTeacherConfig(TeacherConfig):
+    """Settings of RichDreamer as a teacher: all views of a prompt jointly, normals and disparity."""
+
+    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
+    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.rendering.views import Views
-from prd.teachers.base import UNetTeacher, to_images
+from prd.teachers.base import TeacherConfig, UNetTeacher, to_images
 from prd.teachers.loading import load_vae_encoder
+from prd.utils.checked_types import CHECKS, Positive
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class StableDiffusionTeacherConfig(TeacherConfig):
+    """Settings of Stable Diffusion as a teacher: one view per prompt, optionally with a depth ControlNet."""
+
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it, or "toybox"; null: none
+    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
 
 
 class StableDiffusionTeacher(UNetTeacher):

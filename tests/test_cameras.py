@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prd.cameras import Cameras, CameraSampling, orbit_cameras
+from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.fields.protocol import AutogradGradient
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
@@ -84,7 +84,7 @@ def test_rays_matrices_and_projection_agree() -> None:
 
 
 def test_sampling_spaces_four_views_and_keeps_to_its_ranges() -> None:
-    recipe = CameraSampling()
+    recipe = CamerasConfig()
     cameras = recipe.sample(torch.rand(64, 3, generator=torch.Generator().manual_seed(0)))
     elevation, azimuth = torch.rad2deg(cameras.elevation), torch.rad2deg(cameras.azimuth)
     assert elevation.min() >= 0 and elevation.max() <= 30 and elevation.max() - elevation.min() > 20
@@ -141,9 +141,9 @@ def test_poses_that_are_none_are_refused(change: str) -> None:
 )
 def test_bad_sampling_is_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        CameraSampling(**settings)
+        CamerasConfig(**settings)
     with pytest.raises(ValueError, match="uniforms"):
-        CameraSampling().sample(torch.rand(2, 4))
+        CamerasConfig().sample(torch.rand(2, 4))
 
 
 def test_no_rays_through_no_pixels() -> None:

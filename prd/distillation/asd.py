@@ -14,17 +14,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, Teacher, ViewConditioned
 from prd.text.encoders import check_prompts
+from prd.utils.checked_types import CHECKS, MOVES, Positive
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
+Timestep = Annotated[float, Field(ge=1, le=999)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=CHECKS)
+class AsdConfig:
+    """Settings of asynchronous score distillation, paper Eq. 1-2."""
+
+    t_min: Annotated[Timestep | tuple[Timestep, Timestep], MOVES] = (500.0, 20.0)  # smallest teacher timestep, of 1000
+    t_max: Annotated[int, Field(ge=1, le=999)] = 980  # end of the teacher timesteps drawn, excluded
+    weighting: Weighting = "dmd"  # w(t); "dmd" is Eq. 2
+    delta: Positive = 0.1  # added to the denominator of Eq. 2
+    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
+    x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
+    average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
+    grad_clip: Positive | None = None  # bound on each element of a teacher's gradient at its input; null: none
+
+    @model_validator(mode="after")
+    def _check(self) -> AsdConfig:
+        for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
+            if t_min >= self.t_max:
+                raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
+        return self
 
 
 NO_SIGNAL = 1e-12  # alpha_bar at and below which x_t is noise alone, and no x0 can be computed from it

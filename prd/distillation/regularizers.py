@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
+from prd.utils.checked_types import CHECKS, Schedule
+
 NORMAL_EPS = 1e-12  # a shorter vector has no direction
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class RegularizersConfig:
+    """Weights of the geometric regularisers on the volume render."""
+
+    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
+    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
 
 
 def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

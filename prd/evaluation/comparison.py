@@ -27,8 +27,9 @@ from prd.text.encoders import PromptEncoder
 from prd.toybox.score import summarise
 from prd.training.build import build_generator
 from prd.training.config import TrainConfig, load_config
+from prd.training.galleries import generate_fields, sheet_views
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
-from prd.training.validation import generate_fields, measure, sheet_views, toybox_splits
+from prd.training.validation import measure, toybox_splits
 from prd.utils.files import write_atomic
 
 SPLITS = ("single_seen", "single_held_out")

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from prd.cameras import HALF_DIAGONAL, Cameras
@@ -18,6 +19,7 @@ from prd.rendering.antialias import antialias
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
 from prd.rendering.volume import scale_gradient
+from prd.utils.checked_types import CHECKS, Count, Schedule, Size
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
 NEAR = 0.1  # scene units before a camera; what is nearer is cut away
@@ -112,6 +114,21 @@ def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     normals = torch.linalg.cross(b - a, c - a)  # twice the area long
     total = torch.zeros_like(vertices).index_add(0, faces.t().reshape(-1), normals.repeat(3, 1))
     return F.normalize(total, dim=-1, eps=NORMAL_EPS)
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class SurfaceConfig:
+    """Settings of the mesh renderer."""
+
+    height: Count = 512  # image height, pixels
+    width: Count = 512  # image width, pixels
+    grid_resolution: Size = 128  # nodes of the isosurface grid along each axis (the paper's in training)
+    sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf (the paper's recipe)
+    deformation_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the deformation
+    isosurface: Literal["cubes", "tetrahedra"] = "cubes"  # marching cubes, or DMTet's marching tetrahedra
+    antialias: bool = True  # blend silhouettes analytically: what lets images move the outline
+    supersample: Count = 1  # rendered at this multiple of the size and averaged
+    detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
 
 
 @dataclass(frozen=True)

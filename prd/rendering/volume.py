@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field as Setting
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +24,7 @@ from prd.fields.checks import check_numbers, expect, several
 from prd.fields.protocol import Field
 from prd.rendering.alpha import PUBLISHED_ALPHA_FLOOR, AlphaModel, NeusAlpha, neus_alpha, render_weights, transmittance
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
+from prd.utils.checked_types import CHECKS, Count, NonNegative, Positive, PositiveSchedule, Schedule, Size
 
 __all__ = [
     "PUBLISHED_ALPHA_FLOOR",
@@ -132,6 +136,43 @@ class RayOutputs(NamedTuple):
     variance: Tensor
     gradient: Tensor
     valid: Tensor
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class VolumeConfig:
+    """Settings of the volume renderer."""
+
+    height: Count = 128  # image height, pixels
+    width: Count = 128  # image width, pixels
+    num_samples: Size = 64  # uniform samples per ray; the proposal's fine samples if there is importance sampling
+    num_importance_samples: Annotated[int, Setting(ge=0)] = 128  # proposal samples per ray; 0: none
+    density: Literal["neus", "volsdf"] = "neus"  # from signed distance to opacity, unless the model says it itself
+    inv_std: PositiveSchedule = 100.0  # s of NeuS's logistic density, 1 / scene units (published: exp(10 * 0.4605))
+    beta: PositiveSchedule = 0.01  # width of VolSDF's Laplace density, scene units
+    near: NonNegative | None = None  # scene units along the ray (published: 0.1); null: where it enters the cube
+    far: Positive | None = None  # scene units along the ray (published: 4); null: where it leaves the cube
+    cull_below: Annotated[float, Setting(ge=0, lt=1)] = 1e-4  # less opaque or less lit segments are left out; 0: none
+    alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
+    proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
+    grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
+    max_rays: Count | None = None  # rays of a prompt at a time, made again in the backward pass; null: all at once
+    rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
+    rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
+
+    @model_validator(mode="after")
+    def _check(self) -> VolumeConfig:
+        if self.num_importance_samples == 1:
+            raise ValueError("num_importance_samples=1: must be 0 or at least 2")
+        if (self.near is None) != (self.far is None):
+            raise ValueError(f"near={self.near}, far={self.far}: set both or none")
+        if self.near is not None and self.far is not None and self.near >= self.far:
+            raise ValueError(f"near={self.near}, far={self.far}: need near < far")
+        if self.alpha_floor and (self.cull_below or self.density != "neus"):
+            raise ValueError(
+                f"alpha_floor={self.alpha_floor}, cull_below={self.cull_below}, density={self.density!r}: a floor is "
+                "NeuS's and gives empty segments an opacity; set cull_below to 0"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.asd import Guidance
 from prd.distillation.schedules import LinearSchedule
 from prd.generators.atom import AtomGenerator
@@ -28,7 +28,6 @@ from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
-from prd.teachers.offload import set_offload
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.text.encoders import PromptEncoder
@@ -134,35 +133,30 @@ def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> Promp
     return next((other for other in own if encoder_digest(other) == digest), encoder)
 
 
-def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teacher, TeacherConfig]]:
-    """The teachers that any stage enables, frozen, in the precision and the place that these stages give them.
-
-    Each with its settings in the run's config; `prd.training.objective.settings_in` has those of a stage.
-    """
+def load_teachers(config: TrainConfig) -> dict[str, Teacher]:
+    """The teachers that any stage enables, by name, frozen, on the CPU."""
     section, dtype = config.teachers, teachers_dtype(config)
     sd, mv, rd, pixels = (
         _as_loaded(name, config) for name in ("stable_diffusion", "mvdream", "richdreamer", "deepfloyd")
     )
-    loaded: list[tuple[Teacher, TeacherConfig]] = []
+    loaded: dict[str, Teacher] = {}
     if sd is not None:
-        loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), section.stable_diffusion))
+        loaded["stable_diffusion"] = _stable_diffusion(sd, dtype, section.checkpoint_vae)
     if mv is not None:
         folder = _place("mvdream", mv)
-        views = MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae)
-        loaded.append((views, section.mvdream))
+        loaded["mvdream"] = MVDreamTeacher.from_pretrained(
+            folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae
+        )
     if rd is not None:
         normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
         if rd.input_convention is not None:
             normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
-        loaded.append((normals, section.richdreamer))
+        loaded["richdreamer"] = normals
     if pixels is not None:
         told = pixels.view_dependent_prompts
         floyd = DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told)
-        loaded.append((floyd, section.deepfloyd))
-    share_texts([teacher for teacher, _ in loaded])
-    for teacher, _ in loaded:
-        if isinstance(teacher, torch.nn.Module):
-            set_offload(teacher) if section.offload else teacher.to(device)
+        loaded["deepfloyd"] = floyd
+    share_texts(list(loaded.values()))
     return loaded
 
 
@@ -269,31 +263,6 @@ def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
     )
 
 
-def camera_sampling(config: TrainConfig) -> CameraSampling:
+def camera_sampling(config: TrainConfig) -> CamerasConfig:
     """How the cameras of every one of the K estimates are drawn."""
-    cameras = config.cameras
-    return CameraSampling(cameras.views, cameras.elevation, cameras.relative_distance, cameras.fovy, cameras.distance)
-
-
-def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW or Adan over the trained parameters."""
-    o = config.optimizer
-    if o.name == "adan":
-        from prd.training.optimizers import Adan
-
-        return Adan(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    first, second = o.betas
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=(first, second), eps=o.eps, weight_decay=o.weight_decay)
-
-
-def learning_rate(config: TrainConfig) -> Callable[[int], float]:
-    """Factor of the peak learning rate at a step: linear warm-up, constant, linear decay at the end."""
-    o, total = config.optimizer, config.schedule_steps or config.max_train_steps
-    decay_start = total * (1 - o.decay_fraction)
-
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
-        late = max(0.0, step - decay_start) / max(1.0, total - decay_start)
-        return warm * max(o.final_lr_fraction, 1 - (1 - o.final_lr_fraction) * late)
-
-    return factor
+    return config.cameras

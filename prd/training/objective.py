@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from prd.training.build import (
 )
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
-from prd.training.sections import TeacherConfig
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
@@ -46,7 +44,7 @@ class CollapseError(RuntimeError):
 class Supervision:
     """Judges the fields of a stage: renders each from fresh cameras and asks the teachers.
 
-    run         the config of the run, which `teachers` were loaded by
+    teachers    by name, each asked where the stage enables it
     alpha       how the volume renderer reads the generator's fields; called at every render, None: NeuS
     background  made from the text, trained along; None: the stage's grey level
     """
@@ -54,14 +52,13 @@ class Supervision:
     def __init__(
         self,
         stage: Stage,
-        run: TrainConfig,
-        teachers: Sequence[tuple[Teacher, TeacherConfig]],
+        teachers: Mapping[str, Teacher],
         device: torch.device,
         *,
         alpha: Any = None,
         background: TextBackground | None = None,
     ) -> None:
-        self.stage, self.config, self.run, self.teachers, self.device = stage, stage.config, run, teachers, device
+        self.stage, self.config, self.teachers, self.device = stage, stage.config, teachers, device
         self.alpha, self.background = alpha, background
         self.cameras = camera_sampling(stage.config)
 
@@ -69,8 +66,8 @@ class Supervision:
     def judges(self, step: int) -> list[WeightedTeacher]:
         """The teachers of this stage, as they are asked at a step of it."""
         found = []
-        for teacher, settings in self.teachers:
-            own = settings_in(self.config, self.run, settings)
+        for name, teacher in self.teachers.items():
+            own = getattr(self.config.teachers, name)
             if own.enabled:
                 found.append(WeightedTeacher(teacher, own.weight, guidance_at(self.config, own, step)))
         return found
@@ -227,14 +224,6 @@ def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: flo
         loss = loss + reconstruction * F.mse_loss(views.normal, exact.normal)
         loss = loss + reconstruction * F.mse_loss(views.disparity, exact.disparity)
     return loss
-
-
-def settings_in(stage: TrainConfig, run: TrainConfig, settings: TeacherConfig) -> TeacherConfig:
-    """A teacher's settings in a stage, of which `settings` are those of the run; one of one's own has no others."""
-    for section in fields(run.teachers):
-        if getattr(run.teachers, section.name) is settings:
-            return getattr(stage.teachers, section.name)
-    return settings
 
 
 def by_renderers(config: TrainConfig, step: int, ks: Sequence[int]) -> dict[tuple[str, ...], list[int]]:

@@ -1,12 +1,15 @@
-"""The Adan optimiser: adaptive Nesterov momentum (Xie et al. 2022, arXiv:2208.06677, Algorithm 1)."""
+"""The optimiser of a stage, its learning rate, and Adan (Xie et al. 2022, arXiv:2208.06677, Algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from prd.generators.protocol import Generator
+from prd.training.config import ConfigError, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq")
 
@@ -88,3 +91,33 @@ class Adan(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_div_(parameters, 1 + lr * group["weight_decay"])
         torch._foreach_copy_(previous, gradients)
+
+
+def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or Adan over the trainable parameters."""
+    o = config.optimizer
+    if o.name == "adan":
+        return Adan(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    first, second = o.betas
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=(first, second), eps=o.eps, weight_decay=o.weight_decay)
+
+
+def learning_rate(config: TrainConfig) -> Callable[[int], float]:
+    """Factor of the peak learning rate at a step: linear warm-up, constant, linear decay at the end."""
+    o, total = config.optimizer, config.schedule_steps or config.max_train_steps
+    decay_start = total * (1 - o.decay_fraction)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
+        late = max(0.0, step - decay_start) / max(1.0, total - decay_start)
+        return warm * max(o.final_lr_fraction, 1 - (1 - o.final_lr_fraction) * late)
+
+    return factor
+
+
+def trainable_parameters(model: Generator, trainable: Sequence[str] | None) -> list[torch.nn.Parameter]:
+    """The parameters of the parts named, None: of all; ConfigError for a part that there is not."""
+    parts = model.parts()
+    if unknown := sorted(set(trainable or ()) - parts.keys()):
+        raise ConfigError(f"trained={unknown[0]!r}: is no part of this generator; it has {', '.join(parts)}")
+    return [parameter for name, part in parts.items() if trainable is None or name in trainable for parameter in part]

@@ -12,16 +12,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from prd.distillation.asd import AsdConfig as DistillationConfig  # noqa: F401
+from prd.distillation.interpolation import InterpolationConfig  # noqa: F401
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
-from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Size
-
-Schedule = float | tuple[float, float]
-Elevation = Annotated[float, Field(gt=-90, lt=90)]
-Angle = Annotated[float, Field(gt=0, lt=180)]
-Timestep = Annotated[float, Field(ge=1, le=999)]
-
+from prd.teachers.base import TeacherConfig, TeacherOptions
+from prd.teachers.deepfloyd import DeepFloydTeacherConfig as DeepFloydConfig
+from prd.teachers.mvdream import MVDreamTeacherConfig
+from prd.teachers.richdreamer import RichDreamerTeacherConfig as RichDreamerConfig
+from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
+from prd.cameras import CamerasConfig  # noqa: F401
+from prd.distillation.regularizers import RegularizersConfig  # noqa: F401
+from prd.rendering.shading import ShadingConfig  # noqa: F401
+from prd.rendering.surface import SurfaceConfig  # noqa: F401
+from prd.rendering.volume import VolumeConfig  # noqa: F401
+from prd.utils.checked_types import CHECKS, Count, Fraction, NonNegative, Positive, Radius, Schedule, Size
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
 class ModelConfig:
@@ -59,19 +65,6 @@ class PromptsConfig:
     embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
     held_out: tuple[str, ...] = ()  # prompts never trained on; exactly these texts
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class InterpolationConfig:
-    """Training what lies between two prompts (ATT3D, section 3.2.2): m((1 - a) c1 + a c2) for a share a of the second.
-
-    The shares (1 - a, a) are drawn from a Dirichlet distribution. What the teachers are asked for is interpolated
-    in their text embeddings, in their guidance (the two predictions), or in the loss (two judgements).
-    """
-
-    probability: Fraction = 0.0  # of pairing a prompt with another one
-    over: Literal["embeddings", "guidance", "losses"] = "embeddings"  # what is interpolated at the teachers
-    concentration: Positive = 1.0  # of the Dirichlet distribution: 1 uniform, below 1 near the two prompts
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -165,6 +158,7 @@ class ShadingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeachersConfig(TeacherOptions):
 class TeacherConfig:
     """One teacher and its guidance."""
 
@@ -207,11 +201,8 @@ class RichDreamerConfig(TeacherConfig):
 class TeachersConfig:
     """The three teachers of the paper, section 3.4, and how all are kept."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
-    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
-    offload: bool = False  # keep idle teachers in main memory
     stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)  # one random view a prompt
-    mvdream: TeacherConfig = field(default_factory=TeacherConfig)  # all views jointly, RGB
+    mvdream: MVDreamTeacherConfig = field(default_factory=MVDreamTeacherConfig)  # all views jointly, RGB
     richdreamer: RichDreamerConfig = field(default_factory=RichDreamerConfig)  # all views jointly, normal + disparity
     deepfloyd: DeepFloydConfig = field(default_factory=DeepFloydConfig)  # one random view a prompt, in pixels
 
@@ -223,6 +214,11 @@ class TeachersConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
+class RegularizersConfig:
+    """Weights of the geometric regularisers on the volume render."""
+
+    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
+    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
 class DistillationConfig:
     """Asynchronous score distillation, paper Eq. 1-2."""
 
@@ -241,14 +237,6 @@ class DistillationConfig:
             if t_min >= self.t_max:
                 raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
         return self
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class RegularizersConfig:
-    """Weights of the geometric regularisers on the volume render."""
-
-    eikonal: Schedule = (1.0, 0.0)  # weight of mean (|grad sdf| - 1)^2
-    sparsity: Schedule = (1.0, 0.0)  # weight of the mean opacity
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

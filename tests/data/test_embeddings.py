@@ -179,7 +179,7 @@ def test_training_looks_its_prompts_up(tmp_path, capsys, monkeypatch):
     small += ["--output_dir", str(tmp_path / "run")]
     expected = Trainer(load_config("toybox", small)).train_step(0)["gradient_norm"]
     trainer = Trainer(load_config("toybox", [*small, "--prompts.embeddings", str(tmp_path / "e")]))
-    encoders = [trainer.encoder, *(teacher.prompt_encoder for teacher, _ in trainer.teachers)]
+    encoders = [trainer.parts.text_encoder, *(teacher.prompt_encoder for teacher in trainer.parts.teachers.values())]
     assert len(encoders) == 4
     asked = []
     for encoder in (stored.encoder for stored in encoders):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.asd import Guidance, leaf_views, rendering_gradient
 from prd.distillation.draws import draw_normal, draw_uniform, sample_generator
 from prd.distillation.progressive import JudgeLog, WeightedTeacher, distill_samples, judge_views, rollout
@@ -44,7 +44,8 @@ def test_no_two_keys_draw_the_same():
 
 def views_of(count: int) -> Views:
     """Random pictures of `count` prompts, the first ones the same for every count."""
-    cameras = CameraSampling(4, (-30, 60), (1.12, 1.12), 50).sample(draw_uniform((count, 3), generators(*range(count))))
+    recipe = CamerasConfig(views=4, elevation=(-30, 60), relative_distance=(1.12, 1.12), fovy=50)
+    cameras = recipe.sample(draw_uniform((count, 3), generators(*range(count))))
     channels = (3, 3, 1, 1, 1)
     images = [draw_uniform((count, 4, 32, 32, c), generators(*range(c, c + count))) for c in channels]
     return Views(*images, cameras=cameras)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prd.cameras import Cameras, CameraSampling, orbit_cameras
+from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.distillation.schedules import LinearSchedule
 from prd.fields.protocol import AutogradGradient, Field
@@ -223,7 +223,7 @@ class RenderParity:
 
     def sampling(self) -> None:
         """Training cameras from recorded uniforms: elevation, azimuth, field of view and distance of every prompt."""
-        recipe, expected = CameraSampling(), self.io.tensors["sample.elevations_deg"]
+        recipe, expected = CamerasConfig(), self.io.tensors["sample.elevations_deg"]
         uniforms = self.tensor("sample.uniforms").reshape(len(expected), 4, -1).transpose(1, 2)  # [steps, B, 4]
         recipe = replace(recipe, views=expected.shape[1] // uniforms.shape[1])
         inside = bool(((uniforms >= 0) & (uniforms < 1)).all())

@@ -360,7 +360,7 @@ def test_the_eikonal_loss_of_a_batch_is_the_mean_of_its_samples() -> None:
 
 MEMORY = """
 import resource, torch
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
 from prd.fields.grid import GridField
@@ -371,7 +371,7 @@ planes = (0.1 * torch.randn(1, 6, 32, 256, 256)).requires_grad_()
 planes.grad = torch.zeros_like(planes)
 field = TriplaneField(planes, TriplaneHeads(32, 64, sdf_init_scale=0.3))
 renderer = VolumeRenderer(num_samples=64, num_importance_samples=128, near=0.1, far=4.0, max_rays=1024)
-cameras = CameraSampling().sample(torch.rand(1, 3))
+cameras = CamerasConfig().sample(torch.rand(1, 3))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 views, gradient = renderer.render_with_samples(

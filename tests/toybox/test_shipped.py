@@ -129,7 +129,7 @@ def test_diffusers_draws_to_the_depth(unseen: ViewPool) -> None:
 def test_a_config_names_the_shipped_controlnet() -> None:
     words = ["--teachers.stable_diffusion.controlnet", "toybox", "--teachers.stable_diffusion.controlnet_scale", "0.5"]
     others = ["--teachers.mvdream.enabled", "false", "--teachers.richdreamer.enabled", "false"]
-    ((teacher, _),) = load_teachers(load_config("toybox", [*words, *others]), torch.device("cpu"))
+    (teacher,) = load_teachers(load_config("toybox", [*words, *others])).values()
     assert isinstance(teacher, DepthControlTeacher) and teacher.controlnet_scale == 0.5
     shipped = ControlNetModel.from_pretrained(asset("controlnet"), dtype=torch.float32).state_dict()
     assert all(torch.equal(value, shipped[key]) for key, value in teacher.controlnet.state_dict().items())

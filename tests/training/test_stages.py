@@ -81,7 +81,7 @@ def test_stages_that_cannot_be_are_named(tmp_path, stages: str, message: str) ->
 
 def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) -> None:
     trainer = Trainer(staged(tmp_path, "--max_train_steps", "4", "--stages", STAGES.replace("0.6", "0.5")))
-    deformation = trainer.student.heads.deformation.third.weight
+    deformation = trainer.model.heads.deformation.third.weight
     rows = []
     for step in range(4):
         rows.append(trainer.train_step(step))
@@ -96,11 +96,11 @@ def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) ->
 
 
 def test_a_teacher_is_loaded_as_the_stages_that_enable_it_say(tmp_path) -> None:
-    found = {type(t).__name__ for t, _ in load_teachers(load_config("latte3d_toybox"), torch.device("cpu"))}
+    found = {type(t).__name__ for t in load_teachers(load_config("latte3d_toybox")).values()}
     assert found == {"DepthControlTeacher", "MVDreamTeacher"}  # the ControlNet is named by the last stage alone
     stages = "[{until: 0.5}, {until: 1, teachers: {stable_diffusion: {weight: 2, controlnet: toybox}}}]"
     with pytest.raises(ConfigError, match=r"teachers.stable_diffusion.controlnet: is None and toybox in stages"):
-        load_teachers(staged(tmp_path, "--stages", stages), torch.device("cpu"))
+        load_teachers(staged(tmp_path, "--stages", stages))
 
 
 def test_a_loss_scale_is_taken_out_once_in_every_stage(toybox, monkeypatch, tmp_path) -> None:
@@ -133,9 +133,9 @@ def test_a_resume_across_stages_is_bit_for_bit(toybox, tmp_path) -> None:
         again = [other.train_step(step) for step in range(saved, 4)]
         for a, b in zip(rows, again, strict=True):
             assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-        one, two = whole.student.trained_state_dict(), other.student.trained_state_dict()
+        one, two = whole.model.trained_state_dict(), other.model.trained_state_dict()
         assert all(torch.equal(one[name], two[name]) for name in one)
-        assert all(torch.equal(a, b) for a, b in zip(whole.average, other.average, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(whole.average.tensors, other.average.tensors, strict=True))
 
 
 def test_a_part_that_is_not_there_is_named(toybox, tmp_path) -> None:

@@ -195,14 +195,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def run_data_parallel() -> None:
-    """Turn Accelerate's FSDP and DeepSpeed off, with a warning: only adapters are trained, and nothing is wrapped.
-
-    To be called before the `Accelerator` is made.
-    """
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() in ("true", "1"):
-            os.environ[name] = "false"
-            logger.warning("%s: the trainer exchanges its few gradients by itself; running as data parallel", name)

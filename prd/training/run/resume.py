@@ -49,10 +49,10 @@ def load_resumed(config: TrainConfig) -> Checkpoint | None:
     return None
 
 
-def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, prompts_a_step: int) -> TrainConfig:
+def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_batch_size: int) -> TrainConfig:
     """The config with `schedule_steps` settled: as given, else the checkpoint's, else `max_train_steps`.
 
-    prompts_a_step  over all processes and batches; how they are shared out is free to change
+    global_batch_size  prompts per step over all processes and batches; how they are shared out is free to change
 
     Raises ConfigError listing the keys in which the checkpoint was trained otherwise, unless `allow_config_change`;
     CheckpointError for a checkpoint that holds no config.
@@ -69,8 +69,9 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, prompts_a
             f"{saved['optimizer']['name']!r}; resume with that, or start another run"
         )
     found = differing_keys(saved, to_dict(config))
-    if checkpoint.state["prompts_a_step"] != prompts_a_step:
-        found.append(f"prompts a step: {checkpoint.state['prompts_a_step']} -> {prompts_a_step}")
+    before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
+    if before != global_batch_size:
+        found.append(f"prompts per step: {before} -> {global_batch_size}")
     if found and not config.allow_config_change:
         raise ConfigError(
             f"resume_from_checkpoint: checkpoint-{checkpoint.step} was trained with another config: "
