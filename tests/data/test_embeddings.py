@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from prd.cli import main
+from prd.data import embeddings as module
 from prd.data.compositional import pig64
 from prd.data.embeddings import Embeddings, EmbeddingsError, embed
 from prd.data.prompts import load_corpus
 from prd.errors import ConfigError
 from prd.text.loading import UnknownEncoder, encoder_digest, load_encoder
 from prd.toybox import asset
-from prd.training import embeddings as module
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
@@ -123,7 +123,7 @@ KILLED = """
 import sys, time
 from prd.text.loading import load_encoder
 from prd.toybox import asset
-from prd.training import embeddings
+from prd.data import embeddings
 from prd.data.compositional import pig64
 embeddings.SHARD_BYTES = 1  # a text each
 encoder = load_encoder(asset("stable_diffusion"))

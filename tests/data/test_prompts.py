@@ -20,11 +20,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from prd.data import prompt_files
 from prd.data.compositional import ACTIVITIES, PIG_THEMES, animal2400, pig64
 from prd.data.prompts import CorpusError, load_corpus
 from prd.errors import ConfigError
 from prd.toybox import asset
-from prd.training import prompt_files
 from prd.training.recipes import load_config
 from prd.training.sections import PromptsConfig
 from tests.data.dataset_server import serve

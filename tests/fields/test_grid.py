@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
+from prd.fields import _grid_numba
 from prd.fields.grid import GridField, interpolate, sample_grid
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.isosurface.extract import extract_isosurface, grid_points
-from prd.rendering import _grid_numba
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 
