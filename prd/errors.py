@@ -7,3 +7,11 @@ class PrdError(Exception):
 
 class ConfigError(PrdError, ValueError):
     """A configuration that cannot be used: an unknown key, a value of the wrong type or outside its range."""
+
+
+class CheckpointError(PrdError, ValueError):
+    """Saved weights that are damaged, incomplete, or not of the model or run that they are to be loaded into."""
+
+
+class ModelMismatch(CheckpointError):
+    """A saved model that is damaged, of another class, or does not fit the base, text encoder or settings at hand."""

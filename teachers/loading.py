@@ -12,12 +12,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
+from prd.errors import CheckpointError as CheckpointError
+
 CONFIG_NAME = "teacher_config.json"
 Settings = TypeVar("Settings")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not the model it is said to be."""
 
 
 def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: torch.dtype, **hub: Any) -> Any:

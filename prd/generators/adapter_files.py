@@ -10,34 +10,41 @@ had one when the adapter was saved (a converted adapter records none).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prd
 from prd.adapters.peta import PetaConfig
-from prd.loading.weight_hashes import HALF_PRECISIONS, NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.errors import ModelMismatch
+from prd.loading.saved_model import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    HEADS_WEIGHTS,
+    check_hash,
+    misfits,
+    read_json,
+    read_weights,
+    save_model,
+    some,
+)
+from prd.loading.weight_hashes import NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.utils.dtypes import HALF_PRECISIONS, check_dtype
 
 if TYPE_CHECKING:
     from prd.generators.triplane_turbo import TriplaneTurboGenerator
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG)
+AdapterMismatch = ModelMismatch
+WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
-SHOWN = 5  # names listed in an error
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
@@ -71,10 +78,6 @@ class StudentConfig:
                 raise ValueError(f"{name}={value!r}: must be a string")
 
 
-class AdapterMismatch(ValueError):
-    """A saved adapter does not fit this base or this configuration."""
-
-
 def adapter_state(student: TriplaneTurboGenerator) -> dict[str, Tensor]:
     """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
     state = get_peft_model_state_dict(student.peft, save_embedding_layers=False)  # else it asks the Hub about the base
@@ -83,41 +86,25 @@ def adapter_state(student: TriplaneTurboGenerator) -> dict[str, Tensor]:
 
 def load_adapter_state(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> None:
     """Load `adapter_state`; AdapterMismatch, before anything is changed, if a key or a shape differs."""
-    if problems := misfits(student, state):
+    if problems := adapter_misfits(student, state):
         raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
     heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
     student.heads.load_state_dict(heads, strict=True)
     set_peft_model_state_dict(student.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
 
 
-def misfits(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> list[str]:
-    """What keeps `state` from being this student's: ranks, then missing and extra keys, then shapes and types."""
+def adapter_misfits(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> list[str]:
+    """List what keeps `state` from being this student's: ranks, else keys, shapes and values."""
     own = adapter_state(student)
     found, expected = ({_rank(t) for n, t in tensors.items() if ".lora_A." in n} for tensors in (state, own))
     if state.keys() == own.keys() and found != expected:
-        return [f"its tensors have rank {_some(found)}, not {_some(expected)} as {ADAPTER_CONFIG} must say (r)"]
-    problems = [f"missing {_some(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
-    problems += [f"extra {_some(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
-    shared = sorted(own.keys() & state.keys())
-    shapes = [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in shared
-        if own[name].shape != state[name].shape
-    ]
-    problems += shapes[:SHOWN] + [f"and {len(shapes) - SHOWN} more shapes"] * (len(shapes) > SHOWN)
-    broken = [n for n in shared if not state[n].is_floating_point() or not bool(state[n].isfinite().all())]
-    return problems + ([f"{_some(broken)} hold values that are no finite numbers"] if broken else [])
+        return [f"its tensors have rank {some(found)}, not {some(expected)} as {ADAPTER_CONFIG} must say (r)"]
+    return misfits(own, state)
 
 
 def _rank(lora_down: Tensor) -> int:
-    """r of a plane-wise factor [P, r, in], a linear one [r, in] or a convolution's [r, in, k, k]."""
+    """Return r of a plane-wise factor [P, r, in], a linear one [r, in] or a convolution's [r, in, k, k]."""
     return lora_down.shape[1] if lora_down.ndim == 3 else lora_down.shape[0]
-
-
-def _some(names: Iterable[Any]) -> str:
-    """At most SHOWN of them, as a list, and how many there are."""
-    listed = sorted(names)
-    return str(listed) if len(listed) <= SHOWN else f"{str(listed[:SHOWN])[:-1]}, ...] ({len(listed)})"
 
 
 def base_hash(backbone: nn.Module) -> dict[str, str]:
@@ -146,35 +133,30 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
     dtype  of the tensors on disk; None: as they are, and those that were loaded and not trained since as they were on
            disk, whatever precision the student computes in
     """
-    if dtype not in (None, torch.float32, *HALF_PRECISIONS):
-        raise ValueError(f"dtype={dtype!r}: must be torch.float32, torch.bfloat16, torch.float16 or None")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_dtype(dtype)
     state = {name: tensor.detach().cpu() for name, tensor in student.trained_state_dict().items()}
     if dtype is None:
         state = {name: _as_loaded(tensor, student.loaded_state.get(name)) for name, tensor in state.items()}
-    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        new = Path(temporary)
+
+    def write_peta(new: Path) -> None:
         if not isinstance(student.peta.target_modules, str):  # peft keeps names in a set
             student.peta.target_modules = sorted(student.peta.target_modules or ())
         student.peta.save_pretrained(str(new))
-        save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})
-        record = {
+
+    def record(hashes: dict[str, str]) -> dict[str, Any]:
+        return {
             "_class_name": CLASS_NAME,
             "_prd_version": prd.__version__,
             **asdict(student.config),
             "prediction_type": student.prediction_type,
             "base_hash": student.base_hash(),
             "noise_schedule": noise_schedule(student),
-            "weights_hash": {name: _file_hash(new / name) for name in (ADAPTER_WEIGHTS, HEADS_WEIGHTS)},
+            "weights_hash": hashes,
         }
-        (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-        mode = (new / STUDENT_CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
-        for name in ADAPTER_FILES:
-            (new / name).chmod(mode)
-            os.replace(new / name, folder / name)
+
+    weights = {ADAPTER_WEIGHTS: state, HEADS_WEIGHTS: heads}
+    save_model(folder, weights, record, dtype=dtype, write_beside=write_peta)
 
 
 def _as_loaded(tensor: Tensor, loaded: Tensor | None) -> Tensor:
@@ -194,16 +176,12 @@ def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_b
     _, record = read_configs(folder)
     if not allow_other_base:
         _check_base(student, folder, record)
-    state = _read_tensors(folder / ADAPTER_WEIGHTS)
-    state |= {f"heads.{name}": tensor for name, tensor in _read_tensors(folder / HEADS_WEIGHTS).items()}
-    if problems := misfits(student, state):
+    state = read_weights(folder / ADAPTER_WEIGHTS)
+    state |= {f"heads.{name}": tensor for name, tensor in read_weights(folder / HEADS_WEIGHTS).items()}
+    if problems := adapter_misfits(student, state):
         raise AdapterMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
     for name, digest in record["weights_hash"].items():
-        if _file_hash(folder / name) != digest:
-            raise AdapterMismatch(
-                f"{folder / name}: is not the file that {STUDENT_CONFIG} records (its SHA-256 differs); copy or "
-                "download the folder again"
-            )
+        check_hash(folder / name, digest)
     student.load_trained_state_dict(state)
     if not student.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
         student.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
@@ -257,8 +235,8 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     Raises FileNotFoundError for a missing file, and AdapterMismatch for one of another class, a field that is missing
     or unknown, or a value out of range.
     """
-    path = folder / STUDENT_CONFIG
-    record = _read_json(path)
+    path = folder / CONFIG
+    record = read_json(path, WHOLE)
     if (found := record.get("_class_name")) != CLASS_NAME:
         raise AdapterMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
     known = {field.name for field in fields(StudentConfig)} | {
@@ -299,7 +277,7 @@ def _is_schedule(value: object) -> bool:
 
 def _read_peta(folder: Path) -> PetaConfig:
     path = folder / ADAPTER_CONFIG
-    written = _read_json(path)
+    written = read_json(path, WHOLE)
     known = {field.name for field in fields(PetaConfig)}
     missing = {"num_planes", "plane_channels"} - written.keys()  # what no other config has and no default should decide
     if written.get("peft_type") != "LORA" or missing:
@@ -315,29 +293,3 @@ def _read_peta(folder: Path) -> PetaConfig:
         raise AdapterMismatch(f"{path}: {error}") from error
     peta.inference_mode = False
     return peta
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
-    if not isinstance(record, dict):
-        raise AdapterMismatch(f"{path}: holds a {type(record).__name__}, expected a JSON object")
-    return record
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:  # the last two: a header that names no known type
-        raise AdapterMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -77,8 +77,10 @@ class AtomGenerator(SinglePassGenerator):
             x = block(x, prompt_embeds)
         return x
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> PositionalTriplaneField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn."""
+    def generate(
+        self, prompt_embeds: Tensor, generator: Any = None, *, num_inference_steps: int | None = None
+    ) -> PositionalTriplaneField:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step."""
         planes = self.planes(prompt_embeds.to(self.dtype))
         return PositionalTriplaneField(planes, planes, self.heads, self.config.sphere_radius)
 

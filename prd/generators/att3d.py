@@ -69,8 +69,10 @@ class Att3dGenerator(SinglePassGenerator):
         v = F.silu(self.first(prompt_embeds.flatten(1)))
         return self.config.feature_gain * self.second(v)
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> HyperField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn."""
+    def generate(
+        self, prompt_embeds: Tensor, generator: Any = None, *, num_inference_steps: int | None = None
+    ) -> HyperField:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step."""
         return HyperField(self.mapping(prompt_embeds.to(self.dtype)), self.grids, self.head, self.config)
 
     def interpolate(self, first: Tensor, second: Tensor, alphas: Sequence[float] | Tensor) -> HyperField:

@@ -89,16 +89,21 @@ class Latte3dGenerator(SinglePassGenerator):
             for name, modules in (("geometry", geometry), ("texture", texture))
         }
 
-    def begin_stage(self, trained: Sequence[str] | None) -> None:
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Give the texture an encoder of its own, as the shared one is now, where it is to be trained alone."""
-        if trained is not None and "geometry" not in trained and bool(self.encoder_is_shared):
+        if trainable is not None and "geometry" not in trainable and bool(self.encoder_is_shared):
             self.texture_encoder.load_state_dict(self.geometry_encoder.state_dict())
             self.encoder_is_shared.fill_(False)
 
     def generate(
-        self, prompt_embeds: Tensor, generator: Any = None, points: Tensor | None = None
+        self,
+        prompt_embeds: Tensor,
+        generator: Any = None,
+        *,
+        num_inference_steps: int | None = None,
+        points: Tensor | None = None,
     ) -> PositionalTriplaneField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn.
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step.
 
         points  clouds [B, N, 3] in the cube [-1, 1]^3 that the shape may follow; None: the dummy, the text alone
         """

@@ -5,23 +5,56 @@ noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA-->
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
+from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
 from prd.adapters.planes import PlaneAttention
+from prd.distillation.draws import draw_normal
+from prd.distillation.progressive import rollout
+from prd.fields.protocol import Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.generators import adapter_files
-from prd.generators.adapter_files import HALF_PRECISIONS, AdapterMismatch, StudentConfig, read_configs
+from prd.generators.adapter_files import AdapterMismatch, StudentConfig, read_configs
+from prd.hub.find import find_model
+from prd.loading.stable_diffusion import Base, load_base
+from prd.text.encoders import PromptEncoder
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius
+from prd.utils.dtypes import HALF_PRECISIONS
 
-__all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboGenerator", "read_configs"]
+__all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboConfig", "TriplaneTurboGenerator", "read_configs"]
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TriplaneTurboConfig:
+    """Settings to train TriplaneTurbo: a frozen Stable Diffusion with PETA adapters and the three heads."""
+
+    generator: Literal["triplane_turbo"] = "triplane_turbo"  # which generator this section describes
+    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
+    revision: str | None = None  # branch, tag or commit of a Hub id
+    rank: Count = 16  # rank of every LoRA pair
+    plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
+    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
+    self_attention: bool = True  # whether it is adapted, as the next four
+    cross_attention: bool = True
+    convolutions: bool = True  # of the U-Net
+    decoder_attention: bool = True
+    decoder_convolutions: bool = True
+    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
+    plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
+    head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
+    latent_size: Count = 32  # height and width of each plane's latents
+    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
+    sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
+    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
 
 
 class TriplaneTurboGenerator(nn.Module):
@@ -32,6 +65,10 @@ class TriplaneTurboGenerator(nn.Module):
     scheduler: any diffusers scheduler; its `alphas_cumprod` and `prediction_type` (epsilon or v_prediction) are read.
     base_hash: `Base.hashes`, of the weights as they were stored; None: of the weights as they are here.
     """
+
+    config_class = TriplaneTurboConfig
+    folder_name = "adapter"  # in a run folder
+    takes_shapes = False
 
     def __init__(
         self,
@@ -83,17 +120,26 @@ class TriplaneTurboGenerator(nn.Module):
         """Of the base; latents and planes are computed in it, the field in float32."""
         return self.backbone.decoder.conv_in.weight.dtype
 
-    folder_name = "adapter"  # in a run folder
-
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(6, 4, h, w) of a sample's latents."""
         size = self.config.latent_size
         return 6, self.backbone.unet.config["in_channels"], size, size
 
+    @property
+    def num_estimates(self) -> int:
+        """K of the training rollout."""
+        return self.config.num_inference_steps
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: there is one part, the adapter with its heads."""
+        """Return the trained parameters: there is one part, the adapter with its heads."""
         return {"adapter": self.trainable_parameters()}
+
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
+        """Do nothing: the one part is trained in every stage."""
+
+    def alpha(self) -> None:
+        """Return None: the volume renderer reads the fields as its own config says."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """LoRA factors, the new conv_out and the heads. ValueError for a fused student, which has none."""
@@ -236,19 +282,48 @@ class TriplaneTurboGenerator(nn.Module):
                 x = on_step(step, t, x)
         return x
 
+    def rollout(
+        self,
+        prompt_embeds: Tensor,
+        inputs: Mapping[str, Tensor],
+        draws: Sequence[torch.Generator],
+        *,
+        batch_size: int = 1,
+        first: bool = True,
+    ) -> Iterator[tuple[range, Field]]:
+        """Yield the K estimates of Algorithm 1 (`prd.distillation.progressive.rollout`), `batch_size` at a time.
+
+        prompt_embeds [B, 77, Ct]; draws: one generator per prompt, of the start's noise and then of each step's;
+        `first` changes nothing here. See `prd.generators.protocol.Model.rollout`.
+        """
+        if inputs:
+            raise ValueError(
+                f"inputs={sorted(inputs)}: TriplaneTurbo takes nothing but text embeddings; leave them out"
+            )
+
+        def noise(k: int) -> Tensor:
+            return draw_normal((len(prompt_embeds), *self.latent_shape), draws).to(self.device)
+
+        timesteps = self.timesteps(self.num_estimates)
+        return rollout(self, prompt_embeds=prompt_embeds, timesteps=timesteps, noise=noise, batch_size=batch_size)
+
     @torch.no_grad()
     def generate(
         self,
         prompt_embeds: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        num_inference_steps: int = 4,
+        *,
+        num_inference_steps: int | None = None,
         latents: Tensor | None = None,
     ) -> TriplaneField:
-        """The field of each prompt. prompt_embeds [B, 77, Ct]; K in {1, 2, 4, ...}; latents [B, 6, 4, h, w] or None.
+        """Return the field of each prompt.
 
-        Raises ValueError for a K that does not divide the schedule, and for tensors of another shape.
+        prompt_embeds [B, 77, Ct]; num_inference_steps K in {1, 2, 4, ...}, None: as trained; latents [B, 6, 4, h, w],
+        None: drawn from `generator`. Raises ValueError for a K that does not divide the schedule, and for tensors of
+        another shape.
         """
-        return self.decode(self.sample_latents(prompt_embeds, generator, num_inference_steps, latents))
+        k = self.num_estimates if num_inference_steps is None else num_inference_steps
+        return self.decode(self.sample_latents(prompt_embeds, generator, k, latents))
 
     def _check_latents(self, latents: Tensor) -> int:
         channels, size = self.backbone.unet.config["in_channels"], self.config.latent_size
@@ -296,6 +371,63 @@ class TriplaneTurboGenerator(nn.Module):
     def _check_not_fused(self, what: str) -> None:
         if self.is_fused:
             raise ValueError(f"the student is fused: build another one from its base to {what}")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TriplaneTurboConfig,
+        *,
+        num_denoising_steps: int = 4,
+        text_dtype: torch.dtype = torch.float32,
+        init_from: str | Path | None = None,
+    ) -> tuple[Self, PromptEncoder]:
+        """Build a model to train on the base that the config names, and return it with the base's text encoder.
+
+        num_denoising_steps  K of the training rollout
+        text_dtype           unused: the text encoder is the base's, in float32 as the base is
+        init_from            a saved adapter of these sizes to start from
+
+        Raises what `load_base` raises, FileNotFoundError without an adapter there, and AdapterMismatch for one that
+        does not fit.
+        """
+        base = load_base(config.base, revision=config.revision, text=True)
+        assert base.encoder is not None  # text=True
+        model = cls.from_base(base, config, num_denoising_steps)
+        if init_from is not None:
+            model.load_adapter(find_model(init_from))
+        return model, base.encoder
+
+    @classmethod
+    def from_base(cls, base: Base, config: TriplaneTurboConfig, num_denoising_steps: int = 4) -> Self:
+        """Attach PETA and heads of the config's sizes to a base; K = num_denoising_steps."""
+        ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
+        adapted = {group: getattr(config, group) for group in GROUPS}
+        peta = PetaConfig(
+            r=config.rank,
+            rank_pattern=ranks,
+            plane_wise=config.plane_wise,
+            plane_channels=config.plane_channels,
+            full=config.full,
+            **adapted,
+        )
+        sizes = StudentConfig(
+            base=base.name,
+            base_revision=base.revision,
+            latent_size=config.latent_size,
+            head_width=config.head_width,
+            bias_radius=config.sphere_radius,
+            sdf_init_scale=config.sdf_init_scale,
+            num_inference_steps=num_denoising_steps,
+        )
+        return cls(
+            base.unet,
+            base.vae,
+            base.scheduler,
+            peta,
+            sizes,
+            gradient_checkpointing=config.gradient_checkpointing,
+            base_hash=base.hashes,
+        )
 
     @classmethod
     def from_adapter(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from prd.fields.protocol import Field, one_sample
-from prd.hub.repositories import push_generator, write_card
+from prd.hub.repositories import push_model, write_card
+from prd.hub.shipped import about, unknown_words
 from prd.isosurface.extract import EmptySurfaceError, evaluate_grid, grid_to_meshes
 from prd.meshes.mesh import Mesh, build_meshes
 from prd.text.encoders import PromptEncoder
-from prd.toybox.world import unknown_words
 from prd.utils.memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ class TextTo3D:
     """A generator with its text encoder: what the pipelines share.
 
     encoder      of prompts, None if they are given as embeddings
-    encoder_name where it is from; "toybox" warns of words that the toy box does not know
+    encoder_name where it is from; a shipped one that lists its words warns of others
     """
 
     def __init__(self, model: Any, encoder: PromptEncoder | None, encoder_name: str) -> None:
         self.model, self.encoder, self.encoder_name = model.eval(), encoder, encoder_name
-        self.facts: dict[str, Any] = {}  # of the training run, for the model card
+        self.training_metadata: dict[str, Any] = {}  # of the training run, for the model card
 
     @property
     def device(self) -> torch.device:
@@ -98,8 +98,9 @@ class TextTo3D:
             tokens = len(encoder.tokenizer(text).input_ids)
             if tokens > encoder.length:
                 logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, encoder.length)
-            if self.encoder_name == "toybox" and (words := unknown_words(text)):
-                logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
+            if words := unknown_words(self.encoder_name, text):
+                title = about(self.encoder_name)["title"]
+                logger.warning("prompt %r: %s has never heard of %s", text, title, ", ".join(words))
 
     def _mesh(
         self,
@@ -152,7 +153,7 @@ class TextTo3D:
         license  in the card, as the Hub names it; None: that of the base
         """
         self.model.save_pretrained(folder, dtype=dtype)
-        write_card(Path(folder), license=license, facts=self.facts)
+        write_card(Path(folder), license=license, training_metadata=self.training_metadata)
 
     def push_to_hub(
         self,
@@ -175,7 +176,7 @@ class TextTo3D:
         where the Hub refuses.
         """
         save: Callable[[Path], None] = lambda folder: self.model.save_pretrained(folder, dtype=dtype)  # noqa: E731
-        return push_generator(
+        return push_model(
             save,
             repo_id,
             private=private,
@@ -183,7 +184,7 @@ class TextTo3D:
             revision=revision,
             commit_message=commit_message,
             license=license,
-            facts=self.facts,
+            training_metadata=self.training_metadata,
         )
 
 

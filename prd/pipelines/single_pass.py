@@ -21,8 +21,9 @@ from prd.fields.protocol import Field
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
-from prd.generators.single_pass import CONFIG, GeneratorMismatch, SinglePassGenerator, read_record
-from prd.hub.repositories import find_generator, read_facts
+from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator
+from prd.hub.find import find_model, read_training_metadata
+from prd.loading.saved_model import CONFIG, read_record
 from prd.meshes.mesh import Mesh
 from prd.meshes.read import read_mesh, sample_points
 from prd.pipelines.base import (
@@ -88,7 +89,7 @@ class Amortized(TextTo3D):
         """
         check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = find_generator(name_or_path, revision, **hub)
+        folder = find_model(name_or_path, revision, **hub)
         found = read_record(folder)["_class_name"]
         if found != cls.generator_class.class_name:
             raise GeneratorMismatch(
@@ -110,7 +111,7 @@ class Amortized(TextTo3D):
                     f"differ from those of {place}; load that one, or pass allow_other_encoder=True"
                 )
         pipe = cls(generator, encoder).to(device)
-        pipe.facts = read_facts(folder)
+        pipe.training_metadata = read_training_metadata(folder)
         return pipe
 
     def to(self, device: str | torch.device) -> Self:
@@ -350,7 +351,7 @@ PIPELINES: dict[str, Any] = {  # by the class that config.json names
 def load_pipeline(name_or_path: str | Path, **options: Any) -> TextTo3D:
     """The pipeline of a saved generator, whichever it is; `options` as its own `from_pretrained` takes them."""
     hub = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
-    folder = find_generator(name_or_path, options.get("revision"), **hub)
+    folder = find_model(name_or_path, options.get("revision"), **hub)
     name = read_record(folder)["_class_name"]
     if name not in PIPELINES:
         known = ", ".join(map(repr, PIPELINES))

@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prd.adapters.planes import load_xformers_attention
-from prd.generators.adapter_files import ADAPTER_CONFIG, AdapterMismatch
-from prd.generators.single_pass import WEIGHTS, read_record
+from prd.generators.adapter_files import AdapterMismatch
 from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
-from prd.hub.repositories import find_generator, read_facts
-from prd.loading.stable_diffusion import check_dtype, load_base
+from prd.hub.find import find_model, read_training_metadata
+from prd.loading.saved_model import ADAPTER_CONFIG, WEIGHTS, read_record
+from prd.loading.stable_diffusion import load_base
 from prd.pipelines.base import (
     Keep,
     OnEmpty,
@@ -33,6 +33,7 @@ from prd.pipelines.base import (
     check_mesh_arguments,
 )
 from prd.text.encoders import PromptEncoder
+from prd.utils.dtypes import check_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class TriplaneTurbo(TextTo3D):
         check_dtype(dtype)
         check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = find_generator(name_or_path, revision, **hub)
+        folder = find_model(name_or_path, revision, **hub)
         if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
             found = read_record(folder)["_class_name"]
             raise AdapterMismatch(f"{name_or_path}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
@@ -129,7 +130,7 @@ class TriplaneTurbo(TextTo3D):
         pipe = cls(student, parts.encoder, parts.name).to(device, student.dtype)
         if pipe.dtype != torch.float32:
             pipe.to(memory_format=torch.channels_last)
-        pipe.facts = read_facts(folder)
+        pipe.training_metadata = read_training_metadata(folder)
         return pipe
 
     @property

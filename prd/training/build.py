@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 
-from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
 from prd.distillation.asd import AsdConfig, Guidance
 from prd.errors import ConfigError
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
-from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
-from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
-from prd.hub.repositories import find_generator
+from prd.generators.protocol import Model
+from prd.generators.triplane_turbo import TriplaneTurboConfig, TriplaneTurboGenerator
 from prd.isosurface.marching_cubes import marching_cubes
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
-from prd.loading.stable_diffusion import Base, load_base
+from prd.loading.stable_diffusion import Base
 from prd.rendering.alpha import AlphaModel, NeusAlpha
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
@@ -31,12 +29,11 @@ from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
 from prd.text.encoders import PromptEncoder
-from prd.text.loading import encoder_digest, encoder_hashes, load_encoder
+from prd.text.loading import encoder_digest
 from prd.toybox import asset
 from prd.training.classes import class_name_of
 from prd.training.config import TrainConfig
 from prd.training.recipes import stages_of
-from prd.training.sections import ModelConfig
 from prd.utils.checked_types import number
 
 RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
@@ -47,81 +44,25 @@ ASKED = tuple(field.name for field in fields(TeacherConfig) if field.name != "pa
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-SINGLE_PASS: dict[type, type[SinglePassGenerator]] = {
-    kind.config_class: kind for kind in (AtomGenerator, Att3dGenerator, Latte3dGenerator)
+MODELS: dict[type, Any] = {
+    model.config_class: model for model in (TriplaneTurboGenerator, AtomGenerator, Att3dGenerator, Latte3dGenerator)
 }
 
 
-def build_generator(config: TrainConfig) -> tuple[TriplaneTurboGenerator | SinglePassGenerator, PromptEncoder]:
-    """The generator that the config describes, and the encoder of its prompts."""
-    if isinstance(config.model, ModelConfig):
-        base = load_base(config.model.base, revision=config.model.revision, text=True)
-        assert base.encoder is not None  # text=True
-        student = build_student(config, base)
-        if config.init_from is not None:
-            student.load_adapter(find_generator(config.init_from))
-        return student, base.encoder
-    encoder = load_encoder(config.model.text_encoder, teachers_dtype(config))
-    kind, hashes = SINGLE_PASS[type(config.model)], encoder_hashes(encoder)
-    generator = kind.for_encoder(config.model, encoder)
-    generator.text_hash = hashes
-    if config.init_from is not None:
-        folder = find_generator(config.init_from)
-        if (made := read_record(folder)["_class_name"]) != kind.class_name:
-            raise GeneratorMismatch(
-                f"init_from={config.init_from!r}: _class_name is {made!r}, expected {kind.class_name!r}; give one of "
-                "that class, or another model.class"
-            )
-        saved = kind.from_pretrained(folder)
-        check_same_settings(config.init_from, saved.config, generator.config)
-        if not saved.fits_encoder(hashes):
-            raise GeneratorMismatch(
-                f"init_from={config.init_from!r}: was trained with another text encoder; set model.text_encoder to that"
-            )
-        generator.load_trained_state_dict(saved.trained_state_dict())
-    return generator, encoder
-
-
-def check_same_settings(where: str, saved: Any, asked: Any) -> None:
-    """ConfigError unless a saved generator's settings are those asked for, wherever its text encoder is."""
-    for f in fields(asked):
-        theirs, ours = getattr(saved, f.name), getattr(asked, f.name)
-        if theirs != ours and f.name != "text_encoder":
-            raise ConfigError(f"init_from={where!r}: its model.{f.name} is {theirs}, not {ours}; set it to that")
+def build_generator(config: TrainConfig) -> tuple[Model, PromptEncoder]:
+    """Return the model that the config describes, and the encoder of its prompts."""
+    return MODELS[type(config.model)].from_config(
+        config.model,
+        num_denoising_steps=config.num_denoising_steps,
+        text_dtype=teachers_dtype(config),
+        init_from=config.init_from,
+    )
 
 
 def build_student(config: TrainConfig, base: Base) -> TriplaneTurboGenerator:
-    """The base with PETA and heads as the config sizes them; its `model` is TriplaneTurbo's."""
-    model = config.model
-    assert isinstance(model, ModelConfig)
-    ranks = {} if model.self_attention_rank is None else {SELF_ATTENTION.pattern: model.self_attention_rank}
-    adapted = {group: getattr(model, group) for group in GROUPS}
-    peta = PetaConfig(
-        r=model.rank,
-        rank_pattern=ranks,
-        plane_wise=model.plane_wise,
-        plane_channels=model.plane_channels,
-        full=model.full,
-        **adapted,
-    )
-    student = StudentConfig(
-        base=base.name,
-        base_revision=base.revision,
-        latent_size=model.latent_size,
-        head_width=model.head_width,
-        bias_radius=model.sphere_radius,
-        sdf_init_scale=model.sdf_init_scale,
-        num_inference_steps=config.num_denoising_steps,
-    )
-    return TriplaneTurboGenerator(
-        base.unet,
-        base.vae,
-        base.scheduler,
-        peta,
-        student,
-        gradient_checkpointing=model.gradient_checkpointing,
-        base_hash=base.hashes,
-    )
+    """Attach PETA and heads to a base as the config sizes them; its `model` is TriplaneTurbo's."""
+    assert isinstance(config.model, TriplaneTurboConfig)
+    return TriplaneTurboGenerator.from_base(base, config.model, config.num_denoising_steps)
 
 
 def teachers_dtype(config: TrainConfig) -> torch.dtype:

@@ -12,6 +12,7 @@ from prd.errors import ConfigError
 from prd.generators.atom import AtomConfig
 from prd.generators.att3d import Att3dConfig
 from prd.generators.latte3d import Latte3dConfig
+from prd.generators.triplane_turbo import TriplaneTurboConfig
 from prd.rendering.surface import SurfaceConfig
 from prd.rendering.volume import VolumeConfig
 from prd.teachers.base import TeacherConfig
@@ -19,7 +20,6 @@ from prd.teachers.deepfloyd import DeepFloydTeacherConfig
 from prd.teachers.mvdream import MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
-from prd.training.sections import ModelConfig as TriplaneTurboConfig
 from prd.utils.imports import load_class
 
 

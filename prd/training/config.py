@@ -32,6 +32,7 @@ from prd.distillation.asd import AsdConfig
 from prd.distillation.interpolation import InterpolationConfig
 from prd.distillation.regularizers import RegularizerConfig
 from prd.errors import ConfigError
+from prd.generators.triplane_turbo import TriplaneTurboConfig
 from prd.rendering.shading import ShadingConfig
 from prd.rendering.surface import SurfaceConfig
 from prd.rendering.volume import VolumeConfig
@@ -40,7 +41,7 @@ from prd.teachers.mvdream import MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
 from prd.training.optimizers import OptimizerConfig
-from prd.training.sections import LibraryConfig, ModelConfig, PromptsConfig
+from prd.training.sections import LibraryConfig, PromptsConfig
 from prd.training.validation import ValidationConfig
 from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, resolved
 
@@ -105,7 +106,7 @@ class TrainConfig:
     allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none
     num_threads: Count | None = None  # torch's CPU threads; null: OMP_NUM_THREADS, or cores / processes of the machine
-    model: Any = field(default_factory=ModelConfig)  # the network
+    model: Any = field(default_factory=TriplaneTurboConfig)  # the network
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
     interpolation: InterpolationConfig = field(default_factory=InterpolationConfig)  # between two prompts
     library: LibraryConfig = field(default_factory=LibraryConfig)  # of 3D shapes

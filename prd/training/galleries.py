@@ -16,7 +16,6 @@ from prd.cameras import Cameras, orbit_cameras
 from prd.evaluation.pictures import save_sheet
 from prd.fields.protocol import Field, one_sample
 from prd.generators.protocol import Generator
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
 from prd.isosurface.extract import EmptySurfaceError
 from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceRenderer
@@ -65,9 +64,7 @@ def make_fields(
     student: Generator, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int
 ) -> Field:
     """The fields of embeddings [B, L, Ct], each from its own generator."""
-    if isinstance(student, TriplaneTurboGenerator):
-        return student.generate(embeds, generators, num_inference_steps)
-    return student.generate(embeds, generators)
+    return student.generate(embeds, generators, num_inference_steps=num_inference_steps)
 
 
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:

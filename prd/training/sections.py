@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, Radius, Schedule
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKS)
-class ModelConfig:
-    """TriplaneTurbo's student: a frozen Stable Diffusion with PETA adapters and the three heads."""
-
-    generator: Literal["triplane_turbo"] = "triplane_turbo"  # which generator this section describes
-    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
-    revision: str | None = None  # branch, tag or commit of a Hub id
-    rank: Count = 16  # rank of every LoRA pair
-    plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
-    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
-    self_attention: bool = True  # whether it is adapted, as the next four
-    cross_attention: bool = True
-    convolutions: bool = True  # of the U-Net
-    decoder_attention: bool = True
-    decoder_convolutions: bool = True
-    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
-    plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
-    head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
-    latent_size: Count = 32  # height and width of each plane's latents
-    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
-    sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
-    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
+from prd.utils.checked_types import CHECKS, Fraction, Positive, Schedule
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

@@ -14,15 +14,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from prd.data.batches import NOISE, Batch, Batches, dummy_of
 from prd.distillation.asd import NonFinitePrediction
-from prd.distillation.draws import draw_normal
-from prd.distillation.progressive import JudgeLog, rollout
+from prd.distillation.progressive import JudgeLog
 from prd.evaluation.report import write_report
-from prd.fields.protocol import Field
-from prd.generators.single_pass import SinglePassGenerator
 from prd.rendering.background import TextBackground
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
@@ -112,8 +108,7 @@ class Trainer:
         """Begin a stage: its parts of the model are trained, by an optimiser of its own."""
         self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
-        if isinstance(self.model, SinglePassGenerator):
-            self.model.begin_stage(stage.config.trainable)
+        self.model.begin_stage(stage.config.trainable)
         chosen = trainable_parameters(self.model, stage.config.trainable)
         for parameter in trainable_parameters(self.model, None):
             parameter.requires_grad_(False)
@@ -125,7 +120,7 @@ class Trainer:
             stage,
             self.parts.teachers,
             self.device,
-            alpha=self.model.alpha if isinstance(self.model, SinglePassGenerator) else None,
+            alpha=self.model.alpha,
             background=self.background,
         )
 
@@ -169,8 +164,7 @@ class Trainer:
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes."""
         config = self.stage.config
-        estimates = 1 if isinstance(self.model, SinglePassGenerator) else config.num_denoising_steps
-        renders = sum(len(config.renderers_of(step, k)) for k in range(estimates))
+        renders = sum(len(config.renderers_of(step, k)) for k in range(self.model.num_estimates))
         return self.global_batch_size * config.cameras.views * renders
 
     def wishes(self) -> dict[str, bool]:
@@ -181,38 +175,15 @@ class Trainer:
 
     def accumulate(self, step: int, micro: int, log: JudgeLog, diagnostics: NonFiniteDiagnostics) -> None:
         """Add the gradients of a micro-batch: the estimates of its prompts, rendered and judged."""
-        batch, model = self.draw(step, micro), self.model
-
-        def supervise(ks: range, field: Field) -> Tensor:
-            loss = self.objective(batch, ks, field, step, log, diagnostics)
-            return loss / self.config.gradient_accumulation_steps
-
-        @torch.autocast(self.device.type, enabled=False)  # each operation's gradient in the precision it ran in
-        def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss)
-
+        config, batch, model = self.config, self.draw(step, micro), self.model
+        noise = batch.draws(NOISE)
+        size = config.rollout_batch_size
         with self.accelerator.autocast():
-            if isinstance(model, SinglePassGenerator):
-                model.train(micro == 0)  # spectral norms iterate once per step, however it is shared out
-                field = model.generate(batch.embeds, **batch.inputs)
-                model.eval()
-                backward(supervise(range(1), field))
-                return
-
-            latents = batch.draws(NOISE)
-
-            def noise(k: int) -> Tensor:
-                return draw_normal((len(batch.prompts), *model.latent_shape), latents).to(self.device)
-
-            rollout(
-                model,
-                supervise,
-                backward,
-                prompt_embeds=batch.embeds,
-                timesteps=model.timesteps(self.config.num_denoising_steps),
-                noise=noise,
-                at_once=self.config.rollout_batch_size,
-            )
+            for ks, field in model.rollout(batch.embeds, batch.inputs, noise, batch_size=size, first=micro == 0):
+                loss = self.objective(batch, ks, field, step, log, diagnostics)
+                loss = loss / config.gradient_accumulation_steps / model.num_estimates
+                with torch.autocast(self.device.type, enabled=False):  # gradients in the precision of their operation
+                    self.accelerator.backward(loss)
 
     def draw(self, step: int, micro: int) -> Batch:
         """The prompts of a micro-batch, with random numbers of their own."""

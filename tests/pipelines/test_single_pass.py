@@ -76,10 +76,10 @@ def test_the_command_line_knows_the_model_by_its_files(tmp_path: Path, capsys) -
 
 def test_what_is_saved_comes_back_with_a_card(tmp_path: Path) -> None:
     pipe = prd.ATT3D.from_pretrained(save("att3d", tmp_path))
-    pipe.facts = {"train_steps": 5, "measured": {"single_seen": {"count": 3, "r_at_1": 0.5}}}
+    pipe.training_metadata = {"train_steps": 5, "measured": {"single_seen": {"count": 3, "r_at_1": 0.5}}}
     pipe.save_pretrained(tmp_path / "mine")
     again = prd.ATT3D.from_pretrained(tmp_path / "mine")
-    assert again.facts == pipe.facts
+    assert again.training_metadata == pipe.facts
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert card.data.library_name == "prd" and card.data.license == "apache-2.0" and "att3d" in card.data.tags
     assert "ATT3D.from_pretrained" in card.text and "| single seen | 3 | 0.50 |" in card.text

@@ -11,6 +11,7 @@ import torch
 
 from prd import EmptySurfaceError, TriplaneTurbo
 from prd.isosurface.extract import evaluate_grid
+from tests.conftest import use_assets
 
 POINTS = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
@@ -23,7 +24,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 @pytest.fixture(scope="module")
 def pipe(random_toybox):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prd.toybox.ASSETS", random_toybox)
+        use_assets(patch, random_toybox)
         return TriplaneTurbo.from_pretrained("toybox")
 
 

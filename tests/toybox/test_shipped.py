@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
-from prd.hub.repositories import SHIPPED, find_generator
+from prd.hub.find import find_model
 from prd.pipelines.single_pass import load_pipeline
 from prd.pipelines.triplane_turbo import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
@@ -172,10 +172,10 @@ AMORTIZED = {"toybox-atom": (0.8, 0.6), "toybox-att3d": (0.7, 0.4), "toybox-latt
 def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
     """Single objects alone are what they were trained on: ten of the seen ones, and every one held out."""
     pipe: Any = load_pipeline(name)
-    folder = find_generator(name)
+    folder = find_model(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3 * 2**20
     record = json.loads((folder / "record.json").read_text())
-    recipe = load_config(f"{SHIPPED[name]}_toybox")
+    recipe = load_config(f"{name.removeprefix('toybox-')}_toybox")
     assert record["train_steps"] == recipe.max_train_steps
     assert record["held_out"] == [prompt for prompt in recipe.prompts.held_out if " on " not in prompt]
     seen, unseen = AMORTIZED[name]
