@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
-from prd.teachers.base import PromptEncoder
+from prd.text.encoders import PromptEncoder
 from prd.toybox import asset
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]

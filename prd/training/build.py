@@ -10,8 +10,6 @@ import torch
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig
 from prd.cameras import CameraSampling
-from prd.distillation.asd import Guidance
-from prd.distillation.schedules import LinearSchedule
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
 from prd.generators.latte3d import Latte3dGenerator
@@ -26,7 +24,6 @@ from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
-from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.offload import set_offload
 from prd.teachers.richdreamer import RichDreamerTeacher
@@ -35,12 +32,9 @@ from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest, encoder_hashes, load_encoder
 from prd.toybox import asset
 from prd.training.config import ConfigError, TrainConfig, stages_of
-from prd.training.sections import ModelConfig, Schedule, StableDiffusionConfig, TeacherConfig
+from prd.training.sections import ModelConfig, Schedule, TeacherConfig
+from prd.utils.checked_types import scheduled
 
-RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
-    "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
-    "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
-}
 ASKED = tuple(field.name for field in fields(TeacherConfig) if field.name != "path")  # at every step, of a teacher
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -140,25 +134,17 @@ def load_teachers(config: TrainConfig, device: torch.device) -> list[tuple[Teach
     Each with its settings in the run's config; `prd.training.objective.settings_in` has those of a stage.
     """
     section, dtype = config.teachers, teachers_dtype(config)
-    sd, mv, rd, pixels = (
-        _as_loaded(name, config) for name in ("stable_diffusion", "mvdream", "richdreamer", "deepfloyd")
-    )
+    kinds: dict[str, type[UNetTeacher]] = {
+        "stable_diffusion": StableDiffusionTeacher,
+        "mvdream": MVDreamTeacher,
+        "richdreamer": RichDreamerTeacher,
+        "deepfloyd": DeepFloydTeacher,
+    }
     loaded: list[tuple[Teacher, TeacherConfig]] = []
-    if sd is not None:
-        loaded.append((_stable_diffusion(sd, dtype, section.checkpoint_vae), section.stable_diffusion))
-    if mv is not None:
-        folder = _place("mvdream", mv)
-        views = MVDreamTeacher.from_pretrained(folder, torch_dtype=dtype, checkpoint_vae=section.checkpoint_vae)
-        loaded.append((views, section.mvdream))
-    if rd is not None:
-        normals = RichDreamerTeacher.from_pretrained(_place("richdreamer", rd), torch_dtype=dtype)
-        if rd.input_convention is not None:
-            normals.config = replace(normals.config, **RICHDREAMER_INPUTS[rd.input_convention])
-        loaded.append((normals, section.richdreamer))
-    if pixels is not None:
-        told = pixels.view_dependent_prompts
-        floyd = DeepFloydTeacher.from_pretrained(pixels.path, torch_dtype=dtype, view_dependent=told)
-        loaded.append((floyd, section.deepfloyd))
+    for name, kind in kinds.items():
+        if (settings := _as_loaded(name, config)) is not None:
+            own = kind.from_config(_placed(name, settings), options=section, dtype=dtype)
+            loaded.append((own, getattr(section, name)))
     share_texts([teacher for teacher, _ in loaded])
     for teacher, _ in loaded:
         if isinstance(teacher, torch.nn.Module):
@@ -192,54 +178,22 @@ def share_texts(teachers: Sequence[Teacher]) -> None:
             teacher.text_encoder, teacher.prompt_encoder = first.text_encoder, first.prompt_encoder
 
 
-def _stable_diffusion(
-    settings: StableDiffusionConfig, dtype: torch.dtype, checkpoint_vae: bool
-) -> StableDiffusionTeacher:
-    """Stable Diffusion, with its ControlNet if the config names one."""
-    folder = _place("stable_diffusion", settings)
-    if settings.controlnet is None:
-        return StableDiffusionTeacher.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            checkpoint_vae=checkpoint_vae,
-            view_dependent=settings.view_dependent_prompts,
-        )
-    return DepthControlTeacher.from_pretrained(
-        folder,
-        controlnet=asset("controlnet") if settings.controlnet == "toybox" else settings.controlnet,
-        controlnet_scale=settings.controlnet_scale,
-        torch_dtype=dtype,
-        checkpoint_vae=checkpoint_vae,
-        view_dependent=settings.view_dependent_prompts,
-    )
-
-
-def _place(name: str, settings: TeacherConfig) -> str:
-    """Folder or Hub id of a teacher; "toybox" is the one shipped in the package."""
-    return str(asset(name)) if settings.path == "toybox" else settings.path
+def _placed(name: str, settings: Any) -> Any:
+    """A teacher's settings with the folder in the package in the place of "toybox"."""
+    changes = {"path": str(asset(name))} if settings.path == "toybox" else {}
+    if getattr(settings, "controlnet", None) == "toybox":
+        changes["controlnet"] = str(asset("controlnet"))
+    return replace(settings, **changes)
 
 
 def at(schedule: Schedule, config: TrainConfig, step: int) -> float:
     """The value of a schedule at an optimizer step, spanning `schedule_steps`."""
-    return LinearSchedule.from_value(schedule, config.schedule_steps or config.max_train_steps)(step)
+    return scheduled(schedule, step, span(config))
 
 
-def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guidance:
-    """How a teacher is asked at an optimizer step."""
-    distillation = config.distillation
-    return Guidance(
-        guidance_scale=at(settings.guidance_scale, config, step),
-        t_min=int(at(distillation.t_min, config, step)),
-        t_max=distillation.t_max,
-        eta=settings.eta,
-        weighting=distillation.weighting,
-        delta=distillation.delta,
-        x0_from=distillation.x0_from,
-        average_over=distillation.average_over,
-        reference=distillation.reference,
-        grad_clip=distillation.grad_clip,
-        negative_prompt=settings.negative_prompt,
-    )
+def span(config: TrainConfig) -> int:
+    """The step at which every schedule of a config reaches its end."""
+    return config.schedule_steps or config.max_train_steps
 
 
 def build_volume_renderer(config: TrainConfig, step: int, alpha: AlphaModel | None = None) -> VolumeRenderer:

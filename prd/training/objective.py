@@ -14,7 +14,7 @@ from prd.cameras import Cameras
 from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
-from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
+from prd.distillation.multi_teacher import MeanMetrics, WeightedTeacher, multi_teacher_loss
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields.grid import GridField
 from prd.fields.protocol import Field, some_samples
@@ -29,11 +29,12 @@ from prd.training.build import (
     build_surface_renderer,
     build_volume_renderer,
     camera_sampling,
-    guidance_at,
+    span,
 )
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.sections import TeacherConfig
+from prd.utils.checked_types import resolved
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
@@ -72,11 +73,11 @@ class Supervision:
         for teacher, settings in self.teachers:
             own = settings_in(self.config, self.run, settings)
             if own.enabled:
-                found.append(WeightedTeacher(teacher, own.weight, guidance_at(self.config, own, step)))
+                found.append(WeightedTeacher(teacher, resolved(own, step, span(self.config))))
         return found
 
     def __call__(
-        self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, witness: NonFiniteDiagnostics
+        self, batch: Batch, ks: range, field: Field, step: int, log: MeanMetrics, witness: NonFiniteDiagnostics
     ) -> Tensor:
         """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
 
@@ -107,7 +108,7 @@ class Supervision:
         batch: Batch,
         alike: Sequence[int],
         local: int,
-        log: JudgeLog,
+        log: MeanMetrics,
         name: str,
     ) -> Tensor:
         """What teachers and the library say of the views of some estimates, summed over these."""
@@ -117,7 +118,17 @@ class Supervision:
         if judges:
             mixture = None if batch.mixture is None else batch.mixture.repeat(count)
             draws = batch.draws(TEACHERS, *alike)
-            judged = judge_views(views, judges, batch.prompts * count, draws, log, name, count, mixture=mixture)
+            judged = multi_teacher_loss(
+                views,
+                judges,
+                batch.prompts * count,
+                config=resolved(self.config.distillation, local, span(self.config)),
+                generator=draws,
+                metrics=log,
+                renderer=name,
+                num_estimates=count,
+                interpolation=mixture,
+            )
             loss = loss + (1 - alpha) * judged
         if batch.shapes is not None:
             weights = alpha * library.mask_weight, at(library.reconstruction, self.config, local)
@@ -132,7 +143,7 @@ class Supervision:
         cameras: Cameras,
         batch: Batch,
         alike: Sequence[int],
-        log: JudgeLog,
+        log: MeanMetrics,
     ) -> Iterator[tuple[str, Views, Tensor]]:
         """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
         config, local, count = self.config, step - self.stage.first, cameras.batch
@@ -196,7 +207,7 @@ class Supervision:
             return self.config.background
         return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
 
-    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
+    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: MeanMetrics) -> Tensor:
         """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
         weights, local = self.config.regularizers, step - self.stage.first
         eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
@@ -211,7 +222,7 @@ class Supervision:
         return at(weights.eikonal, self.config, local) * eikonal + at(weights.sparsity, self.config, local) * sparsity
 
 
-def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: JudgeLog) -> Tensor:
+def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: MeanMetrics) -> Tensor:
     """The loss against a library's shapes, seen from the same cameras: LATTE3D's mask loss and its pretraining.
 
     mask            weight of the mean squared difference of the opacity

@@ -28,7 +28,8 @@ from prd.data.prompts import load_corpus
 from prd.data.shape_library import open_library
 from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.draws import draw_normal
-from prd.distillation.progressive import JudgeLog, rollout
+from prd.distillation.multi_teacher import MeanMetrics
+from prd.distillation.progressive import rollout
 from prd.evaluation.report import write_report
 from prd.fields.protocol import Field
 from prd.generators.protocol import Generator
@@ -190,7 +191,7 @@ class Trainer:
         if not self.stage.first <= step < self.stage.last:
             self.enter(self.stage_at(step))
             self.restart_average()
-        config, log, witness = self.stage.config, JudgeLog(), NonFiniteDiagnostics()
+        config, log, witness = self.stage.config, MeanMetrics(), NonFiniteDiagnostics()
         begun = time.time()
         lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
         for group in self.optimizer.param_groups:
@@ -250,7 +251,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
-    def accumulate(self, step: int, micro: int, log: JudgeLog, witness: NonFiniteDiagnostics) -> None:
+    def accumulate(self, step: int, micro: int, log: MeanMetrics, witness: NonFiniteDiagnostics) -> None:
         """A micro-batch: the estimates of its prompts, rendered and judged, gradients added up."""
         batch, generator = self.draw(step, micro), self.student
 
