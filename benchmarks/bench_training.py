@@ -146,8 +146,8 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
-        mock.patch.object(judging, "judge_views", timed("teachers", judging.judge_views)),
-        mock.patch.object(trainer, "encoder", timed("text", trainer.parts.text_encoder)),
+        mock.patch.object(judging, "multi_teacher_loss", timed("teachers", judging.multi_teacher_loss)),
+        mock.patch.object(trainer.batches, "encoder", timed("text", trainer.batches.encoder)),
     ]
     for patch in patches:
         patch.start()

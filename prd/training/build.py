@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from prd.distillation.asd import AsdConfig, Guidance
 from prd.errors import ConfigError
 from prd.generators.atom import AtomGenerator
 from prd.generators.att3d import Att3dGenerator
@@ -23,11 +22,9 @@ from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher
-from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
-from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig as StableDiffusionConfig
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
 from prd.toybox import asset
@@ -36,11 +33,13 @@ from prd.training.config import TrainConfig
 from prd.training.recipes import stages_of
 from prd.utils.checked_types import number
 
-RICHDREAMER_INPUTS: dict[str, dict[str, Any]] = {
-    "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
-    "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
-}
 ASKED = tuple(field.name for field in fields(TeacherConfig) if field.name != "path")  # at every step, of a teacher
+TEACHERS: dict[str, Any] = {
+    "stable_diffusion": StableDiffusionTeacher,
+    "mvdream": MVDreamTeacher,
+    "richdreamer": RichDreamerTeacher,
+    "deepfloyd": DeepFloydTeacher,
+}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,29 +80,12 @@ def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> Promp
 
 def load_teachers(config: TrainConfig) -> dict[str, Teacher]:
     """The teachers that any stage enables, by name, frozen, on the CPU."""
-    options, dtype = config.teacher_options, teachers_dtype(config)
-    stages = [stage.config for stage in stages_of(config)]
+    dtype, stages = teachers_dtype(config), [stage.config for stage in stages_of(config)]
     loaded: dict[str, Teacher] = {}
     for name in dict.fromkeys(name for stage in stages for name in stage.teachers):
-        settings: Any = _as_loaded(name, stages)
-        if settings is None:
-            continue
-        kind = class_name_of(config, f"teachers.{name}")
-        if kind == "stable_diffusion":
-            loaded[name] = _stable_diffusion(settings, dtype, options.checkpoint_vae)
-        elif kind == "mvdream":
-            loaded[name] = MVDreamTeacher.from_pretrained(
-                _place(kind, settings), torch_dtype=dtype, checkpoint_vae=options.checkpoint_vae
-            )
-        elif kind == "richdreamer":
-            normals = RichDreamerTeacher.from_pretrained(_place(kind, settings), torch_dtype=dtype)
-            if settings.input_convention is not None:
-                normals.config = replace(normals.config, **RICHDREAMER_INPUTS[settings.input_convention])
-            loaded[name] = normals
-        else:
-            loaded[name] = DeepFloydTeacher.from_pretrained(
-                settings.path, torch_dtype=dtype, view_dependent=settings.view_dependent_prompts
-            )
+        if (settings := _as_loaded(name, stages)) is not None:
+            kind = TEACHERS[class_name_of(config, f"teachers.{name}")]
+            loaded[name] = kind.from_config(_placed(kind, settings), options=config.teacher_options, dtype=dtype)
     share_texts(list(loaded.values()))
     return loaded
 
@@ -133,48 +115,12 @@ def share_texts(teachers: Sequence[Teacher]) -> None:
             teacher.text_encoder, teacher.prompt_encoder = first.text_encoder, first.prompt_encoder
 
 
-def _stable_diffusion(
-    settings: StableDiffusionConfig, dtype: torch.dtype, checkpoint_vae: bool
-) -> StableDiffusionTeacher:
-    """Stable Diffusion, with its ControlNet if the config names one."""
-    folder = _place("stable_diffusion", settings)
-    if settings.controlnet is None:
-        return StableDiffusionTeacher.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            checkpoint_vae=checkpoint_vae,
-            view_dependent=settings.view_dependent_prompts,
-        )
-    return DepthControlTeacher.from_pretrained(
-        folder,
-        controlnet=asset("controlnet") if settings.controlnet == "toybox" else settings.controlnet,
-        controlnet_scale=settings.controlnet_scale,
-        torch_dtype=dtype,
-        checkpoint_vae=checkpoint_vae,
-        view_dependent=settings.view_dependent_prompts,
-    )
-
-
-def _place(name: str, settings: TeacherConfig) -> str:
-    """Folder or Hub id of a teacher; "toybox" is the one shipped in the package."""
-    return str(asset(name)) if settings.path == "toybox" else settings.path
-
-
-def guidance(settings: TeacherConfig, loss: AsdConfig) -> Guidance:
-    """How a teacher is asked at a step, of settings whose schedules are numbers."""
-    return Guidance(
-        guidance_scale=number(settings.guidance_scale),
-        t_min=int(number(loss.t_min)),
-        t_max=loss.t_max,
-        eta=settings.eta,
-        weighting=loss.weighting,
-        delta=loss.delta,
-        x0_from=loss.x0_from,
-        average_over=loss.average_over,
-        reference=loss.reference,
-        grad_clip=loss.grad_clip,
-        negative_prompt=settings.negative_prompt,
-    )
+def _placed(kind: Any, settings: Any) -> Any:
+    """A teacher's settings with the folder in the package in the place of "toybox"."""
+    changes = {"path": str(asset(kind.name))} if settings.path == "toybox" else {}
+    if getattr(settings, "controlnet", None) == "toybox":
+        changes["controlnet"] = str(asset("controlnet"))
+    return replace(settings, **changes)
 
 
 def build_volume_renderer(volume: VolumeConfig, alpha: AlphaModel | None = None) -> VolumeRenderer:

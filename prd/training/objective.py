@@ -14,7 +14,7 @@ from prd.cameras import Cameras
 from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
-from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
+from prd.distillation.multi_teacher import MeanMetrics, WeightedTeacher, multi_teacher_loss
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.fields.grid import GridField
 from prd.fields.protocol import Field, some_samples
@@ -24,7 +24,7 @@ from prd.rendering.shading import shade_views
 from prd.rendering.views import Views
 from prd.rendering.volume import GradientSamples
 from prd.teachers.base import Teacher
-from prd.training.build import build_surface_renderer, build_volume_renderer, guidance
+from prd.training.build import build_surface_renderer, build_volume_renderer
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.utils.checked_types import number
@@ -58,7 +58,7 @@ class Objective:
         self.alpha, self.background = alpha, background
 
     def __call__(
-        self, batch: Batch, ks: range, field: Field, step: int, log: JudgeLog, diagnostics: NonFiniteDiagnostics
+        self, batch: Batch, ks: range, field: Field, step: int, log: MeanMetrics, diagnostics: NonFiniteDiagnostics
     ) -> Tensor:
         """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
 
@@ -90,7 +90,17 @@ class Objective:
         if judges:
             mixture = None if batch.mixture is None else batch.mixture.repeat(count)
             draws = batch.draws(TEACHERS, *shown.ks)
-            judged = judge_views(views, judges, batch.prompts * count, draws, shown.log, name, count, mixture=mixture)
+            judged = multi_teacher_loss(
+                views,
+                judges,
+                batch.prompts * count,
+                config=config.distillation,
+                generator=draws,
+                metrics=shown.log,
+                renderer=name,
+                num_estimates=count,
+                interpolation=mixture,
+            )
             loss = loss + (1 - alpha) * judged
         if batch.shapes is not None:
             weights = alpha * config.library.mask_weight, number(config.library.reconstruction)
@@ -99,10 +109,7 @@ class Objective:
 
     def judges(self, config: TrainConfig) -> list[WeightedTeacher]:
         """The teachers that are enabled, as they are asked at this step."""
-        return [
-            WeightedTeacher(self.teachers[name], own.weight, guidance(own, config.distillation))
-            for name, own in config.enabled_teachers.items()
-        ]
+        return [WeightedTeacher(self.teachers[name], settings) for name, settings in config.enabled_teachers.items()]
 
     def render(self, shown: Shown, names: Sequence[str], field: Field) -> Iterator[tuple[str, Views, Tensor]]:
         """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
@@ -195,10 +202,10 @@ class Shown:
     batch: Batch
     ks: Sequence[int]
     cameras: Cameras
-    log: JudgeLog
+    log: MeanMetrics
 
 
-def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: JudgeLog) -> Tensor:
+def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: MeanMetrics) -> Tensor:
     """The loss against a library's shapes, seen from the same cameras: LATTE3D's mask loss and its pretraining.
 
     mask            weight of the mean squared difference of the opacity

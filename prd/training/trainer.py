@@ -17,7 +17,7 @@ import torch
 
 from prd.data.batches import NOISE, Batch, Batches, dummy_of
 from prd.distillation.asd import NonFinitePrediction
-from prd.distillation.progressive import JudgeLog
+from prd.distillation.multi_teacher import MeanMetrics
 from prd.evaluation.report import write_report
 from prd.rendering.background import TextBackground
 from prd.training.config import Stage, TrainConfig
@@ -132,7 +132,7 @@ class Trainer:
             self.enter(self.stage_at(step))
             if self.average is not None:
                 self.average.restart(self.parameters)
-        config, log, diagnostics, reason = self.stage.config, JudgeLog(), NonFiniteDiagnostics(), NOT_FINITE
+        config, log, diagnostics, reason = self.stage.config, MeanMetrics(), NonFiniteDiagnostics(), NOT_FINITE
         begun = time.time()
         lr = config.optimizer.lr * lr_factor(config.optimizer, step - self.stage.first, config.total_steps)
         for group in self.optimizer.param_groups:
@@ -173,7 +173,7 @@ class Trainer:
         over = limit is not None and self.accelerator.is_main_process and self.clock.minutes() > limit
         return {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: over}
 
-    def accumulate(self, step: int, micro: int, log: JudgeLog, diagnostics: NonFiniteDiagnostics) -> None:
+    def accumulate(self, step: int, micro: int, log: MeanMetrics, diagnostics: NonFiniteDiagnostics) -> None:
         """Add the gradients of a micro-batch: the estimates of its prompts, rendered and judged."""
         config, batch, model = self.config, self.draw(step, micro), self.model
         noise = batch.draws(NOISE)

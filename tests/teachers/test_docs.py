@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
-from prd.training.sections import TeacherConfig
+from prd.teachers import TeacherConfig
 from tests.teachers.tiny import random_views, save_teacher
 from tests.training.test_trainer import make
 
