@@ -22,7 +22,7 @@ from tqdm import tqdm
 from prd.data.prompts import load_corpus
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
-from prd.fields.protocol import one_sample
+from prd.fields.fast import one_sample
 from prd.text.encoders import PromptEncoder
 from prd.toybox.score import summarise
 from prd.training.build import build_generator

@@ -72,17 +72,3 @@ class FieldSamples(AutogradGradient):
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
         return sdf[self.indices], None if deformation is None else deformation[self.indices]
-
-
-def one_sample(field: Field, index: int, batch: int) -> Field:
-    """Sample `index` of a field of `batch` samples, by the field's own `select(index)` if it has one."""
-    select = getattr(field, "select", None)
-    return select(index) if select is not None else FieldSamples(field, [index], batch)
-
-
-def some_samples(field: Field, indices: Sequence[int], batch: int) -> Field:
-    """Samples `indices` of a field of `batch` samples, by the field's own `select(indices)` if it has one."""
-    if list(indices) == list(range(batch)):
-        return field
-    select = getattr(field, "select", None)
-    return select(indices) if select is not None else FieldSamples(field, indices, batch)

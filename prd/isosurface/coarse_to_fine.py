@@ -14,8 +14,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from prd.fields.fast import Geometry, values_at
 from prd.fields.protocol import Field
-from prd.isosurface.extract import Grid, OnEmpty, meshes_from_slabs, values_at
+from prd.isosurface.extract import OnEmpty, meshes_from_slabs
 from prd.isosurface.marching_cubes import Marching, Mesh, marching_cubes
 
 
@@ -38,7 +39,7 @@ class NearSurface:
     inside: Tensor
     outside: Tensor
 
-    def slabs(self, planes: int) -> Iterator[Grid]:
+    def slabs(self, planes: int) -> Iterator[Geometry]:
         """The grids as `isosurface.grid_slabs` gives them: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
         resolution, batch = self.resolution, len(self.sdf)
         cell = torch.arange(resolution, device=self.nodes.device) // self.factor

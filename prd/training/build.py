@@ -18,10 +18,8 @@ from prd.generators.latte3d import Latte3dGenerator
 from prd.generators.single_pass import GeneratorMismatch, SinglePassGenerator, read_record
 from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
 from prd.hub.repositories import find_generator
-from prd.isosurface.marching_cubes import marching_cubes
-from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from prd.loading.stable_diffusion import Base, load_base
-from prd.rendering.alpha import AlphaModel, NeusAlpha
+from prd.rendering.protocol import Renderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import Teacher, UNetTeacher
@@ -242,31 +240,12 @@ def guidance_at(config: TrainConfig, settings: TeacherConfig, step: int) -> Guid
     )
 
 
-def build_volume_renderer(config: TrainConfig, step: int, alpha: AlphaModel | None = None) -> VolumeRenderer:
-    """The volume renderer with its gradient scales at an optimizer step; alpha: of the generator, None: NeuS."""
-    volume = config.volume
-    if alpha is None:
-        alpha = NeusAlpha(at(volume.inv_std, config, step))
-    return VolumeRenderer(
-        num_samples=volume.num_samples,
-        num_importance_samples=volume.num_importance_samples,
-        max_rays=volume.max_rays,
-        alpha=alpha,
-        rgb_gradient_scale=at(volume.rgb_gradient_scale, config, step),
-        rgb_weight_gradient_scale=at(volume.rgb_weight_gradient_scale, config, step),
-    )
-
-
-def build_surface_renderer(config: TrainConfig, step: int) -> SurfaceRenderer:
-    """The mesh renderer in training mode with its gradient scales at an optimizer step."""
-    surface = config.surface
-    return SurfaceRenderer(
-        resolution=surface.grid_resolution,
-        sdf_gradient_scale=at(surface.sdf_gradient_scale, config, step),
-        deformation_gradient_scale=at(surface.deformation_gradient_scale, config, step),
-        isosurface=marching_tetrahedra if surface.isosurface == "tetrahedra" else marching_cubes,
-        on_empty="correct",
-    )
+def build_renderers(config: TrainConfig) -> dict[str, Renderer]:
+    """The renderers by name, in training mode; `at_step` gives their schedules' numbers."""
+    return {
+        "volume": VolumeRenderer.from_config(config.volume),
+        "surface": SurfaceRenderer.from_config(config.surface),
+    }
 
 
 def camera_sampling(config: TrainConfig) -> CamerasConfig:

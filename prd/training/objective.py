@@ -15,25 +15,20 @@ from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
 from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
-from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.fields.grid import GridField
-from prd.fields.protocol import Field, some_samples
+from prd.distillation.regularizers import REGULARIZERS, regularize
+from prd.fields.fast import some_samples
+from prd.fields.protocol import Field
 from prd.rendering.alpha import AlphaModel
 from prd.rendering.background import TextBackground
-from prd.rendering.shading import shade_views
+from prd.rendering.protocol import Rendered, SampleDraws, SharedGrids, at_step, image_size
+from prd.rendering.shading import shade_at_random
 from prd.rendering.views import Views
-from prd.rendering.volume import GradientSamples
 from prd.teachers.base import Teacher
-from prd.training.build import (
-    at,
-    build_surface_renderer,
-    build_volume_renderer,
-    camera_sampling,
-    guidance_at,
-)
+from prd.training.build import at, build_renderers, camera_sampling, guidance_at
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.sections import TeacherConfig
+from prd.utils.checked_types import number, resolved
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
@@ -64,6 +59,7 @@ class Supervision:
         self.stage, self.config, self.run, self.teachers, self.device = stage, stage.config, run, teachers, device
         self.alpha, self.background = alpha, background
         self.cameras = camera_sampling(stage.config)
+        self.renderers = build_renderers(stage.config)
 
     @torch.no_grad()
     def judges(self, step: int) -> list[WeightedTeacher]:
@@ -136,56 +132,21 @@ class Supervision:
     ) -> Iterator[tuple[str, Views, Tensor]]:
         """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
         config, local, count = self.config, step - self.stage.first, cameras.batch
-        embeds = batch.embeds.repeat(len(alike), 1, 1)
-        resolution = config.volume.grid_resolution
-        grid = GridField(field, resolution, count, self.device) if resolution else field
+        embeds, total = batch.embeds.repeat(len(alike), 1, 1), config.schedule_steps or config.max_train_steps
+        grids = SharedGrids(field, self.renderers.values(), count, self.device)
+        alpha: AlphaModel | None = None if self.alpha is None else self.alpha()
         for name in names:
-            size = config.volume if name == "volume" else config.surface
-            background = self.backdrop(cameras, size.height, size.width, embeds)
-            if name == "volume":
-                alpha: AlphaModel | None = None if self.alpha is None else self.alpha()
-                renderer = build_volume_renderer(config, local, alpha)
-                shape = (count, renderer.passes, cameras.views, size.height, size.width)
-                views, gradient = renderer.render_with_samples(
-                    grid,
-                    cameras,
-                    height=size.height,
-                    width=size.width,
-                    background=background,
-                    jitter=draw_uniform(shape, batch.draws(JITTER, *alike)).transpose(0, 1),
-                )
-                regularizer = self.regularizer(step, views, gradient, log)
-            else:
-                views, stats = build_surface_renderer(config, local).render_with_stats(
-                    grid if resolution == config.surface.grid_resolution else field,
-                    cameras,
-                    height=size.height,
-                    width=size.width,
-                    background=background,
-                )
-                log.add("surfaces_corrected", stats.corrected.float().mean(), count)  # the rate of empty ones
-                regularizer = torch.zeros((), device=self.device)
-            yield name, self.shade(views, background, batch.draws(SHADING, *alike)), regularizer
-
-    def shade(self, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]) -> Views:
-        """The views under a random point light near the camera, for the share of prompts that the config says."""
-        shading = self.config.shading
-        if not shading.textureless + shading.diffuse:
-            return views
-        drawn = draw_uniform((len(draws), 6), draws).to(self.device)
-        kind, low_high = drawn[:, 0], shading.ambient
-        near, far = shading.light_distance
-        position = views.cameras.position
-        distance = position.norm(dim=-1, keepdim=True) * (near + (far - near) * drawn[:, None, 1:2])
-        towards = position / position.norm(dim=-1, keepdim=True) + (drawn[:, None, 2:5] * 2 - 1)
-        return shade_views(
-            views,
-            towards / towards.norm(dim=-1, keepdim=True).clamp(min=1e-6) * distance,
-            low_high[0] + (low_high[1] - low_high[0]) * drawn[:, 5],
-            background,
-            textureless=kind < shading.textureless,
-            diffuse=(kind >= shading.textureless) & (kind < shading.textureless + shading.diffuse),
-        )
+            renderer = at_step(self.renderers[name], local, total, alpha)
+            size = image_size(renderer)
+            background = self.backdrop(cameras, *size, embeds)
+            draws = SampleDraws(batch.draws(JITTER, *alike))
+            rendered = renderer.render(grids.field_for(renderer), cameras, size, background, draws)
+            for called, value in rendered.stats.items():
+                log.add(called, value.mean(), count)
+            shaded = shade_at_random(
+                rendered.views, config.shading, background, SampleDraws(batch.draws(SHADING, *alike))
+            )
+            yield name, shaded, self.regularizer(step, rendered, log)
 
     def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
         """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
@@ -196,19 +157,23 @@ class Supervision:
             return self.config.background
         return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
 
-    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: JudgeLog) -> Tensor:
-        """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
+    def regularizer(self, step: int, rendered: Rendered, log: JudgeLog) -> Tensor:
+        """The weighted regularisers of a render; CollapseError if the object vanishes at the start."""
+        if "opacity" in rendered.stats and step < COLLAPSE_WATCH:
+            opacity = float(rendered.stats["opacity"])
+            if opacity < COLLAPSED_OPACITY:
+                raise CollapseError(
+                    f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
+                    "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
+                )
         weights, local = self.config.regularizers, step - self.stage.first
-        eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
-        opacity = float(views.opacity.detach().mean())
-        log.add("opacity", opacity, views.cameras.batch)
-        log.add("eikonal", eikonal.detach(), views.cameras.batch)
-        if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
-            raise CollapseError(
-                f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
-                "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
-            )
-        return at(weights.eikonal, self.config, local) * eikonal + at(weights.sparsity, self.config, local) * sparsity
+        total = self.config.schedule_steps or self.config.max_train_steps
+        now = resolved(weights, local, total)
+        chosen = {name: (REGULARIZERS[name], number(getattr(now, name))) for name in ("eikonal", "sparsity")}
+        loss, values = regularize(rendered, chosen)
+        for name, value in values.items():
+            log.add(name, value, rendered.views.cameras.batch)
+        return loss
 
 
 def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: JudgeLog) -> Tensor:

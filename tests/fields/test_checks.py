@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
+from prd.fields.fast import evaluate_grid
 from prd.fields.grid import GridField
 from prd.fields.protocol import AutogradGradient, Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.isosurface.extract import evaluate_grid, extract_isosurface
+from prd.isosurface.extract import extract_isosurface
 from prd.rendering.patch import PatchRenderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer

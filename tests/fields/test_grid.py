@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
+from prd.fields.fast import grid_points
 from prd.fields.grid import GridField, interpolate, sample_grid
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.isosurface.extract import extract_isosurface, grid_points
+from prd.isosurface.extract import extract_isosurface
 from prd.rendering import _grid_numba
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer

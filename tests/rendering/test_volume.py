@@ -157,7 +157,7 @@ def test_culling_changes_nothing_on_what_the_toy_student_makes() -> None:
     pipe = TriplaneTurbo.from_pretrained("toybox")
     prompts, draws = ["a red cube", "a green mug"], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     field = GridField(pipe(prompts, generator=draws, output_type="field").field, 32)
-    assert field.gradient.norm(dim=-1).max() > 2
+    assert field.node_gradient.norm(dim=-1).max() > 2
     renderer, cameras = VolumeRenderer(num_samples=40, inv_std=64.0), two_cameras(batch=2)
     culled, whole = (r(field, cameras, height=32, width=32) for r in (renderer, replace(renderer, cull_below=0)))
     assert (culled.opacity - whole.opacity).abs().max() < 1e-3
