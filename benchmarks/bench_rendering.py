@@ -36,15 +36,9 @@ from machine import PeakMemory, describe, matmul_rate  # noqa: E402
 
 from prd.cameras import orbit_cameras  # noqa: E402
 from prd.distillation.regularizers import eikonal_loss  # noqa: E402
-from prd.fields.triplane import (  # noqa: E402
-    TriplaneField,
-    TriplaneHeads,
-    _first_hidden,
-    _tiles,
-    colour_from_features,
-    plane_coordinates,
-    plane_lattices,
-)
+from prd.fields.dense_head import _first_hidden, _tiles  # noqa: E402
+from prd.fields.planes import plane_coordinates, plane_lattices  # noqa: E402
+from prd.fields.triplane import TriplaneField, TriplaneHeads, colour_from_features  # noqa: E402
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine  # noqa: E402
 from prd.isosurface.extract import extract_isosurface  # noqa: E402
 from prd.isosurface.marching_cubes import marching_cubes  # noqa: E402

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from prd.fields.triplane import resampling_matrix
+from prd.fields.planes import resampling_matrix
 
 PRIMES = (1, 2_654_435_761, 805_459_861)
 

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prd.fields.dense_head import dense_head
+from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
-from prd.fields.triplane import colour_from_features, dense_head, plane_coordinates, plane_lattices, sample_planes
+from prd.fields.triplane import colour_from_features
 
 
 def positional_encoding(coordinates: Tensor, frequencies: int) -> Tensor:

@@ -52,7 +52,7 @@ class AutogradGradient:
 
 
 class FieldSamples(AutogradGradient):
-    """Some samples of a field of B, as a field of their own; the others are asked at the origin, and not heard."""
+    """Some samples of a field of B, as a field of their own; the others are asked at the origin, and left out."""
 
     def __init__(self, whole: Field, indices: Sequence[int], batch: int) -> None:
         if not indices or not all(0 <= index < batch for index in indices):
@@ -60,6 +60,8 @@ class FieldSamples(AutogradGradient):
         self.whole, self.indices, self.batch = whole, list(indices), batch
 
     def _every(self, points: Tensor) -> Tensor:
+        if points.ndim != 3 or points.shape[0] != len(self.indices) or points.shape[2] != 3:
+            raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {len(self.indices)}")
         every = points.new_zeros(self.batch, *points.shape[1:])
         return every.index_copy(0, torch.tensor(self.indices, device=points.device), points)
 

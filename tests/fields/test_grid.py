@@ -193,10 +193,10 @@ def test_a_dense_grid_has_its_gradient_under_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [slice(0, 7), slice(0, 4), slice(4, 7)])
-@pytest.mark.parametrize("points_a_job", [1 << 14, 7])
-def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_a_job, monkeypatch) -> None:
+@pytest.mark.parametrize("points_per_job", [1 << 14, 7])
+def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_per_job, monkeypatch) -> None:
     """Values and gradients, inside the cube, on its border and beyond, in one job and in several."""
-    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+    monkeypatch.setattr(_grid_numba, "POINTS_PER_JOB", points_per_job)
     draw = torch.Generator().manual_seed(0)
     volume = torch.rand(2, 5, 5, 5, 7, generator=draw, dtype=dtype).requires_grad_()
     points = torch.rand(2, 60, 3, generator=draw, dtype=dtype) * 2.6 - 1.3
@@ -219,9 +219,9 @@ def test_the_compiled_lookup_of_nothing_and_of_nan() -> None:
     torch.testing.assert_close(values[0, 1], values[0, 2])
 
 
-@pytest.mark.parametrize("points_a_job", [1 << 14, 5])
-def test_distances_along_rays_are_those_at_their_points(points_a_job, monkeypatch) -> None:
-    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+@pytest.mark.parametrize("points_per_job", [1 << 14, 5])
+def test_distances_along_rays_are_those_at_their_points(points_per_job, monkeypatch) -> None:
+    monkeypatch.setattr(_grid_numba, "POINTS_PER_JOB", points_per_job)
     draw = torch.Generator().manual_seed(0)
     grid = GridField(Ball(torch.tensor([0.4, 0.7])), 8, batch=2)
     origins, directions = (torch.rand(2, 9, 3, generator=draw) * 4 - 2 for _ in range(2))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prd.fields.fast import evaluate_grid
-from prd.fields.triplane import plane_coordinates
+from prd.fields.planes import plane_coordinates
 from prd.generators.atom import AtomConfig, AtomGenerator
 from prd.generators.blocks import (
     PlaneAwareConv,
