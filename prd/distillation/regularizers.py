@@ -32,7 +32,7 @@ class RegularizersConfig:
 
 
 def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
-    """Mean of (|grad sdf| - 1)^2: a signed distance changes by one unit a unit (Gropp et al., 2020).
+    """Mean of (|grad sdf| - 1)^2: a signed distance changes by one unit per unit (Gropp et al., 2020).
 
     gradient [..., 3] of the signed distance with respect to the point, or what the volume renderer returns: such
     gradients and the weights [...] of their mean, None: all alike. Returns a scalar.
@@ -189,7 +189,7 @@ class BuiltinRegularizer:
 
 
 def applies(regularizer: Regularizer, rendered: Rendered) -> bool:
-    """Whether a render has what the regulariser needs; ValueError for a need that there is not."""
+    """True if a render has what the regulariser needs; ValueError for a need that there is not."""
     needs = getattr(regularizer, "needs", "views")
     if needs not in ("views", "samples", "meshes"):
         raise ValueError(f"needs={needs!r} of {regularizer}: must be 'views', 'samples' or 'meshes'")

@@ -87,7 +87,7 @@ def _some_backward(
 
 
 def _head_backward(h1: Tensor, w2: Tensor, w3: Tensor, grad: Tensor, grad_w2: Tensor, grad_w3: Tensor) -> Tensor:
-    """From grad [n, out] to the gradient [n, width] before the first ReLU, whose output is h1 [n, width].
+    """Take grad [n, out] back to the gradient [n, width] before the first ReLU, whose output is h1 [n, width].
 
     Adds the weights' gradients to grad_w2 and grad_w3.
     """
@@ -103,7 +103,7 @@ def nodes_per_tile(tensor: Tensor) -> int:
 
 
 def _tiles(xy: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of the samples and of the x and y axes of xy [B, x, y, C] that hold about `nodes_per_tile` nodes with all of z.
+    """Parts of the samples, x and y axes of xy [B, x, y, C] that hold about `nodes_per_tile` nodes with all of z.
 
     All of y comes before more of x, and that before more samples: so the least is left to add up between tiles.
     """

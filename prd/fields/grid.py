@@ -1,6 +1,6 @@
 """A field evaluated once on a regular grid and interpolated from there: what makes a training step cheap.
 
-The R nodes an axis are linspace(-1, 1, R), both ends included, indexed [x, y, z] (those of the isosurface's grid).
+The R nodes per axis are linspace(-1, 1, R), both ends included, indexed [x, y, z] (those of the isosurface's grid).
 Interpolation is trilinear and differentiable with respect to the values at the nodes, hence to the wrapped field's
 parameters; the gradient is a grid too (central differences), so that normals need no second backward pass.
 """
@@ -29,12 +29,12 @@ class GridField:
     """A Field that interpolates another one's values at R^3 nodes.
 
     Outside the cube the signed distance grows by the distance to the cube. Points are constants here: gradients reach
-    the wrapped field, not the points. Raises ValueError for fewer than 2 nodes an axis.
+    the wrapped field, not the points. Raises ValueError for fewer than 2 nodes per axis.
     """
 
     def __init__(self, field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
         if resolution < 2:
-            raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+            raise ValueError(f"resolution={resolution}: must be at least 2 nodes per axis")
         self.resolution = resolution
         sdf, rgb, deformation = evaluate_nodes(field, resolution, batch, device)
         self._sdf, self._rgb = _at_least_float32(sdf), _at_least_float32(rgb)
@@ -46,7 +46,7 @@ class GridField:
         """The values at the nodes; `resolution` must be the one this field was evaluated at."""
         if resolution != self.resolution:
             raise ValueError(
-                f"resolution={resolution}: this field was evaluated at {self.resolution} nodes an axis; "
+                f"resolution={resolution}: this field was evaluated at {self.resolution} nodes per axis; "
                 f"use GridField(field, {resolution}) or the wrapped field"
             )
         return self._sdf, self._rgb, self._deformation

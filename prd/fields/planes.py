@@ -14,7 +14,7 @@ GRID_SAMPLE_TWICE = tuple(int(part) for part in torch.__version__.split(".")[:2]
 
 
 def plane_coordinates(points: Tensor) -> Tensor:
-    """Where points [B, N, 3] fall on the planes xy, xz, yz: (column, row) in [-1, 1], [B, 3, N, 2]."""
+    """Project points [B, N, 3] on the planes xy, xz, yz: (column, row) in [-1, 1], [B, 3, N, 2]."""
     x, y, z = points.unbind(-1)
     return torch.stack(
         [torch.stack([y, x], dim=-1), torch.stack([-x, -z], dim=-1), torch.stack([y, -z], dim=-1)], dim=1

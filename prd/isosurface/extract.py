@@ -1,7 +1,7 @@
-"""From a signed distance field to meshes: grids of its values, cut along a level.
+"""Extraction of meshes from a signed distance field: grids of its values, cut along a level.
 
-The grid's nodes are R equally spaced points an axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
-are cut is `marching.marching_cubes` or `tetrahedra.marching_tetrahedra`.
+The grid's nodes are R equally spaced points per axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
+are cut is `marching_cubes` or `marching_tetrahedra`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def grid_to_meshes(
     isosurface: Isosurface = marching_cubes,
     on_empty: OnEmpty = "raise",
 ) -> list[Mesh]:
-    """One closed mesh a sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
+    """One closed mesh per sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
 
     Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
     change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces. NaN and infinity are
@@ -103,7 +103,7 @@ def _check_batch(sdf: Tensor, deformation: Tensor | None, level: float) -> None:
     if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 2:
         raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 2")
     if deformation is not None and deformation.shape != (*sdf.shape, 3):
-        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset per node")
     _check_level(level)
     if not bool(torch.isfinite(sdf.detach().sum())):  # before a sample of NaN is called empty
         bad = (~torch.isfinite(sdf.detach()).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
@@ -202,8 +202,8 @@ def extract_isosurface(
 ) -> list[Mesh]:
     """The surfaces of a field's B samples: [(vertices [V, 3] in scene units, faces [F, 3]), ...], closed, outward.
 
-    resolution  R, the nodes an axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
-    marching    `marching_cubes` or `tetrahedra.marching_tetrahedra`
+    resolution  R, the nodes per axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
+    marching    `marching_cubes` or `marching_tetrahedra`
     max_nodes   of all samples evaluated at a time: beyond, the grid is made and marched slab by slab, and the memory
                 grows with R^2 and the surface instead of R^3 (without gradients; with them, the graph holds it all).
                 The mesh is that of the whole grid, vertex by vertex
@@ -212,7 +212,7 @@ def extract_isosurface(
     Differentiable in the field. A shape that leaves the cube is evaluated twice if made in slabs.
     """
     if resolution < 2 or batch < 1:
-        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes an axis and 1 sample")
+        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes per axis and 1 sample")
     planes = max(2, max_nodes // (batch * resolution**2))
 
     def slabs() -> Iterator[Geometry]:

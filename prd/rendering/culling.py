@@ -1,4 +1,4 @@
-"""Which segments of the rays can matter: they are opaque, and light reaches them. The others are never asked."""
+"""Selection of the ray segments that can matter: opaque, and reached by light. The field is not asked at others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def facing(directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gathered(chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Where chosen [B, N] holds: indices [B, K], ascending, and which of them count, [B, K] of 0 and 1.
+    """Find where chosen [B, N] holds: indices [B, K], ascending, and which of them count, [B, K] of 0 and 1.
 
     K is the most of any row and at least 1; the others are padded with index 0.
     """

@@ -1,4 +1,4 @@
-"""What a renderer is: it turns a field and cameras into views, and says what it needs for that.
+"""Protocol of renderers, which turn a field and cameras into views and say what they need for that.
 
 Training calls every renderer through this protocol and knows none by name:
 
@@ -82,7 +82,7 @@ class SampleDraws:
 
 @runtime_checkable
 class Renderer(Protocol):
-    """From a field to views. A class of one's own inherits from this protocol and writes `from_config` and `render`.
+    """Renderer of fields. A class of one's own inherits from this protocol and writes `from_config` and `render`.
 
     config      its settings, with `height` and `width` in pixels; its class is `config_class`
     passes      jitter offsets that it draws per ray; 0: it draws none
@@ -109,7 +109,7 @@ class Renderer(Protocol):
         return type(self).from_config(config)
 
     def accepts_grid(self, resolution: int) -> bool:
-        """Whether it may be given the field sampled on such a grid, which another renderer wants, for the field."""
+        """True if it may be given the field sampled on such a grid, which another renderer wants, for the field."""
         return False
 
     def render(

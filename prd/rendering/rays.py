@@ -28,7 +28,7 @@ class RayBundle(NamedTuple):
 
 
 def cube_near_far(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays [..., 3] enter and leave the cube [-1, 1]^3, [..., 1] each, >= 0; equal where they miss it."""
+    """Find where rays [..., 3] enter and leave the cube [-1, 1]^3, [..., 1] each, >= 0; equal where they miss it."""
     safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
     first, second = (-1 - origins) / safe, (1 - origins) / safe
     near = torch.minimum(first, second).amax(dim=-1, keepdim=True).clamp(min=0)
@@ -50,7 +50,7 @@ def jittered_shares(count: int, jitter: Tensor) -> Tensor:
 
 
 def sample_pdf(edges: Tensor, cdf: Tensor, shares: Tensor) -> Tensor:
-    """Where a distribution reaches shares [..., S] in [0, 1) of its mass: [..., S].
+    """Find where a distribution reaches shares [..., S] in [0, 1) of its mass: [..., S].
 
     edges, cdf [..., M]: the distribution, piecewise linear between ascending `edges`.
     """

@@ -155,7 +155,7 @@ class SurfaceRenderer(Renderer):
         return replace(self, config=config)
 
     def accepts_grid(self, resolution: int) -> bool:
-        """Whether a grid's nodes are those of the isosurface."""
+        """True if the grid's nodes are those of the isosurface."""
         return resolution == self.config.grid_resolution
 
     def render(

@@ -49,7 +49,7 @@ class VolumeConfig:
     alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
-    max_rays: Count | None = None  # rays of a prompt at a time, made again in the backward pass; null: all at once
+    max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
 
@@ -70,7 +70,7 @@ class VolumeConfig:
 
 
 class RayOutputs(NamedTuple):
-    """What volume rendering finds along M rays of each sample.
+    """Outputs of volume rendering along M rays of each sample.
 
     edges    [B, M, S + 1]  the segments' ends, scene units along the ray
     alpha    [B, M, S]      opacity of a segment
@@ -132,7 +132,7 @@ class VolumeRenderer(Renderer):
 
     @property
     def model(self) -> AlphaModel:
-        """What turns signed distances into opacities. TypeError if a schedule of the settings still spans steps."""
+        """Model of the opacity of a segment. TypeError if a schedule of the settings still spans steps."""
         if self.alpha is not None:
             return self.alpha
         if self.config.density == "volsdf":
