@@ -22,12 +22,12 @@ from tqdm import tqdm
 from prd.data.prompts import load_corpus
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
-from prd.fields.protocol import one_sample
+from prd.fields.fast import one_sample
 from prd.text.encoders import PromptEncoder
 from prd.toybox.score import summarise
-from prd.training.build import build_generator
 from prd.training.config import TrainConfig
 from prd.training.galleries import generate_fields, sheet_views
+from prd.training.parts import build_model
 from prd.training.recipes import load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
 from prd.training.validation import measure, toybox_splits
@@ -57,7 +57,7 @@ def measure_run(folder: str | Path, name: str | None = None, *, last: int | None
     """
     folder = Path(folder)
     config = load_config(folder / "config.yaml")
-    generator, encoder = build_generator(config)
+    generator, encoder = build_model(config)
     prompts = len(load_corpus(config.prompts, config.seed).prompts)
     rows = []
     for place in tqdm(checkpoint_folders(folder)[-last if last else 0 :], desc=name or folder.name):
@@ -134,7 +134,7 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
     pictures: list[list[Tensor]] = [[] for _ in prompts]
     for run in runs:
         config = load_config(Path(run) / "config.yaml")
-        generator, encoder = build_generator(config)
+        generator, encoder = build_model(config)
         checkpoint = load_checkpoint(checkpoint_folders(Path(run))[-1])
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         steps, row = config.validation.num_inference_steps, iter(pictures)
