@@ -24,6 +24,13 @@ NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
 
 @settings(frozen=True, kw_only=True, config=CHECKS)
+class RegularizerConfig:
+    """Settings of a regulariser; one of the user's own with more settings has a subclass."""
+
+    weight: Schedule = 1.0  # of its loss
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
 class RegularizersConfig:
     """Weights of the geometric regularisers on the volume render."""
 
