@@ -83,7 +83,7 @@ def published_images(views: Views, rays: RayBundle, back: Tensor) -> dict[str, T
 
 
 def translation(z: float) -> Tensor:
-    """A pose [1, 1, 4, 4] whose only entry is the camera's height."""
+    """A matrix [1, 1, 4, 4] of zeros but for a shift along z, to be added to a pose."""
     matrix = torch.zeros(1, 1, 4, 4)
     matrix[..., 2, 3] = z
     return matrix
