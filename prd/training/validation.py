@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from prd.errors import ConfigError
 from prd.evaluation.report import write_report
-from prd.generators.protocol import Generator
+from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
 from prd.toybox.score import Score, score_field, summarise
 from prd.toybox.world import all_captions, parse_caption
@@ -56,7 +56,7 @@ class Validation:
     def __init__(
         self,
         config: TrainConfig,
-        model: Generator,
+        model: Model,
         text_encoder: PromptEncoder,
         corpus: Sequence[str],
         average: WeightAverage | None = None,
@@ -174,7 +174,7 @@ def check_captions(prompts: Sequence[str]) -> None:
 
 
 def measure(
-    model: Generator,
+    model: Model,
     text_encoder: PromptEncoder,
     prompts: Sequence[str],
     *,
