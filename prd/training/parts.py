@@ -10,6 +10,7 @@ import torch
 from prd.data.embeddings import Embeddings
 from prd.data.prompts import Corpus, load_corpus
 from prd.data.shape_library import ShapeLibrary, open_library
+from prd.evaluation.benchmark import Benchmark, resolve_benchmark
 from prd.generators.single_pass import SinglePassGenerator
 from prd.teachers.base import Teacher, UNetTeacher
 from prd.teachers.offload import set_offload
@@ -27,6 +28,7 @@ class Parts:
     corpus        the prompts
     teachers      by name, frozen
     library       of 3D shapes, for a model that takes point clouds; None without
+    benchmark     measures what the model makes of its captions; None: nothing does
     """
 
     model: Any
@@ -34,6 +36,7 @@ class Parts:
     corpus: Corpus
     teachers: dict[str, Teacher] = field(default_factory=dict)
     library: ShapeLibrary | None = None
+    benchmark: Benchmark | None = None
 
     def to(self, device: torch.device, *, offload: bool = False) -> Parts:
         """Move every part to a device; offload: teachers stay in main memory between their calls."""
@@ -63,5 +66,6 @@ def build_parts(config: TrainConfig, device: torch.device | str = "cpu") -> Part
         for teacher in teachers.values():
             if isinstance(teacher, UNetTeacher):
                 teacher.prompt_encoder = embeddings.encoder(teacher.prompt_encoder, teacher.name)
+    parts.benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
     parts.library = open_library(config.library, parts.text_encoder, model)
     return parts
