@@ -138,7 +138,9 @@ def count_renderers() -> dict[str, dict[str, float]]:
     """TFLOP and bytes of both renderers for one estimate of one prompt; the volume renderer from a 16th of its rays."""
     from prd.cameras import orbit_cameras
     from prd.fields.triplane import TriplaneField, TriplaneHeads
-    from prd.training.build import build_surface_renderer, build_volume_renderer
+    from prd.rendering.protocol import SampleDraws
+    from prd.rendering.surface import SurfaceRenderer
+    from prd.rendering.volume import VolumeRenderer
     from prd.training.recipes import load_config
     from prd.utils.checked_types import resolved
 
@@ -162,15 +164,15 @@ def count_renderers() -> dict[str, dict[str, float]]:
 
     def volume() -> torch.Tensor:
         camera = orbit_cameras(torch.tensor([[15.0]]), torch.tensor([[0.0]]), 1.6, 60.0)
-        views, gradient = build_volume_renderer(sizes["volume"]).render_with_samples(
-            field, camera, height=64, width=64, background=0.5, generator=torch.Generator().manual_seed(0)
-        )
-        return views.rgb.sum() + views.normal.sum() + views.disparity.sum() + eikonal_loss(gradient)
+        draws = SampleDraws([torch.Generator().manual_seed(0)])
+        rendered = VolumeRenderer.from_config(sizes["volume"]).render(field, camera, (64, 64), 0.5, draws)
+        views = rendered.views
+        return views.rgb.sum() + views.normal.sum() + views.disparity.sum() + eikonal_loss(rendered.samples)
 
     def surface() -> torch.Tensor:
         cameras = orbit_cameras(torch.full((1, 4), 15.0), torch.tensor([[0.0, 90.0, 180.0, 270.0]]), 1.6, 60.0)
         size = sizes["surface"].height
-        views = build_surface_renderer(sizes["surface"])(field, cameras, height=size, width=size, background=0.5)
+        views = SurfaceRenderer.from_config(sizes["surface"])(field, cameras, height=size, width=size, background=0.5)
         return views.rgb.sum() + views.normal.sum() + views.disparity.sum()
 
     rays = VIEWS * sizes["volume"].height * sizes["volume"].width

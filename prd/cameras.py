@@ -136,7 +136,7 @@ class Cameras:
         return torch.cat([torch.cat([rotation, translation], dim=-1), bottom], dim=-2)
 
     def project(self, points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where points [B, N, 3] are seen: (column, row) [B, V, N, 2] in pixels, and depth [B, V, N] along the axis.
+        """Project points [B, N, 3]: (column, row) [B, V, N, 2] in pixels, and depth [B, V, N] along the viewing axis.
 
         The centre of the first pixel is (0.5, 0.5), row 0 at the top; depth in scene units, positive before the
         camera. A point beside or behind it has coordinates outside the image, or a depth that is not positive.

@@ -29,7 +29,7 @@ from prd.evaluation.benchmark import Benchmark, find_benchmark
 from prd.fields.protocol import AutogradGradient
 from prd.isosurface.marching_cubes import Mesh
 from prd.meshes.read import read_mesh
-from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.text.encoders import PromptEncoder
 from prd.utils.checked_types import CHECKS, Positive, Schedule
@@ -151,7 +151,7 @@ class Shapes:
         """Render views [B, V, height, width, .] without colours: opacity, normals and disparity."""
         device = cameras.fovy.device
         moved = [(vertices.to(device), faces.to(device)) for vertices, faces in self.meshes]
-        renderer = SurfaceRenderer(antialias=False, supersample=2)
+        renderer = SurfaceRenderer(SurfaceConfig(antialias=False, supersample=2))
         return renderer.draw_views(_COLOURLESS, moved, cameras, height=height, width=width)
 
 

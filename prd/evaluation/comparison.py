@@ -25,11 +25,11 @@ from prd.errors import ConfigError
 from prd.evaluation.benchmark import Benchmark, resolve_benchmark
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
-from prd.fields.protocol import one_sample
+from prd.fields.fast import one_sample
 from prd.text.encoders import PromptEncoder
-from prd.training.build import build_generator
 from prd.training.config import TrainConfig
 from prd.training.galleries import generate_fields, sheet_views
+from prd.training.parts import build_model
 from prd.training.recipes import load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
 from prd.training.validation import measure
@@ -62,7 +62,7 @@ def measure_run(folder: str | Path, name: str | None = None, *, last: int | None
     benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
     if benchmark is None:
         raise ConfigError(f"{folder}: it has no benchmark that measures it; give a run with one, as toybox")
-    generator, encoder = build_generator(config)
+    generator, encoder = build_model(config)
     prompts = len(load_corpus(config.prompts, config.seed).prompts)
     rows = []
     for place in tqdm(checkpoint_folders(folder)[-last if last else 0 :], desc=name or folder.name):
@@ -140,7 +140,7 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
     pictures: list[list[Tensor]] = [[] for _ in prompts]
     for run in runs:
         config = load_config(Path(run) / "config.yaml")
-        generator, encoder = build_generator(config)
+        generator, encoder = build_model(config)
         checkpoint = load_checkpoint(checkpoint_folders(Path(run))[-1])
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         steps, row = config.validation.num_inference_steps, iter(pictures)

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prd.fields.protocol import Field, one_sample
+from prd.fields.fast import evaluate_grid, one_sample
+from prd.fields.protocol import Field
 from prd.hub.repositories import push_model, write_card
 from prd.hub.shipped import about, unknown_words
-from prd.isosurface.extract import EmptySurfaceError, evaluate_grid, grid_to_meshes
+from prd.isosurface.extract import EmptySurfaceError, grid_to_meshes
 from prd.meshes.mesh import Mesh, build_meshes
 from prd.text.encoders import PromptEncoder
 from prd.utils.memory import release_freed_memory

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prd.utils.threads import share
 
-WORK_A_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
+WORK_PER_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
 
 _jit = numba.njit(cache=True, nogil=True)
 
@@ -156,7 +156,7 @@ def rasterize_numba(
     buffers = (face_index.numpy(), barycentric.numpy(), depth.numpy())
     limits = [(first, last) for first, last in ranges.tolist()]
     work = views * sum(last - first for first, last in limits) + face_index.numel()
-    threads = min(torch.get_num_threads(), max(1, work // WORK_A_THREAD))
+    threads = min(torch.get_num_threads(), max(1, work // WORK_PER_THREAD))
     bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-4 * threads // max(images, 1)))
 
     def project(view: int) -> None:

@@ -6,20 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from prd.distillation.asd import AsdConfig
-from prd.distillation.regularizers import RegularizerConfig
+from prd.distillation.distill import AsdLoss
+from prd.distillation.protocol import DistillationLoss
+from prd.distillation.regularizers import REGULARIZERS, RegularizerConfig
 from prd.errors import ConfigError
-from prd.generators.atom import AtomConfig
-from prd.generators.att3d import Att3dConfig
-from prd.generators.latte3d import Latte3dConfig
-from prd.generators.triplane_turbo import TriplaneTurboConfig
-from prd.rendering.surface import SurfaceConfig
-from prd.rendering.volume import VolumeConfig
-from prd.teachers.base import TeacherConfig
-from prd.teachers.deepfloyd import DeepFloydTeacherConfig
-from prd.teachers.mvdream import MVDreamTeacherConfig
-from prd.teachers.richdreamer import RichDreamerTeacherConfig
-from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
+from prd.generators.atom import AtomGenerator
+from prd.generators.att3d import Att3dGenerator
+from prd.generators.latte3d import Latte3dGenerator
+from prd.generators.protocol import Model
+from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.rendering.patch import PatchRenderer
+from prd.rendering.protocol import Renderer
+from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.volume import VolumeRenderer
+from prd.teachers.base import Teacher, TeacherConfig
+from prd.teachers.deepfloyd import DeepFloydTeacher
+from prd.teachers.mvdream import MVDreamTeacher
+from prd.teachers.richdreamer import RichDreamerTeacher
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.utils.imports import load_class
 
 
@@ -28,13 +32,15 @@ class Section:
     """A section of the config whose settings are a part's own.
 
     built_in    the library's classes by the names that `class` may give
-    config      base class of the settings that a class of the user's own has; None: any dataclass
+    protocol    what a class of the user's own must be; None: any function or class
+    config      base class of its settings; None: any dataclass
     default     of a section that is one part, the name that it has without a `class`; None: a mapping by name, in
                 which a part's name tells its class
     shorthand   the setting that a bare value stands for, as `eikonal: [1, 0]` for {weight: [1, 0]}
     """
 
     built_in: Mapping[str, Any]
+    protocol: type | None = None
     config: type | None = None
     default: str | None = None
     shorthand: str | None = None
@@ -43,27 +49,27 @@ class Section:
 SECTIONS: dict[str, Section] = {
     "model": Section(
         {
-            "triplane_turbo": TriplaneTurboConfig,
-            "atom": AtomConfig,
-            "att3d": Att3dConfig,
-            "latte3d": Latte3dConfig,
+            "triplane_turbo": TriplaneTurboGenerator,
+            "atom": AtomGenerator,
+            "att3d": Att3dGenerator,
+            "latte3d": Latte3dGenerator,
         },
+        Model,
         default="triplane_turbo",
     ),
     "teachers": Section(
         {
-            "stable_diffusion": StableDiffusionTeacherConfig,
-            "mvdream": MVDreamTeacherConfig,
-            "richdreamer": RichDreamerTeacherConfig,
-            "deepfloyd": DeepFloydTeacherConfig,
+            "stable_diffusion": StableDiffusionTeacher,
+            "mvdream": MVDreamTeacher,
+            "richdreamer": RichDreamerTeacher,
+            "deepfloyd": DeepFloydTeacher,
         },
+        Teacher,
         config=TeacherConfig,
     ),
-    "renderers": Section({"volume": VolumeConfig, "surface": SurfaceConfig}),
-    "regularizers": Section(
-        {"eikonal": RegularizerConfig, "sparsity": RegularizerConfig}, config=RegularizerConfig, shorthand="weight"
-    ),
-    "distillation": Section({"asd": AsdConfig}, default="asd"),
+    "renderers": Section({"volume": VolumeRenderer, "surface": SurfaceRenderer, "patch": PatchRenderer}, Renderer),
+    "regularizers": Section(REGULARIZERS, config=RegularizerConfig, shorthand="weight"),
+    "distillation": Section({"asd": AsdLoss}, DistillationLoss, default="asd"),
 }
 
 
@@ -111,13 +117,16 @@ def _entry(key: str, section: Section, given: Any, default: str) -> Entry:
 
 
 def part_class(section: Section, name: str, key: str) -> Any:
-    """The class (or the function) of a name or an import path; ConfigError if there is none."""
+    """The class (or the function) of a name or an import path.
+
+    Raises ConfigError if there is none, or if a class of the user's own lacks a method of the section's protocol.
+    """
     if name in section.built_in:
         return section.built_in[name]
     if "." not in name:
         where = f"{key}.class={name!r}" if key.rpartition(".")[2] != name else key
         raise ConfigError(f"{where}: must be {_choices(section)}")
-    return load_class(name, key=f"{key}.class")
+    return load_class(name, section.protocol, key=f"{key}.class")
 
 
 def config_class_of(part: Any, section: Section, key: str) -> type:
@@ -125,14 +134,11 @@ def config_class_of(part: Any, section: Section, key: str) -> type:
     config = getattr(part, "config_class", None)
     if config is None and section.config is not None and not isinstance(part, type):
         return section.config  # a function has no settings of its own
-    if is_dataclass(part) and isinstance(part, type) and config is None:
-        return part
+    name = getattr(part, "__name__", type(part).__name__)
     if not isinstance(config, type) or not is_dataclass(config):
-        raise ConfigError(f"{key}: {part.__name__} has no config_class; give it a dataclass of its settings")
+        raise ConfigError(f"{key}: {name} has no config_class; give it a dataclass of its settings")
     if section.config is not None and not issubclass(config, section.config):
-        raise ConfigError(
-            f"{key}: {part.__name__}.config_class is {config.__name__}; derive it from {section.config.__name__}"
-        )
+        raise ConfigError(f"{key}: {name}.config_class is {config.__name__}; derive it from {section.config.__name__}")
     return config
 
 
@@ -154,9 +160,5 @@ def class_name_of(config: Any, key: str) -> str:
     if section.default is None:
         return part
     settings = getattr(config, name)
-    found = [built_in for built_in, kind in section.built_in.items() if _owns(kind, settings)]
+    found = [built_in for built_in, kind in section.built_in.items() if type(settings) is kind.config_class]
     return found[0] if found else section.default
-
-
-def _owns(kind: Any, settings: Any) -> bool:
-    return type(settings) is getattr(kind, "config_class", kind)

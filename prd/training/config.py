@@ -136,15 +136,8 @@ class TrainConfig:
                 raise ValueError(f"teachers.{name}: its settings must be a TeacherConfig, not {type(teacher).__name__}")
         if not self.enabled_teachers and self.library.reconstruction == 0:
             raise ValueError("no teacher is enabled; enable at least one, as teachers.mvdream.enabled: true")
-        if not self.renderers:
-            raise ValueError("renderers: none is given; give at least one, as renderers: {volume: {}}")
-        if isinstance(self.renderer_schedule, tuple):
-            unknown = [name for name in self.renderer_schedule if name not in self.renderers]
-            if unknown or not self.renderer_schedule:
-                given = unknown[0] if unknown else "[]"
-                raise ValueError(
-                    f"renderer_schedule={given!r}: must be 'all', 'alternate' or a list of {', '.join(self.renderers)}"
-                )
+        if self.renderer_schedule == ():
+            raise ValueError("renderer_schedule=[]: must be 'all', 'alternate' or a list of renderers")
         for name in ("alpha", "reconstruction"):
             given = getattr(self.library, name)
             if self.library.source is None and given not in (0, (0, 0)):
@@ -172,13 +165,6 @@ class TrainConfig:
     def total_steps(self) -> int:
         """The step at which every schedule reaches its end."""
         return self.schedule_steps or self.max_train_steps
-
-    def renderers_of(self, step: int, k: int) -> tuple[str, ...]:
-        """The renderers of estimate k at an optimiser step: all, or in turn, beginning with the next one every step."""
-        if isinstance(self.renderer_schedule, tuple):
-            return self.renderer_schedule
-        names = tuple(self.renderers)
-        return names if self.renderer_schedule == "all" else (names[(step + k) % len(names)],)
 
 
 @plain_dataclass(frozen=True)

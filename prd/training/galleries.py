@@ -16,11 +16,12 @@ from prd.cameras import Cameras, orbit_cameras
 from prd.data.prompts import held_out_prompts
 from prd.evaluation.benchmark import Benchmark
 from prd.evaluation.pictures import save_sheet
-from prd.fields.protocol import Field, one_sample
+from prd.fields.fast import one_sample
+from prd.fields.protocol import Field
 from prd.generators.protocol import Generator
 from prd.isosurface.extract import EmptySurfaceError
 from prd.meshes.mesh import extract_mesh
-from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
 from prd.utils.files import write_atomic
@@ -78,7 +79,7 @@ def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
 def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Views | None:
     """A field of one sample from the evaluation cameras, as the contact sheet shows it; None without a surface."""
     size = config.validation.resolution
-    renderer = SurfaceRenderer(resolution=config.validation.isosurface_resolution, supersample=2)
+    renderer = SurfaceRenderer(SurfaceConfig(grid_resolution=config.validation.isosurface_resolution, supersample=2))
     cameras = evaluation_cameras(config, 1).to(device)
     try:
         return renderer(sample, cameras, height=size, width=size, background=config.background)

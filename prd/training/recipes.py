@@ -61,9 +61,22 @@ def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
         config = _ADAPTER.validate_python(values)
     except ValidationError as error:
         raise ConfigError(explain(error, known)) from None
+    _check_schedule(config)
     if config.stages:
         stages_of(config)
     return config
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """ConfigError if there is no renderer, or one is scheduled that there is not."""
+    if not config.renderers:
+        raise ConfigError("renderers: none is given; give at least one, as renderers: {volume: {}}")
+    chosen = config.renderer_schedule
+    unknown = [name for name in chosen if name not in config.renderers] if isinstance(chosen, tuple) else []
+    if unknown:
+        raise ConfigError(
+            f"renderer_schedule={unknown[0]!r}: must be 'all', 'alternate' or a list of {', '.join(config.renderers)}"
+        )
 
 
 def _settings_of(part: Entry, known: Sequence[str]) -> Any:
@@ -251,3 +264,9 @@ def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> 
     section, _, own = part.partition(".")
     present = not own or own in getattr(config, section)
     return present and class_name_of(config, part) != target
+
+
+def configured_parts(stages: Sequence[Stage]) -> set[str]:
+    """The dotted keys of the parts that any stage's config names: "teachers.mvdream"."""
+    mappings = [name for name, section in SECTIONS.items() if section.default is None]
+    return {f"{name}.{part}" for stage in stages for name in mappings for part in getattr(stage.config, name)}

@@ -27,7 +27,7 @@ from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients,
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, trainable_parameters
 from prd.training.parts import Parts, build_parts
-from prd.training.recipes import dump_config, save_config, stages_of, to_dict
+from prd.training.recipes import configured_parts, dump_config, save_config, stages_of, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
 from prd.training.run.clock import TIME_IS_UP, Clock
 from prd.training.run.folder import check_run, run_lock, write_environment
@@ -117,11 +117,7 @@ class Trainer:
         self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config.optimizer, self.parameters))
         self.objective = Objective(
-            stage,
-            self.parts.teachers,
-            self.device,
-            alpha=self.model.alpha,
-            background=self.background,
+            stage, self.parts, self.device, configured=configured_parts(self.stages), background=self.background
         )
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -164,7 +160,7 @@ class Trainer:
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes."""
         config = self.stage.config
-        renders = sum(len(config.renderers_of(step, k)) for k in range(self.model.num_estimates))
+        renders = sum(len(self.objective.renderers_of(step, k)) for k in range(self.model.num_estimates))
         return self.global_batch_size * config.cameras.views * renders
 
     def wishes(self) -> dict[str, bool]:

@@ -76,13 +76,13 @@ def test_glb_files_are_turned_upright(tmp_path: Path) -> None:
 
 
 def test_masks_and_normals_are_those_of_the_exact_field() -> None:
-    from prd.rendering.volume import VolumeRenderer
+    from tests.rendering.made import volume_renderer
 
     cameras = orbit_cameras(torch.full((1, 2), 20.0), torch.tensor([[30.0, 200.0]]), 2.4, 50.0)
     mesh = BenchmarkLibrary(ToyBox()).mesh("a red wedge")
     views = Shapes([mesh], torch.zeros(1, 1, 3)).views(cameras, 32, 32)
     with torch.no_grad():
-        exact = VolumeRenderer(num_samples=128, inv_std=400.0)(
+        exact = volume_renderer(num_samples=128, inv_std=400.0)(
             ExactField(["a red wedge"]), cameras, height=32, width=32
         )
     assert (views.opacity - exact.opacity).abs().mean() < 0.02

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prd.fields.protocol import AutogradGradient, one_sample, some_samples
+from prd.fields.fast import one_sample, some_samples
+from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 
 POINTS = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -35,9 +35,10 @@ from prd.rendering.alpha import (
 from prd.rendering.background import HyperHead
 from prd.rendering.patch import paste, resize
 from prd.rendering.rasterize import Fragments, interpolate
+from prd.rendering.rays import RayBundle
 from prd.rendering.surface import PackedMeshes, composite, shade, vertex_normals
 from prd.rendering.views import Views, published_disparity, published_mesh_depth
-from prd.rendering.volume import RayBundle, VolumeRenderer
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.multiview import camera_vector
 from prd.training.optimizers import Adan
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
@@ -115,15 +116,16 @@ class RenderParity:
         self.io = Recording("render", folder / "io.safetensors")
         self.patch_samples = patch_samples
         self.scene = Scene.read(self.meta["geometry"])
-        self.renderer = VolumeRenderer(
+        settings = VolumeConfig(
             num_samples=self.config["num_samples_per_ray"],
             num_importance_samples=self.config["num_samples_per_ray_importance"],
             near=self.config["near_plane"],
             far=self.config["far_plane"],
             cull_below=0,
-            alpha=NeusAlpha(self.inv_std(self.config["learned_variance_init"]), PUBLISHED_ALPHA_FLOOR),
             proposal_step=self.meta["render_step_size"],
         )
+        density = NeusAlpha(self.inv_std(self.config["learned_variance_init"]), PUBLISHED_ALPHA_FLOOR)
+        self.renderer = VolumeRenderer(settings, density)
         self.sets: dict[str, Cameras] = {}  # recorded cameras by name, one prompt of V views
 
     def run(self) -> int:
@@ -266,14 +268,15 @@ class RenderParity:
         cameras = self.first("evalcam" if case.startswith("vol_eval") else "cam", views)
         step = int(number[1]) if (number := re.search(r"_step(\d+)$", case)) else 0
         begin, start, end, until = self.config["rgb_grad_shrink"]
-        renderer = replace(self.renderer, rgb_gradient_scale=LinearSchedule(start, end, begin, until)(step))
+        scale = LinearSchedule(start, end, begin, until)(step)
+        renderer = self.renderer.with_config(replace(self.renderer.config, rgb_gradient_scale=scale))
         scene = self.scene.leaves()
         back = scene.background(cameras.rays(height, width)[1])
         io.compare(f"{case}.comp_rgb_bg", back, CLOSED_FORM)
-        offsets = renderer.offsets(cameras, height, width)
+        offsets = renderer.offsets(cameras, (height, width))
         if f"{case}.jitter0" in io.tensors:
             offsets = torch.stack([self.tensor(f"{case}.jitter{i}") for i in (0, 1)]).view(offsets.shape)
-        rays = renderer.rays(cameras, height, width, offsets)
+        rays = renderer.bundle(*cameras.rays(height, width), offsets)
         edges = renderer.sample_edges(scene, rays)
         self.placed(f"{case}.t_starts", edges[..., :-1])
         self.placed(f"{case}.t_ends", edges[..., 1:])
@@ -283,7 +286,7 @@ class RenderParity:
         found = marcher.march(scene, rays, recorded)
         io.compare(f"{case}.alpha", found.alpha, ROUNDED)
         io.compare(f"{case}.weights", found.weights, ROUNDED)
-        result, _ = marcher.render_rays(scene, cameras, rays, height=height, width=width, background=back)
+        result = marcher.render_rays(scene, cameras, rays, (height, width), back).views
         images = published_images(result, rays, back)
         for name, image in images.items():
             io.compare(f"{case}.{name}", image, VARIANCE if name == "z_variance" else CLOSED_FORM)
@@ -327,7 +330,9 @@ class RenderParity:
         factor = round(math.sqrt(views * height * width / len(io.tensors["patch.jitter0"])))
         side = math.isqrt(len(io.tensors["patch.jitter2"]) // views)
         fine, proposal = self.patch_samples
-        renderer = replace(self.renderer, num_samples=fine, num_importance_samples=proposal)
+        renderer = self.renderer.with_config(
+            replace(self.renderer.config, num_samples=fine, num_importance_samples=proposal)
+        )
         column, row = (int(x) for x in io.input("patch.patch_x_y"))
         low = resize(directions, height // factor, width // factor)  # as published, not made unit vectors again
         square = directions[:, :, row : row + side, column : column + side]
@@ -338,12 +343,12 @@ class RenderParity:
             origins = cameras.position[:, :, None, None].expand_as(part)
             rays = renderer.bundle(origins, part, offsets.view(2, 1, views, *size))
             back = self.scene.background(part)
-            result, _ = renderer.render_rays(self.scene, cameras, rays, height=size[0], width=size[1], background=back)
+            result = renderer.render_rays(self.scene, cameras, rays, (size[0], size[1]), back).views
             parts.append(published_images(result, rays, back))
         coarse, detail = parts
         left = {name.removeprefix("patch.") for name in io.left if name.startswith("patch.")}
         for key in sorted(left.union(PATCH_IMAGES)):
-            io.compare(f"patch.{key}", paste(coarse[key], detail[key], row, column, height, width), CLOSED_FORM)
+            io.compare(f"patch.{key}", paste(coarse[key], detail[key], [(row, column)], height, width), CLOSED_FORM)
 
     # -- mesh, background, losses, optimiser ---------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prd import EmptySurfaceError, TriplaneTurbo
-from prd.isosurface.extract import evaluate_grid
+from prd.fields.fast import evaluate_grid
 from tests.conftest import use_assets
 
 POINTS = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -33,7 +33,7 @@ from prd.toybox.check import (
 from prd.toybox.data import ViewPool
 from prd.toybox.score import summarise
 from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
-from prd.training.build import load_teachers
+from prd.training.parts import build_teachers
 from prd.training.recipes import load_config
 from prd.training.validation import measure
 
@@ -131,7 +131,8 @@ def test_diffusers_draws_to_the_depth(unseen: ViewPool) -> None:
 def test_a_config_names_the_shipped_controlnet() -> None:
     words = ["--teachers.stable_diffusion.controlnet", "toybox", "--teachers.stable_diffusion.controlnet_scale", "0.5"]
     others = ["--teachers.mvdream.enabled", "false", "--teachers.richdreamer.enabled", "false"]
-    (teacher,) = load_teachers(load_config("toybox", [*words, *others])).values()
+    config = load_config("toybox", [*words, *others])
+    (teacher,) = build_teachers(config, [config]).values()
     assert isinstance(teacher, DepthControlTeacher) and teacher.controlnet_scale == 0.5
     shipped = ControlNetModel.from_pretrained(asset("controlnet"), dtype=torch.float32).state_dict()
     assert all(torch.equal(value, shipped[key]) for key, value in teacher.controlnet.state_dict().items())

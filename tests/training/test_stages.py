@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prd.errors import ConfigError
-from prd.training.build import load_teachers
+from prd.training.parts import build_teachers
 from prd.training.recipes import load_config, save_config, stages_of, to_dict
 from prd.training.trainer import Trainer
 
@@ -37,6 +37,10 @@ def staged(tmp_path, *words: str):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"extends: toybox\nmodel: {TINY}\n")
     return load_config(recipe, [*SMALL, "--output_dir", str(tmp_path / "run"), *words])
+
+
+def teachers_of(config):
+    return build_teachers(config, [stage.config for stage in stages_of(config)])
 
 
 def test_a_run_without_stages_is_one(tmp_path) -> None:
@@ -109,11 +113,11 @@ def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) ->
 
 
 def test_a_teacher_is_loaded_as_the_stages_that_enable_it_say(tmp_path) -> None:
-    found = {type(t).__name__ for t in load_teachers(load_config("latte3d_toybox")).values()}
+    found = {type(t).__name__ for t in teachers_of(load_config("latte3d_toybox")).values()}
     assert found == {"DepthControlTeacher", "MVDreamTeacher"}  # the ControlNet is named by the last stage alone
     stages = "[{until: 0.5}, {until: 1, teachers: {stable_diffusion: {weight: 2, controlnet: toybox}}}]"
     with pytest.raises(ConfigError, match=r"teachers.stable_diffusion.controlnet: is None and toybox in stages"):
-        load_teachers(staged(tmp_path, "--stages", stages))
+        teachers_of(staged(tmp_path, "--stages", stages))
 
 
 def test_a_loss_scale_is_taken_out_once_in_every_stage(toybox, monkeypatch, tmp_path) -> None:

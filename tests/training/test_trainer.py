@@ -84,16 +84,16 @@ def frozen_hash(trainer: Trainer) -> str:
 def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_frozen_moves(toybox, monkeypatch):
     trainer = make("--renderer_schedule", "all")
     reached: dict[str, float] = {}
-    judge = objective.judge_views
+    judge = objective.multi_teacher_loss
 
-    def watched(views, judges, prompts, draws, log, renderer, *count, **options):
+    def watched(views, *words, renderer, **options):
         def keep(gradient):
             reached[renderer] = max(reached.get(renderer, 0.0), float(gradient.abs().max()))
 
         views.rgb.register_hook(keep)
-        return judge(views, judges, prompts, draws, log, renderer, *count, **options)
+        return judge(views, *words, renderer=renderer, **options)
 
-    monkeypatch.setattr(objective, "judge_views", watched)
+    monkeypatch.setattr(objective, "multi_teacher_loss", watched)
     before = frozen_hash(trainer)
     start = [p.detach().clone() for p in trainer.parameters]
     first = trainer.train_step(0)
@@ -141,8 +141,9 @@ def test_the_same_seed_repeats_and_the_renderers_alternate(toybox):
     assert other != one[0]
     for step in one:  # K = 2: each renderer has its turn
         assert all(f"gradient_norm/mvdream/{renderer}" in step for renderer in ("volume", "surface"))
-    config = load_config("toybox", ["--renderer_schedule", "alternate"])
-    turns = [config.renderers_of(step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
+    turns = [
+        make("--renderer_schedule", "alternate").objective.renderers_of(step, k) for step, k in ((0, 0), (0, 1), (1, 0))
+    ]
     assert turns == [("volume",), ("surface",), ("surface",)]
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
+from prd.generators.triplane_turbo import TriplaneTurboGenerator
 from prd.loading.stable_diffusion import load_base
-from prd.training.build import build_student
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 from prd.training.validation import mesh_names, save_gallery
@@ -26,7 +26,7 @@ SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", 
 def student_and_encoder(toybox):
     base = load_base("toybox", text=True)
     torch.manual_seed(0)
-    return build_student(load_config("toybox"), base), base.encoder
+    return TriplaneTurboGenerator.from_base(base, load_config("toybox").model), base.encoder
 
 
 def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
