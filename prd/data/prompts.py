@@ -26,9 +26,7 @@ class PromptsConfig:
     """Settings of the prompts that a model is trained on."""
 
     texts: tuple[str, ...] = ()  # the prompts themselves, in the place of a source and of held_out
-    source: str = (
-        "toybox"  # a benchmark, "pig64", "animal2400", a .txt, .json, .jsonl, .csv or .parquet file, or a Hub id
-    )
+    source: str = "toybox"  # a benchmark, "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub id
     column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
     split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
     revision: str | None = None  # branch, tag or commit of a Hub dataset

@@ -24,7 +24,7 @@ from prd.data.corpora import Corpus, ShuffledPrompts, check_held_out
 from prd.data.prompt_files import SUFFIXES, CorpusError
 from prd.errors import ConfigError
 from prd.fields.protocol import Field
-from prd.hub.shipped import shipped_benchmark
+from prd.hub.shipped import shipped_benchmark, shipped_benchmarks
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Mesh
 from prd.utils.imports import check_members, load_class
@@ -186,8 +186,8 @@ def resolve_benchmark(name: str | None, source: str | None) -> Benchmark | None:
     world = find_benchmark(name)
     if world is None and name is not None:
         raise ConfigError(
-            f"benchmark={name!r}: is no benchmark; give a shipped one, as toybox, the import path of a class, as "
-            "my_module.MyWorld, or null for none"
+            f"benchmark={name!r}: is no benchmark; give {', '.join(shipped_benchmarks())}, the import path of a class, "
+            "as my_module.MyWorld, or null for none"
         )
     return world
 

@@ -61,7 +61,7 @@ def measure_run(folder: str | Path, name: str | None = None, *, last: int | None
     config = load_config(folder / "config.yaml")
     benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
     if benchmark is None:
-        raise ConfigError(f"{folder}: it has no benchmark that measures it; give a run with one, as toybox")
+        raise ConfigError(f"{folder}: it has no benchmark that measures it; give a run whose benchmark is not null")
     generator, encoder = build_model(config)
     prompts = len(load_corpus(config.prompts, config.seed).prompts)
     rows = []

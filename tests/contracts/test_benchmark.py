@@ -189,7 +189,7 @@ def test_a_config_finds_it(world: Benchmark) -> None:
     assert type(resolve_benchmark("auto", name)) is type(world)
     assert resolve_benchmark(None, name) is None
     assert resolve_benchmark("auto", "pig64") is None and find_benchmark("prompts.jsonl") is None
-    with pytest.raises(ConfigError, match="benchmark='toybax': is no benchmark; give a shipped one"):
+    with pytest.raises(ConfigError, match="benchmark='toybax': is no benchmark; give toybox, the import path"):
         resolve_benchmark("toybax", name)
     with pytest.raises(ConfigError, match="'examples.custom_world' has no class or function 'Ball'"):
         resolve_benchmark("examples.custom_world.Ball", name)
