@@ -28,6 +28,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from prd.cameras import CamerasConfig
+from prd.data.prompts import PromptsConfig
+from prd.data.shape_library import LibraryConfig
 from prd.distillation.asd import AsdConfig
 from prd.distillation.interpolation import InterpolationConfig
 from prd.distillation.regularizers import RegularizerConfig
@@ -41,7 +43,6 @@ from prd.teachers.mvdream import MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
 from prd.training.optimizers import OptimizerConfig
-from prd.training.sections import LibraryConfig, PromptsConfig
 from prd.training.validation import ValidationConfig
 from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, resolved
 

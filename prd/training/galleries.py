@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
+from prd.data.prompts import held_out_prompts
+from prd.evaluation.benchmark import Benchmark
 from prd.evaluation.pictures import save_sheet
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
@@ -22,7 +24,6 @@ from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
-from prd.toybox.score import score_field
 from prd.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def contact_sheet(
 
 def _save_rows(pictures: Tensor, prompts: Sequence[str], config: TrainConfig, path: Path) -> None:
     """The contact sheet of pictures [prompts * 2 * views, 3, H, W]."""
-    hidden = set(config.prompts.held_out)
+    hidden = set(held_out_prompts(config.prompts))
     labels = [f"{prompt} (held out)" if prompt in hidden else prompt for prompt in prompts]
     save_sheet(pictures, path, columns=2 * config.validation.views, scale=1, labels=labels)
 
@@ -138,11 +139,19 @@ def mesh_names(prompts: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def save_gallery(model: Model, text_encoder: PromptEncoder, config: TrainConfig, folder: Path) -> dict[str, float]:
-    """The validation prompts from their fixed noise: `sheet.png`, a .glb with vertex colours each, `metrics.json`.
+def save_gallery(
+    model: Model,
+    text_encoder: PromptEncoder,
+    config: TrainConfig,
+    folder: Path,
+    benchmark: Benchmark | None = None,
+) -> dict[str, float]:
+    """Write what the validation prompts give from their fixed noise: `sheet.png`, a coloured .glb each, `metrics.json`.
+
+    benchmark  measures each shape; None: none does
 
     Returns the means of what is measured: the share of pixels covered, prompts without a surface, triangles and volume
-    of the meshes; in the toy box R@1, IoU and colour error too.
+    of the meshes, and the figures of the benchmark's scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prompts, settings = config.validation.prompts, config.validation
@@ -153,7 +162,7 @@ def save_gallery(model: Model, text_encoder: PromptEncoder, config: TrainConfig,
     )
     names = iter(mesh_names(prompts))
     for part, field in batches:
-        scores = score_field(field, part, device=model.device) if config.prompts.source == "toybox" else None
+        scores = None if benchmark is None else benchmark.score(field, part, device=model.device)
         for i, prompt in enumerate(part):
             sample, name = one_sample(field, i, len(part)), next(names)
             drawn = sheet_views(sample, config, model.device)
@@ -167,8 +176,7 @@ def save_gallery(model: Model, text_encoder: PromptEncoder, config: TrainConfig,
                 row |= {"mesh": name, "coverage": float(drawn.opacity.mean())}
                 row |= {"triangles": len(mesh.faces), "volume": mesh.volume}
             if scores is not None:
-                score = scores[i]
-                row |= {"r_at_1": score.recognised, "iou": score.iou, "color_error": score.color_error}
+                row |= scores[i].figures()
             rows.append(row)
     _save_rows(torch.cat(pictures), prompts, config, folder / "sheet.png")
     write_atomic(folder / "metrics.json", json.dumps(rows, indent=1) + "\n")

@@ -19,6 +19,7 @@ from prd.distillation.distill import AsdLoss
 from prd.distillation.protocol import DistillationLoss
 from prd.distillation.regularizers import Regularizer
 from prd.errors import ConfigError
+from prd.evaluation.benchmark import Benchmark, resolve_benchmark
 from prd.generators.protocol import Model
 from prd.hub.shipped import shipped
 from prd.rendering.protocol import Renderer
@@ -47,6 +48,7 @@ class Parts:
     regularizers  by name; their weights are the config's, 1 for those it does not name
     loss          of each teacher
     library       of 3D shapes, for a model that takes point clouds; None without
+    benchmark     measures what the model makes of its captions; None: nothing does
     """
 
     model: Model
@@ -57,6 +59,7 @@ class Parts:
     regularizers: dict[str, Regularizer] = field(default_factory=dict)
     loss: DistillationLoss = field(default_factory=AsdLoss)
     library: ShapeLibrary | None = None
+    benchmark: Benchmark | None = None
 
     def to(self, device: torch.device, *, offload: bool = False) -> Parts:
         """Move every part to a device; offload: teachers stay in main memory between their calls."""
@@ -109,6 +112,7 @@ def build_parts(
         for teacher in loaded.values():
             if isinstance(teacher, UNetTeacher):
                 teacher.prompt_encoder = embeddings.encoder(teacher.prompt_encoder, teacher.name)
+    parts.benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
     parts.library = open_library(config.library, parts.text_encoder, network)
     return parts
 

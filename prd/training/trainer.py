@@ -66,7 +66,7 @@ class Trainer:
         self.enter(self.stages[0])
         decay = config.ema_decay
         self.average = None if decay is None else WeightAverage(self.every_parameter(), decay)
-        self.validation = Validation(config, self.model, encoder, self.corpus.prompts, self.average)
+        self.validation = Validation(config, self.model, encoder, self.corpus.prompts, self.average, parts.benchmark)
         self.skipped = SkippedSteps(self.accelerator, self.folder)
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.frames = 0  # rendered for the teachers, by all processes

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic.dataclasses import dataclass
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
+from prd.evaluation.benchmark import Benchmark, Score
 from prd.evaluation.report import write_report
 from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
-from prd.toybox.score import Score, score_field, summarise
-from prd.toybox.world import all_captions, parse_caption
 from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
@@ -41,7 +41,7 @@ class ValidationConfig:
     gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
     num_inference_steps: Count = 4  # denoising steps of the model
     views: Count = 4  # views per prompt on the contact sheet
-    stacks: Count = 24  # toy box: stacks measured at the end, of each of the seen and held-out ones
+    stacks: Count = 24  # captions measured at the end of each split that is sampled, as the toy box's stacks are
     resolution: Count = 128  # image height and width on the contact sheet, pixels
     isosurface_resolution: Size = 64  # grid of the exported meshes
 
@@ -49,8 +49,9 @@ class ValidationConfig:
 class Validation:
     """Shows and measures a model on the main process; nothing of it changes the training.
 
-    average  whose weights are shown instead of the model's own; None: the model's
-    corpus   the prompts that are trained on
+    corpus     the prompts that are trained on
+    average    whose weights are shown instead of the model's own; None: the model's
+    benchmark  measures what the model makes; None: it is shown alone
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Validation:
         text_encoder: PromptEncoder,
         corpus: Sequence[str],
         average: WeightAverage | None = None,
+        benchmark: Benchmark | None = None,
     ) -> None:
-        if config.prompts.source == "toybox":
-            check_captions(config.validation.prompts)
+        if benchmark is not None:
+            check_captions(benchmark, config.validation.prompts)
+        self.benchmark = benchmark
         self.config, self.model, self.text_encoder, self.average = config, model, text_encoder, average
         self.folder = Path(config.output_dir)
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, corpus)
@@ -80,7 +83,7 @@ class Validation:
         """Measure after `done` steps what is due then, each quantity every so many steps; returns the values."""
         config, values = self.config, {"peak_gigabytes": peak_memory(self.model.device)}
         every = config.validation.every_steps
-        if every and done % every == 0 and config.prompts.source == "toybox" and config.validation.prompts:
+        if every and done % every == 0 and self.benchmark is not None and config.validation.prompts:
             values["r_at_1"] = self.quick_recognition()
         gallery = config.validation.gallery_steps
         if gallery and done % gallery == 0:
@@ -105,7 +108,7 @@ class Validation:
         """Draw, measure and export the validation prompts as they are after `done` steps; returns the means."""
         with self.shown_weights():
             folder = self.folder / "gallery" / f"step-{done:06d}"
-            means = save_gallery(self.model, self.text_encoder, self.config, folder)
+            means = save_gallery(self.model, self.text_encoder, self.config, folder, self.benchmark)
         write_report(self.folder)
         return {f"gallery/{name}": value for name, value in means.items()}
 
@@ -116,9 +119,10 @@ class Validation:
         return sum(s.recognised for s in scores) / len(scores)
 
     def measure(self, prompts: Sequence[str]) -> list[Score]:
-        """Scores of prompts against their exact fields, from the run's seed."""
-        steps = self.config.validation.num_inference_steps
-        return measure(self.model, self.text_encoder, prompts, seed=self.config.seed, num_inference_steps=steps)
+        """Scores of captions by the benchmark, from the run's seed."""
+        assert self.benchmark is not None
+        steps, seed = self.config.validation.num_inference_steps, self.config.seed
+        return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
     def after(self, done: int, *, frames_per_prompt: float, minutes: float) -> None:
         """Save the model trained for `done` steps, then show and measure what it makes.
@@ -130,45 +134,38 @@ class Validation:
             self.model.save_pretrained(folder / self.model.folder_name)
             contact_sheet(self.model, self.text_encoder, config.validation.prompts, config, folder / "after.png")
             export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
-            if config.prompts.source == "toybox":
+            if self.benchmark is not None:
                 record = {
                     "train_steps": done,
                     "frames_per_prompt": round(frames_per_prompt, 1),
                     "minutes": round(minutes, 1),
                     "seed": config.seed,
-                    "held_out": list(config.prompts.held_out),
+                    "held_out": list(held_out_prompts(config.prompts)),
                 }
                 self.score(record)
         write_report(folder)
 
     def score(self, record: dict[str, Any]) -> None:
-        """Measure every split, print a line of each, write `scores.json` and the record beside the weights."""
-        config, lines = self.config, []
+        """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
+        assert self.benchmark is not None
+        held_out = held_out_prompts(self.config.prompts)
         report: dict[str, Any] = {}
-        for name, prompts in toybox_splits(config.prompts.held_out, config.validation.stacks).items():
+        for name, prompts in self.benchmark.splits(held_out, self.config.validation.stacks).items():
             scores = self.measure(prompts)
-            summary = summarise(scores)
-            report[name] = {"summary": summary, "scores": [s.as_dict() for s in scores]}
-            lines.append(
-                f"{name:16s} {summary['count']:4d} prompts  R@1 {summary['r_at_1']:.3f}  IoU {summary['iou']:.3f}  "
-                f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
-            )
-        singles = report["single_seen"]["summary"]
-        lines.append("IoU by shape      " + "  ".join(f"{k} {v:.2f}" for k, v in singles["iou_by_shape"].items()))
-        margins = singles["orientation_margin"].items()
-        lines.append("orientation       " + "  ".join(f"{k} {v:+.2f}" for k, v in margins))
+            report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
+        summaries = {name: part["summary"] for name, part in report.items()}
         write_atomic(self.folder / "scores.json", json.dumps(report, indent=1) + "\n")
-        record["measured"] = {name: part["summary"] for name, part in report.items()}
+        record["measured"] = summaries
         place = self.folder / self.model.folder_name / "record.json"
         write_atomic(place, json.dumps(record, indent=1) + "\n")
-        print("\n".join(lines))
+        print("\n".join(self.benchmark.describe(summaries)))
 
 
-def check_captions(prompts: Sequence[str]) -> None:
-    """ConfigError for a validation prompt that the toy box cannot measure."""
+def check_captions(benchmark: Benchmark, prompts: Sequence[str]) -> None:
+    """ConfigError for a validation prompt that the benchmark cannot measure."""
     for prompt in prompts:
         try:
-            parse_caption(prompt)
+            benchmark.check_prompt(prompt)
         except ValueError as error:
             raise ConfigError(f"validation.prompts: {error}") from None
 
@@ -177,24 +174,11 @@ def measure(
     model: Model,
     text_encoder: PromptEncoder,
     prompts: Sequence[str],
+    benchmark: Benchmark,
     *,
     seed: int,
     num_inference_steps: int,
 ) -> list[Score]:
-    """Scores of the toy box's captions against their exact fields; for reports alone, no choice is made by them."""
+    """Scores of a benchmark's captions; for reports alone, no choice is made by them."""
     batches = generate_fields(model, text_encoder, prompts, seed=seed, num_inference_steps=num_inference_steps)
-    return [score for part, field in batches for score in score_field(field, part, device=model.device)]
-
-
-def toybox_splits(held_out: Sequence[str], stacks: int) -> dict[str, list[str]]:
-    """Captions to measure: all single objects and `stacks` evenly spread stacks, each seen or held out."""
-    hidden = set(held_out)
-    splits: dict[str, list[str]] = {}
-    for kind, is_stack in (("single", False), ("stack", True)):
-        for name, wanted in (("seen", False), ("held_out", True)):
-            captions = [c.text for c in all_captions() if c.is_stack == is_stack and (c.text in hidden) == wanted]
-            if is_stack and len(captions) > stacks:
-                captions = [captions[int((i + 0.5) * len(captions) / stacks)] for i in range(stacks)]
-            if captions:
-                splits[f"{kind}_{name}"] = captions
-    return splits
+    return [score for part, field in batches for score in benchmark.score(field, part, device=model.device)]

@@ -213,7 +213,7 @@ def test_refinement_starts_from_saved_weights(tmp_path: Path) -> None:
 
 
 def test_a_library_is_for_those_who_take_shapes() -> None:
-    with pytest.raises(LibraryError, match="library.source='toybox': this generator takes no shapes"):
+    with pytest.raises(LibraryError, match="library.source='toybox': this model takes no shapes"):
         make("atom_toybox", "--library.source", "toybox")
 
 
@@ -238,7 +238,7 @@ def test_runs_are_compared_at_equal_frames(tmp_path: Path) -> None:
     table = write_comparison(rows, tmp_path / "out", 16 / 38)
     assert table == markdown_table(chosen) and "| atom_toybox | 0 | 2 |" in table
     assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == 6
-    assert "frames a prompt" in (tmp_path / "out" / "curves.html").read_text()
+    assert "frames per prompt" in (tmp_path / "out" / "curves.html").read_text()
     side_by_side(folders, ["a red cube", "a blue mug"], tmp_path / "out" / "sheet.png", ["AToM", "ATT3D"])
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 500
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.training.config import TrainConfig
 from prd.training.recipes import from_dict, to_dict
@@ -91,8 +92,12 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
 
 
 def comparable(config: TrainConfig) -> dict[str, Any]:
-    """A config's plain values without what does nothing: teachers that are disabled, whatever their settings."""
+    """A config's plain values without what does nothing: teachers that are disabled, whatever their settings.
+
+    A rule of `prompts.held_out` is written as the texts that it holds out.
+    """
     values = to_dict(config)
+    values["prompts"]["held_out"] = list(held_out_prompts(config.prompts))
     staged = {name for stage in config.stages for name in stage.get("teachers", {})}
     values["teachers"] = {
         name: own for name, own in values["teachers"].items() if name in config.enabled_teachers or name in staged
