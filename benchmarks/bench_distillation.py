@@ -36,8 +36,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe, synchronize  # noqa: E402
 
-from prd.cameras import CameraSampling  # noqa: E402
-from prd.distillation.asd import Guidance, distill, leaf_views, rendering_gradient  # noqa: E402
+from prd.cameras import CamerasConfig  # noqa: E402
+from prd.distillation.asd import AsdConfig  # noqa: E402
+from prd.distillation.distill import distill  # noqa: E402
+from prd.distillation.multi_teacher import leaf_views, rendering_gradient  # noqa: E402
 from prd.rendering.views import Views  # noqa: E402
 from prd.teachers import (  # noqa: E402
     Condition,
@@ -48,7 +50,7 @@ from prd.teachers import (  # noqa: E402
     RichDreamerTeacher,
     StableDiffusionTeacher,
 )
-from prd.teachers.base import UNetTeacher  # noqa: E402
+from prd.teachers.base import TeacherConfig, UNetTeacher  # noqa: E402
 from prd.teachers.convert import stable_diffusion_scheduler  # noqa: E402
 from prd.teachers.multiview import CAMERA_DIMENSIONS  # noqa: E402
 from prd.teachers.offload import resident, set_offload  # noqa: E402
@@ -187,7 +189,7 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 def renderings(prompts: int, size: int, device: str, views: int = 4) -> Views:
     """Random square renderings of some views a prompt."""
-    cameras = CameraSampling(views=views).sample(torch.rand(prompts, 3))
+    cameras = CamerasConfig(views=views).sample(torch.rand(prompts, 3))
     for name in ("camera_to_world", "fovy"):  # set past the checks of their values, which the meta device has not
         object.__setattr__(cameras, name, getattr(cameras, name).to(device))
     rgb, normal, depth, disparity, opacity = (
@@ -203,11 +205,12 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     set_offload(teacher) if args.offload else teacher.to(device)
     leaves = leaf_views(renderings(args.prompts, args.render_size, device))
     prompts = [f"a shape number {i}" for i in range(args.prompts)]
-    guidance = Guidance(guidance_scale=7.5, eta=args.eta)
+    settings, config = TeacherConfig(guidance_scale=7.5, eta=args.eta), AsdConfig(t_min=20)
 
     def call() -> None:
         with resident(teacher, torch.device(device)):
-            result = distill(teacher, leaves, prompts, guidance, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            result = distill(teacher, leaves, prompts, settings=settings, config=config, generator=generator)
             rendering_gradient(result.loss.mean(), leaves)
 
     weights = weight_bytes(teacher)

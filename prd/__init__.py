@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prd.cameras import Cameras, CameraSampling, orbit_cameras
+    from prd.cameras import Cameras, CamerasConfig, orbit_cameras
     from prd.fields.protocol import Field
     from prd.isosurface.extract import EmptySurfaceError
     from prd.meshes.mesh import Mesh
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ATT3D",
     "AToM",
-    "CameraSampling",
+    "CamerasConfig",
     "Cameras",
     "EmptySurfaceError",
     "Field",
@@ -43,7 +43,8 @@ __all__ = [
 _MODULES = {
     "ATT3D": "pipelines.single_pass",
     "AToM": "pipelines.single_pass",
-    "CameraSampling": "cameras",
+    "CameraSampling": "cameras",  # the former name of CamerasConfig
+    "CamerasConfig": "cameras",
     "Cameras": "cameras",
     "EmptySurfaceError": "isosurface.extract",
     "Field": "fields.protocol",

@@ -187,10 +187,9 @@ def _embed(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from prd.data.embeddings import embed
-    from prd.data.prompts import load_corpus
+    from prd.data.prompts import PromptsConfig, load_corpus
+    from prd.hub.shipped import shipped_encoders
     from prd.text.loading import load_encoder
-    from prd.toybox import asset
-    from prd.training.sections import PromptsConfig
 
     transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
     if args.batch_size < 1:
@@ -199,8 +198,7 @@ def _embed(args: argparse.Namespace) -> int:
     asked = PromptsConfig(source=args.source, stack_fraction=0.5, **{name: getattr(args, name) for name in names})
     texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    toybox = [asset("stable_diffusion"), asset("richdreamer")]
-    for place in [str(p) for name in args.encoder for p in (toybox if name == "toybox" else [name])]:
+    for place in [str(place) for name in args.encoder for place in (shipped_encoders(name) or [name])]:
         encoder = load_encoder(place, getattr(torch, args.dtype), device)
         folder = embed(texts, encoder, args.output, name=Path(place).name, batch_size=args.batch_size)
         print(f"{folder}: {len(texts)} prompts, encoded by {place}")
@@ -209,21 +207,22 @@ def _embed(args: argparse.Namespace) -> int:
 
 TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
-Every value of the configuration can be set by its dotted name; without options the toy box is trained.
+Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):
 """
 
 
 def _train(overrides: Sequence[str]) -> int:
-    from prd.training.config import parse_args, shipped_recipes
+    from prd.training.recipes import parse_args, shipped_recipes
 
     if {"-h", "--help"} & set(overrides):
-        from prd.training.config import TrainConfig, dump_config
+        from prd.training.config import TrainConfig
+        from prd.training.recipes import dump_config
 
         print(f"{TRAIN_HELP}\n{dump_config(TrainConfig())}\nrecipes: {', '.join(shipped_recipes())}")
         return 0
-    from prd.training.config import ConfigError
+    from prd.errors import ConfigError
 
     try:
         config = parse_args(overrides)

@@ -1,8 +1,12 @@
-"""The errors that this library raises on purpose."""
+"""The errors that this library raises on purpose: their base class, and those that several rooms raise."""
 
 
 class PrdError(Exception):
     """Base class of the library's errors; each also derives from the built-in error that fits (mostly ValueError)."""
+
+
+class ConfigError(PrdError, ValueError):
+    """A configuration that cannot be used: an unknown key, a value of the wrong type or outside its range."""
 
 
 class CheckpointError(PrdError, ValueError):

@@ -1,23 +1,29 @@
 """Frozen diffusion models that score renderings: Stable Diffusion, MVDream, RichDreamer, DeepFloyd IF."""
 
-from prd.teachers.base import Condition, Teacher, UNetTeacher
-from prd.teachers.deepfloyd import DeepFloydTeacher
+from prd.errors import CheckpointError
+from prd.teachers.base import Condition, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
+from prd.teachers.deepfloyd import DeepFloydTeacher, DeepFloydTeacherConfig
 from prd.teachers.depth_control import DepthControlTeacher
-from prd.teachers.loading import CheckpointError
-from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher
-from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher
-from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
+from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher, RichDreamerTeacherConfig
+from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
 
 __all__ = [
     "CheckpointError",
     "Condition",
     "DeepFloydTeacher",
+    "DeepFloydTeacherConfig",
     "DepthControlTeacher",
     "MVDreamConfig",
     "MVDreamTeacher",
+    "MVDreamTeacherConfig",
     "RichDreamerConfig",
     "RichDreamerTeacher",
+    "RichDreamerTeacherConfig",
     "StableDiffusionTeacher",
+    "StableDiffusionTeacherConfig",
     "Teacher",
+    "TeacherConfig",
+    "TeacherOptions",
     "UNetTeacher",
 ]

@@ -1,9 +1,9 @@
-"""What distillation asks of a teacher, and what every diffusers U-Net teacher shares.
+"""The interface of a teacher, its settings, and the common part of all diffusers U-Net teachers.
 
-A teacher turns renderings into its own input space (`encode`), states what it is conditioned on (`condition`) and
-predicts noise (`predict_noise`). Everything that differs between diffusion models (resolution, channels, text encoder,
-camera input, epsilon or v prediction) stays behind these three calls, so a new teacher is one file: derive from
-`UNetTeacher`, write `encode`, and `camera_input` if the model is told about cameras.
+A teacher turns renderings into its own input space (`encode`), makes its conditions (`condition`) and predicts noise
+(`predict_noise`). Everything that differs between diffusion models (resolution, channels, text encoder, camera input,
+epsilon or v prediction) stays behind these three calls, so a new teacher is one file: derive from `UNetTeacher`, write
+`encode`, and `camera_input` if the model takes cameras.
 """
 
 from __future__ import annotations
@@ -15,25 +15,50 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
+from prd.loading.strict import load_strict
 from prd.rendering.views import Views
-from prd.teachers.loading import PREDICTIONS, load_schedule, load_strict
+from prd.teachers.loading import CONVERT, PREDICTIONS, load_schedule
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
+from prd.utils.arguments import renamed_argument
+from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Schedule
 
 Resize = Literal["bilinear", "area"]
 
 
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeacherConfig:
+    """Settings of one teacher in a training run; a teacher's own settings are a subclass beside it."""
+
+    enabled: bool = True  # False: not loaded
+    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
+    weight: NonNegative = 1.0  # of this teacher's loss
+    guidance_scale: Schedule = 7.5  # classifier-free guidance
+    eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
+    negative_prompt: str = ""  # of the classifier-free guidance
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TeacherOptions:
+    """Settings that all teachers of a training run share."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
+    checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
+    offload: bool = False  # keep idle teachers in main memory
+
+
 @dataclass(frozen=True)
 class Condition:
-    """What n images are conditioned on; the rows are those of the teacher's x, prompt by prompt, view by view.
+    """Condition of n images; the rows are those of the teacher's x, prompt by prompt, view by view.
 
     prompt_embeds           [n, L, Ct]  the text to follow
     negative_prompt_embeds  [n, L, Ct]  the text guidance moves away from
     camera                  [n, D]      or None for a teacher without camera input
-    control                 [n, 3, H, W] in [0, 1], the image a ControlNet is shown, or None
+    control                 [n, 3, H, W] in [0, 1], the input image of a ControlNet, or None
     """
 
     prompt_embeds: Tensor
@@ -42,12 +67,12 @@ class Condition:
     control: Tensor | None = None
 
     def negative(self) -> Condition:
-        """The same with the negative prompt as the text to follow: the unconditional pass of guidance."""
+        """Return the same with the negative prompt as the text to follow: the unconditional pass of guidance."""
         return replace(self, prompt_embeds=self.negative_prompt_embeds)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """Several conditions of one teacher one after the other, so that one U-Net call serves all passes."""
+        """Concatenate conditions of one teacher, so that one U-Net call serves all passes."""
         cameras = [c.camera for c in conditions if c.camera is not None]
         controls = [c.control for c in conditions if c.control is not None]
         return Condition(
@@ -59,22 +84,31 @@ class Condition:
 
 
 class Teacher(Protocol):
-    """A frozen diffusion model that scores renderings. B prompts, n = B * num_views images."""
+    """A frozen diffusion model that scores renderings. B prompts, n = B * num_views images.
+
+    A class of one's own is named in a recipe by its import path (`teachers: {mine: {class: my_module.MyTeacher}}`) and
+    then also has `config_class`, a subclass of `TeacherConfig`, and `from_config`; see `UNetTeacher.from_config`.
+    """
 
     name: str
     num_views: int  # views of a prompt that it sees together: 1 for Stable Diffusion, 4 for MVDream and RichDreamer
     alphas_cumprod: Tensor  # its noise schedule [T], float32: x_t = sqrt(a_t) x + sqrt(1 - a_t) noise
 
-    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one image of x."""
+        ...
+
+    def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         """Renderings as the model's input x [n, C, h, w], float32, differentiable in the views.
 
-        A stochastic encoder (a VAE's posterior) draws from `generator`, or takes the injected standard normal `noise`
-        [n, C, h, w]; with neither it returns the mean.
+        A stochastic encoder (a VAE's posterior) draws with `noise`, standard normal [n, C, h, w]; without it, it
+        returns the mean. A deterministic encoder ignores it.
         """
         ...
 
     def condition(self, prompts: Sequence[str], cameras: Cameras, negative_prompt: str = "") -> Condition:
-        """What the images of these prompts, seen from these cameras [B, num_views], are conditioned on."""
+        """Condition of the images of these prompts, seen from these cameras [B, num_views]."""
         ...
 
     def predict_noise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -84,10 +118,10 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class ViewConditioned(Protocol):
-    """A teacher that is conditioned on the renderings themselves too, as one with a depth ControlNet is."""
+    """A teacher that is also conditioned on the renderings themselves, as one with a depth ControlNet is."""
 
     def condition_on(self, condition: Condition, views: Views) -> Condition:
-        """`condition` with what the model is shown of these renderings, without gradient."""
+        """Return `condition` with the model's input from these renderings, without gradient."""
         ...
 
 
@@ -99,12 +133,14 @@ class UNetTeacher(nn.Module):
     scheduler       any diffusers scheduler with `alphas_cumprod`
     view_dependent  append the side a view is seen from to its prompt; see `view_prompts`
 
-    `offload`, an attribute, says that the teacher stays in main memory between its calls; see `prd.teachers.offload`.
+    The attribute `offload` says whether the teacher stays in main memory between calls; see `prd.teachers.offload`.
+    Raises ValueError for parts that do not fit each other.
     """
 
     name = "unet"
     num_views = 1
     offload = False
+    config_class: ClassVar[type[TeacherConfig]] = TeacherConfig
     takes_cameras: ClassVar[bool] = False
     tokenizer_class: ClassVar[Any] = CLIPTokenizer
     text_encoder_class: ClassVar[Any] = CLIPTextModel
@@ -143,12 +179,12 @@ class UNetTeacher(nn.Module):
         self.freeze()
 
     def freeze(self) -> None:
-        """No parameter learns and no layer is in training mode."""
+        """Let no parameter learn and put every layer in evaluation mode."""
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> UNetTeacher:
-        """A teacher stays in evaluation mode even when a model that holds it is put in training mode."""
+        """Stay in evaluation mode, even when a model that holds the teacher is put in training mode."""
         return super().train(False)
 
     @property
@@ -157,12 +193,17 @@ class UNetTeacher(nn.Module):
         size = self.unet.config.sample_size
         return size if isinstance(size, int) else size[0]
 
-    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """What every teacher writes itself; see `Teacher.encode`."""
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one image of x."""
+        return self.unet.config.in_channels, self.image_size, self.image_size
+
+    def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
+        """Every teacher implements this itself; see `Teacher.encode`."""
         raise NotImplementedError(f"{type(self).__name__}.encode: a teacher says how renderings become its input")
 
     def camera_input(self, cameras: Cameras) -> Tensor | None:
-        """The camera vectors [B*V, D] the U-Net takes as class_labels; None for a model without cameras."""
+        """Camera vectors [B*V, D] that the U-Net takes as class_labels; None for a model without cameras."""
         return None
 
     def condition(self, prompts: Sequence[str], cameras: Cameras, negative_prompt: str = "") -> Condition:
@@ -180,7 +221,7 @@ class UNetTeacher(nn.Module):
         return Condition(positive, embeds[-1:].expand_as(positive), self.camera_input(cameras))
 
     def check_views(self, views: int) -> None:
-        """Raises ValueError unless `views` of a prompt are what the teacher sees together."""
+        """Raise ValueError unless `views` is the number of views that the teacher sees together."""
         if views != self.num_views:
             raise ValueError(
                 f"views={views}: {self.name} sees {self.num_views} views of a prompt together; select those"
@@ -213,31 +254,47 @@ class UNetTeacher(nn.Module):
         return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """What the U-Net puts out [n, C', h, w] for x_t [n, C, h, w] in its own precision."""
+        """Output of the U-Net [n, C', h, w] for x_t [n, C, h, w], in its own precision."""
         dtype = self.unet.dtype
         camera = None if condition.camera is None else condition.camera.to(dtype)
         text = condition.prompt_embeds.to(dtype)
         return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera).sample
 
     @classmethod
-    def load_parts(cls, folder: str, torch_dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:
+    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> UNetTeacher:
+        """Load the teacher as a training run does.
+
+        config   an instance of `config_class`; `config.path` is a folder or Hub id
+        options  of all teachers of the run; placing and offloading the teacher is left to the caller
+        dtype    of the weights
+        """
+        return cls.from_pretrained(config.path, dtype=dtype)
+
+    @classmethod
+    @renamed_argument("torch_dtype", "dtype")
+    def from_pretrained(cls, folder: str, *, dtype: torch.dtype = torch.float32) -> UNetTeacher:
+        """Load a folder or Hub id in the diffusers layout: U-Net, scheduler, tokenizer and text encoder."""
+        return cls(**cls.load_parts(str(folder), dtype))
+
+    @classmethod
+    def load_parts(cls, folder: str, dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:
         """U-Net, scheduler, tokenizer and text encoder of a folder or Hub id in the diffusers layout.
 
-        base: the folder or Hub id whose text encoder and tokenizer the teacher shares.
+        base  folder or Hub id whose text encoder and tokenizer the teacher shares
         """
         text = base or folder
         return {
-            "unet": load_strict(UNet2DConditionModel, folder, "unet", torch_dtype),
+            "unet": load_strict(UNet2DConditionModel, folder, "unet", dtype, remedy=CONVERT),
             "scheduler": load_schedule(folder),
             "tokenizer": cls.tokenizer_class.from_pretrained(text, subfolder="tokenizer"),
-            "text_encoder": load_strict(cls.text_encoder_class, text, "text_encoder", torch_dtype),
+            "text_encoder": load_strict(cls.text_encoder_class, text, "text_encoder", dtype),
         }
 
 
 def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """The noise in x_t [n, C, h, w] from a prediction of epsilon, v (Salimans and Ho 2022, section 4) or the sample.
 
-    alpha_bar [n]: the schedule at each image's timestep.
+    alpha_bar [n]: the schedule at each image's timestep. Raises ValueError for another prediction type.
     """
     if prediction_type == "epsilon":
         return predicted

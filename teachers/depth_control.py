@@ -9,14 +9,16 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prd.loading.strict import load_strict
 from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
-from prd.teachers.loading import load_strict, load_vae_encoder
+from prd.teachers.loading import load_vae_encoder
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.arguments import renamed_argument
 
 
 class DepthControlTeacher(StableDiffusionTeacher):
-    """A Stable Diffusion whose every pass is shown the rendering's depth through a ControlNet (arXiv 2302.05543).
+    """A Stable Diffusion that takes the rendering's depth through a ControlNet in every pass (arXiv 2302.05543).
 
     The control image is the disparity, stretched to [0, 1] in each image (near is bright, the furthest pixel 0), at
     the pixels of the VAE; no gradient flows through it. `Views.disparity` is linear in depth; depth ControlNets were
@@ -57,29 +59,30 @@ class DepthControlTeacher(StableDiffusionTeacher):
         self.freeze()
 
     @classmethod
+    @renamed_argument("torch_dtype", "dtype")
     def from_pretrained(  # type: ignore[override]
         cls,
         folder: str,
         *,
         controlnet: str,
         controlnet_scale: float = 1.0,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         checkpoint_vae: bool = False,
         view_dependent: bool = False,
     ) -> DepthControlTeacher:
         """Load a Stable Diffusion and the depth ControlNet made for it, each a folder or Hub id."""
         return cls(
-            vae=load_vae_encoder(str(folder), torch_dtype),
-            controlnet=load_strict(ControlNetModel, str(controlnet), None, torch_dtype),
+            vae=load_vae_encoder(str(folder), dtype),
+            controlnet=load_strict(ControlNetModel, str(controlnet), None, dtype),
             controlnet_scale=controlnet_scale,
             checkpoint_vae=checkpoint_vae,
             view_dependent=view_dependent,
-            **cls.load_parts(str(folder), torch_dtype),
+            **cls.load_parts(str(folder), dtype),
         )
 
     @torch.no_grad()
     def condition_on(self, condition: Condition, views: Views) -> Condition:
-        """`condition` with the renderings' depth as the ControlNet's image [n, 3, H, W] in [0, 1]."""
+        """Return `condition` with the renderings' depth as the ControlNet's image [n, 3, H, W] in [0, 1]."""
         return replace(condition, control=control_images(to_images(views.disparity, self.pixels)))
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -91,7 +94,7 @@ class DepthControlTeacher(StableDiffusionTeacher):
 
 
 def control_images(disparity: Tensor) -> Tensor:
-    """What a depth ControlNet is shown [n, 3, H, W] of disparities [n, 1, H, W]: each stretched to [0, 1], grey."""
+    """Input images [n, 3, H, W] of a depth ControlNet from disparities [n, 1, H, W]: each stretched to [0, 1], grey."""
     disparity = disparity.float()
     low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
     return ((disparity - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)

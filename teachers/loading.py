@@ -1,74 +1,36 @@
-"""Teachers from folders and Hub ids in the diffusers layout: strictly, or not at all."""
+"""Parts of a teacher from a folder or Hub id in the diffusers layout: VAE encoder, noise schedule, settings."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
+from diffusers import AutoencoderKL, DDPMScheduler
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 
-from prd.errors import CheckpointError as CheckpointError
+from prd.errors import CheckpointError
+from prd.loading.strict import load_strict
 
 CONFIG_NAME = "teacher_config.json"
+CONVERT = "convert it once: python -m prd.teachers.convert --help"  # the authors' layout of a multi-view U-Net
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 Settings = TypeVar("Settings")
 
 
-def load_strict(model_class: Any, folder: str, subfolder: str | None, dtype: torch.dtype, **hub: Any) -> Any:
-    """A diffusers or transformers model whose file (safetensors) holds each of its tensors and no other.
-
-    hub: `token`, `cache_dir` and `local_files_only` of the Hub.
-
-    The libraries themselves fill a missing tensor with random numbers and drop one too many, with a warning at most.
-    Raises CheckpointError for another class of model, and for a key that is missing, left over or of another shape.
-    """
-    place = f"{folder}/{subfolder}" if subfolder else folder
-    if Path(folder).exists() and not Path(folder, subfolder or "").is_dir():
-        raise CheckpointError(f"{place}: no such folder; a folder in the diffusers layout holds one for each part")
-    if issubclass(model_class, ModelMixin):
-        try:
-            described = model_class.load_config(folder, subfolder=subfolder, **hub)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{place}: has no readable config.json ({error})") from error
-        found = described.get("_class_name", model_class.__name__)
-        if found != model_class.__name__:
-            raise CheckpointError(
-                f"{place}: holds a {found}, not a {model_class.__name__}; convert it once: python -m "
-                "prd.teachers.convert --help"
-            )
-    try:
-        model, info = model_class.from_pretrained(
-            folder, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
-        )
-    except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and not Path(folder).exists():  # of the Hub: no access, no connection
-            raise
-        raise CheckpointError(f"{place}: is not the model its config.json describes ({error})") from error
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = [str(key) for key in info[f"{kind}_keys"] if not str(key).endswith("position_ids")]  # of old CLIP files
-        if keys:
-            raise CheckpointError(f"{place}: {len(keys)} {kind} tensors, {min(keys)} among them; get the file anew")
-    return model
-
-
 def load_vae_encoder(folder: str, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE of a folder or Hub id without its decoder, which no teacher asks and holds most of its weights."""
+    """The VAE of a folder or Hub id without its decoder, which no teacher uses and which holds most of the weights."""
     vae = load_strict(AutoencoderKL, folder, "vae", dtype)
     vae.decoder = vae.post_quant_conv = None
     return vae
 
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
 def load_schedule(folder: str) -> DDPMScheduler:
     """The noise schedule of a folder or Hub id, whatever sampler its scheduler is saved for.
 
-    Raises CheckpointError if it is not described by betas (flow matching, EDM), or predicts what no teacher knows.
+    Raises CheckpointError if it is not described by betas (flow matching, EDM), or for an unknown prediction type.
     """
     place = f"{folder}/scheduler"
     try:
@@ -93,7 +55,7 @@ def load_schedule(folder: str) -> DDPMScheduler:
 
 
 def shared_folder(folder: str, base: str | None) -> str | None:
-    """Where a teacher's shared parts are: `base` beside its folder ("../stable_diffusion"), or `base` as a Hub id."""
+    """Folder of a teacher's shared parts: `base` beside its folder ("../stable_diffusion"), or `base` as a Hub id."""
     return str(Path(folder, base)) if base is not None and base.startswith(".") else base
 
 

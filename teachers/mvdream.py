@@ -1,24 +1,34 @@
-"""MVDream as a teacher: four views of a prompt together, each with its camera (arXiv 2308.16512)."""
+"""MVDream as a teacher: four views per prompt together, each with its camera (arXiv 2308.16512)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
+from prd.teachers.base import TeacherConfig, TeacherOptions
 from prd.teachers.loading import load_vae_encoder, read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.arguments import renamed_argument
+from prd.utils.checked_types import CHECKS
 
 NEGATIVE_PROMPT = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
     "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
     "bad proportions"
 )  # of the published recipe, for MVDream and RichDreamer
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class MVDreamTeacherConfig(TeacherConfig):
+    """Settings of MVDream as a teacher: all views of a prompt jointly, RGB."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,13 @@ class MVDreamConfig:
 
 
 class MVDreamTeacher(StableDiffusionTeacher):
-    """A Stable Diffusion whose self-attention spans `num_views` views and whose U-Net is told each view's camera.
+    """A Stable Diffusion whose self-attention spans `num_views` views and whose U-Net takes each view's camera.
 
     x is the VAE latents of the colours [B*V, 4, h, w] (256 pixels, 32 latents for MVDream).
     """
 
     name = "mvdream"
+    config_class: ClassVar[type[TeacherConfig]] = MVDreamTeacherConfig
     takes_cameras = True
 
     def __init__(
@@ -63,19 +74,25 @@ class MVDreamTeacher(StableDiffusionTeacher):
         set_joint_attention(unet, config.num_views)
 
     @classmethod
+    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> MVDreamTeacher:
+        """Load a `MVDreamTeacherConfig`."""
+        return cls.from_pretrained(config.path, dtype=dtype, checkpoint_vae=options.checkpoint_vae)
+
+    @classmethod
+    @renamed_argument("torch_dtype", "dtype")
     def from_pretrained(  # type: ignore[override]
         cls,
         folder: str,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         checkpoint_vae: bool = False,
         config: MVDreamConfig | None = None,
     ) -> MVDreamTeacher:
         """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
         config = config or read_config(str(folder), MVDreamConfig)
         base = shared_folder(str(folder), config.base)
-        parts = cls.load_parts(str(folder), torch_dtype, base)
-        vae = load_vae_encoder(base if base and config.shares_vae else str(folder), torch_dtype)
+        parts = cls.load_parts(str(folder), dtype, base)
+        vae = load_vae_encoder(base if base and config.shares_vae else str(folder), dtype)
         return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
 
     def camera_input(self, cameras: Cameras) -> Tensor:

@@ -1,21 +1,37 @@
-"""RichDreamer's normal-depth model as a teacher: four views of geometry together (arXiv 2311.16918)."""
+"""RichDreamer's normal-depth model as a teacher: geometry of four views per prompt together (arXiv 2311.16918)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
 from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
-from prd.teachers.base import Resize, UNetTeacher, to_images
+from prd.teachers.base import Resize, TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
+from prd.utils.arguments import renamed_argument
+from prd.utils.checked_types import CHECKS
+
+INPUT_CONVENTIONS: dict[str, dict[str, Any]] = {
+    "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
+    "triplane_turbo": {"image_range": (0.0, 1.0), "resize": "area"},
+}
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class RichDreamerTeacherConfig(TeacherConfig):
+    """Settings of RichDreamer as a teacher: all views of a prompt jointly, normals and disparity."""
+
+    # in [-1, 1] bilinear, or as published in [0, 1] averaged, these two alone; null: as teacher_config.json says
+    input_convention: Literal["richdreamer", "triplane_turbo"] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class RichDreamerConfig:
 
 
 def _numbers(values: object, count: int) -> bool:
-    """Whether `values` is a tuple of so many finite numbers."""
+    """Whether `values` is a tuple of `count` finite numbers."""
     return (
         isinstance(values, tuple)
         and len(values) == count
@@ -61,6 +77,7 @@ class RichDreamerTeacher(UNetTeacher):
     """
 
     name = "richdreamer"
+    config_class: ClassVar[type[TeacherConfig]] = RichDreamerTeacherConfig
     takes_cameras = True
 
     def __init__(
@@ -78,20 +95,29 @@ class RichDreamerTeacher(UNetTeacher):
         set_joint_attention(unet, config.num_views)
 
     @classmethod
+    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> RichDreamerTeacher:
+        """Load a `RichDreamerTeacherConfig`; its `input_convention` replaces that of teacher_config.json."""
+        teacher = cls.from_pretrained(config.path, dtype=dtype)
+        if config.input_convention is not None:
+            teacher.config = replace(teacher.config, **INPUT_CONVENTIONS[config.input_convention])
+        return teacher
+
+    @classmethod
+    @renamed_argument("torch_dtype", "dtype")
     def from_pretrained(
-        cls, folder: str, *, torch_dtype: torch.dtype = torch.float32, config: RichDreamerConfig | None = None
+        cls, folder: str, *, dtype: torch.dtype = torch.float32, config: RichDreamerConfig | None = None
     ) -> RichDreamerTeacher:
         """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
         config = config or read_config(str(folder), RichDreamerConfig)
         base = shared_folder(str(folder), config.base)
-        return cls(config=config, **cls.load_parts(str(folder), torch_dtype, base))
+        return cls(config=config, **cls.load_parts(str(folder), dtype, base))
 
     def camera_input(self, cameras: Cameras) -> Tensor:
         """Camera vectors [B*V, 16]."""
         return camera_vector(cameras, self.config.camera_encoding)
 
-    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """Normal and disparity [B*V, 4, h, w]; nothing is drawn, so `generator` and `noise` do not matter."""
+    def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
+        """Normal and disparity [B*V, 4, h, w]; deterministic, `noise` is ignored."""
         self.check_views(views.cameras.views)
         views = replace(  # renderings in half precision too
             views, normal=views.normal.float(), disparity=views.disparity.float(), opacity=views.opacity.float()

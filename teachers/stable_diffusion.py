@@ -1,28 +1,43 @@
-"""Stable Diffusion as a teacher: one view of a prompt, seen as a picture."""
+"""Stable Diffusion as a teacher: one view per prompt, as an RGB image."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.rendering.views import Views
-from prd.teachers.base import UNetTeacher, to_images
+from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import load_vae_encoder
+from prd.utils.arguments import renamed_argument
+from prd.utils.checked_types import CHECKS, Positive
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class StableDiffusionTeacherConfig(TeacherConfig):
+    """Settings of Stable Diffusion as a teacher: one view per prompt, optionally with a depth ControlNet."""
+
+    view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
+    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
+    controlnet_scale: Positive = 1.0  # of what the ControlNet adds
 
 
 class StableDiffusionTeacher(UNetTeacher):
     """Any Stable Diffusion in the diffusers layout, epsilon or v prediction.
 
     x is the VAE latent of the rendering's colours, [B, 4, h, w], times the VAE's scaling factor; renderings are resized
-    bilinearly to the pixels the U-Net's latents stand for (512 for Stable Diffusion 2.1-base). `checkpoint_vae`
-    recomputes the encoder in the backward pass instead of keeping its activations; `view_dependent` appends the side
-    the rendering is seen from to its prompt.
+    bilinearly to the size that the VAE encodes to the U-Net's latents (512 for Stable Diffusion 2.1-base).
+    `checkpoint_vae` recomputes the encoder in the backward pass instead of keeping its activations; `view_dependent`
+    appends the side from which the rendering is seen to its prompt.
     """
 
     name = "stable_diffusion"
     num_views = 1
+    config_class: ClassVar[type[TeacherConfig]] = StableDiffusionTeacherConfig
 
     def __init__(
         self,
@@ -47,48 +62,56 @@ class StableDiffusionTeacher(UNetTeacher):
         self.freeze()
 
     @classmethod
+    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> StableDiffusionTeacher:
+        """Load a `StableDiffusionTeacherConfig`, a `DepthControlTeacher` if it names a ControlNet."""
+        settings = {
+            "dtype": dtype,
+            "checkpoint_vae": options.checkpoint_vae,
+            "view_dependent": config.view_dependent_prompts,
+        }
+        if config.controlnet is None:
+            return cls.from_pretrained(config.path, **settings)
+        from prd.teachers.depth_control import DepthControlTeacher  # which derives from this class
+
+        return DepthControlTeacher.from_pretrained(
+            config.path, controlnet=config.controlnet, controlnet_scale=config.controlnet_scale, **settings
+        )
+
+    @classmethod
+    @renamed_argument("torch_dtype", "dtype")
     def from_pretrained(
         cls,
         folder: str,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         checkpoint_vae: bool = False,
         view_dependent: bool = False,
     ) -> StableDiffusionTeacher:
         """Load a Stable Diffusion pipeline's folder or Hub id."""
-        parts = cls.load_parts(str(folder), torch_dtype)
-        vae = load_vae_encoder(str(folder), torch_dtype)
+        parts = cls.load_parts(str(folder), dtype)
+        vae = load_vae_encoder(str(folder), dtype)
         return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
 
     @property
     def pixels(self) -> int:
-        """Height and width of the images the U-Net's latents stand for."""
+        """Height and width in pixels of the images that the VAE encodes to the U-Net's latents."""
         return self.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def encode(self, views: Views, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+    def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         """Latents [B*V, 4, h, w] of the colours; see `Teacher.encode`."""
         self.check_views(views.cameras.views)
         images = to_images(views.rgb, self.pixels) * 2 - 1
-        return encode_latents(self.vae, images, generator=generator, noise=noise)
+        return encode_latents(self.vae, images, noise=noise)
 
 
-def encode_latents(
-    vae: AutoencoderKL,
-    images: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
+def encode_latents(vae: AutoencoderKL, images: Tensor, *, noise: Tensor | None = None) -> Tensor:
     """Scaled latents [n, C, h, w], float32, of images [n, 3, H, W] in [-1, 1], differentiable in the images.
 
-    A draw of the posterior with `noise` (standard normal [n, C, h, w]) or `generator` (on the CPU, so that the draw is
-    the same on every device), its mean with neither.
+    A sample of the posterior with `noise` (standard normal [n, C, h, w]), its mean without. Raises ValueError for noise
+    of another shape.
     """
-
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
-    if noise is None and generator is not None:
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
     if noise is not None:
         if noise.shape != mean.shape:
             raise ValueError(f"noise={tuple(noise.shape)}: must have the latents' shape {tuple(mean.shape)}")

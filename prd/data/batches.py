@@ -12,14 +12,13 @@ from torch import Tensor
 
 from prd.data.prompts import Corpus
 from prd.data.shape_library import ShapeLibrary, Shapes
-from prd.distillation.asd import Mixture
 from prd.distillation.draws import sample_generator
+from prd.distillation.interpolation import InterpolationConfig, PromptInterpolation
 from prd.generators.point_encoder import anneal_cloud
 from prd.meshes.read import sample_points
 from prd.text.encoders import PromptEncoder
-from prd.training.build import at
 from prd.training.config import Stage
-from prd.training.sections import InterpolationConfig
+from prd.utils.checked_types import number
 
 # streams of random numbers
 PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = range(8)
@@ -42,7 +41,7 @@ class Batch:
     step: int
     samples: Sequence[int]
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    mixture: Mixture | None = None
+    mixture: PromptInterpolation | None = None
     shapes: Shapes | None = None
 
     def draws(self, stream: int, *ks: int) -> list[torch.Generator]:
@@ -84,7 +83,7 @@ class Batches:
             embeds = torch.lerp(embeds, others, mixture.share.view(-1, 1, 1).to(embeds))
         shapes, inputs = self.shapes(prompts, draws(CLOUDS)), {}
         if shapes is not None and self.dummy is not None:
-            share = at(stage.config.library.annealing, stage.config, step - stage.first)
+            share = number(stage.at(step).library.annealing)
             inputs["points"] = anneal_cloud(shapes.clouds, self.dummy, share)
         return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes)
 
@@ -99,7 +98,7 @@ class Batches:
 
 def draw_mixture(
     config: InterpolationConfig, prompts: Sequence[str], draws: Sequence[torch.Generator]
-) -> Mixture | None:
+) -> PromptInterpolation | None:
     """A second prompt for each sample and its share, 0 for those that are not paired; None if none ever is."""
     if not config.probability:
         return None
@@ -109,7 +108,7 @@ def draw_mixture(
         others.append(prompts[int(torch.randint(len(prompts), (), generator=generator))])
         seed = int(torch.randint(2**62, (), generator=generator))
         shares.append(float(np.random.default_rng(seed).dirichlet([config.concentration] * 2)[1]) if paired else 0.0)
-    return Mixture(others, torch.tensor(shares), config.over)
+    return PromptInterpolation(others, torch.tensor(shares), config.over)
 
 
 def dummy_of(generator: Any) -> Tensor | None:

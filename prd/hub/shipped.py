@@ -2,11 +2,12 @@
 
 A folder `prd/*/assets` lists what it holds in its `index.json`:
 
-    {"NAME": {"folders": {"model": "adapter", "base": "stable_diffusion", ...}, "about": {...}}, ...}
+    {"NAME": {"folders": {"model": "adapter", "base": "stable_diffusion", ...}, "benchmark": ..., "about": {...}}, ...}
 
 NAME is what users write in the place of a path or a Hub id. `folders` has, by the part that is asked for, the folder
-beside the index: "model" (a saved text-to-3D model), "base", "text_encoder", or the name of a teacher. `about` has the
-words that model cards and warnings use, all optional:
+beside the index: "model" (a saved text-to-3D model), "base", "text_encoder", or the name of a teacher. `benchmark`,
+optional, is the import path of a `prd.evaluation.benchmark.Benchmark`: the world that the models were trained on.
+`about` has the words that model cards and warnings use, all optional:
 
     title           "the toy box"
     license         SPDX name of the licence of what is made on it; license_text: a paragraph about it
@@ -43,6 +44,26 @@ def shipped(name: str | Path, part: str) -> Path | None:
 def shipped_names(part: str = "model") -> list[str]:
     """Return the names of what ships with such a part."""
     return [name for _, index in _indices() for name, entry in index.items() if part in entry.get("folders", {})]
+
+
+def shipped_benchmark(name: str) -> str | None:
+    """Return the import path of the benchmark that ships under a name; None if there is none."""
+    return next((index[name].get("benchmark") for _, index in _indices() if name in index), None)
+
+
+def shipped_benchmarks() -> list[str]:
+    """Return the names under which a benchmark ships."""
+    return [name for _, index in _indices() for name, entry in index.items() if "benchmark" in entry]
+
+
+def shipped_encoders(name: str) -> list[Path]:
+    """Return the folders under a name that have a text encoder of their own, each once; [] if nothing of it ships."""
+    found: dict[Path, None] = {}
+    for assets, index in _indices():
+        for folder in index.get(name, {}).get("folders", {}).values():
+            if (assets / folder / "text_encoder").is_dir():
+                found[assets / folder] = None
+    return list(found)
 
 
 def is_shipped(name: str | Path) -> bool:

@@ -1,7 +1,7 @@
 """A Stable Diffusion in one .safetensors file, as it was first published and as fine-tunes are passed around.
 
 The keys are those of latent-diffusion modules. What the file is, is read off its header; its tensors are then given
-their diffusers names one by one, and each must find its place (`prd.teachers.convert`).
+their diffusers names one by one, and each must find its place (`prd.loading.latent_diffusion`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from prd.errors import PrdError
-from prd.teachers.convert import UNET, VAE, CheckpointError, convert_vae, unet_config, unet_key
+from prd.errors import CheckpointError, PrdError
+from prd.loading.latent_diffusion import UNET, VAE, convert_vae, unet_config, unet_key
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 CONTEXT = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"

@@ -20,7 +20,8 @@ import trimesh
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prd.fields.protocol import Field, one_sample
+from prd.fields.fast import one_sample
+from prd.fields.protocol import Field
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.meshes.export import SUFFIXES, export_mesh, to_trimesh, visual_of

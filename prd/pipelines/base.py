@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prd.fields.protocol import Field, one_sample
+from prd.fields.fast import one_sample
+from prd.fields.protocol import Field
 from prd.hub.repositories import push_model, write_card
 from prd.hub.shipped import about, unknown_words
 from prd.meshes.mesh import build_mesh, extract_surfaces

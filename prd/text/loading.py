@@ -10,16 +10,17 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+from prd.errors import PrdError
 from prd.hub.shipped import shipped
 from prd.loading.stable_diffusion import load_base
+from prd.loading.strict import load_strict
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
-from prd.teachers.loading import load_strict
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
 
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
 
-class UnknownEncoder(ValueError):
+class UnknownEncoder(PrdError, ValueError):
     """No text encoder is where one was said to be, or one of another kind than CLIP's or T5's."""
 
 

@@ -1,30 +1,16 @@
 """Asynchronous score distillation: the gradient is the formula, and every setting of it."""
 
-import weakref
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from prd.distillation.asd import (
-    Guidance,
-    NonFinitePrediction,
-    NoSignalError,
-    asd_loss,
-    distill,
-    gradient_cosine,
-    last_timestep,
-    leaf_views,
-    rendering_gradient,
-    rendering_loss,
-    sample_timesteps,
-    select_views,
-    shifted_timesteps,
-)
-from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
+from prd.distillation.asd import AsdConfig, NonFinitePrediction, NoSignalError, asd_loss
+from prd.distillation.multi_teacher import leaf_views, rendering_gradient, rendering_loss
+from prd.distillation.timesteps import last_timestep, sample_timesteps, shifted_timesteps
 from prd.teachers.base import Condition
+from tests.distillation.stub import ask
 from tests.teachers.tiny import random_views, tiny_teacher
 
 B, V = 2, 4
@@ -60,9 +46,17 @@ def case():
     )
 
 
+ARGUMENTS = ("guidance_scale", "t_plus", "other")
+
+
 def call(case, **settings):
+    """`asd_loss` with arguments and settings in one; a reference by name is a setting, any other an argument."""
     settings = {"guidance_scale": 7.5, "t_plus": case.t_plus, **settings}
-    result = asd_loss(case.teacher, case.x, case.condition, t=case.t, noise=case.noise, **settings)
+    given = {k: settings.pop(k) for k in ARGUMENTS if k in settings}
+    if not isinstance(settings.get("reference", ""), str):
+        given["reference"] = settings.pop("reference")
+    config = AsdConfig(**settings)
+    result = asd_loss(case.teacher, case.x, case.condition, t=case.t, noise=case.noise, config=config, **given)
     (gradient,) = torch.autograd.grad(result.loss.sum(), case.x)
     return result, gradient
 
@@ -161,8 +155,8 @@ def test_bad_input_is_named(case):
     with pytest.raises(ValueError, match="reference=\\(1, 4, 3, 3\\)"):
         call(case, reference=case.noise[:1])
     for name in ("weighting", "reference", "x0_from", "average_over"):
-        with pytest.raises(ValueError, match=f"{name}='nothing'"):
-            call(case, **{name: "nothing"})
+        with pytest.raises(ValueError, match=f"{name}\n.*Input should be .*input_value='nothing'"):
+            AsdConfig(**{name: "nothing"})
     case.condition.prompt_embeds[5] = float("nan")
     with pytest.raises(NonFinitePrediction, match="teacher=linear.*prompts \\[1\\]"):
         call(case)
@@ -184,7 +178,7 @@ def test_what_is_not_finite_is_named(case, tmp_path):
     with pytest.raises(
         NonFinitePrediction, match=r"richdreamer: non-finite noise prediction .*\[1\] \('c d'\) at t=\["
     ):
-        distill(teacher, random_views(B, V), ["a", "c d"], Guidance(3.0), torch.Generator().manual_seed(5))
+        ask(teacher, random_views(B, V), ["a", "c d"], 5)
 
 
 @pytest.mark.parametrize("settings", [{"t": [999, 5]}, {"t": [5, 6], "t_plus": [6, 999]}])
@@ -202,19 +196,18 @@ def test_a_schedule_of_zero_terminal_snr_is_drawn_from_up_to_its_last_signal(tmp
     betas = rescale_zero_terminal_snr(torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     teacher.alphas_cumprod = (1 - betas).cumprod(0)
     assert teacher.alphas_cumprod[-1] == 0 and last_timestep(teacher) == 998
-    guidance = Guidance(3.0, t_min=990, t_max=1000, eta=1.0)
     leaves = leaf_views(random_views(B, V))
     for seed in range(20):
-        result = distill(teacher, leaves, ["a", "b"], guidance, torch.Generator().manual_seed(seed))
+        result = ask(teacher, leaves, ["a", "b"], seed, t_min=990, t_max=1000, eta=1.0)
         assert result.gradient.isfinite().all()
 
 
 def test_as_many_prompts_as_shapes(tmp_path):
     teacher = tiny_teacher(tmp_path, "stable_diffusion")
     with pytest.raises(ValueError, match="prompts: 1 given for renderings of 2"):
-        distill(teacher, random_views(B, V), ["a"], Guidance(3.0), torch.Generator().manual_seed(5))
+        ask(teacher, random_views(B, V), ["a"], 5)
     with pytest.raises(TypeError, match="list of strings"):
-        distill(teacher, random_views(B, V), "ab", Guidance(3.0), torch.Generator().manual_seed(5))
+        ask(teacher, random_views(B, V), "ab", 5)
 
 
 def test_timesteps():
@@ -234,11 +227,10 @@ def test_timesteps():
 @pytest.mark.parametrize("kind", ["stable_diffusion", "mvdream", "richdreamer"])
 def test_distill_moves_what_the_teacher_sees_and_repeats_itself(tmp_path, kind):
     teacher = tiny_teacher(tmp_path, kind, "v_prediction")
-    guidance = Guidance(guidance_scale=3.0, eta=0.1, negative_prompt="e")
     leaves = leaf_views(random_views(B, V))
     gradients = []
     for _ in range(2):
-        result = distill(teacher, leaves, ["a", "b"], guidance, torch.Generator().manual_seed(5))
+        result = ask(teacher, leaves, ["a", "b"], 5, eta=0.1, negative_prompt="e")
         gradients.append(rendering_gradient(result.loss.sum(), leaves))
     assert sorted(gradients[0]) == (["disparity", "normal", "opacity"] if kind == "richdreamer" else ["rgb"])
     for name, gradient in gradients[0].items():
@@ -253,77 +245,54 @@ def test_gradient_taken_at_the_rendering_is_that_through_it(tmp_path):
     colour = torch.full((3,), 0.5, requires_grad=True)
     views = random_views(1, V)
     object.__setattr__(views, "rgb", views.rgb * colour)
-    guidance = Guidance(guidance_scale=3.0)
-    through = distill(teacher, views, ["a"], guidance, torch.Generator().manual_seed(5)).loss.sum()
+    through = ask(teacher, views, ["a"], 5).loss.sum()
     (expected,) = torch.autograd.grad(through, colour, retain_graph=True)
     leaves = leaf_views(views)
-    gradient = rendering_gradient(
-        distill(teacher, leaves, ["a"], guidance, torch.Generator().manual_seed(5)).loss.sum(), leaves
-    )
+    gradient = rendering_gradient(ask(teacher, leaves, ["a"], 5).loss.sum(), leaves)
     rendering_loss(views, gradient).backward()
     torch.testing.assert_close(colour.grad, expected)
-
-
-def test_a_teachers_graph_is_freed_before_the_next_is_asked(tmp_path):
-    activations = []
-
-    def watched(teacher):
-        encode = teacher.encode
-
-        def watching(views, **draws):
-            assert not [ref for ref in activations if ref() is not None]  # those of the teachers before
-            kept = views.rgb.exp()  # which its backward pass needs
-            activations.append(weakref.ref(kept))
-            return encode(replace(views, rgb=kept.log()), **draws)
-
-        teacher.encode = watching
-        return WeightedTeacher(teacher, 1.0, Guidance(3.0))
-
-    kinds = ("stable_diffusion", "mvdream", "stable_diffusion")
-    judges = [watched(tiny_teacher(tmp_path / str(i), kind)) for i, kind in enumerate(kinds)]
-    views = random_views(B, V)
-    views = replace(views, rgb=views.rgb.clamp(0.1).requires_grad_())
-    log = JudgeLog()
-    judge_views(views, judges, ["a", "b"], torch.Generator().manual_seed(0), log, "volume").backward()
-    assert len(activations) == 3 and views.rgb.grad.abs().max() > 0
-    logged = log.means()
-    assert -1 <= logged["cosine/stable_diffusion-mvdream/volume"] <= 1
-    for quantity in ("gradient_norm", "weight"):
-        assert logged[f"{quantity}/mvdream/volume"] > 0 and logged[f"{quantity}/stable_diffusion/volume"] > 0
-
-
-def test_select_views_keeps_cameras_and_pixels_together():
-    views = random_views(B, V)
-    chosen = select_views(views, torch.tensor([[2], [0]]))
-    torch.testing.assert_close(chosen.rgb[0, 0], views.rgb[0, 2])
-    torch.testing.assert_close(chosen.opacity[1, 0], views.opacity[1, 0])
-    torch.testing.assert_close(chosen.cameras.azimuth[:, 0], views.cameras.azimuth[[0, 1], [2, 0]])
-
-
-def test_gradient_cosine():
-    g = {"rgb": torch.tensor([1.0, 0.0]), "opacity": torch.tensor([1.0])}
-    assert gradient_cosine(g, {"rgb": torch.tensor([2.0, 0.0])}).item() == pytest.approx(1)
-    assert gradient_cosine(g, {"rgb": torch.tensor([0.0, 2.0])}).item() == pytest.approx(0)
-    assert gradient_cosine(g, {"normal": torch.tensor([1.0])}).isnan()
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
-        ({"grad_clip": 0.0}, "grad_clip=0"),
-        ({"grad_clip": float("nan")}, "grad_clip=nan"),
-        ({"delta": -0.1}, "delta=-0.1"),
-        ({"delta": float("inf")}, "delta=inf"),
         ({"t_plus": torch.tensor([299, 750])}, "t_plus=.*no less than t="),
         ({"t_plus": torch.tensor([299, 750]), "reference": "noise"}, "t_plus=.*no less than t="),
         ({"t_plus": torch.tensor([True, True])}, "t_plus=.*bool: must be integers"),
         ({"reference": torch.full((B * V, 4, 3, 3), float("nan"))}, "reference: holds NaN"),
+        ({"reference": Condition(torch.rand(1, 1, 1), torch.rand(1, 1, 1))}, "reference: 1 rows for 8 images"),
     ],
 )
-def test_settings_out_of_range_are_named(case, settings, message):
+def test_arguments_out_of_range_are_named(case, settings, message):
     with pytest.raises(ValueError, match=message):
         call(case, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grad_clip": 0.0},
+        {"grad_clip": float("nan")},
+        {"delta": -0.1},
+        {"delta": 0.0},
+        {"delta": float("inf")},
+        {"t_min": 980},
+        {"t_min": (5, 980)},
+        {"t_min": -1},
+        {"t_max": 1001},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_named(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        AsdConfig(**settings)
+
+
+def test_timesteps_are_drawn_from_somewhere():
+    with pytest.raises(ValueError, match="t_min=980.0: must be below t_max=980"):
+        AsdConfig(t_min=980.0, t_max=980)
 
 
 def test_rows_of_the_condition_are_those_of_the_images(case):
@@ -332,12 +301,30 @@ def test_rows_of_the_condition_are_those_of_the_images(case):
         call(case)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"eta": -1.0}, {"eta": float("nan")}, {"delta": -1.0}, {"grad_clip": -1.0}, {"t_min": 980}, {"t_min": -1}],
-)
-def test_guidance_out_of_range_is_named(settings):
-    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
-        Guidance(3.0, **settings)
-    with pytest.raises(ValueError, match="guidance_scale=nan"):
-        Guidance(float("nan"))
+def test_reference_of_another_condition_and_of_another_model(case):
+    """At t_plus if it is given, else at t: the first by the teacher itself in the same call, the second by itself."""
+    *_, guided, _, _ = predictions(case)
+    a = case.teacher.alphas_cumprod[case.t.repeat_interleave(V)].view(-1, 1, 1, 1)
+    b = case.teacher.alphas_cumprod[case.t_plus.repeat_interleave(V)].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * case.x.detach() + (1 - a).sqrt() * case.noise
+    x_plus = b.sqrt() * case.x.detach() + (1 - b).sqrt() * case.noise
+    another = Condition(torch.full((B * V, 1, 1), 0.7), torch.zeros(B * V, 1, 1))
+    for t, noisy, t_plus in ((case.t, x_t, None), (case.t_plus, x_plus, case.t_plus)):
+        expected = guided - (noisy * 0.7 + t.repeat_interleave(V).view(-1, 1, 1, 1) / 1000)
+        case.teacher.rows.clear()
+        _, gradient = call(case, reference=another, t_plus=t_plus, weighting="uniform")
+        torch.testing.assert_close(gradient, expected / V)
+        assert case.teacher.rows == [3 * B * V]
+        fake = LinearTeacher()
+        fake.predict_noise = lambda x, t, condition: x * 0.7 + t.view(-1, 1, 1, 1) / 1000
+        _, gradient = call(case, reference=fake, t_plus=t_plus, weighting="uniform")
+        torch.testing.assert_close(gradient, expected / V)
+    share = torch.full((B * V,), 0.25)  # interpolated guidance leaves the reference as it is
+    _, gradient = call(case, reference=another, t_plus=None, weighting="uniform", other=(another, share))
+    text = torch.lerp(case.condition.prompt_embeds, another.prompt_embeds, 0.25)
+    negative = case.condition.negative_prompt_embeds
+    difference = negative + 7.5 * (text - negative) - 0.7
+    torch.testing.assert_close(gradient, x_t * difference.view(-1, 1, 1, 1) / V)
+    fake.predict_noise = lambda x, t, condition: x * float("nan")
+    with pytest.raises(NonFinitePrediction, match="prediction of the reference model"):
+        call(case, reference=fake)

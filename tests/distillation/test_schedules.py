@@ -5,8 +5,8 @@ import json
 import pytest
 
 from prd.distillation.schedules import LinearSchedule
-from prd.training.build import guidance_at
-from prd.training.config import load_config
+from prd.training.recipes import load_config
+from prd.utils.checked_types import resolved
 from tests.fixtures import OFFICIAL, needs_fixtures
 
 
@@ -37,12 +37,9 @@ def test_the_released_recipe_comes_to_the_recorded_values() -> None:
     recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
     assert {"0", "1", "20000"} <= recorded.keys()
     for step, values in recorded.items():
-        for name, settings in (
-            ("mv", config.teachers.mvdream),
-            ("rd", config.teachers.richdreamer),
-            ("sd", config.teachers.stable_diffusion),
-        ):
-            guidance = guidance_at(config, settings, int(step))
-            assert guidance.t_min == values[f"{name}_min_step"] and guidance.t_max == values[f"{name}_max_step"]
-        mvdream = guidance_at(config, config.teachers.mvdream, int(step))
+        now = resolved(config, int(step), config.total_steps)
+        for name in ("mv", "rd", "sd"):
+            assert int(now.distillation.t_min) == values[f"{name}_min_step"]
+            assert now.distillation.t_max == values[f"{name}_max_step"]
+        mvdream = now.teachers["mvdream"]
         assert mvdream.guidance_scale == pytest.approx(values["mv_guidance_scale"], rel=1e-9)

@@ -7,13 +7,12 @@ import torch
 
 from prd.adapters.peta import PlaneLora
 from prd.generators import TriplaneTurboModel
-from prd.training.build import build_student
-from prd.training.config import load_config
+from prd.training.recipes import load_config
 from tests.adapters.tiny import tiny_base
 
 
 class TinyBase:
-    """What `build_student` reads of a base."""
+    """What `from_base` reads of a base."""
 
     name, revision = "tiny", None
     hashes: dict[str, str] = {}
@@ -25,7 +24,7 @@ class TinyBase:
 def student(steps: int = 4, **model: object) -> TriplaneTurboModel:
     config = load_config("toybox")
     section = dataclasses.replace(config.model, plane_channels=3, head_width=8, latent_size=4, **{"rank": 2, **model})
-    return build_student(dataclasses.replace(config, model=section, num_denoising_steps=steps), TinyBase())
+    return TriplaneTurboModel.from_base(TinyBase(), section, steps)
 
 
 def adapter_size(model: TriplaneTurboModel, part: str = "") -> int:

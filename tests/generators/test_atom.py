@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prd.fields.triplane import plane_coordinates
+from prd.fields.fast import evaluate_grid
+from prd.fields.planes import plane_coordinates
 from prd.generators.atom import AtomConfig, AtomModel
 from prd.generators.blocks import (
     PlaneAwareConv,
@@ -17,7 +18,7 @@ from prd.generators.blocks import (
     TriplaneConvNeXtBlock,
     along_the_axes,
 )
-from prd.isosurface.extract import evaluate_grid, grid_to_meshes
+from prd.isosurface.extract import grid_to_meshes
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from tests.generators.tiny_single_pass import ATOM, WIDTH, embeddings, make
 

@@ -131,12 +131,12 @@ def test_points_of_another_batch_and_a_missing_text_width_are_named(kind: str) -
 def test_training_renders_it(kind: str) -> None:
     """From a grid of it, as the recipes do, the volume renderer gives every part that it draws a gradient."""
     from prd.cameras import orbit_cameras
-    from prd.rendering.volume import VolumeRenderer
+    from tests.rendering.made import volume_renderer
 
     model = make(kind)
     grid = GridField(model.generate(embeddings(2)), 12)
     cameras = orbit_cameras(torch.full((2, 1), 20.0), torch.full((2, 1), 40.0), 2.4, 50.0)
-    renderer = VolumeRenderer(num_samples=16, alpha=model.alpha())
+    renderer = volume_renderer(num_samples=16, alpha=model.alpha())
     views = renderer(grid, cameras, height=8, width=8)
     assert 0.01 < float(views.opacity.detach().mean()) < 0.99
     (views.rgb.square().sum() + views.normal.square().sum()).backward()

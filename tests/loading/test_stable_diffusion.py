@@ -19,8 +19,8 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig
 from prd.generators import ModelMismatch, SavedConfig, TriplaneTurboModel
 from prd.generators.adapter_files import read_configs
+from prd.loading.latent_diffusion import RESNET, UNET_ENDS, VAE_ATTENTION
 from prd.loading.stable_diffusion import UnsupportedBase, inference_dtype, load_base
-from prd.teachers.convert import RESNET, UNET_ENDS, VAE_ATTENTION
 
 WIDTHS, VAE_WIDTHS = (64, 128), (32, 32)
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from prd.cameras import Cameras, orbit_cameras
-from prd.distillation.asd import asd_loss, select_views, shifted_timesteps
-from prd.distillation.schedules import LinearSchedule
+from prd.distillation.asd import AsdConfig, asd_loss
+from prd.distillation.distill import select_views
+from prd.distillation.timesteps import shifted_timesteps
 from prd.rendering.views import Views
 from prd.teachers import MVDreamConfig, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher, StableDiffusionTeacher
 from prd.teachers.base import UNetTeacher
 from prd.teachers.convert import stable_diffusion_scheduler
+from prd.utils.checked_types import scheduled
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
 from tests.parity.teachers import RecordedTeachers
 
@@ -59,7 +61,7 @@ def linear(value: float | list[float], step: int, scale: float = 1.0) -> float:
     if isinstance(value, int | float):
         return value * scale
     first, start, end, last = value
-    return LinearSchedule(start * scale, end * scale, int(first), int(last))(step)
+    return scheduled((start * scale, end * scale), step - int(first), int(last) - int(first))
 
 
 class GuidanceParity:
@@ -212,10 +214,12 @@ class GuidanceParity:
             noise=noise,
             t_plus=t_plus if config[f"{name}_plus_ratio"] > 0 and not sds else None,
             guidance_scale=linear(config[f"{name}_guidance_scale"], settings["global_step"]),
-            delta=config["eps"],
-            x0_from="clean",
-            reference="noise" if sds else "shifted",
-            **WEIGHTINGS[config[f"{name}_weighting_strategy"]],  # type: ignore[arg-type]
+            config=AsdConfig(
+                delta=config["eps"],
+                x0_from="clean",
+                reference="noise" if sds else "shifted",
+                **WEIGHTINGS[config[f"{name}_weighting_strategy"]],  # type: ignore[arg-type]
+            ),
         )
         asd_grad = result.gradient * teacher.num_views  # recorded before the division by the number of views
         io.compare(f"{case}{name}.asd_grad", asd_grad, GUIDANCE)

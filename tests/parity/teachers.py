@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prd.loading.latent_diffusion import convert_unet, convert_vae
 from prd.teachers.convert import (
     account_for,
-    convert_unet,
-    convert_vae,
     read_checkpoint,
     schedule_buffers,
     stable_diffusion_scheduler,

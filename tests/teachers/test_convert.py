@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prd.errors import CheckpointError
+from prd.loading.latent_diffusion import convert_unet
 from prd.teachers import MVDreamTeacher, RichDreamerTeacher
 from prd.teachers.convert import (
-    CheckpointError,
     account_for,
     convert_mvdream,
     convert_richdreamer,
-    convert_unet,
     read_checkpoint,
     schedule_buffers,
 )

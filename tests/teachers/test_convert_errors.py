@@ -6,18 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from prd.errors import CheckpointError
+from prd.loading.latent_diffusion import UNET, VAE, convert_unet, convert_vae, unet_config
 from prd.teachers.convert import (
-    UNET,
-    VAE,
     WIDTHS,
-    CheckpointError,
     convert_mvdream,
     convert_richdreamer,
-    convert_unet,
-    convert_vae,
     main,
     read_checkpoint,
-    unet_config,
 )
 from tests.fixtures import OFFICIAL, needs_fixtures
 

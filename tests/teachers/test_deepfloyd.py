@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prd.distillation.asd import Guidance, distill, leaf_views, rendering_gradient
+from prd.distillation.multi_teacher import leaf_views, rendering_gradient
 from prd.teachers import CheckpointError, DeepFloydTeacher, StableDiffusionTeacher
+from tests.distillation.stub import ask
 from tests.teachers.tiny import random_views, save_deepfloyd, save_teacher
 
 
@@ -50,7 +51,7 @@ def test_text_is_lower_cased_and_padding_is_masked_inside_t5(teacher):
 
 def test_distillation_pulls_the_rendering(teacher):
     leaves = leaf_views(random_views(2, 4))
-    result = distill(teacher, leaves, ["a cat", "dog"], Guidance(20.0, eta=0.1), torch.Generator().manual_seed(0))
+    result = ask(teacher, leaves, ["a cat", "dog"], 0, guidance_scale=20.0, eta=0.1)
     gradient = rendering_gradient(result.loss.sum(), leaves)
     assert sorted(gradient) == ["rgb"] and bool((gradient["rgb"].abs().flatten(2).amax(2) > 0).any(1).all())
 
@@ -70,7 +71,7 @@ def test_the_pixel_model_is_no_latent_model(folder, tmp_path):
 
 
 def test_half_precision_and_shape(folder):
-    teacher = DeepFloydTeacher.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    teacher = DeepFloydTeacher.from_pretrained(folder, dtype=torch.bfloat16)
     views = random_views(1, 1)
     x = teacher.encode(views)
     epsilon = teacher.predict_noise(x, torch.tensor([10]), teacher.condition(["a cat"], views.cameras))

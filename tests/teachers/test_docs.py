@@ -8,9 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
-from prd.training.sections import TeacherConfig
+from prd.training.parts import build_parts
+from prd.training.recipes import load_config
+from prd.training.trainer import Trainer
 from tests.teachers.tiny import random_views, save_teacher
-from tests.training.test_trainer import make
+from tests.training.test_trainer import SMALL
 
 PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
 
@@ -46,11 +48,12 @@ def test_the_page_runs_from_top_to_bottom(folder, capsys):
 
 
 def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
-    """As the page says: appended to the trainer's teachers before it starts."""
+    """As the page says: among the parts of the run."""
     names: dict = {}
     exec(compile(blocks()[0], str(PAGE), "exec"), names)
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path / "run"))
-    teacher = names["SilhouetteTeacher"].from_pretrained(folder).to(trainer.device)
-    trainer.teachers.append((teacher, TeacherConfig(weight=1.0)))
-    row = trainer.train_step(0)
+    words = [*SMALL, "--renderer_schedule", "volume", "--output_dir", str(tmp_path / "run")]
+    config = load_config("toybox", words)
+    parts = build_parts(config)
+    parts.teachers["silhouette"] = names["SilhouetteTeacher"].from_pretrained(folder)
+    row = Trainer(config, parts).train_step(0)
     assert row["gradient_norm/silhouette/volume"] > 0

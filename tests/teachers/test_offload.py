@@ -1,11 +1,11 @@
-"""Offloaded teachers say the same, and go home whatever happens."""
+"""Offloaded teachers predict the same, and return to main memory whatever happens."""
 
 import pytest
 import torch
 
-from prd.distillation.asd import Guidance
-from prd.distillation.progressive import JudgeLog, WeightedTeacher, judge_views
+from prd.distillation.multi_teacher import MeanMetrics, multi_teacher_loss
 from prd.teachers.offload import resident, set_offload
+from tests.distillation.stub import config_of, weighted
 from tests.teachers.tiny import TEACHERS, random_views, tiny_teacher
 
 
@@ -21,9 +21,8 @@ def pull(teacher, device="cpu"):
         },
         cameras=views.cameras.to(device),
     )
-    judge = WeightedTeacher(teacher, 1.0, Guidance(3.0, eta=0.1))
-    loss = judge_views(views, [judge], ["a"], torch.Generator().manual_seed(0), JudgeLog(), "volume")
-    loss.backward()
+    given = {"generator": torch.Generator().manual_seed(0), "metrics": MeanMetrics(), "renderer": "volume"}
+    multi_teacher_loss(views, [weighted(teacher, eta=0.1)], ["a"], config=config_of(), **given).backward()
     return {k: g for k in ("rgb", "normal") if (g := getattr(views, k).grad) is not None}
 
 

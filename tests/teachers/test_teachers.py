@@ -91,9 +91,8 @@ def test_vae_posterior_mean_draw_and_injected_noise(tmp_path):
     teacher = tiny_teacher(tmp_path, "stable_diffusion")
     views = random_views(2, 1)
     mean = teacher.encode(views)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-    drawn = teacher.encode(views, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(drawn, teacher.encode(views, noise=noise))
+    noise = draw(*mean.shape, seed=3)
+    drawn = teacher.encode(views, noise=noise)
     torch.testing.assert_close(2 * mean - drawn, teacher.encode(views, noise=-noise))
     assert not torch.allclose(drawn, mean)
     recomputed = tmp_path
@@ -164,7 +163,7 @@ def test_text_encoder_shared_with_stable_diffusion(tmp_path):
 
 
 def test_half_precision_teacher_keeps_float32_outside(tmp_path):
-    teacher = TEACHERS["mvdream"].from_pretrained(save_teacher(tmp_path, "mvdream"), torch_dtype=torch.bfloat16)
+    teacher = TEACHERS["mvdream"].from_pretrained(save_teacher(tmp_path, "mvdream"), dtype=torch.bfloat16)
     assert teacher.unet.dtype == teacher.vae.dtype == torch.bfloat16 and teacher.alphas_cumprod.dtype == torch.float32
     views = random_views(1, 4)
     x = teacher.encode(views)

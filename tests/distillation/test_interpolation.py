@@ -1,4 +1,4 @@
-"""Judging what lies between two prompts: over embeddings, guidance and losses (ATT3D, section 3.2.2)."""
+"""Prompt interpolation over embeddings, guidance and losses (ATT3D, section 3.2.2)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from prd.data.batches import draw_mixture
-from prd.distillation.asd import Guidance, Mixture, leaf_views
-from prd.distillation.progressive import distill_samples
+from prd.distillation.interpolation import InterpolationConfig, PromptInterpolation
+from prd.distillation.multi_teacher import leaf_views
 from prd.teachers.base import Condition
-from prd.training.sections import InterpolationConfig
-from tests.distillation.test_judging import StubTeacher
+from tests.distillation.stub import StubTeacher, ask
 from tests.teachers.tiny import random_views
 
 FIRST, SECOND = ["a red cube", "a mug"], ["a very long prompt", "cup"]
@@ -25,50 +24,50 @@ class CurvedTeacher(StubTeacher):
         return x_t * text.square() + 0.3 * text
 
 
-def judged(teacher, prompts, guidance, mixture=None):
+SETTINGS = {"t_min": 100, "t_max": 900, "weighting": "sds", "reference": "noise"}
+
+
+def judged(teacher, prompts, interpolation=None, **changes):
     views = leaf_views(random_views(2, 4))
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return distill_samples(teacher, views, prompts, guidance, generators, mixture)
-
-
-GUIDANCE = Guidance(guidance_scale=3.0, t_min=100, t_max=900, weighting="sds", reference="noise")
+    return ask(teacher, views, prompts, generators, interpolation, **(SETTINGS | changes))
 
 
 @pytest.mark.parametrize("over", KINDS)
 @pytest.mark.parametrize("views", [1, 4])
 def test_the_ends_are_the_prompts_themselves(over: str, views: int) -> None:
     teacher = CurvedTeacher(views)
-    first = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.zeros(2), over))
-    torch.testing.assert_close(first.gradient, judged(teacher, FIRST, GUIDANCE).gradient)
+    first = judged(teacher, FIRST, PromptInterpolation(SECOND, torch.zeros(2), over))
+    torch.testing.assert_close(first.gradient, judged(teacher, FIRST).gradient)
     if over != "losses":  # whose second judgement has a noise of its own
-        second = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.ones(2), over))
-        torch.testing.assert_close(second.gradient, judged(teacher, SECOND, GUIDANCE).gradient)
+        second = judged(teacher, FIRST, PromptInterpolation(SECOND, torch.ones(2), over))
+        torch.testing.assert_close(second.gradient, judged(teacher, SECOND).gradient)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.2])
 def test_guidance_interpolates_the_predictions_and_embeddings_the_text(eta: float) -> None:
     teacher, share = CurvedTeacher(4), torch.tensor([0.25, 0.75])
     reference = "shifted" if eta else "noise"
-    guidance = Guidance(guidance_scale=3.0, t_min=100, t_max=900, eta=eta, weighting="sds", reference=reference)
+    changes = {"eta": eta, "reference": reference}
     rows = share.repeat_interleave(4).view(-1, 1, 1, 1)
-    between = judged(teacher, FIRST, guidance, Mixture(SECOND, share, "guidance")).gradient
-    one, two = (judged(teacher, prompts, guidance).gradient for prompts in (FIRST, SECOND))
+    between = judged(teacher, FIRST, PromptInterpolation(SECOND, share, "guidance"), **changes).gradient
+    one, two = (judged(teacher, prompts, **changes).gradient for prompts in (FIRST, SECOND))
     torch.testing.assert_close(between, torch.lerp(one, two, rows))  # linear in the predictions
-    embedded = judged(teacher, FIRST, guidance, Mixture(SECOND, share, "embeddings")).gradient
+    embedded = judged(teacher, FIRST, PromptInterpolation(SECOND, share, "embeddings"), **changes).gradient
     assert (embedded - between).abs().max() > 1e-3
-    symmetric = judged(teacher, SECOND, guidance, Mixture(FIRST, 1 - share, "embeddings")).gradient
+    symmetric = judged(teacher, SECOND, PromptInterpolation(FIRST, 1 - share, "embeddings"), **changes).gradient
     torch.testing.assert_close(symmetric, embedded)
 
 
 def test_losses_are_two_judgements() -> None:
     teacher, share = CurvedTeacher(4), torch.tensor([0.25, 0.75])
-    result = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, share, "losses"))
-    one = judged(teacher, FIRST, GUIDANCE)
+    result = judged(teacher, FIRST, PromptInterpolation(SECOND, share, "losses"))
+    one = judged(teacher, FIRST)
     two = (result.loss - (1 - share) * one.loss) / share
     assert bool((two > 0).all()) and (two - one.loss).abs().max() > 1e-3
     share_of_image = share.repeat_interleave(4).view(-1, 1, 1, 1)
     second = (result.gradient - (1 - share_of_image) * one.gradient) / share_of_image
-    again = judged(teacher, FIRST, GUIDANCE, Mixture(SECOND, torch.ones(2), "losses")).gradient
+    again = judged(teacher, FIRST, PromptInterpolation(SECOND, torch.ones(2), "losses")).gradient
     torch.testing.assert_close(again, second, rtol=1e-4, atol=1e-5)
 
 
@@ -93,6 +92,6 @@ def test_second_prompts_and_shares_are_drawn_sample_by_sample() -> None:
 
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"share=\[1.5, 0.0\]: must lie in 0..1, one for each of 2"):
-        Mixture(SECOND, torch.tensor([1.5, 0.0]))
+        PromptInterpolation(SECOND, torch.tensor([1.5, 0.0]))
     with pytest.raises(ValueError, match="over='words': must be one of"):
-        Mixture(SECOND, torch.zeros(2), "words")
+        PromptInterpolation(SECOND, torch.zeros(2), "words")

@@ -1,0 +1,137 @@
+"""From renderings to the loss of one teacher: draw, encode, condition, and call `asd_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prd.distillation.asd import AsdConfig, AsdResult, NonFinitePrediction, asd_loss
+from prd.distillation.draws import draw_normal, draw_uniform
+from prd.distillation.interpolation import PromptInterpolation, interpolated_loss
+from prd.distillation.timesteps import last_timestep, sample_timesteps, shifted_timesteps
+from prd.rendering.views import Views
+from prd.teachers.base import Condition, Teacher, TeacherConfig, ViewConditioned
+from prd.text.encoders import check_prompts
+from prd.utils.checked_types import number
+
+
+def distill(
+    teacher: Teacher,
+    views: Views,
+    prompts: Sequence[str],
+    *,
+    settings: TeacherConfig,
+    config: AsdConfig,
+    generator: torch.Generator | Sequence[torch.Generator],
+    interpolation: PromptInterpolation | None = None,
+) -> AsdResult:
+    """`asd_loss` of renderings of B prompts, differentiable in the views.
+
+    settings, config  of the teacher and of the loss, every schedule a number (`prd.utils.checked_types.resolved`)
+    generator         one for the batch, or one per prompt; then the draws of a prompt do not depend on the others
+    interpolation     second prompts, interpolated with the first; over "losses" the last three draws are drawn twice
+
+    A teacher of single images sees one random view per prompt; other teachers need exactly their `num_views`. Draws, in
+    this order: view (if there is a choice), the encoder's noise, timestep, shift (if eta > 0), noise. Timesteps without
+    signal are not drawn. Raises as `asd_loss` does, NonFinitePrediction with the texts of the prompts; ValueError
+    unless there is one prompt per shape and one generator per prompt.
+    """
+    check_prompts(prompts)
+    count, device = len(prompts), views.rgb.device
+    if count != views.cameras.batch:
+        raise ValueError(f"prompts: {count} given for renderings of {views.cameras.batch} shapes; one for each")
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not isinstance(generator, torch.Generator) and len(generators) != count:
+        raise ValueError(f"generator: {len(generators)} given for {count} prompts; one for each, or one for all")
+
+    def uniform() -> Tensor:
+        return draw_uniform((count,), generators).to(device)
+
+    def normal(*shape: int) -> Tensor:
+        return draw_normal(shape, generators).to(device)
+
+    if teacher.num_views == 1 and views.cameras.views > 1:
+        index = (uniform() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
+        views = select_views(views, index[:, None])
+    x = teacher.encode(views, noise=normal(count * teacher.num_views, *teacher.input_shape))
+
+    def loss(condition: Condition, other: tuple[Condition, Tensor] | None = None) -> AsdResult:
+        t_min, last, t_plus = int(number(config.t_min)), last_timestep(teacher), None
+        t = sample_timesteps(uniform(), t_min, min(config.t_max, last + 1))
+        if settings.eta > 0:
+            t_plus = shifted_timesteps(t, uniform(), settings.eta, t_min, last=last)
+        return asd_loss(
+            teacher,
+            x,
+            condition,
+            t=t,
+            noise=normal(*x.shape),
+            t_plus=t_plus,
+            guidance_scale=number(settings.guidance_scale),
+            config=config,
+            other=other,
+        )
+
+    try:
+        first = condition_views(teacher, prompts, views, settings.negative_prompt)
+        if interpolation is None:
+            return loss(first)
+        second = condition_views(teacher, interpolation.prompts, views, settings.negative_prompt)
+        return interpolated_loss(interpolation, teacher.num_views, first, second, loss)
+    except NonFinitePrediction as error:
+        raise error.with_texts(prompts) from None
+
+
+def condition_views(teacher: Teacher, prompts: Sequence[str], views: Views, negative_prompt: str = "") -> Condition:
+    """Condition of a teacher for the views of B prompts, with what a `ViewConditioned` teacher takes from them."""
+    condition = teacher.condition(prompts, views.cameras, negative_prompt)
+    return teacher.condition_on(condition, views) if isinstance(teacher, ViewConditioned) else condition
+
+
+def view_tensors(views: Views) -> dict[str, Tensor]:
+    """Tensors of a rendering by name (rgb, normal, ...), without its cameras."""
+    return {field.name: getattr(views, field.name) for field in fields(views) if field.name != "cameras"}
+
+
+def select_views(views: Views, indices: Tensor) -> Views:
+    """Views indices [B, n] of a rendering, with their cameras."""
+    rows = torch.arange(len(indices), device=indices.device)[:, None]
+    chosen = {name: tensor[rows, indices] for name, tensor in view_tensors(views).items()}
+    return Views(**chosen, cameras=views.cameras.select(indices))
+
+
+class AsdLoss:
+    """Asynchronous score distillation as a `DistillationLoss`; it keeps nothing between calls."""
+
+    config_class: ClassVar[type[AsdConfig]] = AsdConfig
+
+    @classmethod
+    def from_config(cls, config: AsdConfig) -> AsdLoss:
+        """Make the loss; its settings are given anew at every call."""
+        return cls()
+
+    def __call__(
+        self,
+        teacher: Teacher,
+        views: Views,
+        prompts: Sequence[str],
+        *,
+        settings: TeacherConfig,
+        config: AsdConfig,
+        generator: torch.Generator | Sequence[torch.Generator],
+        interpolation: PromptInterpolation | None = None,
+    ) -> AsdResult:
+        """See `distill`."""
+        return distill(
+            teacher,
+            views,
+            prompts,
+            settings=settings,
+            config=config,
+            generator=generator,
+            interpolation=interpolation,
+        )
