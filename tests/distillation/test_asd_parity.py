@@ -1,7 +1,7 @@
 """Score distillation by three teachers against the published code's recorded numbers."""
 
-from tests.recordings import OFFICIAL
 from tests.parity import guidance
+from tests.recordings import OFFICIAL
 
 
 def test_every_recorded_case_of_guidance():

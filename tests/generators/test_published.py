@@ -17,8 +17,8 @@ from prd.adapters.convert import LAYERS
 from prd.cli import main
 from prd.generators.adapter_files import ADAPTER_FILES, read_configs
 from prd.generators.published import count_added
-from tests.recordings import OFFICIAL
 from tests.parity import NETWORK
+from tests.recordings import OFFICIAL
 
 RECORDED = OFFICIAL / "generator"
 CHECKPOINT = RECORDED / "triplane_turbo_tiny.pth"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.recordings import OFFICIAL
 from tests.parity.generator import main
+from tests.recordings import OFFICIAL
 
 
 def failures(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -10,9 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from prd.distillation.schedules import LinearSchedule
-from tests.recordings import OFFICIAL
 from tests.parity.render import GROUPS, main
-
+from tests.recordings import OFFICIAL
 
 
 def failed(printed: str) -> list[str]:

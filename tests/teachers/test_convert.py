@@ -16,8 +16,8 @@ from prd.teachers.convert import (
     read_checkpoint,
     schedule_buffers,
 )
-from tests.recordings import OFFICIAL
 from tests.parity import teachers as parity
+from tests.recordings import OFFICIAL
 from tests.teachers.tiny import random_views, save_teacher
 
 MV, ND = OFFICIAL / "teachers" / "mvdream_tiny.pt", OFFICIAL / "teachers" / "nd_mv_tiny_ema.ckpt"

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.recordings import OFFICIAL
 from tests.parity import guidance, teachers
+from tests.recordings import OFFICIAL
 
 
 @pytest.mark.parametrize("command", [guidance, teachers])
