@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,21 @@ def original_layout(folder: Path) -> Iterator[Path]:
         yield Path(temporary)
 
 
+@cache
 def _official() -> Path:
     given = os.environ.get("PRD_FIXTURES")
     folder = Path(given) / "official" if given else OWN
     if not folder.is_dir():
-        raise FileNotFoundError(f"PRD_FIXTURES={given}: must be a folder that holds official/; unset it to use {OWN}")
+        remedy = "set PRD_FIXTURES to the folder that holds official/, or unset it to use the repository's own"
+        raise FileNotFoundError(f"{folder}: no such folder of recordings; {remedy}")
     context = original_layout(folder)
     original = context.__enter__()
     atexit.register(context.__exit__, None, None, None)
     return original
 
 
-OFFICIAL = _official()
+def __getattr__(name: str) -> Path:
+    """`OFFICIAL`, the recordings in their original layout, unpacked when it is first asked for."""
+    if name == "OFFICIAL":
+        return _official()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
