@@ -84,7 +84,7 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     import datasets
     from filelock import FileLock
 
-    key = _key(config)
+    key = source_key(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if prompts := _whole(folder):
@@ -135,7 +135,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         return count
 
 
-def _key(config: PromptsConfig) -> str:
+def source_key(config: PromptsConfig) -> str:
     """All that decides what a prepared folder holds. Raises CorpusError for a source that is no file and no Hub id."""
     source = config.source
     path = Path(source).expanduser()
