@@ -125,7 +125,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
     record = prompts.folder / f"over_long_{key}.json"
     with FileLock(prompts.folder / "over_long.lock"):
         if record.is_file():
-            return int(json.loads(record.read_text()))
+            return int(json.loads(record.read_text(encoding="utf-8")))
         special = plain.num_special_tokens_to_add(False)
         count = 0
         for start in range(0, len(prompts), BATCH):
