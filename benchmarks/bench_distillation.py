@@ -364,7 +364,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     parts = ["distillation", args.size, args.dtype, *(["memory"] if args.sum_only else args.devices)]
     path = args.output / ("_".join([*parts, *(["offload"] if args.offload else [])]) + ".json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -94,7 +94,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     if (run / "metrics.jsonl").is_file():
         words += ["--resume_from_checkpoint", "latest", "--start_afresh"]
     args.folder.mkdir(parents=True, exist_ok=True)
-    with (args.folder / f"{run.name}.log").open("a") as log:
+    with (args.folder / f"{run.name}.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-m", "prd.cli", "train", *words], stdout=log, stderr=log, cwd=HERE.parent
         )
@@ -124,7 +124,7 @@ def recipe_steps(recipe: str, overrides: list[str]) -> int:
 def own_scores(name: str, folder: Path) -> dict[str, Any]:
     """The score of the one prompt that a per-prompt run was trained for."""
     prompt = RUNS[name][1][-1][1:-1]
-    splits = json.loads((place(folder, name) / "scores.json").read_text())
+    splits = json.loads((place(folder, name) / "scores.json").read_text(encoding="utf-8"))
     (score,) = [s for part in splits.values() for s in part["scores"] if s["prompt"] == prompt]
     return score
 

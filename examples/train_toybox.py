@@ -61,7 +61,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         self.lr = lr
         self.average = [p.detach().clone() for p in self.parameters]
-        self.log = (self.assets / f"log_{stage}.jsonl").open("w")
+        self.log = (self.assets / f"log_{stage}.jsonl").open("w", encoding="utf-8")
         self.start = time.time()
         self.running: float | None = None
 
@@ -294,7 +294,7 @@ def save_richdreamer(
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_controlnet(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ pipe = TriplaneTurbo.from_pretrained("toybox")
 pipe("a red cube on a blue cylinder").meshes[0].export("cube.glb")
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from prd.rendering.isosurface import EmptySurfaceError
     from prd.rendering.views import Views
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("prd-3d")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 __all__ = [
     "ATT3D",
     "AToM",

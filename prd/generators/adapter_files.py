@@ -170,7 +170,7 @@ def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.
             "noise_schedule": noise_schedule(student),
             "weights_hash": {name: _file_hash(new / name) for name in (ADAPTER_WEIGHTS, HEADS_WEIGHTS)},
         }
-        (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+        (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         mode = (new / STUDENT_CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for name in ADAPTER_FILES:
             (new / name).chmod(mode)

@@ -135,7 +135,7 @@ class SinglePassGenerator(nn.Module):
                 "weights_hash": _file_hash(new / WEIGHTS),
                 "text_hash": self.text_hash,
             }
-            (new / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+            (new / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
             for name in (WEIGHTS, CONFIG):
                 (new / name).chmod(mode)

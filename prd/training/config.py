@@ -245,7 +245,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package, each accepted by `--config`."""
-    folder = resources.files("prd") / "configs"
+    folder = resources.files("prd.configs")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -271,7 +271,7 @@ def _find(config: str | Path) -> Path:
     if path.is_file():
         return path
     if str(config) in shipped_recipes():
-        return Path(str(resources.files("prd") / "configs" / f"{config}.yaml"))
+        return Path(str(resources.files("prd.configs") / f"{config}.yaml"))
     raise ConfigError(f"config={str(config)!r}: no such file; give a YAML file or one of {shipped_recipes()}")
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prd.toybox.world import all_captions
 from prd.training.compositional import animal2400, pig64
-from prd.training.prompt_files import CorpusError, StoredPrompts, count_over_long, stored_prompts
+from prd.training.prompt_files import CorpusError, StoredPrompts, count_over_long, source_key, stored_prompts
 from prd.training.sections import PromptsConfig
 
 __all__ = ["Corpus", "CorpusError", "MixedPrompts", "ShuffledPrompts", "load_corpus"]
@@ -128,6 +128,12 @@ def shuffled(place: int, count: int, key: str) -> int:
         place = left << half | right
         if place < count:
             return place
+
+
+def check_source(config: PromptsConfig) -> None:
+    """Raise CorpusError for a source that is neither shipped, nor a file, nor a Hub id; reads no prompt."""
+    if not config.texts and config.source != "toybox" and config.source not in SETS:
+        source_key(config)
 
 
 def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:

@@ -23,21 +23,26 @@ from filelock import FileLock, Timeout
 from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
 from prd.training.files import read_json, write_whole
+from prd.training.places import check_places
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 PACKAGES = (
-    *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
+    *("prd-3d", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
     *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
 )
 
 
 def check_run(config: TrainConfig) -> None:
-    """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
-    check_output_folder(config)
+    """Raise for what a run reads, writes or reports to that cannot be used; loads no model.
+
+    What the user named comes first: the output folder may be the recipe's. Raises ConfigError and CorpusError.
+    """
+    check_places(config)
     check_tracker(config)
+    check_output_folder(config)
     folder = Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
         with sole_writer(folder):
