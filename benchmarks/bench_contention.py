@@ -153,7 +153,9 @@ def main() -> None:
             report["machine"] = found.pop("machine")
             report["results"].setdefault(work, {})[setting] = {**found, "loops": args.loops}
             idle, beside = found["idle"]["median_seconds"], found["busy"]["median_seconds"]
-            print(f"{work:10} {setting:8} idle {idle:.3f} s, busy {beside:.3f} s: {found['ratio']:.2f} times", flush=True)
+            print(
+                f"{work:10} {setting:8} idle {idle:.3f} s, busy {beside:.3f} s: {found['ratio']:.2f} times", flush=True
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
