@@ -87,17 +87,28 @@ def test_products_do_not_depend_on_addresses(bias: bool) -> None:
 
 
 def test_a_unet_does_not_depend_on_addresses() -> None:
+    """Its weights and the inputs of its linear layers and convolutions are moved."""
     torch.manual_seed(0)
     unet: nn.Module = models.make_unet(cameras=False).eval()
     latents, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 64), torch.tensor(499)
     weights = {name: tensor.detach().clone() for name, tensor in unet.named_parameters()}
+    offset, moved = 0, []
+
+    def move(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        moved.append(module)
+        return tuple(place(tensor, offset) for tensor in inputs)
+
+    for module in unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_pre_hook(move)
 
     @torch.no_grad()
-    def run(offset: int) -> Tensor:
+    def run() -> Tensor:
         for name, parameter in unet.named_parameters():
             parameter.data = place(weights[name], offset)
-        return unet(place(latents, offset), t, place(text, offset)).sample
+        return unet(latents, t, text).sample
 
-    expected = run(0)
+    expected = run()
+    assert any(isinstance(module, nn.Linear) for module in moved)
     for offset in (4, 8, 20, 32, 60):
-        assert torch.equal(run(offset), expected), offset
+        assert torch.equal(run(), expected), offset
