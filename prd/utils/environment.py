@@ -20,7 +20,7 @@ MARK = "PRD_SET_VARIABLES"  # names what this library has set, so that a child p
 REPRODUCIBLE = "AUTO"
 # Turns of the loop in which a thread of GNU OpenMP waits at a barrier before it sleeps. With libgomp's default a thread
 # keeps its core for whole time slices while the thread it waits for has none; with 0 every parallel region pays for
-# waking its threads. Measured by benchmarks/bench_contention.py.
+# waking its threads. benchmarks/bench_contention.py measures what a value costs.
 SPINS = "1000"
 
 USER, PRD, TOO_LATE = "user", "prd", "too late"
