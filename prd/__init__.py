@@ -8,6 +8,8 @@ pipe("a red cube on a blue cylinder").meshes[0].export("cube.glb")
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from prd.utils.environment import prepare
+
 if TYPE_CHECKING:
     from prd.amortized import ATT3D, LATTE3D, AToM
     from prd.cameras import Cameras, CameraSampling, orbit_cameras
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from prd.pipeline import TriplaneTurbo, TriplaneTurboOutput
     from prd.rendering.isosurface import EmptySurfaceError
     from prd.rendering.views import Views
+
+prepare()  # before any module of the library imports torch
 
 try:
     __version__ = metadata.version("prd-3d")

@@ -21,6 +21,7 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.base import load_base
 from prd.generators.adapter_files import ADAPTER_FILES
+from tests.compare import ROUNDING, relative_difference
 from tests.hub_server import HubServer, Repository, hub_server
 
 TOKEN = "hf_" + "t" * 34
@@ -31,6 +32,7 @@ import prd.toybox
 from pathlib import Path
 prd.toybox.ASSETS = Path({assets!r})
 from prd import TriplaneTurbo
+from tests.compare import ROUNDING, relative_difference
 
 def sdf(pipe):
     points = torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -74,7 +76,7 @@ def test_what_is_pushed_comes_back(
             pipe.student.heads.sdf[4].weight.mul_(2)
         pipe.push_to_hub("me/shapes", token={TOKEN!r}, revision="wider", commit_message="Twice the sdf")
         second = sdf(pipe)
-        assert not torch.equal(first, second)
+        assert relative_difference(second, first) > 100 * ROUNDING
 
         def load(**options):
             return TriplaneTurbo.from_pretrained("me/shapes", cache_dir={str(cache)!r}, **options)
@@ -90,10 +92,10 @@ def test_what_is_pushed_comes_back(
         refused("RepositoryNotFoundError")
         refused("local", local_files_only=True, token={TOKEN!r})
         refused("RevisionNotFoundError", token={TOKEN!r}, revision="absent")
-        assert torch.equal(sdf(load(token={TOKEN!r})), first)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision="wider")), second)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision=main)), first)
-        assert torch.equal(sdf(load(local_files_only=True, revision="wider")), second)
+        assert relative_difference(sdf(load(token={TOKEN!r})), first) <= ROUNDING
+        assert relative_difference(sdf(load(token={TOKEN!r}, revision="wider")), second) <= ROUNDING
+        assert relative_difference(sdf(load(token={TOKEN!r}, revision=main)), first) <= ROUNDING
+        assert relative_difference(sdf(load(local_files_only=True, revision="wider")), second) <= ROUNDING
         """,
         hub,
         tmp_path / "home",
@@ -162,7 +164,8 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
         expected = sdf(TriplaneTurbo.from_pretrained("toybox", base="some/base"))
         TriplaneTurbo.from_pretrained({str(adapter)!r}).push_to_hub("me/shapes", token={TOKEN!r})
         refused(lambda: TriplaneTurbo.from_pretrained("me/shapes"), ValueError, "pass base=")
-        assert torch.equal(sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base")), expected)
+        found = sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base"))
+        assert relative_difference(found, expected) <= ROUNDING
         """,
         hub,
         tmp_path / "home",
@@ -269,5 +272,5 @@ def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
     own = pipe.student.backbone
     with torch.no_grad():
         t = torch.tensor(499)
-        assert torch.equal(opened.denoise(latents, t, text), own.denoise(latents, t, text))
-        assert torch.equal(opened.decode(latents), own.decode(latents))
+        assert relative_difference(opened.denoise(latents, t, text), own.denoise(latents, t, text)) <= ROUNDING
+        assert relative_difference(opened.decode(latents), own.decode(latents)) <= ROUNDING

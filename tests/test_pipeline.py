@@ -11,6 +11,7 @@ import torch
 
 from prd import EmptySurfaceError, TriplaneTurbo
 from prd.rendering.isosurface import evaluate_grid
+from tests.compare import ROUNDING, relative_difference
 
 POINTS = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
@@ -66,11 +67,14 @@ def test_what_is_saved_loads_as_the_same_field(toybox, tmp_path):
     pipe.save_pretrained(tmp_path / "adapter")
     expected = pipe("a red cube", generator=seeds(1)[0], **SMALL).field
     for place in (tmp_path, tmp_path / "adapter"):  # a run folder, and the adapter itself
-        found = TriplaneTurbo.from_pretrained(place)("a red cube", generator=seeds(1)[0], **SMALL).field
-        assert torch.equal(found.sdf(POINTS), expected.sdf(POINTS))
-        assert torch.equal(found.rgb(POINTS), expected.rgb(POINTS))
+        loaded = TriplaneTurbo.from_pretrained(place)
+        state = loaded.student.trained_state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in pipe.student.trained_state_dict().items())
+        found = loaded("a red cube", generator=seeds(1)[0], **SMALL).field
+        assert relative_difference(found.sdf(POINTS), expected.sdf(POINTS)) <= ROUNDING
+        assert relative_difference(found.rgb(POINTS), expected.rgb(POINTS)) <= ROUNDING
     original = TriplaneTurbo.from_pretrained("toybox")("a red cube", generator=seeds(1)[0], **SMALL).field
-    assert not torch.equal(original.sdf(POINTS), expected.sdf(POINTS))
+    assert relative_difference(original.sdf(POINTS), expected.sdf(POINTS)) > 100 * ROUNDING
 
 
 def test_the_stages_are_timed_and_the_texture_is_baked(pipe):
@@ -147,7 +151,7 @@ def test_how_far_to_go_and_the_tuple(pipe):
     (planes,) = pipe("a red cube", output_type="planes", **options)
     (field,) = pipe("a red cube", output_type="field", **{**options, "generator": seeds(1)[0]})
     (meshes,) = pipe("a red cube", output_type="mesh", **{**options, "generator": seeds(1)[0]}, **SMALL)
-    assert torch.equal(field.planes, planes) and planes.shape[:2] == (1, 6)
+    assert relative_difference(field.planes, planes) <= ROUNDING and planes.shape[:2] == (1, 6)
     assert len(meshes) == 1 and meshes[0].is_watertight
 
 
@@ -157,7 +161,7 @@ def test_embeddings_and_latents_replace_the_text_and_the_draw(pipe):
     expected = pipe(prompts, generator=seeds(1)[0], output_type="planes").planes
     bare = TriplaneTurbo(pipe.student)  # no text encoder at all
     found = bare(prompt_embeds=embeds, latents=latents, output_type="planes")
-    assert torch.equal(found.planes, expected) and found.prompts == ["", ""]
+    assert relative_difference(found.planes, expected) <= ROUNDING and found.prompts == ["", ""]
     with pytest.raises(ValueError, match="without a text encoder; give prompt_embeds= instead"):
         bare("a red cube")
     with pytest.raises(ValueError, match="not both"):
@@ -185,7 +189,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
         output_type="planes",
         callback_on_step_end=lambda *call: {"latents": torch.zeros_like(call[3]["latents"])},
     ).planes
-    assert not torch.equal(other, plain)
+    assert relative_difference(other, plain) > 100 * ROUNDING
 
 
 @pytest.mark.parametrize(

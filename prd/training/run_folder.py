@@ -24,6 +24,7 @@ from prd.training.checkpoints import named_checkpoint
 from prd.training.config import ConfigError, TrainConfig
 from prd.training.files import read_json, write_whole
 from prd.training.places import check_places
+from prd.utils.environment import in_force
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def check_tracker(config: TrainConfig) -> None:
 
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
-    """Package versions, git revision, hardware and command of this process, as JSON can hold them."""
+    """Package versions, git revision, hardware, variables and command of this process, as JSON can hold them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
@@ -129,6 +130,7 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
         },
         "processes": num_processes,
         "threads": torch.get_num_threads(),
+        "variables": in_force(),
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from prd.adapters import PetaConfig
 from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
 from tests.adapters.tiny import tiny_base
+from tests.compare import ROUNDING, relative_difference
 
 
 def student(
@@ -66,7 +67,7 @@ def test_planes_and_decoder_channels() -> None:
         conv_out.bias[3:].zero_()
         silenced = model.decode(latents)
     assert field.planes.shape == (2, 6, 3, 8, 8)
-    assert torch.equal(silenced.planes[:, :3], field.planes[:, :3])
+    assert relative_difference(silenced.planes[:, :3], field.planes[:, :3]) <= ROUNDING
     assert not silenced.planes[:, 3:].any() and field.planes[:, 3:].any()
 
 
@@ -84,7 +85,7 @@ def test_batch_with_a_generator_a_prompt_equals_single_prompts() -> None:
         alone = model.generate(TEXT[i : i + 1], torch.Generator().manual_seed(seed)).planes
         torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
     again = model.generate(TEXT, [torch.Generator().manual_seed(s) for s in (1, 2)]).planes
-    assert torch.equal(again, together)
+    assert relative_difference(again, together) <= ROUNDING
     assert not torch.allclose(together, model.generate(TEXT, torch.Generator().manual_seed(3)).planes, atol=1e-3)
 
 
@@ -117,9 +118,12 @@ def test_save_and_load_give_the_same_planes(tmp_path) -> None:
     assert loaded.config == model.config
     seed = torch.Generator().manual_seed
     one, two = model.generate(TEXT, seed(0)), loaded.generate(TEXT, seed(0))
-    assert torch.equal(one.planes, two.planes)
+    state = loaded.trained_state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.trained_state_dict().items())
+    assert relative_difference(two.planes, one.planes) <= ROUNDING
     points = torch.rand(2, 10, 3)
-    assert torch.equal(one.sdf(points), two.sdf(points)) and torch.equal(one.rgb(points), two.rgb(points))
+    assert relative_difference(two.sdf(points), one.sdf(points)) <= ROUNDING
+    assert relative_difference(two.rgb(points), one.rgb(points)) <= ROUNDING
     assert loaded.trainable_parameters() and len(loaded.trainable_parameters()) == len(model.trainable_parameters())
 
 
@@ -131,7 +135,7 @@ def test_another_base_is_refused(tmp_path) -> None:
         other.load_adapter(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.trained_state_dict().items())
     other.load_adapter(tmp_path, allow_other_base=True)
-    assert not torch.equal(other.heads.sdf[0].weight, before["heads.sdf.0.weight"])
+    assert relative_difference(other.heads.sdf[0].weight, before["heads.sdf.0.weight"]) > 100 * ROUNDING
 
 
 def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) -> None:

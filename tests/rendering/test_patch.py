@@ -10,6 +10,7 @@ from prd.cameras import orbit_cameras
 from prd.fields import AutogradGradient
 from prd.rendering.patch import PatchRenderer, paste, resize
 from prd.rendering.volume import VolumeRenderer
+from tests.compare import ROUNDING, relative_difference
 
 CAMERAS = orbit_cameras(torch.tensor([[10.0, -20.0]]), torch.tensor([[0.0, 120.0]]), 2.4, 50.0)
 PLAIN = VolumeRenderer(num_samples=32)
@@ -75,7 +76,8 @@ def test_both_resolutions_carry_gradient_and_a_seed_repeats() -> None:
     image, slope, gradient = render(0)
     again, same_slope, _ = render(0)
     other, _, _ = render(1)
-    assert torch.equal(image, again) and torch.equal(slope, same_slope) and not torch.equal(image, other)
+    assert relative_difference(again, image) <= ROUNDING and relative_difference(same_slope, slope) <= ROUNDING
+    assert relative_difference(other, image) > 100 * ROUNDING
     assert slope > 10  # pixels of area gained a unit of radius
     torch.testing.assert_close(gradient.norm(dim=-1), torch.ones(len(gradient)))
 

@@ -14,6 +14,7 @@ from prd.training.comparison import Measured, at_frames, markdown_table, measure
 from prd.training.config import ConfigError, load_config
 from prd.training.library import LibraryError
 from prd.training.trainer import Trainer
+from tests.compare import ROUNDING, relative_difference
 
 QUICK = [
     *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
@@ -80,7 +81,8 @@ def test_a_batch_and_its_accumulation_are_one_step(recipe: str) -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).double())
         states.append([b for n, b in trainer.student.named_buffers() if n.endswith(("_u", "_v"))])
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm() > 0
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert bool(states[0]) is (recipe == "att3d_toybox")  # whose maps have spectral norms
+    assert all(relative_difference(a, b) <= ROUNDING for a, b in zip(*states, strict=True))
 
 
 def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
@@ -101,7 +103,7 @@ def test_the_side_of_a_view_is_told_to_the_teacher_alone(monkeypatch: pytest.Mon
     (prompt,), plain, given = trainer.draw(0, 0).prompts, trainer.student.generate, []
     monkeypatch.setattr(trainer.student, "generate", lambda embeds: plain(given.append(embeds) or embeds))
     trainer.train_step(0)
-    assert len(given) == 1 and torch.equal(given[0], trainer.encoder([prompt]))
+    assert len(given) == 1 and relative_difference(given[0], trainer.encoder([prompt])) <= ROUNDING
     told = [text for text in trainer.encoder.encoded if text.endswith("view")]  # the teacher's encoder is the same
     assert told and all(text.startswith(f"{prompt}, ") for text in told)
 
