@@ -1,6 +1,6 @@
 """A run of several processes, each with another clock: a step takes the main process 7.5 s, the others 1 s.
 
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/training/two_clocks.py --output_dir RUN ...
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/training/two_clocks.py OPTIONS
 """
 
 from __future__ import annotations
