@@ -37,7 +37,6 @@ MEASURED_SHARE = 0.05  # of the minutes: steps that take longer than this in all
 CHECKS = (0.25, 0.5, 0.75)  # of the steps, where the pace is compared again
 TOLERANCE = 0.1  # of the minutes: how far the predicted end may be from them without another fit
 END_SHARE = 0.05  # of the minutes: what follows the last step, where it cannot be measured beforehand
-MESH_COST = 7  # a validation prompt's mesh and row of the sheet, in captions measured: 12 + 1.6 s to 2.05 s
 HARD_LIMIT = 1.25  # of the minutes: where training stops in the middle of its schedule
 
 
@@ -136,6 +135,15 @@ def planned(config: TrainConfig, done: int) -> TrainConfig:
     last = max(fits, key=lambda fit: fit.step)
     steps = config.max_train_steps if config.max_train_minutes is None else last.max_train_steps
     return dataclasses.replace(config, max_train_steps=steps, schedule_steps=last.schedule_steps)
+
+
+def stage_start(config: TrainConfig, index: int) -> float:
+    """Share of `max_train_steps` at which a stage begins."""
+    if index == 0:
+        return 0.0
+    return (
+        config.stages[index - 1]["until"] * (config.schedule_steps or config.max_train_steps) / config.max_train_steps
+    )
 
 
 def with_fit(config: TrainConfig, done: int, steps: int) -> TrainConfig:

@@ -34,7 +34,7 @@ from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
 from prd.training.batches import NOISE, Batch, Batches, dummy_of
-from prd.training.budget import END_SHARE, HARD_LIMIT, MESH_COST, Budget, planned, with_fit
+from prd.training.budget import END_SHARE, HARD_LIMIT, Budget, planned, stage_start, with_fit
 from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers, shared_encoder
 from prd.training.checkpoints import (
     CheckpointError,
@@ -64,7 +64,15 @@ from prd.training.run_folder import (
 )
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.supervision import Supervision, renderers_of
-from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
+from prd.training.validation import (
+    contact_sheet,
+    export_meshes,
+    make_fields,
+    measure,
+    save_gallery,
+    time_end,
+    toybox_splits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +208,8 @@ class Trainer:
         if self.budget is not None and self.budget.due(done):
             number = 0
             if self.accelerator.is_main_process:
-                number = self.budget.fit(done, end_seconds=self.end_seconds, stage_start=self.stage_start())
+                start = stage_start(self.config, self.stages.index(self.stage))
+                number = self.budget.fit(done, end_seconds=self.end_seconds, stage_start=start)
             numbers = [number]
             if self.accelerator.num_processes > 1:
                 broadcast_object_list(numbers)
@@ -209,26 +218,6 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     save_config(self.config, self.folder / "config.yaml")
         self.replan(done)
-
-    def time_end(self) -> float:
-        """Seconds that `finish` takes, from the seconds that some captions take to measure."""
-        config, seconds = self.config, 0.0
-        splits = toybox_splits(config.prompts.held_out, config.validation.stacks)
-        captions = [caption for split in splits.values() for caption in split]
-        for some in (captions[:1], captions[1:4]):  # the first one warms up
-            begun = time.monotonic()
-            k = config.validation.num_inference_steps
-            measure(self.student, self.encoder, some, seed=config.seed, num_inference_steps=k)
-            seconds = (time.monotonic() - begun) / len(some)
-        return seconds * (len(captions) + MESH_COST * len(config.validation.prompts))
-
-    def stage_start(self) -> float:
-        """Share of `max_train_steps` at which the current stage begins."""
-        index, config = self.stages.index(self.stage), self.config
-        if index == 0:
-            return 0.0
-        assert config.schedule_steps is not None  # settled when the run began
-        return config.stages[index - 1]["until"] * config.schedule_steps / config.max_train_steps
 
     def replan(self, done: int) -> None:
         """Follow the schedules that hold after `done` steps; the stage is left when the next step is taken."""
@@ -488,7 +477,7 @@ class Trainer:
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
         if main and self.budget is not None and config.prompts.source == "toybox":
-            self.end_seconds = self.time_end()
+            self.end_seconds = time_end(self.student, self.encoder, config)
         self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
         with self.stop:
             try:
