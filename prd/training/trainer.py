@@ -477,6 +477,7 @@ class Trainer:
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
         if main and self.budget is not None and config.prompts.source == "toybox":
+            self.student.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
             self.end_seconds = time_end(self.student, self.encoder, config)
         self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
         with self.stop:
