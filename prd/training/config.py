@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
@@ -30,6 +31,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from prd.settings import CHECKS, Count, Fraction, Positive
+from prd.training.budget import Fit
 from prd.training.files import write_whole
 from prd.training.sections import (
     CamerasConfig,
@@ -47,6 +49,8 @@ from prd.training.sections import (
     ValidationConfig,
     VolumeConfig,
 )
+
+logger = logging.getLogger(__name__)
 
 SWITCHES = ("start_afresh", "allow_config_change")  # need no value on the command line
 STAGED = (  # what a stage may change: keys and sections
@@ -67,9 +71,12 @@ class TrainConfig:
 
     seed: int = 0  # of every random draw
     output_dir: str = "runs/prd"  # the run folder
-    max_train_steps: Count = 15000  # optimiser steps
+    max_train_steps: Count = 15000  # optimiser steps at most
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
-    max_train_minutes: Positive | None = None  # wall-clock limit of the run; null: none
+    max_train_minutes: Positive | None = None  # steps and schedules are fitted to these, in each process; null: none
+    fits: tuple[
+        Fit, ...
+    ] = ()  # numbers of steps fitted to the minutes: written by the run, followed by what repeats it
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the student's autocast
     train_batch_size: Count = 2  # prompts a process and step
     gradient_accumulation_steps: Count = 1  # batches an optimiser step
@@ -207,11 +214,22 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
 
     overrides  command-line words: ["--optimizer.lr", "1e-3", "--seed=1"]
 
+    `max_train_steps` among the overrides without `max_train_minutes` is a fixed number of steps: the minutes of the
+    recipe do not apply.
+
     Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
     one), a value of the wrong type or outside its range.
     """
     values = _read_recipe(config)
-    for key, value in _parse_overrides(overrides):
+    given = dict(_parse_overrides(overrides))
+    if "max_train_steps" in given and "max_train_minutes" not in given and values.get("max_train_minutes") is not None:
+        logger.warning(
+            "max_train_steps=%s: a fixed number of steps; the %s minutes of the recipe do not apply (give "
+            "--max_train_minutes as well to have both)",
+            *(given["max_train_steps"], values["max_train_minutes"]),
+        )
+        given["max_train_minutes"] = None
+    for key, value in given.items():
         *sections, name = key.split(".")
         target = values
         for section in sections:

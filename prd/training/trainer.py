@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ from prd.teachers.base import UNetTeacher
 from prd.toybox.score import summarise
 from prd.toybox.world import parse_caption
 from prd.training.batches import NOISE, Batch, Batches, dummy_of
+from prd.training.budget import END_SHARE, HARD_LIMIT, Budget, planned, stage_start, with_fit
 from prd.training.build import build_generator, build_optimizer, learning_rate, load_teachers, shared_encoder
 from prd.training.checkpoints import (
     CheckpointError,
@@ -63,7 +64,15 @@ from prd.training.run_folder import (
 )
 from prd.training.sanity import CollapseWatch, Witness, prompt_spread, record_skipped, watched_prompts
 from prd.training.supervision import Supervision, renderers_of
-from prd.training.validation import contact_sheet, export_meshes, make_fields, measure, save_gallery, toybox_splits
+from prd.training.validation import (
+    contact_sheet,
+    export_meshes,
+    make_fields,
+    measure,
+    save_gallery,
+    time_end,
+    toybox_splits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +129,14 @@ class Trainer:
             dummy_of(self.student),
         )
         self.background = TextBackground(text_width).to(self.device) if config.text_background else None
-        self.stages = stages_of(config)
+        begun = 0 if self.resumed is None else self.resumed.step
+        self.plan = planned(config, max(0, begun - 1))  # the config with the numbers of steps that hold now
+        self.budget: Budget | None = None
+        if config.max_train_minutes is not None and not config.fits:
+            minutes, most = config.max_train_minutes, config.max_train_steps
+            self.budget = Budget(minutes, most, done=begun, clock=lambda: 60 * self.minutes())
+        self.end_seconds = END_SHARE * 60 * (config.max_train_minutes or 0.0)  # taken by `finish`
+        self.stages = stages_of(self.plan)
         self.enter(self.stages[0])
         if config.prompts.source == "toybox":
             check_captions(config.validation.prompts)
@@ -157,7 +173,6 @@ class Trainer:
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the generator are trained, by an optimiser of its own."""
-        self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         if isinstance(self.student, SinglePassGenerator):
             self.student.begin_stage(stage.config.trained)
@@ -168,6 +183,11 @@ class Trainer:
             parameter.requires_grad_(True)
         self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config, self.parameters))
+        self.follow(stage)
+
+    def follow(self, stage: Stage) -> None:
+        """Take the schedules and the supervision of a stage, and leave what is trained as it is."""
+        self.stage = stage
         self.lr_factor = learning_rate(stage.config)
         self.supervision = Supervision(
             stage,
@@ -183,6 +203,31 @@ class Trainer:
         own = () if self.background is None else self.background.parameters()
         return [*trained_parameters(self.student, None), *own]
 
+    def fit_steps(self, done: int) -> None:
+        """Fit the number of steps to the minutes where that is due after `done` steps, alike in all processes."""
+        if self.budget is not None and self.budget.due(done):
+            number = 0
+            if self.accelerator.is_main_process:
+                start = stage_start(self.config, self.stages.index(self.stage))
+                number = self.budget.fit(done, end_seconds=self.end_seconds, stage_start=start)
+            numbers = [number]
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(numbers)
+            if self.budget.accept(done, numbers[0]):
+                self.config = with_fit(self.config, done, numbers[0])
+                if self.accelerator.is_main_process:
+                    save_config(self.config, self.folder / "config.yaml")
+        self.replan(done)
+
+    def replan(self, done: int) -> None:
+        """Follow the schedules that hold after `done` steps; the stage is left when the next step is taken."""
+        plan, before = planned(self.config, done), self.plan
+        self.plan = plan
+        if (plan.max_train_steps, plan.schedule_steps) != (before.max_train_steps, before.schedule_steps):
+            index = self.stages.index(self.stage)
+            self.stages = stages_of(plan)
+            self.follow(self.stages[index])
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -190,6 +235,8 @@ class Trainer:
         if not self.stage.first <= step < self.stage.last:
             self.enter(self.stage_at(step))
             self.restart_average()
+            if self.budget is not None:
+                self.budget.begin(step)
         config, log, witness = self.stage.config, JudgeLog(), Witness()
         begun = time.time()
         lr = config.optimizer.lr * self.lr_factor(step - self.stage.first)
@@ -320,9 +367,9 @@ class Trainer:
         return (time.time() - self.started) / 60
 
     def out_of_time(self) -> bool:
-        """Whether `max_train_minutes` are over by the main process's clock."""
+        """Whether the main process has run longer than `max_train_minutes` by far, in spite of the number fitted."""
         limit = self.config.max_train_minutes
-        return limit is not None and self.accelerator.is_main_process and self.minutes() > limit
+        return limit is not None and self.accelerator.is_main_process and self.minutes() > HARD_LIMIT * limit
 
     @torch.no_grad()
     def restart_average(self) -> None:
@@ -407,6 +454,7 @@ class Trainer:
         self.first, self.first_prompt = checkpoint.step, state["prompts_drawn"]
         self.skipped_total, self.frames = state["skipped_total"], state["frames"]
         self.watch.best, self.minutes_before = state["best_spread"], state["minutes"]
+        self.replan(checkpoint.step)
         return checkpoint.step
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -428,6 +476,9 @@ class Trainer:
             logger.warning("of a course this run has left, renamed: %s", ", ".join(str(place) for place in later))
         if main and first == 0:
             contact_sheet(self.student, self.encoder, config.validation.prompts, config, self.folder / "before.png")
+        if main and self.budget is not None and config.prompts.source == "toybox":
+            self.student.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
+            self.end_seconds = time_end(self.student, self.encoder, config)
         self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
         with self.stop:
             try:
@@ -454,11 +505,12 @@ class Trainer:
         """The steps from `first` on, shown, logged and saved; returns how many the run has done."""
         config, main = self.config, self.accelerator.is_main_process
         metrics = open_metrics(self.folder / "metrics.jsonl", first) if main else None
-        steps = range(first, config.max_train_steps)
-        bar = tqdm(steps, initial=first, total=config.max_train_steps, disable=not main, desc="train", mininterval=1.0)
+        total = self.plan.max_train_steps
+        bar = tqdm(initial=first, total=total, disable=not main, desc="train", mininterval=1.0)
         shown: dict[str, str] = {}
         done = first
-        for step in bar:
+        while done < self.plan.max_train_steps:
+            step = done
             try:
                 values = self.train_step(step)
             except FloatingPointError as error:
@@ -475,7 +527,10 @@ class Trainer:
                 self.accelerator.log(values, step=done)
                 metrics.write(metrics_line(done, values))
                 metrics.flush()
-                bar.set_postfix(shown)
+                bar.set_postfix(shown, refresh=False)
+            self.fit_steps(done)
+            bar.total = self.plan.max_train_steps
+            bar.update()
             if done % config.checkpointing_steps == 0:
                 self.save(done)
                 if main:
@@ -484,7 +539,14 @@ class Trainer:
                 self.stopping = self.stopping or self.stop.name
             if self.stopping:
                 logger.warning("%s: stopping after %d steps", self.stopping, done)
+                if self.stopping == TIME_IS_UP and done < self.plan.max_train_steps:
+                    logger.warning(
+                        "the run has taken %.3g times its max_train_minutes=%s: the machine became slower, and the "
+                        "schedules stop in the middle; resume the run for the remaining %d steps",
+                        *(HARD_LIMIT, config.max_train_minutes, self.plan.max_train_steps - done),
+                    )
                 break
+        bar.close()
         return done
 
     def look(self, done: int) -> dict[str, float]:
@@ -499,8 +561,8 @@ class Trainer:
         every = config.validation.spread_steps
         if every and done % every == 0 and len(self.watched) > 1:
             values["prompt_spread"] = self.spread()
-            assert config.schedule_steps is not None  # settled when the run began
-            if warning := self.watch.check(values["prompt_spread"], done / config.schedule_steps):
+            assert self.plan.schedule_steps is not None  # settled when the run began
+            if warning := self.watch.check(values["prompt_spread"], done / self.plan.schedule_steps):
                 logger.warning("step %d: %s", done, warning)
         return values
 
@@ -562,6 +624,7 @@ class Trainer:
             write_whole(folder / "scores.json", json.dumps(report, indent=1) + "\n")
             record = {
                 "train_steps": steps,
+                "fits": to_dict(config)["fits"],
                 "frames_per_prompt": round(self.frames / len(self.corpus.prompts), 1),
                 "minutes": round(self.minutes_before + self.minutes(), 1),
                 "seed": config.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from prd.training.files import write_whole
 from prd.training.pictures import save_sheet
 
 logger = logging.getLogger(__name__)
+
+MESH_COST = 7  # seconds for a validation prompt's mesh and row of a sheet, per second for a caption's scores
 
 
 def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
@@ -225,3 +228,16 @@ def toybox_splits(held_out: Sequence[str], stacks: int) -> dict[str, list[str]]:
             if captions:
                 splits[f"{kind}_{name}"] = captions
     return splits
+
+
+def time_end(student: Generator, encoder: PromptEncoder, config: TrainConfig) -> float:
+    """Seconds that sheet, meshes and scores at the end of a run on the toy box take, by timing three captions."""
+    splits = toybox_splits(config.prompts.held_out, config.validation.stacks)
+    captions = [caption for split in splits.values() for caption in split]
+    seconds = 0.0
+    for some in (captions[:1], captions[1:4]):  # the first one warms up
+        begun = time.monotonic()
+        k = config.validation.num_inference_steps
+        measure(student, encoder, some, seed=config.seed, num_inference_steps=k)
+        seconds = (time.monotonic() - begun) / len(some)
+    return seconds * (len(captions) + MESH_COST * len(config.validation.prompts))
