@@ -113,14 +113,13 @@ def test_a_run_that_becomes_far_too_slow_is_stopped_and_says_so(quick, tmp_path,
 
 
 def test_the_stages_of_a_recipe_are_fitted_too(quick, tmp_path):
-    trainer = clocked(tmp_path / "run", 7.5, "--optimizer.lr", "0.001", recipe="latte3d_toybox")
+    trainer = clocked(tmp_path / "run", 7.5, "--teachers.mvdream.enabled", "true", recipe="atom_toybox")
     seen = []
     train_step = trainer.train_step
     trainer.train_step = lambda step: (train_step(step), seen.append(trainer.stage.name))[0]
     trainer.train()
-    assert len(seen) == 8
-    assert seen == ["pretraining", *["geometry"] * 3, *["text"] * 2, *["texture"] * 2]
-    assert [stage.last for stage in trainer.stages] == [1, 4, 6, 8]
+    assert seen == [*["volume"] * 6, *["mesh"] * 2]
+    assert [stage.last for stage in trainer.stages] == [6, 8]
 
 
 def test_two_processes_take_the_same_number(tmp_path):
