@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
@@ -61,7 +63,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         self.lr = lr
         self.average = [p.detach().clone() for p in self.parameters]
-        self.log = (self.assets / f"log_{stage}.jsonl").open("w")
+        self.log = (self.assets / f"log_{stage}.jsonl").open("w", encoding="utf-8")
         self.start = time.time()
         self.running: float | None = None
 
@@ -294,7 +296,7 @@ def save_richdreamer(
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_controlnet(args: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     import datasets
     from filelock import FileLock
 
-    key = _key(config)
+    key = source_key(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if prompts := _whole(folder):
@@ -127,7 +127,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
     record = prompts.folder / f"over_long_{key}.json"
     with FileLock(prompts.folder / "over_long.lock"):
         if record.is_file():
-            return int(json.loads(record.read_text()))
+            return int(json.loads(record.read_text(encoding="utf-8")))
         special = plain.num_special_tokens_to_add(False)
         count = 0
         for start in range(0, len(prompts), BATCH):
@@ -137,7 +137,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         return count
 
 
-def _key(config: PromptsConfig) -> str:
+def source_key(config: PromptsConfig) -> str:
     """All that decides what a prepared folder holds. Raises CorpusError for a source that is no file and no Hub id."""
     source = config.source
     path = Path(source).expanduser()

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from prd.data.compositional import animal2400, pig64
 from prd.data.corpora import Corpus, ShuffledPrompts, check_held_out
-from prd.data.prompt_files import CorpusError, stored_prompts
+from prd.data.prompt_files import CorpusError, source_key, stored_prompts
 from prd.evaluation.benchmark import find_benchmark
 from prd.utils.checked_types import CHECKS, Fraction
 
@@ -55,6 +55,12 @@ def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
             f"{', '.join(rules) or 'it has none'}"
         )
     return tuple(rules[config.held_out])
+
+
+def check_source(config: PromptsConfig) -> None:
+    """Raise CorpusError for a source that is neither a benchmark, nor shipped, nor a file, nor a Hub id."""
+    if not config.texts and find_benchmark(config.source, "prompts.source") is None and config.source not in SETS:
+        source_key(config)
 
 
 def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:

@@ -35,6 +35,7 @@ from prd.training.run.processes import StopRequest, begin_process
 from prd.training.run.resume import load_resumed, resumed_config
 from prd.training.run.session import begin_session, end_session, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
+from prd.training.run.step_plan import StepPlan, fit_steps
 from prd.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,13 @@ class Trainer:
         parts = parts or build_parts(config, self.device)
         self.parts = parts.to(self.device, offload=config.teacher_options.offload)
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
-        if self.accelerator.is_main_process:
-            if found := self.corpus.report(encoder.tokenizer, encoder.length):
-                logger.warning(found)
+        if self.accelerator.is_main_process and (found := self.corpus.report(encoder.tokenizer, encoder.length)):
+            logger.warning(found)
         dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
         self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
         self.background = TextBackground(width).to(self.device) if config.text_background else None
-        self.stages = stages_of(config)
+        self.plan = StepPlan(config, self.clock, 0 if self.resumed is None else self.resumed.step)
+        self.stages = stages_of(self.plan.config)
         self.enter(self.stages[0])
         decay = config.ema_decay
         self.average = None if decay is None else WeightAverage(self.every_parameter(), decay)
@@ -105,7 +106,6 @@ class Trainer:
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the model are trained, by an optimiser of its own."""
-        self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         self.model.begin_stage(stage.config.trainable)
         chosen = trainable_parameters(self.model, stage.config.trainable)
@@ -115,6 +115,11 @@ class Trainer:
             parameter.requires_grad_(True)
         self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config.optimizer, self.parameters))
+        self.follow(stage)
+
+    def follow(self, stage: Stage) -> None:
+        """Take the schedules and the objective of a stage, and leave what is trained as it is."""
+        self.stage = stage
         self.objective = Objective(
             stage, self.parts, self.device, configured=configured_parts(self.stages), background=self.background
         )
@@ -127,6 +132,7 @@ class Trainer:
             self.enter(self.stage_at(step))
             if self.average is not None:
                 self.average.restart(self.parameters)
+            self.plan.begin_stage(step)
         config, log, diagnostics, reason = self.stage.config, MeanMetrics(), NonFiniteDiagnostics(), NOT_FINITE
         begun = time.time()
         lr = config.optimizer.lr * lr_factor(config.optimizer, step - self.stage.first, config.total_steps)
@@ -152,20 +158,13 @@ class Trainer:
             self.skipped.skip(step, reason, own, diagnostics)
         log.add("skipped", float(not finite))
         log.add("skipped_total", float(self.skipped.total))
-        self.frames += self.frames_of(step)
+        self.frames += self.global_batch_size * self.objective.frames_per_prompt(step, self.model.num_estimates)
         log.add("frames_per_prompt", self.frames_per_prompt)
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
 
-    def frames_of(self, step: int) -> int:
-        """Frames that a step renders, over all processes."""
-        config = self.stage.config
-        renders = sum(len(self.objective.renderers_of(step, k)) for k in range(self.model.num_estimates))
-        return self.global_batch_size * config.cameras.views * renders
-
     def wishes(self) -> dict[str, bool]:
         """Reasons to stop by name, and whether this process has each; time is up by the main process's clock."""
-        limit = self.config.max_train_minutes
-        over = limit is not None and self.accelerator.is_main_process and self.clock.minutes() > limit
+        over = self.accelerator.is_main_process and self.plan.is_over()
         return {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: over}
 
     def accumulate(self, step: int, micro: int, log: MeanMetrics, diagnostics: NonFiniteDiagnostics) -> None:
@@ -196,10 +195,9 @@ class Trainer:
     def resume(self) -> int:
         """Continue from the checkpoint the config names; returns the steps done, 0 without one."""
         checkpoint, self.resumed = self.resumed, None
-        if checkpoint is None:
-            return 0
-        restore_trainer(self, checkpoint)
-        return checkpoint.step
+        if checkpoint is not None:
+            restore_trainer(self, checkpoint)
+        return 0 if checkpoint is None else checkpoint.step
 
     def train(self) -> Path:
         """Run all steps and what comes before and after them; returns the run folder."""
@@ -223,9 +221,9 @@ class Trainer:
     def loop(self, first: int) -> int:
         """Take the steps from `first` on, show, log and save them; returns how many the run has done."""
         config, main = self.config, self.accelerator.is_main_process
-        log = Logbook(self.folder, self.accelerator, first, config.max_train_steps)
-        done = first
-        for step in log.steps():
+        log, done = Logbook(self.folder, self.accelerator, first), first
+        while done < self.plan.steps:
+            step = done
             try:
                 values = self.train_step(step)
             except FloatingPointError as error:
@@ -235,7 +233,9 @@ class Trainer:
                 raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
             done = step + 1
             if main:
-                log.write(done, values | self.validation.validate_periodically(done))
+                log.write(done, values | self.validation.validate_periodically(done, self.plan.config.total_steps))
+            fit_steps(self, done)
+            log.count(self.plan.steps)
             if done % config.checkpointing_steps == 0:
                 self.save(done)
                 if main:
@@ -244,5 +244,8 @@ class Trainer:
                 self.stopping = self.stopping or self.stop.name
             if self.stopping:
                 logger.warning("%s: stopping after %d steps", self.stopping, done)
+                if self.stopping == TIME_IS_UP:
+                    logger.warning(self.plan.why_cut(done))
                 break
+        log.close()
         return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+MESH_COST = 7  # seconds for a validation prompt's mesh and row of a sheet, per second for a caption's scores
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -79,8 +82,8 @@ class Validation:
         prompts = self.config.validation.prompts
         contact_sheet(self.model, self.text_encoder, prompts, self.config, self.folder / "before.png")
 
-    def validate_periodically(self, done: int) -> dict[str, float]:
-        """Measure after `done` steps what is due then, each quantity every so many steps; returns the values."""
+    def validate_periodically(self, done: int, schedule_steps: int) -> dict[str, float]:
+        """Measure after `done` steps of a schedule what is due then, each quantity every so many steps."""
         config, values = self.config, {"peak_gigabytes": peak_memory(self.model.device)}
         every = config.validation.every_steps
         if every and done % every == 0 and self.benchmark is not None and config.validation.prompts:
@@ -91,8 +94,7 @@ class Validation:
         every = config.validation.spread_steps
         if every and done % every == 0 and len(self.watched) > 1:
             values["prompt_spread"] = self.spread()
-            assert config.schedule_steps is not None  # settled when the run began
-            if warning := self.watch.check(values["prompt_spread"], done / config.schedule_steps):
+            if warning := self.watch.check(values["prompt_spread"], done / schedule_steps):
                 logger.warning("step %d: %s", done, warning)
         return values
 
@@ -124,10 +126,23 @@ class Validation:
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
         return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
-    def after(self, done: int, *, frames_per_prompt: float, minutes: float) -> None:
+    def time_end(self) -> float:
+        """Seconds that sheet, meshes and scores after the last step take, by timing three captions."""
+        assert self.benchmark is not None
+        splits = self.benchmark.splits(held_out_prompts(self.config.prompts), self.config.validation.stacks)
+        captions = [caption for split in splits.values() for caption in split]
+        seconds = 0.0
+        for some in (captions[:1], captions[1:4]):  # the first one warms up
+            begun = time.monotonic()
+            self.measure(some)
+            seconds = (time.monotonic() - begun) / max(1, len(some))
+        return seconds * (len(captions) + MESH_COST * len(self.config.validation.prompts))
+
+    def after(self, done: int, *, frames_per_prompt: float, minutes: float, fits: Sequence[Any] = ()) -> None:
         """Save the model trained for `done` steps, then show and measure what it makes.
 
         frames_per_prompt, minutes  what the run has cost, for the record beside the weights
+        fits                        how its steps were fitted to its minutes, for the same
         """
         config, folder = self.config, self.folder
         with self.shown_weights():
@@ -137,6 +152,7 @@ class Validation:
             if self.benchmark is not None:
                 record = {
                     "train_steps": done,
+                    "fits": list(fits),
                     "frames_per_prompt": round(frames_per_prompt, 1),
                     "minutes": round(minutes, 1),
                     "seed": config.seed,

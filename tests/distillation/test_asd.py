@@ -10,6 +10,7 @@ from prd.distillation.asd import AsdConfig, NonFinitePrediction, NoSignalError, 
 from prd.distillation.multi_teacher import leaf_views, rendering_gradient, rendering_loss
 from prd.distillation.timesteps import last_timestep, sample_timesteps, shifted_timesteps
 from prd.teachers.base import Condition
+from tests.compare import ROUNDING, relative_difference
 from tests.distillation.stub import ask
 from tests.teachers.tiny import random_views, tiny_teacher
 
@@ -234,7 +235,7 @@ def test_distill_moves_what_the_teacher_sees_and_repeats_itself(tmp_path, kind):
         gradients.append(rendering_gradient(result.loss.sum(), leaves))
     assert sorted(gradients[0]) == (["disparity", "normal", "opacity"] if kind == "richdreamer" else ["rgb"])
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]) and gradient.isfinite().all()
+        assert relative_difference(gradients[1][name], gradient) <= ROUNDING
         seen = (gradient.abs().flatten(2).amax(2) > 0).sum(1)  # views of each prompt that are pulled
         assert seen.tolist() == [teacher.num_views] * B
     assert all(p.grad is None for p in teacher.parameters())

@@ -7,7 +7,7 @@ import pytest
 from prd.distillation.schedules import LinearSchedule
 from prd.training.recipes import load_config
 from prd.utils.checked_types import resolved
-from tests.fixtures import OFFICIAL, needs_fixtures
+from tests.recordings import OFFICIAL
 
 
 def test_constant_before_and_after_linear_between() -> None:
@@ -31,7 +31,6 @@ def test_an_empty_span_is_refused() -> None:
         LinearSchedule(1, 0, 5, 5)
 
 
-@needs_fixtures
 def test_the_released_recipe_comes_to_the_recorded_values() -> None:
     config = load_config("triplane_turbo_sd21")
     recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]

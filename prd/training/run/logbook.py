@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,20 +12,25 @@ from prd.training.run.folder import metrics_line, open_metrics
 
 
 class Logbook:
-    """The steps from `first` to `total`, written and shown by the main process alone."""
+    """The steps from `first` on, written and shown by the main process alone."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, first: int, total: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, first: int) -> None:
         main = accelerator.is_main_process
         self.accelerator = accelerator
         self.metrics = open_metrics(folder / "metrics.jsonl", first) if main else None
-        self.bar = tqdm(
-            range(first, total), initial=first, total=total, disable=not main, desc="train", mininterval=1.0
-        )
+        self.bar = tqdm(initial=first, disable=not main, desc="train", mininterval=1.0)
         self.shown: dict[str, str] = {}
 
-    def steps(self) -> Iterator[int]:
-        """The steps, counted by the progress bar."""
-        yield from self.bar
+    def count(self, total: int) -> None:
+        """Count a step of `total`."""
+        self.bar.total = total
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the progress bar and the file."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def write(self, done: int, values: Mapping[str, float]) -> None:
         """Log what was measured after `done` steps: a line of metrics.jsonl, the tracker, the progress bar."""
@@ -37,4 +42,4 @@ class Logbook:
         self.accelerator.log(dict(values), step=done)
         self.metrics.write(metrics_line(done, values))
         self.metrics.flush()
-        self.bar.set_postfix(self.shown)
+        self.bar.set_postfix(self.shown, refresh=False)

@@ -31,6 +31,9 @@ def begin_session(trainer: Trainer) -> int:
         logger.warning("renamed %d checkpoints newer than step %d: %s", len(later), first, names)
     if main and first == 0:
         trainer.validation.before()
+    if main and trainer.plan.budget is not None and trainer.parts.benchmark is not None:
+        trainer.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
+        trainer.plan.end_seconds = trainer.validation.time_end()
     trainer.accelerator.init_trackers("prd", config=plain(to_dict(config)))
     return first
 
@@ -46,7 +49,8 @@ def end_session(trainer: Trainer, done: int) -> None:
     """Save, show and measure the model of a run that has ended."""
     if trainer.accelerator.is_main_process and not was_stopped(trainer):
         minutes = trainer.clock.minutes_of_run()
-        trainer.validation.after(done, frames_per_prompt=trainer.frames_per_prompt, minutes=minutes)
+        fits = to_dict(trainer.config)["fits"]
+        trainer.validation.after(done, frames_per_prompt=trainer.frames_per_prompt, minutes=minutes, fits=fits)
         print(f"run folder: {trainer.folder}  ({trainer.clock.minutes():.1f} minutes)")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

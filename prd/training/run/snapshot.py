@@ -17,6 +17,7 @@ from prd.training.run.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
+from prd.training.run.step_plan import follow_plan
 
 if TYPE_CHECKING:
     from prd.training.trainer import Trainer
@@ -73,3 +74,4 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.first, trainer.first_prompt = checkpoint.step, state["prompts_drawn"]
     trainer.skipped.total, trainer.frames = state["skipped_total"], state["frames"]
     trainer.validation.watch.best, trainer.clock.minutes_before = state["best_spread"], state["minutes"]
+    follow_plan(trainer, checkpoint.step)
