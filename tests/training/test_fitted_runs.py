@@ -14,6 +14,7 @@ import torch
 from prd.evaluation.report import read_run
 from prd.training import budget as budget_module
 from prd.training.recipes import load_config
+from prd.training.run.step_plan import fit_steps
 from prd.training.trainer import Trainer
 from prd.training.validation import Validation
 
@@ -99,15 +100,16 @@ def test_the_config_of_a_run_repeats_it_whatever_the_clock(quick, tmp_path):
     assert again.plan.budget is None and rows(tmp_path / "again") == rows(tmp_path / "run")
 
 
-def test_a_run_that_becomes_far_too_slow_is_stopped_and_says_so(quick, tmp_path, caplog):
+def test_a_run_that_becomes_far_too_slow_is_stopped_and_says_so(quick, tmp_path, caplog, monkeypatch):
     trainer = clocked(tmp_path / "run", 7.5)
     trainer.plan.budget.checks = []  # as if it became slow after the last of them
-    trainer.fit_steps = lambda done, fit=trainer.fit_steps: (fit(done), slow(done))
 
-    def slow(done):
+    def slow(self, done):
+        fit_steps(self, done)
         if done == 5:
             trainer.clock.minutes = lambda: 1.3
 
+    monkeypatch.setattr("prd.training.trainer.fit_steps", slow)
     trainer.train()
     assert len(rows(tmp_path / "run")) == 6
     assert "1.25 times its max_train_minutes=1.0: the machine became slower" in caplog.text
