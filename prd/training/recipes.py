@@ -23,7 +23,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from prd.errors import ConfigError
-from prd.training.classes import SECTIONS, Entry, class_name_of, entries
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries, split_given_parts
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
@@ -243,14 +243,18 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """The config with the values of a stage in their place."""
     if unknown := sorted(values.keys() - set(STAGED)):
         raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-    before = to_dict(config)
+    before, given = split_given_parts(to_dict(config))
     fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
     if fixed:
         raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
     try:
-        return from_dict(merged({**before, "stages": []}, values))
+        own = from_dict(merged({**before, "stages": []}, values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    for key in given:  # of the user's own, which the trainer is given
+        section, _, name = key.partition(".")
+        own = replace(own, **{section: {**getattr(own, section), name: getattr(config, section)[name]}})
+    return own
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:
