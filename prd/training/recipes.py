@@ -253,7 +253,8 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
         raise ConfigError(f"{where}: {error}") from None
     for key in given:  # of the user's own, which the trainer is given
         section, _, name = key.partition(".")
-        own = replace(own, **{section: {**getattr(own, section), name: getattr(config, section)[name]}})
+        changed: dict[str, Any] = {section: {**getattr(own, section), name: getattr(config, section)[name]}}
+        own = replace(own, **changed)
     return own
 
 
