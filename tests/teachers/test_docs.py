@@ -8,9 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
-from prd.teachers import TeacherConfig
+from prd.teachers import TeacherOptions
 from tests.teachers.tiny import random_views, save_teacher
-from tests.training.test_trainer import make
 
 PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
 
@@ -45,12 +44,10 @@ def test_the_page_runs_from_top_to_bottom(folder, capsys):
     assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
 
 
-def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
-    """As the page says: appended to the trainer's teachers before it starts."""
+def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
     names: dict = {}
     exec(compile(blocks()[0], str(PAGE), "exec"), names)
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path / "run"))
-    teacher = names["SilhouetteTeacher"].from_pretrained(folder).to(trainer.device)
-    trainer.teachers.append((teacher, TeacherConfig(weight=1.0)))
-    row = trainer.train_step(0)
-    assert row["gradient_norm/silhouette/volume"] > 0
+    kind = names["SilhouetteTeacher"]
+    settings = kind.config_class(path=folder)
+    teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
+    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
