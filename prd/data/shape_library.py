@@ -59,7 +59,7 @@ class LibraryConfig:
 
 
 class LibraryError(ConfigError):
-    """A library that is no library: without an index, or with a file that holds no mesh."""
+    """A library that cannot be used: without an index, or with a file that holds no mesh."""
 
 
 class ShapeLibrary(Protocol):

@@ -35,7 +35,7 @@ MESH_RESOLUTION = 64  # nodes per axis of the exact shapes' surfaces
 
 @runtime_checkable
 class Score(Protocol):
-    """How one generated shape compares with the exact one of its caption."""
+    """Comparison of one generated shape with the exact one of its caption."""
 
     prompt: str
     recognised: bool  # of all captions of the benchmark, its own fits best
@@ -59,11 +59,11 @@ class ShapeScore:
     color_error: float  # mean absolute difference of the colours, in [0, 1], near the exact surface
 
     def figures(self) -> dict[str, float]:
-        """R@1, IoU and colour error, which a gallery shows and averages."""
+        """Return R@1, IoU and colour error, which a gallery shows and averages."""
         return {"r_at_1": self.recognised, "iou": self.iou, "color_error": self.color_error}
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return all of it as plain values."""
         return asdict(self)
 
 
@@ -200,7 +200,7 @@ def spread(texts: Sequence[str], limit: int | None) -> list[str]:
 
 
 def _is_module(path: str) -> bool:
-    """Whether the first name of an import path is a module, installed or in the current directory."""
+    """Return whether the first name of an import path is a module, installed or in the current directory."""
     root = path.partition(".")[0]
     return Path(root).is_dir() or Path(f"{root}.py").is_file() or find_spec(root) is not None
 
