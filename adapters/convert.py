@@ -3,7 +3,7 @@
 Its adapter layers are numbered in the order in which the published code made them: attention processors of the U-Net
 (down, up, mid), attention of the VAE decoder, convolutions of the U-Net, convolutions of the decoder, conv_out. Its
 LoRA of the six-plane self-attention's to_out acts on the OUTPUT of to_out; folded onto the input, as ordinary LoRA is,
-B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one a plane. Nothing is scaled: rank and alpha are equal.
+B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one per plane. Nothing is scaled: rank and alpha are equal.
 """
 
 from __future__ import annotations

@@ -289,12 +289,12 @@ def activation_bytes(teacher: UNetTeacher, args: argparse.Namespace) -> dict[str
 def student_bytes() -> dict[str, int]:
     """The student at Stable Diffusion 2.1's size as the trainer keeps it: float32 base, adapters, Adan's state."""
     from prd.adapters import PetaConfig
-    from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), sample_size=64, **SD21)
         vae, text = make_vae(True), CLIPTextModel(CLIPTextConfig(vocab_size=49408, **VIT_H))
-        student = TriplaneTurboGenerator(unet, vae, stable_diffusion_scheduler(), PetaConfig(), StudentConfig())
+        student = TriplaneTurboModel(unet, vae, stable_diffusion_scheduler(), PetaConfig(), SavedConfig())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return {
         "weights": weight_bytes(student) + weight_bytes(text),

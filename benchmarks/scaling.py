@@ -43,7 +43,7 @@ from machine import describe  # noqa: E402
 
 from prd.adapters import PetaConfig  # noqa: E402
 from prd.distillation.regularizers import eikonal_loss  # noqa: E402
-from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator  # noqa: E402
+from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel  # noqa: E402
 from prd.teachers.convert import stable_diffusion_scheduler  # noqa: E402
 
 COUNTS, RESULTS = "training_sd21_counts.json", HERE / "results"
@@ -86,12 +86,12 @@ def tflop(call: Callable[[], Any]) -> tuple[float, Any]:
     return counter.get_total_flops() / 1e12, result
 
 
-def meta_student() -> TriplaneTurboGenerator:
+def meta_student() -> TriplaneTurboModel:
     """The student of the released recipe without memory."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), sample_size=64, **SD21)
-        parts = unet, make_vae(True), stable_diffusion_scheduler(), PetaConfig(), StudentConfig()
-        return TriplaneTurboGenerator(*parts, gradient_checkpointing=True)
+        parts = unet, make_vae(True), stable_diffusion_scheduler(), PetaConfig(), SavedConfig()
+        return TriplaneTurboModel(*parts, gradient_checkpointing=True)
 
 
 def count_student() -> dict[str, float]:

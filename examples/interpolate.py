@@ -43,7 +43,7 @@ def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
                 views = renderer(sample, cameras, height=args.size, width=args.size)
             else:
                 volume = VolumeRenderer(
-                    VolumeConfig(num_samples=128, num_importance_samples=0, max_rays=4096), pipe.generator.alpha()
+                    VolumeConfig(num_samples=128, num_importance_samples=0, max_rays=4096), pipe.model.alpha()
                 )
                 grid = GridField(sample, args.resolution, device=pipe.device)  # read once, not at every point of a ray
                 views = volume(grid, cameras, height=args.size, width=args.size)

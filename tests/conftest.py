@@ -61,13 +61,13 @@ def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _save_random_adapter(folder: Path) -> None:
     """A student whose every trained tensor is random, near its starting sphere."""
-    from prd.generators.triplane_turbo import TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import TriplaneTurboModel
     from prd.loading.stable_diffusion import load_base
     from prd.training.recipes import load_config
 
     with pytest.MonkeyPatch.context() as patch:
         use_assets(patch, folder)
-        student = TriplaneTurboGenerator.from_base(load_base("toybox"), load_config("toybox").model)
+        student = TriplaneTurboModel.from_base(load_base("toybox"), load_config("toybox").model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():

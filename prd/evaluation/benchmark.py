@@ -27,8 +27,13 @@ from prd.hub.shipped import shipped_benchmarks
 class Score(Protocol):
     """Comparison of one generated shape with the exact one of its caption."""
 
-    prompt: str
-    recognised: bool  # of all captions of the benchmark, its own fits best
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def recognised(self) -> bool:
+        """Whether, of all captions of the benchmark, its own fits best."""
+        ...
 
     def figures(self) -> dict[str, float]:
         """Return what a gallery shows of one shape and averages, by name; `r_at_1` is 1 where it is recognised."""

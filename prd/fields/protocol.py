@@ -51,7 +51,7 @@ class AutogradGradient:
         return self.sdf(points), None
 
 
-class FieldSamples(AutogradGradient):
+class FieldSamples:
     """Some samples of a field of B, as a field of their own; the others are asked at the origin, and left out."""
 
     def __init__(self, whole: Field, indices: Sequence[int], batch: int) -> None:
@@ -74,3 +74,7 @@ class FieldSamples(AutogradGradient):
     def sdf_and_deformation(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
         sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
         return sdf[self.indices], None if deformation is None else deformation[self.indices]
+
+    def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        sdf, gradient = self.whole.sdf_and_gradient(self._every(points))
+        return sdf[self.indices], gradient[self.indices]

@@ -2,7 +2,7 @@
 
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
 heads.safetensors                                 the three MLPs
-config.json                                       what the student is besides, which base it belongs to, and hashes
+config.json                                       what the model is besides, its base, and hashes
 
 The base is known by its weights, its kind of prediction and its noise schedule, and by its text encoder's weights if it
 had one when the adapter was saved (a converted adapter records none).
@@ -40,17 +40,16 @@ from prd.loading.weight_hashes import NEW_LAYER, TEXT, hash_names, same_weights,
 from prd.utils.dtypes import HALF_PRECISIONS, check_dtype
 
 if TYPE_CHECKING:
-    from prd.generators.triplane_turbo import TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import TriplaneTurboModel
 
-AdapterMismatch = ModelMismatch
 WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """What a student is besides its adapter; saved in config.json. ValueError for a value out of range."""
+class SavedConfig:
+    """Settings of a model besides its adapter, saved in config.json. ValueError for a value out of range."""
 
     base: str = ""  # id or path of the Stable Diffusion it is built on
     base_revision: str | None = None  # commit of that base on the Hub, if it came from there
@@ -78,24 +77,24 @@ class StudentConfig:
                 raise ValueError(f"{name}={value!r}: must be a string")
 
 
-def adapter_state(student: TriplaneTurboGenerator) -> dict[str, Tensor]:
+def adapter_state(model: TriplaneTurboModel) -> dict[str, Tensor]:
     """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
-    state = get_peft_model_state_dict(student.peft, save_embedding_layers=False)  # else it asks the Hub about the base
-    return {**state, **{f"heads.{name}": tensor for name, tensor in student.heads.state_dict().items()}}
+    state = get_peft_model_state_dict(model.peft, save_embedding_layers=False)  # else it asks the Hub about the base
+    return {**state, **{f"heads.{name}": tensor for name, tensor in model.heads.state_dict().items()}}
 
 
-def load_adapter_state(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> None:
-    """Load `adapter_state`; AdapterMismatch, before anything is changed, if a key or a shape differs."""
-    if problems := adapter_misfits(student, state):
-        raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
+def load_adapter_state(model: TriplaneTurboModel, state: dict[str, Tensor]) -> None:
+    """Load `adapter_state`; ModelMismatch, before anything is changed, if a key or a shape differs."""
+    if problems := adapter_misfits(model, state):
+        raise ModelMismatch("adapter does not fit: " + "; ".join(problems))
     heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
-    student.heads.load_state_dict(heads, strict=True)
-    set_peft_model_state_dict(student.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
+    model.heads.load_state_dict(heads, strict=True)
+    set_peft_model_state_dict(model.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
 
 
-def adapter_misfits(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> list[str]:
-    """List what keeps `state` from being this student's: ranks, else keys, shapes and values."""
-    own = adapter_state(student)
+def adapter_misfits(model: TriplaneTurboModel, state: dict[str, Tensor]) -> list[str]:
+    """List what keeps `state` from being this model's: ranks, else keys, shapes and values."""
+    own = adapter_state(model)
     found, expected = ({_rank(t) for n, t in tensors.items() if ".lora_A." in n} for tensors in (state, own))
     if state.keys() == own.keys() and found != expected:
         return [f"its tensors have rank {some(found)}, not {some(expected)} as {ADAPTER_CONFIG} must say (r)"]
@@ -120,38 +119,38 @@ def base_hash(backbone: nn.Module) -> dict[str, str]:
     return weights_hash({name: tensor for name, tensor in frozen.items() if not name.startswith(NEW_LAYER)})
 
 
-def noise_schedule(student: TriplaneTurboGenerator) -> dict[str, Any]:
+def noise_schedule(model: TriplaneTurboModel) -> dict[str, Any]:
     """The base's noise schedule: how many timesteps, and alphas_cumprod at evenly spaced ones, the ends among them."""
-    alphas = student.alphas_cumprod.double().cpu()
+    alphas = model.alphas_cumprod.double().cpu()
     points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS).round().long()
     return {"num_train_timesteps": len(alphas), "alphas_cumprod": [float(f"{a:.7g}") for a in alphas[points].tolist()]}
 
 
-def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all.
 
     dtype  of the tensors on disk; None: as they are, and those that were loaded and not trained since as they were on
-           disk, whatever precision the student computes in
+           disk, whatever precision the model computes in
     """
     check_dtype(dtype)
-    state = {name: tensor.detach().cpu() for name, tensor in student.trained_state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in model.trained_state_dict().items()}
     if dtype is None:
-        state = {name: _as_loaded(tensor, student.loaded_state.get(name)) for name, tensor in state.items()}
+        state = {name: _as_loaded(tensor, model.loaded_state.get(name)) for name, tensor in state.items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
 
     def write_peta(new: Path) -> None:
-        if not isinstance(student.peta.target_modules, str):  # peft keeps names in a set
-            student.peta.target_modules = sorted(student.peta.target_modules or ())
-        student.peta.save_pretrained(str(new))
+        if not isinstance(model.peta.target_modules, str):  # peft keeps names in a set
+            model.peta.target_modules = sorted(model.peta.target_modules or ())
+        model.peta.save_pretrained(str(new))
 
     def record(hashes: dict[str, str]) -> dict[str, Any]:
         return {
             "_class_name": CLASS_NAME,
             "_prd_version": prd.__version__,
-            **asdict(student.config),
-            "prediction_type": student.prediction_type,
-            "base_hash": student.base_hash(),
-            "noise_schedule": noise_schedule(student),
+            **asdict(model.config),
+            "prediction_type": model.prediction_type,
+            "base_hash": model.base_hash(),
+            "noise_schedule": noise_schedule(model),
             "weights_hash": hashes,
         }
 
@@ -167,52 +166,52 @@ def _as_loaded(tensor: Tensor, loaded: Tensor | None) -> Tensor:
     return loaded if any(torch.equal(loaded.to(dtype).to(tensor.dtype), tensor) for dtype in types) else tensor
 
 
-def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_base: bool = False) -> None:
+def load_adapter(model: TriplaneTurboModel, folder: Path, *, allow_other_base: bool = False) -> None:
     """Load what `save_adapter` wrote.
 
-    Raises FileNotFoundError for a missing file, and AdapterMismatch, before anything is changed, for a damaged
+    Raises FileNotFoundError for a missing file, and ModelMismatch, before anything is changed, for a damaged
     file, keys, shapes or ranks that differ, or another base (unless allow_other_base=True).
     """
     _, record = read_configs(folder)
     if not allow_other_base:
-        _check_base(student, folder, record)
+        _check_base(model, folder, record)
     state = read_weights(folder / ADAPTER_WEIGHTS)
     state |= {f"heads.{name}": tensor for name, tensor in read_weights(folder / HEADS_WEIGHTS).items()}
-    if problems := adapter_misfits(student, state):
-        raise AdapterMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
+    if problems := adapter_misfits(model, state):
+        raise ModelMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
     for name, digest in record["weights_hash"].items():
         check_hash(folder / name, digest)
-    student.load_trained_state_dict(state)
-    if not student.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
-        student.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
-    own = student.base_hash()
+    model.load_trained_state_dict(state)
+    if not model.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
+        model.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
+    own = model.base_hash()
     if same_weights(record["base_hash"], own):  # a text encoder that was not loaded is still the recorded one
-        student.keep_base_hash({**record["base_hash"], **own})
+        model.keep_base_hash({**record["base_hash"], **own})
 
 
-def _check_base(student: TriplaneTurboGenerator, folder: Path, record: dict[str, Any]) -> None:
-    """AdapterMismatch unless the base is the recorded one; what is not recorded, or not loaded, is not compared."""
-    recorded, own = record["base_hash"], student.base_hash()
+def _check_base(model: TriplaneTurboModel, folder: Path, record: dict[str, Any]) -> None:
+    """ModelMismatch unless the base is the recorded one; what is not recorded, or not loaded, is not compared."""
+    recorded, own = record["base_hash"], model.base_hash()
     remedy = "load that base, or pass allow_other_base=True"
     if not same_weights(recorded, own):
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded; {remedy}"
         )
     both_have_text = all(any(name in hashes for name in hash_names(TEXT)) for hashes in (recorded, own))
     if both_have_text and not same_weights(recorded, own, TEXT):
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{folder}: trained on the base {record['base']!r}, whose text encoder's weights differ from those loaded; "
             f"{remedy}"
         )
-    if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(student)):
-        raise AdapterMismatch(
+    if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(model)):
+        raise ModelMismatch(
             f"{folder}: trained on the noise schedule {record['noise_schedule']}, and the scheduler of the base loaded "
-            f"has {noise_schedule(student)}; {remedy}"
+            f"has {noise_schedule(model)}; {remedy}"
         )
-    if record["prediction_type"] != student.prediction_type:
-        raise AdapterMismatch(
+    if record["prediction_type"] != model.prediction_type:
+        raise ModelMismatch(
             f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
-            f"loaded says {student.prediction_type}; {remedy}"
+            f"loaded says {model.prediction_type}; {remedy}"
         )
 
 
@@ -223,28 +222,28 @@ def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def read_student(folder: Path) -> tuple[PetaConfig, StudentConfig]:
-    """What to build a student with before `load_adapter`."""
+def read_settings(folder: Path) -> tuple[PetaConfig, SavedConfig]:
+    """Return what to build a model with before `load_adapter`."""
     peta, record = read_configs(folder)
-    return peta, StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+    return peta, SavedConfig(**{field.name: record[field.name] for field in fields(SavedConfig)})
 
 
 def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     """The adapter's PetaConfig and the contents of config.json.
 
-    Raises FileNotFoundError for a missing file, and AdapterMismatch for one of another class, a field that is missing
+    Raises FileNotFoundError for a missing file, and ModelMismatch for one of another class, a field that is missing
     or unknown, or a value out of range.
     """
     path = folder / CONFIG
     record = read_json(path, WHOLE)
     if (found := record.get("_class_name")) != CLASS_NAME:
-        raise AdapterMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
-    known = {field.name for field in fields(StudentConfig)} | {
+        raise ModelMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
+    known = {field.name for field in fields(SavedConfig)} | {
         *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash", "noise_schedule")
     }
     missing, extra = known - record.keys() - {"noise_schedule"}, record.keys() - known  # the first ones have none
     if missing or extra:
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{path}: missing {sorted(missing)}, extra {sorted(extra)}; saved by prd "
             f"{record.get('_prd_version')}, read by {prd.__version__}: use the version that saved it"
         )
@@ -252,14 +251,14 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
         value = record[name]
         strings = isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
         if not value or not strings or (keys and value.keys() != keys):
-            raise AdapterMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
+            raise ModelMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
     schedule = record.get("noise_schedule", {"num_train_timesteps": 1, "alphas_cumprod": [0.0] * SCHEDULE_POINTS})
     if not _is_schedule(schedule):
-        raise AdapterMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
+        raise ModelMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
     try:
-        StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+        SavedConfig(**{field.name: record[field.name] for field in fields(SavedConfig)})
     except ValueError as error:
-        raise AdapterMismatch(f"{path}: {error}") from error
+        raise ModelMismatch(f"{path}: {error}") from error
     return _read_peta(folder), record
 
 
@@ -281,15 +280,15 @@ def _read_peta(folder: Path) -> PetaConfig:
     known = {field.name for field in fields(PetaConfig)}
     missing = {"num_planes", "plane_channels"} - written.keys()  # what no other config has and no default should decide
     if written.get("peft_type") != "LORA" or missing:
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{path}: is a peft config of another class (peft_type {written.get('peft_type')!r}, missing "
             f"{sorted(missing)}); expected a PetaConfig"
         )
     if extra := written.keys() - known:
-        raise AdapterMismatch(f"{path}: extra {sorted(extra)}; saved by peft {written.get('peft_version')}, use that")
+        raise ModelMismatch(f"{path}: extra {sorted(extra)}; saved by peft {written.get('peft_version')}, use that")
     try:
         peta = PetaConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
-        raise AdapterMismatch(f"{path}: {error}") from error
+        raise ModelMismatch(f"{path}: {error}") from error
     peta.inference_mode = False
     return peta

@@ -24,11 +24,14 @@ class Model(Protocol):
     config_class  dataclass of the settings that `from_config` takes
     folder_name   name of the folder that a run saves it to
     takes_shapes  whether it takes `points` of a library's shapes, which are annealed to its attribute `dummy` [N, 3]
+    shares_text_encoder  whether a teacher's text encoder, if it is the same, may stand for the one of `from_config`;
+                  False where that is the frozen base's own
     """
 
     config_class: ClassVar[type]
     folder_name: ClassVar[str]
     takes_shapes: ClassVar[bool]
+    shares_text_encoder: ClassVar[bool]
 
     @classmethod
     def from_config(

@@ -1,8 +1,8 @@
-"""What the generators share that answer a prompt in one pass: AToM, ATT3D and LATTE3D.
+"""Base class of single-pass models: AToM, ATT3D and LATTE3D.
 
-Text embeddings in, a Field out, by `generate`; how they are saved, and the text encoder they belong to.
+Text embeddings in, a Field out, by `generate`; saving, loading, and the text encoder that a model belongs to.
 
-model.safetensors   every tensor of the generator
+model.safetensors   every tensor of the model
 config.json         its class, its settings, the hash of the weights and of the text encoder's
 """
 
@@ -26,12 +26,11 @@ from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
 
-GeneratorMismatch = ModelMismatch
 RECORDS = ("_class_name", "_prd_version", "weights_hash", "text_hash")  # in config.json beside the settings
 
 
-class SinglePassGenerator(nn.Module):
-    """From text embeddings to a Field in one pass; a subclass writes `generate` and names its parts.
+class SinglePassModel(nn.Module):
+    """Network from text embeddings to a Field in one pass; a subclass writes `generate` and may name its parts.
 
     config  the subclass's settings, a frozen dataclass with `text_encoder`, `text_length` and `text_width`: where the
             embeddings come from, and their shape [B, text_length, text_width]
@@ -40,7 +39,8 @@ class SinglePassGenerator(nn.Module):
     folder_name = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
-    takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds of a library's shapes
+    takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
+    shares_text_encoder: ClassVar[bool] = True  # whether a teacher's, if it is the same, may stand for it
     num_estimates = 1  # of a rollout
 
     def __init__(self, config: Any) -> None:
@@ -74,7 +74,7 @@ class SinglePassGenerator(nn.Module):
         text_dtype           of the text encoder's weights
         init_from            a saved model of these settings and this text encoder to start from
 
-        Raises FileNotFoundError without a model there, and GeneratorMismatch for one of another class, with other
+        Raises FileNotFoundError without a model there, and ModelMismatch for one of another class, with other
         settings or another text encoder.
         """
         encoder = load_encoder(config.text_encoder, text_dtype)
@@ -86,10 +86,10 @@ class SinglePassGenerator(nn.Module):
         return model, encoder
 
     def _start_from(self, init_from: str, hashes: Mapping[str, str]) -> None:
-        """Load the weights of a saved model; GeneratorMismatch if it is not like this one."""
+        """Load the weights of a saved model; ModelMismatch if it is not like this one."""
         folder, where = find_model(init_from), f"init_from={init_from!r}"
         if (made := read_record(folder)["_class_name"]) != self.class_name:
-            raise GeneratorMismatch(
+            raise ModelMismatch(
                 f"{where}: _class_name is {made!r}, expected {self.class_name!r}; give one of that class, or another "
                 "model.class"
             )
@@ -97,9 +97,9 @@ class SinglePassGenerator(nn.Module):
         for field in fields(self.config):
             theirs, ours = getattr(saved.config, field.name), getattr(self.config, field.name)
             if theirs != ours and field.name != "text_encoder":
-                raise GeneratorMismatch(f"{where}: its model.{field.name} is {theirs}, not {ours}; set it to that")
+                raise ModelMismatch(f"{where}: its model.{field.name} is {theirs}, not {ours}; set it to that")
         if not saved.fits_encoder(hashes):
-            raise GeneratorMismatch(f"{where}: was trained with another text encoder; set model.text_encoder to that")
+            raise ModelMismatch(f"{where}: was trained with another text encoder; set model.text_encoder to that")
         self.load_trained_state_dict(saved.trained_state_dict())
 
     def rollout(
@@ -137,14 +137,14 @@ class SinglePassGenerator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.generate: a model says how embeddings become a field")
 
     def alpha(self) -> AlphaModel | None:
-        """How the volume renderer reads its fields; None: NeuS with the renderer's own width."""
+        """Return how the volume renderer reads its fields; None: as the renderer's own config says."""
         return None
 
     def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Prepare for a stage that trains these parts (None: all); nothing to do for most."""
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by the names that a stage of training may give as `trainable`."""
+        """Return the parameters by the names that a stage of training may give as `trainable`."""
         return {"all": list(self.parameters())}
 
     @property
@@ -156,11 +156,11 @@ class SinglePassGenerator(nn.Module):
         return next(self.parameters()).dtype
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Every parameter that requires a gradient."""
+        """Return every parameter that requires a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_embeds(self, prompt_embeds: Tensor) -> None:
-        """ValueError unless prompt_embeds is [B, text_length, text_width] with B >= 1."""
+        """Raise ValueError unless prompt_embeds is [B, text_length, text_width] with B >= 1."""
         expected = (self.config.text_length, self.config.text_width)
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != expected or not len(prompt_embeds):
             raise ValueError(
@@ -175,13 +175,13 @@ class SinglePassGenerator(nn.Module):
     # -- saving and loading ------------------------------------------------------------------------------------------
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
+        """Return every tensor by name."""
         return dict(self.state_dict())
 
     def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load `trained_state_dict`; GeneratorMismatch if a key is missing or extra or a shape differs."""
+        """Load `trained_state_dict`; ModelMismatch if a key is missing or extra or a shape differs."""
         if problems := misfits(self.state_dict(), state):
-            raise GeneratorMismatch(f"state does not fit: {'; '.join(problems)}")
+            raise ModelMismatch(f"state does not fit: {'; '.join(problems)}")
         self.load_state_dict(state, strict=True)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -203,21 +203,21 @@ class SinglePassGenerator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """What `save_pretrained` wrote, in float32.
+        """Load what `save_pretrained` wrote, in float32.
 
-        Raises FileNotFoundError for a missing file, and GeneratorMismatch for one of another class, a damaged one, and
+        Raises FileNotFoundError for a missing file, and ModelMismatch for one of another class, a damaged one, and
         keys or shapes that differ.
         """
         folder = Path(folder)
         record = read_record(folder)
         if record["_class_name"] != cls.class_name:
-            raise GeneratorMismatch(
+            raise ModelMismatch(
                 f"{folder / CONFIG}: _class_name is {record['_class_name']!r}, expected {cls.class_name!r}"
             )
         known = {field.name for field in fields(cls.config_class)}
         missing, extra = sorted(known - record.keys()), sorted(record.keys() - known - set(RECORDS))
         if missing or extra:
-            raise GeneratorMismatch(
+            raise ModelMismatch(
                 f"{folder / CONFIG}: missing {missing}, extra {extra}; saved by prd {record.get('_prd_version')}, read "
                 f"by {prd.__version__}: use the version that saved it"
             )
@@ -225,14 +225,18 @@ class SinglePassGenerator(nn.Module):
         state = read_weights(folder / WEIGHTS)
         check_hash(folder / WEIGHTS, record.get("weights_hash"))
         if problems := misfits(model.state_dict(), state):
-            raise GeneratorMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {'; '.join(problems)}")
+            raise ModelMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {'; '.join(problems)}")
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
         model.text_hash = record["text_hash"]
         return model.eval()
 
 
-def _settings(cls: type[SinglePassGenerator], folder: Path, values: dict[str, Any]) -> Any:
+def _settings(cls: type[SinglePassModel], folder: Path, values: dict[str, Any]) -> Any:
     try:
         return cls.config_class(**values)
     except ValueError as error:
-        raise GeneratorMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
+        raise ModelMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
+
+
+SinglePassGenerator = SinglePassModel
+GeneratorMismatch = ModelMismatch

@@ -1,4 +1,4 @@
-"""Where a saved model is, and what is recorded about its training."""
+"""Find a saved model, and read what is recorded about its training."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def read_training_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _check(metadata: object) -> None:
-    """TypeError or ValueError unless the model card can be written of this metadata."""
+    """Raise TypeError or ValueError unless the model card can be written of this metadata."""
     if not isinstance(metadata, dict):
         raise TypeError(f"it holds a {type(metadata).__name__}, not an object")
     measured, held_out = metadata.get("measured"), metadata.get("held_out")

@@ -124,7 +124,7 @@ class Marching:
 
 
 def place_vertices(sdf: Tensor, deformation: Tensor | None, level: float, ends: Tensor, first_x: int = 0) -> Tensor:
-    """Crossings [V, 3], in cells, of the level and edges ends [2, V] (linear indices into sdf, whose x begins at first_x)."""
+    """Crossings [V, 3], in cells, of the level and edges ends [2, V] (linear indices into sdf, x from first_x on)."""
     _, ny, nz = sdf.shape
     nodes = torch.stack([ends // (ny * nz) + first_x, ends // nz % ny, ends % nz], dim=-1).to(sdf.dtype)  # [2, V, 3]
     if deformation is not None:

@@ -207,7 +207,7 @@ def check_backbone(name: str, folder: Path) -> None:
 
 
 def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
-    """What in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
+    """List what in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
     if not unet or not vae:
         return [f"no {part}/config.json" for part, config in (("unet", unet), ("vae", vae)) if not config]
     allowed = {  # by diffusers' names; None also where a config does not say

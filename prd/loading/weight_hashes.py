@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: hashes of weights, whatever precision they are stored or computed in."""
+"""Hashes of weights, whatever precision they are stored or computed in: they tell which base an adapter belongs to."""
 
 from __future__ import annotations
 

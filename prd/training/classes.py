@@ -10,11 +10,11 @@ from prd.distillation.distill import AsdLoss
 from prd.distillation.protocol import DistillationLoss
 from prd.distillation.regularizers import REGULARIZERS, RegularizerConfig
 from prd.errors import ConfigError
-from prd.generators.atom import AtomGenerator
-from prd.generators.att3d import Att3dGenerator
-from prd.generators.latte3d import Latte3dGenerator
+from prd.generators.atom import AtomModel
+from prd.generators.att3d import Att3dModel
+from prd.generators.latte3d import Latte3dModel
 from prd.generators.protocol import Model
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.rendering.patch import PatchRenderer
 from prd.rendering.protocol import Renderer
 from prd.rendering.surface import SurfaceRenderer
@@ -49,10 +49,10 @@ class Section:
 SECTIONS: dict[str, Section] = {
     "model": Section(
         {
-            "triplane_turbo": TriplaneTurboGenerator,
-            "atom": AtomGenerator,
-            "att3d": Att3dGenerator,
-            "latte3d": Latte3dGenerator,
+            "triplane_turbo": TriplaneTurboModel,
+            "atom": AtomModel,
+            "att3d": Att3dModel,
+            "latte3d": Latte3dModel,
         },
         Model,
         default="triplane_turbo",

@@ -18,7 +18,7 @@ from prd.evaluation.benchmark import Benchmark
 from prd.evaluation.pictures import save_sheet
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
-from prd.generators.protocol import Generator
+from prd.generators.protocol import Model
 from prd.isosurface.extract import EmptySurfaceError
 from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
-    """One generator a prompt, so that what a prompt gives does not depend on its company."""
+    """One generator per prompt, so that what a prompt gives does not depend on the others."""
     return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
 
 
 @torch.no_grad()
 def generate_fields(
-    student: Generator,
-    encoder: PromptEncoder,
+    model: Model,
+    text_encoder: PromptEncoder,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -49,24 +49,22 @@ def generate_fields(
 ) -> list[tuple[list[str], Field]]:
     """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone.
 
-    num_inference_steps: K of a student that denoises; a generator of one pass has none.
+    num_inference_steps: K of a model that denoises; a single-pass model has none.
     """
     generators = prompt_generators(seed, prompts)
     batches: list[tuple[list[str], Field]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        embeds = encoder(part).to(student.device)
-        field = make_fields(student, embeds, generators[start : start + batch_size], num_inference_steps)
+        embeds = text_encoder(part).to(model.device)
+        field = make_fields(model, embeds, generators[start : start + batch_size], num_inference_steps)
         batches.append((part, field))
     return batches
 
 
 @torch.no_grad()
-def make_fields(
-    student: Generator, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int
-) -> Field:
+def make_fields(model: Model, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int) -> Field:
     """The fields of embeddings [B, L, Ct], each from its own generator."""
-    return student.generate(embeds, generators, num_inference_steps=num_inference_steps)
+    return model.generate(embeds, generators, num_inference_steps=num_inference_steps)
 
 
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
@@ -106,20 +104,20 @@ def _row(drawn: Views | None, config: TrainConfig, device: torch.device) -> Tens
 
 
 def contact_sheet(
-    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
+    model: Model, text_encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
 ) -> None:
-    """One row a prompt: colours and normals from `validation.views` sides; no file without prompts."""
+    """One row per prompt: colours and normals from `validation.views` sides; no file without prompts."""
     if not prompts:
         return
     pictures = []
     for part, field in generate_fields(
-        student,
-        encoder,
+        model,
+        text_encoder,
         prompts,
         seed=config.seed,
         num_inference_steps=config.validation.num_inference_steps,
     ):
-        pictures.append(render_sheet(field, len(part), config, student.device))
+        pictures.append(render_sheet(field, len(part), config, model.device))
     _save_rows(torch.cat(pictures), prompts, config, path)
 
 
@@ -142,8 +140,8 @@ def mesh_names(prompts: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def save_gallery(
-    student: Generator,
-    encoder: PromptEncoder,
+    model: Model,
+    text_encoder: PromptEncoder,
     config: TrainConfig,
     folder: Path,
     benchmark: Benchmark | None = None,
@@ -160,18 +158,20 @@ def save_gallery(
     pictures: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     batches = generate_fields(
-        student, encoder, prompts, seed=config.seed, num_inference_steps=settings.num_inference_steps
+        model, text_encoder, prompts, seed=config.seed, num_inference_steps=settings.num_inference_steps
     )
     names = iter(mesh_names(prompts))
     for part, field in batches:
-        scores = None if benchmark is None else benchmark.score(field, part, device=student.device)
+        scores = None if benchmark is None else benchmark.score(field, part, device=model.device)
         for i, prompt in enumerate(part):
             sample, name = one_sample(field, i, len(part)), next(names)
-            drawn = sheet_views(sample, config, student.device)
-            pictures.append(_row(drawn, config, student.device))
+            drawn = sheet_views(sample, config, model.device)
+            pictures.append(_row(drawn, config, model.device))
             row: dict[str, Any] = {"prompt": prompt, "mesh": None, "coverage": 0.0, "empty": drawn is None}
             if drawn is not None:
-                (mesh,) = extract_mesh(sample, settings.isosurface_resolution, texture_size=None, keep="all")
+                resolution = settings.isosurface_resolution
+                (mesh,) = extract_mesh(sample, isosurface_resolution=resolution, texture_size=None)
+                assert mesh is not None  # on_empty="raise"
                 mesh.export(folder / name)
                 row |= {"mesh": name, "coverage": float(drawn.opacity.mean())}
                 row |= {"triangles": len(mesh.faces), "volume": mesh.volume}
@@ -186,18 +186,18 @@ def save_gallery(
 
 
 def export_meshes(
-    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, folder: Path
+    model: Model, text_encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, folder: Path
 ) -> list[Path]:
     """A .glb for each prompt; one without a surface is named in the log and left out."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for i, (prompt, name) in enumerate(zip(prompts, mesh_names(prompts), strict=True)):
         generator = prompt_generators(config.seed, prompts)[i]
-        embeds = encoder([prompt]).to(student.device)
-        field = make_fields(student, embeds, [generator], config.validation.num_inference_steps)
-        try:
-            (mesh,) = extract_mesh(field, config.validation.isosurface_resolution, keep="all")
-        except EmptySurfaceError:
+        embeds = text_encoder([prompt]).to(model.device)
+        field = make_fields(model, embeds, [generator], config.validation.num_inference_steps)
+        resolution = config.validation.isosurface_resolution
+        (mesh,) = extract_mesh(field, isosurface_resolution=resolution, on_empty="flag")
+        if mesh is None:
             logger.warning("%r has no surface: no mesh was written for it", prompt)
             continue
         path = folder / name

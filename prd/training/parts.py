@@ -95,7 +95,7 @@ def build_parts(
     network, encoder = build_model(config) if model is None else model
     network.to(device)
     loaded = build_teachers(config, stages) if teachers is None else dict(teachers)
-    if not config.teacher_options.offload:
+    if network.shares_text_encoder and not config.teacher_options.offload:
         encoder = shared_encoder(encoder, list(loaded.values()))
     parts = Parts(
         network,

@@ -27,13 +27,13 @@ from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients,
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, trainable_parameters
 from prd.training.parts import Parts, build_parts
-from prd.training.recipes import configured_parts, dump_config, save_config, stages_of, to_dict
-from prd.training.run.checkpoints import archive_newer_checkpoints
+from prd.training.recipes import configured_parts, stages_of
 from prd.training.run.clock import TIME_IS_UP, Clock
-from prd.training.run.folder import check_run, run_lock, write_environment
+from prd.training.run.folder import check_run, run_lock
 from prd.training.run.logbook import Logbook
 from prd.training.run.processes import StopRequest, begin_process
-from prd.training.run.resume import load_resumed, plain, resumed_config
+from prd.training.run.resume import load_resumed, resumed_config
+from prd.training.run.session import begin_session, end_session, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
 from prd.training.validation import Validation
 
@@ -59,9 +59,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
                 logger.warning(found)
-        dummy = dummy_of(self.model)
+        dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
         self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
-        width = encoder([""]).shape[-1]
         self.background = TextBackground(width).to(self.device) if config.text_background else None
         self.stages = stages_of(config)
         self.enter(self.stages[0])
@@ -206,41 +205,19 @@ class Trainer:
         """Run all steps and what comes before and after them; returns the run folder."""
         check_run(self.config)
         with run_lock(self.folder) if self.accelerator.is_main_process else nullcontext():
-            return self._train()
-
-    def _train(self) -> Path:
-        config, main = self.config, self.accelerator.is_main_process
-        if main:
-            write_environment(self.folder, self.accelerator.num_processes)
-            save_config(config, self.folder / "config.yaml")
-            print(dump_config(config))
-        first = self.resume()
-        if main and (later := archive_newer_checkpoints(self.folder, first)):
-            names = ", ".join(str(place) for place in later)
-            logger.warning("renamed %d checkpoints newer than step %d: %s", len(later), first, names)
-        if main and first == 0:
-            self.validation.before()
-        self.accelerator.init_trackers("prd", config=plain(to_dict(config)))
-        with self.stop:
-            try:
-                done = self.loop(first)
-            except OSError as error:  # a full disk
-                raise OSError(
-                    f"{error}: the run stopped; its checkpoints in {self.folder} are whole: make room, and continue "
-                    "with --resume_from_checkpoint latest"
-                ) from error
-            if done > first and done % config.checkpointing_steps:
-                self.save(done)
-            stopped = self.stopping not in (None, TIME_IS_UP)
-            if stopped and main:
-                write_report(self.folder)
-                print(f"stopped by {self.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
-        if main and not stopped:
-            minutes = self.clock.minutes_of_run()
-            self.validation.after(done, frames_per_prompt=self.frames_per_prompt, minutes=minutes)
-            print(f"run folder: {self.folder}  ({self.clock.minutes():.1f} minutes)")
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+            first = begin_session(self)
+            with self.stop:
+                try:
+                    done = self.loop(first)
+                except OSError as error:  # a full disk
+                    raise OSError(
+                        f"{error}: the run stopped; its checkpoints in {self.folder} are whole: make room, and "
+                        "continue with --resume_from_checkpoint latest"
+                    ) from error
+                if done > first and done % self.config.checkpointing_steps:
+                    self.save(done)
+                report_stop(self, done)  # here, for launchers pass on a signal that the terminal has already sent
+            end_session(self, done)
         return self.folder
 
     def loop(self, first: int) -> int:

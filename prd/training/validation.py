@@ -16,7 +16,7 @@ from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.benchmark import Benchmark, Score
 from prd.evaluation.report import write_report
-from prd.generators.protocol import Generator
+from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
 from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
 from prd.training.ema import WeightAverage
@@ -57,7 +57,7 @@ class Validation:
     def __init__(
         self,
         config: TrainConfig,
-        model: Generator,
+        model: Model,
         text_encoder: PromptEncoder,
         corpus: Sequence[str],
         average: WeightAverage | None = None,
@@ -148,7 +148,8 @@ class Validation:
     def score(self, record: dict[str, Any]) -> None:
         """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
         assert self.benchmark is not None
-        held_out, report = held_out_prompts(self.config.prompts), {}
+        held_out = held_out_prompts(self.config.prompts)
+        report: dict[str, Any] = {}
         for name, prompts in self.benchmark.splits(held_out, self.config.validation.stacks).items():
             scores = self.measure(prompts)
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
@@ -170,7 +171,7 @@ def check_captions(benchmark: Benchmark, prompts: Sequence[str]) -> None:
 
 
 def measure(
-    model: Generator,
+    model: Model,
     text_encoder: PromptEncoder,
     prompts: Sequence[str],
     benchmark: Benchmark,

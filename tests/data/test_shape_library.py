@@ -13,7 +13,7 @@ import trimesh
 
 from prd.cameras import orbit_cameras
 from prd.data.shape_library import LibraryConfig, LibraryError, MeshLibrary, Shapes, WorldLibrary, open_library
-from prd.generators.latte3d import Latte3dGenerator
+from prd.generators.latte3d import Latte3dModel
 from prd.meshes.read import UnreadableMesh, read_mesh, sample_points
 from prd.toybox.benchmark import ToyBox
 from prd.toybox.world import ExactField
@@ -118,5 +118,5 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     config = LibraryConfig(source="toybox")
     with pytest.raises(LibraryError, match="library.source='toybox': this model takes no shapes"):
         open_library(config, None, object())
-    assert isinstance(open_library(config, None, Latte3dGenerator(LATTE3D)), WorldLibrary)
+    assert isinstance(open_library(config, None, Latte3dModel(LATTE3D)), WorldLibrary)
     assert open_library(replace(config, source=None), None, object()) is None

@@ -14,7 +14,7 @@ from prd.fields.grid import GridField
 from prd.fields.protocol import AutogradGradient, Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.isosurface.extract import extract_isosurface
-from tests.rendering.made import changed, patch_renderer, surface_renderer, volume_renderer
+from tests.rendering.made import changed, surface_renderer, volume_renderer
 
 VOLUME, SURFACE = volume_renderer(num_samples=8), surface_renderer(grid_resolution=8)
 
@@ -56,16 +56,6 @@ def grid(field: Field, batch: int = 1) -> object:
 
 def isosurface(field: Field, batch: int = 1) -> object:
     return extract_isosurface(field, 8, batch=batch)
-
-
-@pytest.mark.parametrize("render", [volume, surface])
-@pytest.mark.parametrize(("held", "asked"), [(2, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("kind", ["planes", "grid"])
-def test_as_many_cameras_as_samples(render: Callable, held: int, asked: int, kind: str) -> None:
-    field: Field = triplane(held) if kind == "planes" else GridField(triplane(held), 8)
-    with pytest.raises(ValueError, match=rf"\b{held}\b"):
-        render(field, asked)
-    render(field, held)
 
 
 @pytest.mark.parametrize("evaluate", [grid, isosurface])
@@ -121,12 +111,3 @@ def test_cameras_of_float64_follow_the_mesh_or_are_refused() -> None:
             changed(VOLUME, cull_below=0.0)(field, wide, height=6, width=6)
         VOLUME(field, wide.to(torch.float32), height=6, width=6)
     assert VOLUME(Balls(), wide, height=6, width=6).rgb.dtype == torch.float64
-
-
-@pytest.mark.parametrize("renderer", [VOLUME, SURFACE, patch_renderer(num_samples=8, patch=2, downsample=2)])
-@pytest.mark.parametrize("shape", [(4,), (1, 2, 6, 5, 3), (2, 2, 6, 6, 3), (1, 1, 2, 6, 6, 3), (0, 3), (2, 1, 1, 1, 3)])
-def test_a_background_that_does_not_fit_is_named(renderer: Callable, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="background="):
-        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(shape))
-    for fits in ((3,), (1,), (2, 6, 6, 3), (1, 2, 1, 1, 3)):
-        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(fits))

@@ -36,7 +36,7 @@ from prd import TriplaneTurbo
 def sdf(pipe):
     points = torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     text = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(1))
-    return pipe.student.generate(text, torch.Generator().manual_seed(2)).sdf(points)
+    return pipe.model.generate(text, torch.Generator().manual_seed(2)).sdf(points)
 """
 
 
@@ -72,7 +72,7 @@ def test_what_is_pushed_comes_back(
         url = pipe.push_to_hub("me/shapes", private=True, token={TOKEN!r}, commit_message="First")
         first, main = sdf(pipe), url.rpartition("/")[2]
         with torch.no_grad():
-            pipe.student.heads.sdf[4].weight.mul_(2)
+            pipe.model.heads.sdf[4].weight.mul_(2)
         pipe.push_to_hub("me/shapes", token={TOKEN!r}, revision="wider", commit_message="Twice the sdf")
         second = sdf(pipe)
         assert not torch.equal(first, second)
@@ -267,7 +267,7 @@ def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
     opened = SixPlaneBackbone(base.unet, base.vae, config)
     PeftModel.from_pretrained(opened, tmp_path, config=config)
     latents, text = torch.randn(6, 4, 8, 8), torch.randn(1, 77, 64)
-    own = pipe.student.backbone
+    own = pipe.model.backbone
     with torch.no_grad():
         t = torch.tensor(499)
         assert torch.equal(opened.denoise(latents, t, text), own.denoise(latents, t, text))

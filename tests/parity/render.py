@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.distillation.schedules import LinearSchedule
-from prd.fields.protocol import AutogradGradient, Field
 from prd.rendering.alpha import (
     PUBLISHED_ALPHA_FLOOR,
     LearnedInvStd,
@@ -35,17 +34,16 @@ from prd.rendering.alpha import (
 from prd.rendering.background import HyperHead
 from prd.rendering.patch import paste, resize
 from prd.rendering.rasterize import Fragments, interpolate
-from prd.rendering.rays import RayBundle
 from prd.rendering.surface import PackedMeshes, composite, shade, vertex_normals
-from prd.rendering.views import Views, published_disparity, published_mesh_depth
+from prd.rendering.views import published_disparity, published_mesh_depth
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.multiview import camera_vector
 from prd.training.optimizers import Adan
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
+from tests.parity.render_scene import WHITE, OnRecordedEdges, Scene, published_images, translation
 
 FAR = 1000.0  # of the published projection, scene units; its near plane is 0.1, as ours
 SQRT3 = 1.732  # as rounded there
-WHITE = (1.0, 1.0, 1.0)
 SAMPLES = 1e-6, 1e-3  # 90% of a ray's segments, and all: inverting a flat distribution amplifies rounding in some
 ROUNDED = 5e-5  # quantities whose recorded float32 value is that far from what float64 gives
 VARIANCE = 1e-4
@@ -58,53 +56,6 @@ GROUPS = (  # of tensors that the README lists, by what their names begin with
 )
 PATCH_IMAGES = ("comp_normal", "comp_normal_cam_vis", "comp_rgb", "depth", "disparity", "opacity")
 ADAN = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
-
-
-@dataclass(frozen=True)
-class Scene(AutogradGradient):
-    """sdf = |p| - radius, colour = p / 2 + offset; the background is slope * direction + level."""
-
-    radius: Tensor
-    offset: Tensor
-    slope: float
-    level: float
-
-    @classmethod
-    def read(cls, text: str) -> Scene:
-        """The scene as `meta.json: geometry` words it."""
-        number = r"([-\d.]+)"
-        pattern = (
-            rf"sdf = \|p\| - r \(r={number}\), features = 0\.5\*p \+ c \(c={number}\), identity colour activation, "
-            rf"normal = p/\|p\|; background colour = {number}\*dir \+ {number}"
-        )
-        match = re.fullmatch(pattern, text)
-        if match is None:
-            raise ValueError(f"meta.json geometry={text!r}: expected {pattern}")
-        radius, offset, slope, level = (float(value) for value in match.groups())
-        return cls(torch.tensor([radius]), torch.full((3,), offset), slope, level)
-
-    def leaves(self) -> Scene:
-        return replace(self, radius=self.radius.clone().requires_grad_(), offset=self.offset.clone().requires_grad_())
-
-    def sdf(self, points: Tensor) -> Tensor:
-        return points.norm(dim=-1, keepdim=True) - self.radius
-
-    def rgb(self, points: Tensor) -> Tensor:
-        return 0.5 * points + self.offset
-
-    def background(self, directions: Tensor) -> Tensor:
-        return self.slope * directions + self.level
-
-
-@dataclass(frozen=True)
-class OnRecordedEdges(VolumeRenderer):
-    """Marches recorded segments: what follows from them is not blurred by the rounding of how they were placed."""
-
-    edges: Tensor | None = None
-
-    def sample_edges(self, field: Field, rays: RayBundle) -> Tensor:
-        assert self.edges is not None
-        return self.edges
 
 
 class RenderParity:
@@ -189,7 +140,7 @@ class RenderParity:
         io.compare("cam.mvdream_camera", camera_vector(cameras, "mvdream"), CLOSED_FORM)
         height, width = io.tensors["cam.directions_unit_focal"].shape[:2]
         unit = torch.tensor([[2 * math.atan(height / 2)]])  # one pixel is one unit at depth 1
-        local = Cameras(torch.eye(4).view(1, 1, 4, 4) + _translation(1.0), unit).rays(height, width)[1]
+        local = Cameras(torch.eye(4).view(1, 1, 4, 4) + translation(1.0), unit).rays(height, width)[1]
         io.compare("cam.directions_unit_focal", local / -local[..., 2:], CLOSED_FORM)
 
         elevation, azimuth, distance, fovy = self.angles(
@@ -425,31 +376,6 @@ class RenderParity:
                 worst = error.max().item()
                 io.report(key, f"{worst:.2f} <= 1 last place", ok=worst <= 1)
                 parameter.data.copy_(expected)
-
-
-def published_images(views: Views, rays: RayBundle, back: Tensor) -> dict[str, Tensor]:
-    """The images [1, V, H, W, C] that the published volume renderer puts out, by its names for them."""
-    forward = -views.cameras.camera_to_world[..., :3, 2][:, :, None, None]
-    cosine = (rays.directions.view_as(views.rgb) * forward).sum(-1, keepdim=True)
-    empty = 1 - views.opacity
-    depth = (views.depth - empty * views.cameras.near_far[1][:, :, None, None, None]) / cosine  # sum of w t
-    return {
-        "comp_rgb": views.rgb,
-        "comp_rgb_fg": views.rgb - empty * back,
-        "opacity": views.opacity,
-        "depth": depth,
-        "z_variance": views.z_variance,
-        "disparity": published_disparity(depth, views.opacity, views.cameras),
-        "comp_normal": views.normal / views.opacity,
-        "comp_normal_cam_vis": views.packed_normal(),
-        "comp_normal_cam_vis_white": views.packed_normal(WHITE),
-    }
-
-
-def _translation(z: float) -> Tensor:
-    matrix = torch.zeros(1, 1, 4, 4)
-    matrix[..., 2, 3] = z
-    return matrix
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -317,8 +317,3 @@ def test_vertex_normals_survive_lonely_vertices_and_bad_settings_are_named():
     assert torch.isfinite(vertices.grad).all()
     with pytest.raises(ValueError, match="grid_resolution"):
         surface_renderer(grid_resolution=2)
-
-
-def test_images_below_two_pixels_are_refused():
-    with pytest.raises(ValueError, match="height=1"):
-        surface_renderer(grid_resolution=16)(two_balls(), cameras(batch=2), height=1, width=8)

@@ -391,26 +391,3 @@ def test_a_training_render_takes_at_most_three_gigabytes() -> None:
     """4 views of 128 x 128 with 192 samples a ray, forward and backward with the eikonal loss, above the model."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) <= 3.0
-
-
-@pytest.mark.parametrize("answer", ["sdf", "gradient", "rgb", "batch"])
-def test_a_field_that_answers_in_the_wrong_shape_is_refused(answer: str) -> None:
-    class Wrong(Sphere):
-        def sdf(self, points: Tensor) -> Tensor:
-            return super().sdf(points)[..., 0] if answer == "sdf" else super().sdf(points)
-
-        def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-            sdf, gradient = super().sdf_and_gradient(points)
-            return sdf, gradient[..., :2] if answer == "gradient" else gradient
-
-        def rgb(self, points: Tensor) -> Tensor:
-            return points[..., :1] if answer == "rgb" else points
-
-    radius = torch.tensor([0.5, 0.4] if answer == "batch" else [0.5])
-    with pytest.raises(ValueError, match="field.sdf" if answer in ("sdf", "batch") else "field"):
-        SHARP(Wrong(radius), two_cameras(), height=4, width=4)
-
-
-def test_images_below_two_pixels_are_refused() -> None:
-    with pytest.raises(ValueError, match="height=1"):
-        SOFT(Sphere(torch.tensor([0.5])), two_cameras(), height=1, width=4)

@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 
 from prd.data.prompts import held_out_prompts
 from prd.hub.find import find_model
-from prd.pipelines.single_pass import load_pipeline
+from prd.pipelines.auto import load_pipeline
 from prd.pipelines.triplane_turbo import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
 from prd.teachers.depth_control import DepthControlTeacher, control_images
@@ -159,7 +159,7 @@ def test_the_adapter_makes_what_it_is_asked(split: str, r_at_1: float, iou: floa
     prompts = ToyBox().splits(held_out_prompts(load_config("toybox").prompts), 10)[split]
     prompts = prompts[:: max(1, len(prompts) // 10)][:10]
     pipe = TriplaneTurbo.from_pretrained("toybox")
-    scores = measure(pipe.student, pipe.encoder, prompts, ToyBox(), seed=7, num_inference_steps=4)
+    scores = measure(pipe.model, pipe.encoder, prompts, ToyBox(), seed=7, num_inference_steps=4)
     summary = summarise(scores)
     record = json.loads(Path(asset("adapter"), "record.json").read_text())["measured"][split]
     assert record["r_at_1"] >= r_at_1 and record["iou"] >= iou
@@ -185,8 +185,8 @@ def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
     measured = record["measured"]
     assert measured["single_seen"]["r_at_1"] >= seen and measured["single_held_out"]["r_at_1"] >= unseen
     splits = ToyBox().splits(held_out_prompts(recipe.prompts), 1)
-    some = summarise(measure(pipe.generator, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
-    rest = summarise(measure(pipe.generator, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
+    some = summarise(measure(pipe.model, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
+    rest = summarise(measure(pipe.model, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
     assert some["r_at_1"] >= seen - 0.1 and rest["r_at_1"] >= unseen - 0.1, (some, rest)
     for figure in ("iou", "color_error"):  # what is shipped is what was measured, but for float16
         assert rest[figure] == pytest.approx(measured["single_held_out"][figure], abs=0.01), figure

@@ -10,9 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from prd.data.shape_library import LibraryError
-from prd.errors import ConfigError
+from prd.errors import ModelMismatch
 from prd.evaluation.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
-from prd.generators.single_pass import GeneratorMismatch
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
@@ -207,9 +206,9 @@ def test_refinement_starts_from_saved_weights(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], state[name]) for name in saved)
     assert list(refined.corpus.prompts) == ["a red mug"] and refined.draw(0, 0).prompts == ["a red mug"]
     assert refined.train_step(0)["frames_per_prompt"] == 4
-    with pytest.raises(ConfigError, match=r"init_from=.*: its model.sphere_radius is 0.45, not 0.3"):
+    with pytest.raises(ModelMismatch, match=r"init_from=.*: its model.sphere_radius is 0.45, not 0.3"):
         make("atom_toybox", *words, "--model.sphere_radius", "0.3")
-    with pytest.raises(GeneratorMismatch, match="_class_name is 'AToM', expected 'ATT3D'"):
+    with pytest.raises(ModelMismatch, match="_class_name is 'AToM', expected 'ATT3D'"):
         make("att3d_toybox", *words)
 
 

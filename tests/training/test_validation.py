@@ -13,7 +13,7 @@ from PIL import Image
 
 from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
@@ -26,7 +26,7 @@ SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", 
 def student_and_encoder(toybox):
     base = load_base("toybox", text=True)
     torch.manual_seed(0)
-    return TriplaneTurboGenerator.from_base(base, load_config("toybox").model), base.encoder
+    return TriplaneTurboModel.from_base(base, load_config("toybox").model), base.encoder
 
 
 def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
@@ -64,8 +64,8 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     student, encoder = student_and_encoder
     generate = student.generate
 
-    def vanished(*words):
-        field = generate(*words)
+    def vanished(*words, **options):
+        field = generate(*words, **options)
         field.bias_radius = -5.0
         return field
 
