@@ -10,7 +10,7 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 from prd.distillation.asd import AsdConfig
-from prd.training.config import load_config
+from prd.training.recipes import load_config
 from prd.utils.checked_types import CHECKS, PositiveSchedule, Schedule, number, resolved, scheduled
 from tests.fixtures import OFFICIAL, needs_fixtures
 
@@ -71,5 +71,5 @@ def test_the_released_recipe_comes_to_the_recorded_values() -> None:
         loss = resolved(config.distillation, int(step), total)
         for name in ("mv", "rd", "sd"):
             assert int(number(loss.t_min)) == values[f"{name}_min_step"] and loss.t_max == values[f"{name}_max_step"]
-        mvdream = resolved(config.teachers.mvdream, int(step), total)
+        mvdream = resolved(config.teachers["mvdream"], int(step), total)
         assert mvdream.guidance_scale == pytest.approx(values["mv_guidance_scale"], rel=1e-9)
