@@ -25,7 +25,7 @@ from prd.training.run.checkpoints import (
 logger = logging.getLogger(__name__)
 
 FREE = frozenset(  # keys and sections that change no number of the training
-    ("output_dir", "max_train_steps", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit")
+    ("output_dir", "max_train_steps", "max_train_minutes", "fits", "checkpointing_steps", "checkpoints_total_limit")
     + ("resume_from_checkpoint", "start_afresh", "allow_config_change", "report_to", "num_threads", "validation")
 )
 SPLIT = frozenset(("train_batch_size", "gradient_accumulation_steps"))  # compared with the processes, as their product
@@ -57,6 +57,8 @@ def load_resumed(config: TrainConfig) -> Checkpoint | None:
 def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_batch_size: int) -> TrainConfig:
     """The config with `schedule_steps` settled: as given, else the checkpoint's, else `max_train_steps`.
 
+    The numbers of steps that the checkpoint's run was fitted to (`fits`) go with the checkpoint's `schedule_steps`.
+
     global_batch_size  prompts per step over all processes and batches; how they are shared out is free to change
 
     Raises ConfigError listing the keys in which the checkpoint was trained otherwise, unless `allow_config_change`;
@@ -74,7 +76,10 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
             f"checkpoint-{checkpoint.step}: the config it was trained with is not one of today's ({error}); resume it "
             "with the version of prd that wrote it"
         ) from error
-    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps)
+    fits = config.fits
+    if config.schedule_steps in (None, saved.schedule_steps):
+        fits = config.fits or saved.fits
+    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps, fits=fits)
     if config.optimizer.name != saved.optimizer.name:
         raise ConfigError(
             f"optimizer.name={config.optimizer.name!r}: checkpoint-{checkpoint.step} holds the state of "
