@@ -90,7 +90,7 @@ class TrainConfig:
     max_train_steps: Count = 15000  # optimiser steps at most
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
     max_train_minutes: Positive | None = None  # steps and schedules are fitted to these, in each process; null: none
-    fits: tuple[Fit, ...] = ()  # steps fitted to the minutes: written by the run, followed by what repeats it
+    fits: tuple[Fit, ...] = ()  # numbers of steps fitted to the minutes: written by the run, followed by its repetition
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the model's autocast
     train_batch_size: Count = 2  # prompts per process and micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches per optimiser step

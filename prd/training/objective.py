@@ -94,10 +94,6 @@ class Objective:
             return schedule
         return names if schedule == "all" else (names[(step + k) % len(names)],)
 
-    def frames_per_prompt(self, step: int, num_estimates: int) -> int:
-        """Frames that an optimiser step renders for each of its prompts."""
-        return self.stage.config.cameras.views * sum(len(self.renderers_of(step, k)) for k in range(num_estimates))
-
     def __call__(
         self,
         batch: Batch,

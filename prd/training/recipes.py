@@ -24,7 +24,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from prd.errors import ConfigError
-from prd.training.classes import SECTIONS, Entry, class_name_of, entries
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries, split_given_parts
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
@@ -145,6 +145,9 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     """
     values = _read_recipe(config)
     changes = renamed(parse_overrides(overrides), "the command line", whole=False)
+    for name, section in SECTIONS.items():
+        if section.default is None and name in changes and name not in values:
+            values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
     minutes = values.get("max_train_minutes")
     if "max_train_steps" in changes and "max_train_minutes" not in changes and minutes is not None:
         logger.warning(
@@ -153,9 +156,6 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
             *(changes["max_train_steps"], minutes),
         )
         changes["max_train_minutes"] = None
-    for name, section in SECTIONS.items():
-        if section.default is None and name in changes and name not in values:
-            values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
     return from_dict(merged(values, changes), str(config))
 
 
@@ -257,14 +257,19 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """The config with the values of a stage in their place."""
     if unknown := sorted(values.keys() - set(STAGED)):
         raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-    before = to_dict(config)
+    before, given = split_given_parts(to_dict(config))
     fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
     if fixed:
         raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
     try:
-        return from_dict(merged({**before, "stages": []}, values))
+        own = from_dict(merged({**before, "stages": []}, values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    for key in given:  # of the user's own, which the trainer is given
+        section, _, name = key.partition(".")
+        changed: dict[str, Any] = {section: {**getattr(own, section), name: getattr(config, section)[name]}}
+        own = replace(own, **changed)
+    return own
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:

@@ -83,7 +83,10 @@ class Validation:
         contact_sheet(self.model, self.text_encoder, prompts, self.config, self.folder / "before.png")
 
     def validate_periodically(self, done: int, schedule_steps: int) -> dict[str, float]:
-        """Measure after `done` steps of a schedule what is due then, each quantity every so many steps."""
+        """Measure after `done` steps what is due then, each quantity every so many steps; returns the values.
+
+        schedule_steps  the steps that the schedules of the run span
+        """
         config, values = self.config, {"peak_gigabytes": peak_memory(self.model.device)}
         every = config.validation.every_steps
         if every and done % every == 0 and self.benchmark is not None and config.validation.prompts:
@@ -126,23 +129,27 @@ class Validation:
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
         return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
-    def time_end(self) -> float:
-        """Seconds that sheet, meshes and scores after the last step take, by timing three captions."""
-        assert self.benchmark is not None
+    def seconds_after(self) -> float | None:
+        """Seconds that sheet, meshes and scores after the last step will take, by timing three captions.
+
+        None without a benchmark, whose captions are timed.
+        """
+        if self.benchmark is None:
+            return None
+        self.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
         splits = self.benchmark.splits(held_out_prompts(self.config.prompts), self.config.validation.stacks)
         captions = [caption for split in splits.values() for caption in split]
         seconds = 0.0
         for some in (captions[:1], captions[1:4]):  # the first one warms up
             begun = time.monotonic()
             self.measure(some)
-            seconds = (time.monotonic() - begun) / max(1, len(some))
+            seconds = (time.monotonic() - begun) / len(some)
         return seconds * (len(captions) + MESH_COST * len(self.config.validation.prompts))
 
-    def after(self, done: int, *, frames_per_prompt: float, minutes: float, fits: Sequence[Any] = ()) -> None:
+    def after(self, done: int, cost: dict[str, Any]) -> None:
         """Save the model trained for `done` steps, then show and measure what it makes.
 
-        frames_per_prompt, minutes  what the run has cost, for the record beside the weights
-        fits                        how its steps were fitted to its minutes, for the same
+        cost  of the run, plain values for the record beside the weights
         """
         config, folder = self.config, self.folder
         with self.shown_weights():
@@ -150,15 +157,8 @@ class Validation:
             contact_sheet(self.model, self.text_encoder, config.validation.prompts, config, folder / "after.png")
             export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
             if self.benchmark is not None:
-                record = {
-                    "train_steps": done,
-                    "fits": list(fits),
-                    "frames_per_prompt": round(frames_per_prompt, 1),
-                    "minutes": round(minutes, 1),
-                    "seed": config.seed,
-                    "held_out": list(held_out_prompts(config.prompts)),
-                }
-                self.score(record)
+                held_out = list(held_out_prompts(config.prompts))
+                self.score({"train_steps": done, **cost, "seed": config.seed, "held_out": held_out})
         write_report(folder)
 
     def score(self, record: dict[str, Any]) -> None:

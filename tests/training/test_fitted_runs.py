@@ -14,15 +14,15 @@ import torch
 from prd.evaluation.report import read_run
 from prd.training import budget as budget_module
 from prd.training.recipes import load_config
-from prd.training.run.step_plan import fit_steps
 from prd.training.trainer import Trainer
 from prd.training.validation import Validation
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     *("--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "1", "--report_to", "null"),
-    *("--renderer_schedule", "[volume]", "--renderers.volume.grid_resolution", "12"),
-    *("--renderers.volume.num_samples", "8", "--renderers.volume.height", "16", "--renderers.volume.width", "16"),
+    *("--renderer_schedule", "volume", "--renderers.volume.grid_resolution", "12"),
+    *("--renderers.volume.num_samples", "8"),
+    *("--renderers.volume.height", "16", "--renderers.volume.width", "16"),
     *("--teachers.stable_diffusion.enabled", "false"),
     *("--teachers.mvdream.enabled", "false", "--validation.prompts", "[]", "--validation.stacks", "1"),
     *("--validation.every_steps", "null", "--optimizer.warmup_steps", "1", "--checkpoints_total_limit", "null"),
@@ -35,8 +35,8 @@ def quick(toybox, monkeypatch):
     """Paces are measured over one step after one of warm-up, and nothing is measured at the end."""
     monkeypatch.setattr(budget_module, "WARM_UP", 1)
     monkeypatch.setattr(budget_module, "MEASURED", 1)
-    monkeypatch.setattr(Validation, "time_end", lambda self: 0.0)
-    monkeypatch.setattr(Validation, "after", lambda self, done, **facts: None)
+    monkeypatch.setattr(Validation, "seconds_after", lambda self: 0.0)
+    monkeypatch.setattr(Validation, "after", lambda self, done, cost: None)
 
 
 def clocked(run: Path, seconds: float, *words: str, recipe: str = "toybox") -> Trainer:
@@ -79,7 +79,7 @@ def test_a_resumed_run_keeps_the_number_and_ends_like_the_uninterrupted_one(quic
     folder = str(tmp_path / "run" / "checkpoint-5")
     again = clocked(tmp_path / "again", 1.0, "--resume_from_checkpoint", folder)  # another machine, much faster
     again.train()
-    assert again.config.fits == whole.config.fits and again.plan.steps == 8
+    assert again.plan.config.fits == whole.plan.config.fits and again.plan.max_train_steps == 8
     assert rows(tmp_path / "again") == rows(tmp_path / "run")[5:]
     for a, b in zip(whole.parameters, again.parameters, strict=True):
         assert torch.equal(a, b)
@@ -100,16 +100,15 @@ def test_the_config_of_a_run_repeats_it_whatever_the_clock(quick, tmp_path):
     assert again.plan.budget is None and rows(tmp_path / "again") == rows(tmp_path / "run")
 
 
-def test_a_run_that_becomes_far_too_slow_is_stopped_and_says_so(quick, tmp_path, caplog, monkeypatch):
+def test_a_run_that_becomes_far_too_slow_is_stopped_and_says_so(quick, tmp_path, caplog):
     trainer = clocked(tmp_path / "run", 7.5)
     trainer.plan.budget.checks = []  # as if it became slow after the last of them
+    trainer.fit_steps = lambda done, fit=trainer.fit_steps: (fit(done), slow(done))
 
-    def slow(self, done):
-        fit_steps(self, done)
+    def slow(done):
         if done == 5:
             trainer.clock.minutes = lambda: 1.3
 
-    monkeypatch.setattr("prd.training.trainer.fit_steps", slow)
     trainer.train()
     assert len(rows(tmp_path / "run")) == 6
     assert "1.25 times its max_train_minutes=1.0: the machine became slower" in caplog.text

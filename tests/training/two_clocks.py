@@ -24,10 +24,10 @@ def main(*overrides: str) -> None:
 
     trainer.train_step = counted
     trainer.clock.minutes = lambda: seconds * len(steps) / 60
-    trainer.validation.time_end = lambda: 0.0
-    trainer.validation.after = lambda done, **facts: None
+    trainer.validation.seconds_after = lambda: 0.0
+    trainer.validation.after = lambda done, cost: None
     trainer.train()
-    fits = [(fit.step, fit.max_train_steps) for fit in trainer.config.fits]
+    fits = [(fit.step, fit.max_train_steps) for fit in trainer.plan.config.fits]
     print(f"process {trainer.accelerator.process_index}: {len(steps)} steps, fits {fits}", flush=True)
 
 

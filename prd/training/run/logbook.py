@@ -12,25 +12,14 @@ from prd.training.run.folder import metrics_line, open_metrics
 
 
 class Logbook:
-    """The steps from `first` on, written and shown by the main process alone."""
+    """Writes and shows the steps after `first` in the main process; `total` is how many the run has in all."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, first: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, first: int, total: int) -> None:
         main = accelerator.is_main_process
         self.accelerator = accelerator
         self.metrics = open_metrics(folder / "metrics.jsonl", first) if main else None
-        self.bar = tqdm(initial=first, disable=not main, desc="train", mininterval=1.0)
+        self.bar = tqdm(initial=first, total=total, disable=not main, desc="train", mininterval=1.0)
         self.shown: dict[str, str] = {}
-
-    def count(self, total: int) -> None:
-        """Count a step of `total`."""
-        self.bar.total = total
-        self.bar.update()
-
-    def close(self) -> None:
-        """End the progress bar and the file."""
-        self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
 
     def write(self, done: int, values: Mapping[str, float]) -> None:
         """Log what was measured after `done` steps: a line of metrics.jsonl, the tracker, the progress bar."""
@@ -43,3 +32,14 @@ class Logbook:
         self.metrics.write(metrics_line(done, values))
         self.metrics.flush()
         self.bar.set_postfix(self.shown, refresh=False)
+
+    def advance(self, total: int) -> None:
+        """Show that one more of `total` steps is done."""
+        self.bar.total = total
+        self.bar.update()
+
+    def close(self) -> None:
+        """Leave the progress bar as it is, and close the files."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()

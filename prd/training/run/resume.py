@@ -10,8 +10,10 @@ from typing import Any
 
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
+from prd.training.classes import split_given_parts
 from prd.training.config import TrainConfig
 from prd.training.recipes import from_dict, to_dict
+from prd.training.renamed import renamed
 from prd.training.run.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -66,8 +68,9 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
         return replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
     if "config" not in checkpoint.state:
         raise CheckpointError(f"checkpoint-{checkpoint.step} does not say how it was trained: not one of a run")
+    written, given = split_given_parts(renamed(checkpoint.state["config"], f"checkpoint-{checkpoint.step}"))
     try:
-        saved = from_dict(checkpoint.state["config"], f"checkpoint-{checkpoint.step}")
+        saved = from_dict(written)
     except ConfigError as error:
         raise CheckpointError(
             f"checkpoint-{checkpoint.step}: the config it was trained with is not one of today's ({error}); resume it "
@@ -82,7 +85,8 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
             f"optimizer.name={config.optimizer.name!r}: checkpoint-{checkpoint.step} holds the state of "
             f"{saved.optimizer.name!r}; resume with that, or start another run"
         )
-    found = differing_keys(comparable(saved), comparable(config))
+    ours, ours_given = split_given_parts(comparable(config))
+    found = differing_keys({**comparable(saved), **given}, {**ours, **ours_given})
     before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
     if before != global_batch_size:
         found.append(f"prompts per step: {before} -> {global_batch_size}")
