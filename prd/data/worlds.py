@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -110,4 +111,4 @@ def find_world(name: str | None, key: str = "prompts.source", protocol: type = W
 def _is_module(path: str) -> bool:
     """Return whether the first name of an import path is a module, installed or in the current directory."""
     root = path.partition(".")[0]
-    return Path(root).is_dir() or Path(f"{root}.py").is_file() or find_spec(root) is not None
+    return root in sys.modules or Path(root).is_dir() or Path(f"{root}.py").is_file() or find_spec(root) is not None
