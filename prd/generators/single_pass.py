@@ -26,7 +26,7 @@ from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
 
-RECORDS = ("_class_name", "_prd_version", "weights_hash", "text_hash")  # in config.json beside the settings
+RECORDS = ("_class_name", "_prd_version", "generator", "weights_hash", "text_hash")  # in config.json beside settings
 
 
 class SinglePassModel(nn.Module):
@@ -194,6 +194,7 @@ class SinglePassModel(nn.Module):
             return {
                 "_class_name": self.class_name,
                 "_prd_version": prd.__version__,
+                "generator": self.class_name.lower(),  # for version 0.1, which asks for it
                 **asdict(self.config),
                 "weights_hash": hashes[WEIGHTS],
                 "text_hash": self.text_hash,
@@ -236,7 +237,3 @@ def _settings(cls: type[SinglePassModel], folder: Path, values: dict[str, Any]) 
         return cls.config_class(**values)
     except ValueError as error:
         raise ModelMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
-
-
-SinglePassGenerator = SinglePassModel
-GeneratorMismatch = ModelMismatch

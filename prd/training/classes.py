@@ -144,7 +144,7 @@ def config_class_of(part: Any, section: Section, key: str) -> type:
 
 def setting_names(config_class: type) -> list[str]:
     """The keys of a part's settings."""
-    return [f.name for f in fields(config_class) if f.name != "generator"]
+    return [f.name for f in fields(config_class)]
 
 
 def _choices(section: Section) -> str:

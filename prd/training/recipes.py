@@ -113,7 +113,6 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def _plain_part(own: dict[str, Any], shorthand: str | None, class_name: str | None) -> Any:
-    own = {name: value for name, value in own.items() if name != "generator"}
     if class_name is None:
         return own[shorthand] if shorthand is not None and list(own) == [shorthand] else own
     return {"class": class_name, **own}
