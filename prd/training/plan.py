@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from prd.training.budget import END_SHARE, HARD_LIMIT, Budget, planned, stage_start, with_fit
 from prd.training.config import Stage, TrainConfig
 from prd.training.recipes import stages_of
-from prd.training.run.clock import Clock
+from prd.training.run.clock import TIME_IS_UP, Clock
+
+logger = logging.getLogger(__name__)
 
 
 class StepPlan:
@@ -71,10 +75,12 @@ class StepPlan:
         limit = self.config.max_train_minutes
         return limit is not None and self.accelerator.is_main_process and self.clock.minutes() > HARD_LIMIT * limit
 
-    def overrun(self, done: int) -> str:
-        """One sentence about a run that was stopped by its minutes after `done` steps."""
-        return (
-            f"the run has taken {HARD_LIMIT:.3g} times its max_train_minutes={self.config.max_train_minutes}: the "
-            "machine became slower, and the schedules stop in the middle; resume the run for the remaining "
-            f"{self.max_train_steps - done} steps"
-        )
+    def say_stopping(self, reason: str, done: int) -> None:
+        """Log why a run stops after `done` steps, and of one that its minutes stop what is left of it."""
+        logger.warning("%s: stopping after %d steps", reason, done)
+        if reason == TIME_IS_UP and done < self.max_train_steps:
+            logger.warning(
+                "the run has taken %.3g times its max_train_minutes=%s: the machine became slower, and the schedules "
+                "stop in the middle; resume the run for the remaining %d steps",
+                *(HARD_LIMIT, self.config.max_train_minutes, self.max_train_steps - done),
+            )

@@ -63,10 +63,13 @@ class Trainer:
         dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
         self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
         self.background = TextBackground(width).to(self.device) if config.text_background else None
+        self.background_parameters = [] if self.background is None else list(self.background.parameters())
         self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
         self.enter(self.stages[0])
-        decay = config.ema_decay
-        self.average = None if decay is None else WeightAverage(self.every_parameter(), decay)
+        self.average: WeightAverage | None = None
+        if config.ema_decay is not None:
+            every = [*trainable_parameters(self.model, None), *self.background_parameters]
+            self.average = WeightAverage(every, config.ema_decay)
         self.validation = Validation(config, self.model, encoder, self.corpus.prompts, self.average, parts.benchmark)
         self.skipped = SkippedSteps(self.accelerator, self.folder)
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
@@ -93,11 +96,6 @@ class Trainer:
         """Prompts drawn before an optimiser step: where the corpus goes on."""
         return self.first_prompt + (step - self.first) * self.global_batch_size
 
-    def every_parameter(self) -> list[torch.nn.Parameter]:
-        """The parameters that any stage trains."""
-        own = () if self.background is None else self.background.parameters()
-        return [*trainable_parameters(self.model, None), *own]
-
     # -- a stage -----------------------------------------------------------------------------------------------------
 
     @property
@@ -109,8 +107,7 @@ class Trainer:
         """Begin a stage: its parts of the model are trained, by an optimiser of its own."""
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         self.model.begin_stage(stage.config.trainable)
-        own = [] if self.background is None else list(self.background.parameters())
-        self.parameters = [*train_only(self.model, stage.config.trainable), *own]
+        self.parameters = [*train_only(self.model, stage.config.trainable), *self.background_parameters]
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config.optimizer, self.parameters))
         self.follow(stage)
 
@@ -246,9 +243,7 @@ class Trainer:
             if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
                 self.stopping = self.stopping or self.stop.name
             if self.stopping:
-                logger.warning("%s: stopping after %d steps", self.stopping, done)
-                if self.stopping == TIME_IS_UP and done < self.plan.max_train_steps:
-                    logger.warning(self.plan.overrun(done))
+                self.plan.say_stopping(self.stopping, done)
                 break
         log.close()
         return done
