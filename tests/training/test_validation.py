@@ -17,7 +17,7 @@ from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
-from prd.training.validation import mesh_names, save_gallery
+from prd.training.galleries import mesh_names, save_gallery
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
