@@ -321,7 +321,7 @@ def test_processes_share_no_prompt_and_a_run_resumes_from_a_position():
 
 
 def test_places_of_a_prompt_are_spread_evenly_over_the_seeds():
-    from prd.data.prompts import shuffled
+    from prd.data.corpora import shuffled
 
     places = Counter(shuffled(0, 10, f"{seed} 0") for seed in range(4000))
     assert set(places) == set(range(10))

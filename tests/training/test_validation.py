@@ -15,9 +15,9 @@ from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
+from prd.training.galleries import mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
-from prd.training.galleries import mesh_names, save_gallery
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
