@@ -1,4 +1,4 @@
-"""What is added to Stable Diffusion: plane-wise and ordinary LoRA, six-plane attention, the published checkpoint."""
+"""Adapters of Stable Diffusion: plane-wise and ordinary LoRA, six-plane attention, the published checkpoint."""
 
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta
 from prd.adapters.planes import NUM_PLANES, PLANES

@@ -3,7 +3,7 @@
 Its adapter layers are numbered in the order in which the published code made them: attention processors of the U-Net
 (down, up, mid), attention of the VAE decoder, convolutions of the U-Net, convolutions of the decoder, conv_out. Its
 LoRA of the six-plane self-attention's to_out acts on the OUTPUT of to_out; folded onto the input, as ordinary LoRA is,
-B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one a plane. Nothing is scaled: rank and alpha are equal.
+B A (W h + b) becomes B' = B, A' = A W and a bias B A b, one per plane. Nothing is scaled: rank and alpha are equal.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from prd.adapters.peta import CONV_OUT, PetaConfig, SixPlaneBackbone, expected_modules
+from prd.errors import CheckpointError
 
 PLANE_NAMES = ("xy_lora_geo", "xz_lora_geo", "yz_lora_geo", "xy_lora_tex", "xz_lora_tex", "yz_lora_tex")
 PROJECTIONS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
@@ -31,10 +32,6 @@ GROUP_PATTERNS = {
     "decoder_attention": r"decoder\..*\.to_(q|k|v|out\.0)",
     "decoder_convolutions": r"decoder\..*\.(conv|conv1|conv2|conv_shortcut)",
 }
-
-
-class CheckpointError(ValueError):
-    """A published checkpoint with missing, unknown or misshapen entries."""
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:

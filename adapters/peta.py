@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
 
 CONV_OUT = "decoder.conv_out"
-LARGE_LATENT = 32 * 32  # latent pixels a plane from which planes are decoded one by one
+LARGE_LATENT = 32 * 32  # latent pixels per plane from which planes are decoded one by one
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own records
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"),
@@ -68,7 +68,7 @@ class PetaLinear(LoraLinear):
 
 
 class PlaneLora(PetaLinear):
-    """LoRA of a linear layer with one pair of factors a plane; input [B * P, L, in]."""
+    """LoRA of a linear layer with one pair of factors per plane; input [B * P, L, in]."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         if not isinstance(config, PetaConfig):
@@ -161,7 +161,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 @dataclass
 class PetaConfig(LoraConfig):
-    """What is adapted and by how much; plain JSON fields, saved as peft's adapter_config.json.
+    """Settings of PETA: what is adapted and by how much; plain JSON fields, saved as peft's adapter_config.json.
 
     `r` is the rank everywhere, `rank_pattern` (peft's: regex -> rank) overrides it for some modules. Plane-wise LoRA
     against basic LoRA of the same parameter count is `plane_wise=False, rank_pattern={SELF_ATTENTION.pattern: 6 * r}`.
@@ -174,7 +174,7 @@ class PetaConfig(LoraConfig):
     num_planes: int = field(default=NUM_PLANES)
     plane_channels: int = field(default=32)  # C of the decoded planes; the new conv_out has 2C channels
     plane_wise: bool = field(default=True)  # False: one A/B pair shared by the planes in self-attention
-    plane_bias: bool = field(default=False)  # a bias a plane on to_out, as the folded published weights need
+    plane_bias: bool = field(default=False)  # a bias per plane on to_out, as the folded published weights need
     self_attention: bool = field(default=True)  # attn1 of the U-Net
     cross_attention: bool = field(default=True)  # attn2 of the U-Net
     convolutions: bool = field(default=True)  # ResNet, down- and upsampling (and conv projections) of the U-Net
@@ -203,7 +203,7 @@ class PetaConfig(LoraConfig):
         self._register_custom_module(layers)
 
     def _refuse_other_options(self) -> None:
-        """ValueError for an option of peft's LoRA that PETA does not have: it would be ignored."""
+        """Raise ValueError for an option of peft's LoRA that PETA does not have: it would be ignored."""
         if self.lora_alpha not in (None, self.r):
             raise ValueError(f"lora_alpha={self.lora_alpha}: PETA scales nothing; leave it out, or give r={self.r}")
         if self.init_lora_weights not in (True, False, "gaussian"):

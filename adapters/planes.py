@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ class PlaneAttention:
     """Attention processor of a U-Net whose batch holds the planes of a sample side by side.
 
     hidden_states [B * P, L, C]. Self-attention joins the P * L tokens of a sample, planes on the slow axis.
-    Cross-attention takes the text once a sample [B, 77, Ct], shared by its planes, or once a plane [B * P, 77, Ct]:
+    Cross-attention takes the text once per sample [B, 77, Ct], shared by its planes, or once per plane [B * P, 77, Ct]:
     queries are independent of each other, so sharing changes the cost and not the result.
     """
 
@@ -39,7 +40,7 @@ class PlaneAttention:
         if rows % self.num_planes or rows % groups:
             raise ValueError(
                 f"hidden_states={tuple(hidden_states.shape)}, encoder_hidden_states={tuple(source.shape)}: the batch "
-                f"must be {self.num_planes} planes a sample, and the text given once a sample or once a plane"
+                f"must be {self.num_planes} planes per sample, and the text given once per sample or once per plane"
             )
         if attention_mask is not None:
             raise ValueError("attention_mask: six-plane attention takes none; pass embeddings padded to 77 tokens")
@@ -50,6 +51,14 @@ class PlaneAttention:
         mixed = self.attention(query, key, value).transpose(1, 2)
         mixed = mixed.reshape(rows, hidden_states.shape[1], -1)  # [B P, L, C]
         return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def set_attention(unet: nn.Module, attention: Callable[..., Tensor] | None) -> None:
+    """Set the attention of every `PlaneAttention` of a U-Net, of q, k, v [B, heads, L, d]; None: torch's."""
+    processors: Any = unet.attn_processors
+    for processor in {id(p): p for p in processors.values()}.values():
+        assert isinstance(processor, PlaneAttention)
+        processor.attention = attention or F.scaled_dot_product_attention
 
 
 def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -86,11 +95,11 @@ class PlaneLinear(nn.Module):
         if samples == 1:
             return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], x, weight)
         tokens = x.view(samples, planes, length, in_features)
-        # matmul copies the weights once a sample: where they are smaller than the tokens, that is the cheaper copy
+        # matmul copies the weights once per sample: where they are smaller than the tokens, that is the cheaper copy
         if out_features * in_features <= length * (out_features + in_features):
             y = tokens @ weight  # [B, P, L, out]
             return (y if self.bias is None else y + self.bias[:, None]).view(*x.shape[:-1], out_features)
-        side = tokens.transpose(0, 1).reshape(planes, samples * length, in_features)  # one product a plane
+        side = tokens.transpose(0, 1).reshape(planes, samples * length, in_features)  # one product per plane
         y = side @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], side, weight)
         return y.view(planes, samples, length, out_features).transpose(0, 1).reshape(*x.shape[:-1], out_features)
 

@@ -36,7 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe, synchronize  # noqa: E402
 
-from prd.cameras import CameraSampling  # noqa: E402
+from prd.cameras import CamerasConfig  # noqa: E402
 from prd.distillation.asd import AsdConfig  # noqa: E402
 from prd.distillation.distill import distill  # noqa: E402
 from prd.distillation.multi_teacher import leaf_views, rendering_gradient  # noqa: E402
@@ -189,7 +189,7 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 def renderings(prompts: int, size: int, device: str, views: int = 4) -> Views:
     """Random square renderings of some views a prompt."""
-    cameras = CameraSampling(views=views).sample(torch.rand(prompts, 3))
+    cameras = CamerasConfig(views=views).sample(torch.rand(prompts, 3))
     for name in ("camera_to_world", "fovy"):  # set past the checks of their values, which the meta device has not
         object.__setattr__(cameras, name, getattr(cameras, name).to(device))
     rgb, normal, depth, disparity, opacity = (
@@ -289,12 +289,12 @@ def activation_bytes(teacher: UNetTeacher, args: argparse.Namespace) -> dict[str
 def student_bytes() -> dict[str, int]:
     """The student at Stable Diffusion 2.1's size as the trainer keeps it: float32 base, adapters, Adan's state."""
     from prd.adapters import PetaConfig
-    from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), sample_size=64, **SD21)
         vae, text = make_vae(True), CLIPTextModel(CLIPTextConfig(vocab_size=49408, **VIT_H))
-        student = TriplaneTurboGenerator(unet, vae, stable_diffusion_scheduler(), PetaConfig(), StudentConfig())
+        student = TriplaneTurboModel(unet, vae, stable_diffusion_scheduler(), PetaConfig(), SavedConfig())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return {
         "weights": weight_bytes(student) + weight_bytes(text),

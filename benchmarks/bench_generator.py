@@ -97,14 +97,14 @@ def full_size_base(dtype: torch.dtype, device: str) -> tuple[Any, Any, Any, Any]
 def build(size: str, dtype: torch.dtype, device: str) -> Any:
     """A pipeline: the shipped toy box, or Stable Diffusion 2.1's size with an adapter of the paper's rank."""
     from prd.adapters import PetaConfig
-    from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel
     from prd.pipelines.triplane_turbo import TriplaneTurbo
 
     torch.manual_seed(0)
     if size == "toy":
         return TriplaneTurbo.from_pretrained("toybox", device=device, dtype=dtype)
     unet, vae, scheduler, encoder = full_size_base(dtype, device)
-    student = TriplaneTurboGenerator(unet, vae, scheduler, PetaConfig(), StudentConfig(sdf_init_scale=0.05))
+    student = TriplaneTurboModel(unet, vae, scheduler, PetaConfig(), SavedConfig(sdf_init_scale=0.05))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
@@ -147,7 +147,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     fusing = seconds(pipe.fuse, device)
     memory.lap("fuse")
     generator = torch.Generator().manual_seed(0)
-    student, encoder = pipe.student, pipe.encoder
+    student, encoder = pipe.model, pipe.encoder
     embeds = encoder([PROMPT]).to(student.device)
     latents = student.draw_latents(1, generator)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def measure_ratios(args: argparse.Namespace) -> dict[str, Any]:
     from prd.adapters.planes import PlaneAttention
 
     dtype, device = DTYPES[args.dtype], args.device
-    unfused, fused = build(args.size, dtype, device).student, None
+    unfused, fused = build(args.size, dtype, device).model, None
     plain = strip_adapters(shared_copy(unfused.backbone.unet))
     alone = shared_copy(plain)
     for module in plain.modules():
@@ -239,7 +239,7 @@ def measure_ratios(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(module, BasicTransformerBlock):
             module.attn1.set_processor(AttnProcessor2_0())
             module.attn2.set_processor(AttnProcessor2_0())
-    fused = build(args.size, dtype, device).student.fuse()
+    fused = build(args.size, dtype, device).model.fuse()
     width = unfused.backbone.unet.config["cross_attention_dim"]
     tokens = 77 if args.size == "sd21" else 16
     text = torch.randn(args.batch, tokens, width, device=device, dtype=dtype)

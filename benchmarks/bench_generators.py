@@ -31,7 +31,10 @@ from prd.toybox.world import COLORS, SHAPES  # noqa: E402
 from prd.utils.files import write_atomic  # noqa: E402
 
 SINGLES = ["--prompts.stack_fraction", "0"]
-VOLUME, SURFACE = ["--stages", "[]", "--renderers", "volume"], ["--stages", "[]", "--renderers", "surface"]
+VOLUME, SURFACE = (
+    ["--stages", "[]", "--renderer_schedule", "[volume]"],
+    ["--stages", "[]", "--renderer_schedule", "[surface]"],
+)
 LATTE3D_STAGES = """[
   {{name: pretraining, until: 0.1, library: {{annealing: 0, reconstruction: 1000}},
    teachers: {{stable_diffusion: {{enabled: false}}, mvdream: {{enabled: false}}}}}},
@@ -39,7 +42,7 @@ LATTE3D_STAGES = """[
    teachers: {{stable_diffusion: {{enabled: false}}}}}},
   {{name: text, until: 0.8, library: {{annealing: 1, alpha: {alpha}}},
    teachers: {{stable_diffusion: {{enabled: false}}}}}},
-  {{name: texture, until: 1, renderers: surface, trained: [texture], library: {{annealing: 1}},
+  {{name: texture, until: 1, renderer_schedule: [surface], trainable: [texture], library: {{annealing: 1}},
    teachers: {{stable_diffusion: {{weight: 0.1, controlnet: toybox}}}}}}]"""
 
 
@@ -116,7 +119,7 @@ def made(name: str, args: argparse.Namespace) -> list[Measured]:
 
 def recipe_steps(recipe: str, overrides: list[str]) -> int:
     """The optimiser steps that a run is to take."""
-    from prd.training.config import load_config
+    from prd.training.recipes import load_config
 
     return load_config(recipe, overrides).max_train_steps
 

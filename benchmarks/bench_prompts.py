@@ -102,8 +102,7 @@ def measure(source: str, tokenizer_folder: str, draws: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import prd.training.trainer  # noqa: F401
-    from prd.data.prompts import load_corpus
-    from prd.training.sections import PromptsConfig
+    from prd.data.prompts import PromptsConfig, load_corpus
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -36,21 +36,16 @@ from machine import PeakMemory, describe, matmul_rate  # noqa: E402
 
 from prd.cameras import orbit_cameras  # noqa: E402
 from prd.distillation.regularizers import eikonal_loss  # noqa: E402
-from prd.fields.triplane import (  # noqa: E402
-    TriplaneField,
-    TriplaneHeads,
-    _first_hidden,
-    _tiles,
-    colour_from_features,
-    plane_coordinates,
-    plane_lattices,
-)
+from prd.fields.dense_head import _first_hidden, _tiles  # noqa: E402
+from prd.fields.planes import plane_coordinates, plane_lattices  # noqa: E402
+from prd.fields.triplane import TriplaneField, TriplaneHeads, colour_from_features  # noqa: E402
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine  # noqa: E402
 from prd.isosurface.extract import extract_isosurface  # noqa: E402
 from prd.isosurface.marching_cubes import marching_cubes  # noqa: E402
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra  # noqa: E402
+from prd.rendering.protocol import SampleDraws  # noqa: E402
 from prd.rendering.rasterize import rasterize  # noqa: E402
-from prd.rendering.volume import VolumeRenderer  # noqa: E402
+from prd.rendering.volume import VolumeConfig, VolumeRenderer  # noqa: E402
 
 Record = dict[str, Any]
 VIEWS = 4
@@ -279,15 +274,16 @@ def child_neus(size: int, max_rays: int, threads: int) -> Record:
     torch.set_num_threads(threads)
     field = smooth_field(1)
     field.planes.requires_grad_()
-    renderer = VolumeRenderer(num_samples=64, num_importance_samples=128, max_rays=max_rays or None)
+    renderer = VolumeRenderer(VolumeConfig(num_samples=64, num_importance_samples=128, max_rays=max_rays or None))
     cameras = orbit_cameras(torch.full((1, VIEWS), 20.0), torch.arange(VIEWS)[None] * 90.0, 2.4, 50.0)
     memory = PeakMemory("cpu")
     memory.lap("model")
     start = time.perf_counter()
-    views, gradient = renderer.render_with_samples(
-        field, cameras, height=size, width=size, generator=torch.Generator().manual_seed(0)
-    )
-    loss = views.rgb.mean() + views.normal.mean() + views.disparity.mean() + eikonal_loss(gradient)
+    draws = SampleDraws([torch.Generator().manual_seed(0)])
+    rendered = renderer.render(field, cameras, (size, size), 0.5, draws)
+    views = rendered.views
+    assert rendered.samples is not None
+    loss = views.rgb.mean() + views.normal.mean() + views.disparity.mean() + eikonal_loss(rendered.samples)
     loss.backward()
     seconds = time.perf_counter() - start
     memory.lap("render")

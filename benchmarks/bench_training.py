@@ -114,7 +114,7 @@ class Sketch:
 
 def make_trainer(folder: Path, batch: int, renderers: str, threads: int) -> Any:
     """The toy box's recipe in a folder of its own."""
-    from prd.training.config import load_config
+    from prd.training.recipes import load_config
     from prd.training.trainer import Trainer
 
     words = ["--output_dir", str(folder / "run"), "--train_batch_size", str(batch), "--renderers", renderers]
@@ -140,14 +140,14 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     import prd.training.objective as judging
 
-    student = trainer.student
+    student = trainer.model
     patches = [
         mock.patch.object(student, "denoise", timed("student: U-Net", student.denoise)),
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
         mock.patch.object(judging, "multi_teacher_loss", timed("teachers", judging.multi_teacher_loss)),
-        mock.patch.object(trainer, "encoder", timed("text", trainer.encoder)),
+        mock.patch.object(trainer.batches, "encoder", timed("text", trainer.batches.encoder)),
     ]
     for patch in patches:
         patch.start()

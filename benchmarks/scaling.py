@@ -43,7 +43,7 @@ from machine import describe  # noqa: E402
 
 from prd.adapters import PetaConfig  # noqa: E402
 from prd.distillation.regularizers import eikonal_loss  # noqa: E402
-from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator  # noqa: E402
+from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel  # noqa: E402
 from prd.teachers.convert import stable_diffusion_scheduler  # noqa: E402
 
 COUNTS, RESULTS = "training_sd21_counts.json", HERE / "results"
@@ -86,12 +86,12 @@ def tflop(call: Callable[[], Any]) -> tuple[float, Any]:
     return counter.get_total_flops() / 1e12, result
 
 
-def meta_student() -> TriplaneTurboGenerator:
+def meta_student() -> TriplaneTurboModel:
     """The student of the released recipe without memory."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), sample_size=64, **SD21)
-        parts = unet, make_vae(True), stable_diffusion_scheduler(), PetaConfig(), StudentConfig()
-        return TriplaneTurboGenerator(*parts, gradient_checkpointing=True)
+        parts = unet, make_vae(True), stable_diffusion_scheduler(), PetaConfig(), SavedConfig()
+        return TriplaneTurboModel(*parts, gradient_checkpointing=True)
 
 
 def count_student() -> dict[str, float]:
@@ -138,10 +138,14 @@ def count_renderers() -> dict[str, dict[str, float]]:
     """TFLOP and bytes of both renderers for one estimate of one prompt; the volume renderer from a 16th of its rays."""
     from prd.cameras import orbit_cameras
     from prd.fields.triplane import TriplaneField, TriplaneHeads
-    from prd.training.build import build_surface_renderer, build_volume_renderer
-    from prd.training.config import load_config
+    from prd.rendering.protocol import SampleDraws
+    from prd.rendering.surface import SurfaceRenderer
+    from prd.rendering.volume import VolumeRenderer
+    from prd.training.recipes import load_config
+    from prd.utils.checked_types import resolved
 
     config = load_config("triplane_turbo_sd21")
+    sizes = resolved(config, 0, config.total_steps).renderers
     torch.manual_seed(0)
     planes = torch.randn(1, 6, config.model.plane_channels, 256, 256).mul_(0.01).requires_grad_()
     field = TriplaneField(planes, TriplaneHeads(config.model.plane_channels, config.model.head_width))
@@ -160,25 +164,25 @@ def count_renderers() -> dict[str, dict[str, float]]:
 
     def volume() -> torch.Tensor:
         camera = orbit_cameras(torch.tensor([[15.0]]), torch.tensor([[0.0]]), 1.6, 60.0)
-        views, gradient = build_volume_renderer(config, 0).render_with_samples(
-            field, camera, height=64, width=64, background=0.5, generator=torch.Generator().manual_seed(0)
-        )
-        return views.rgb.sum() + views.normal.sum() + views.disparity.sum() + eikonal_loss(gradient)
+        draws = SampleDraws([torch.Generator().manual_seed(0)])
+        rendered = VolumeRenderer.from_config(sizes["volume"]).render(field, camera, (64, 64), 0.5, draws)
+        views = rendered.views
+        return views.rgb.sum() + views.normal.sum() + views.disparity.sum() + eikonal_loss(rendered.samples)
 
     def surface() -> torch.Tensor:
         cameras = orbit_cameras(torch.full((1, 4), 15.0), torch.tensor([[0.0, 90.0, 180.0, 270.0]]), 1.6, 60.0)
-        size = config.surface.height
-        views = build_surface_renderer(config, 0)(field, cameras, height=size, width=size, background=0.5)
+        size = sizes["surface"].height
+        views = SurfaceRenderer.from_config(sizes["surface"])(field, cameras, height=size, width=size, background=0.5)
         return views.rgb.sum() + views.normal.sum() + views.disparity.sum()
 
-    rays = VIEWS * config.volume.height * config.volume.width
+    rays = VIEWS * sizes["volume"].height * sizes["volume"].width
     measure("volume", rays / 64**2, volume)
     measure("surface", 1.0, surface)
-    samples = config.volume.num_samples + config.volume.num_importance_samples + 1
+    samples = sizes["volume"].num_samples + sizes["volume"].num_importance_samples + 1
     taps = 6 * 4 * config.model.plane_channels * 4  # six planes, four texels, float32
     # Forward, again, and twice in the backward pass; the proposal reads geometry once. No cache, nothing culled.
-    rows["volume"]["lookup_bytes"] = rays * taps * (4.0 * samples + config.volume.num_importance_samples / 2)
-    rows["surface"]["lookup_bytes"] = 3.0 * VIEWS * config.surface.height * config.surface.width * taps / 2
+    rows["volume"]["lookup_bytes"] = rays * taps * (4.0 * samples + sizes["volume"].num_importance_samples / 2)
+    rows["surface"]["lookup_bytes"] = 3.0 * VIEWS * sizes["surface"].height * sizes["surface"].width * taps / 2
     return rows
 
 
@@ -285,11 +289,11 @@ def tables(counts: dict[str, Any]) -> str:
     one, two, lean = memory(counts, 1), memory(counts, 2), memory(counts, 1, offload=True)
     rows = [[part, f"{one[part]:.1f}", f"{lean[part]:.1f}", f"{two[part]:.1f}"] for part in one]
     rows.append(["all", *(f"{sum(column.values()):.1f}" for column in (one, lean, two))])
-    blocks.append(grid(["", "1 prompt", "1 prompt, `teachers.offload`", "2 prompts"], rows))
+    blocks.append(grid(["", "1 prompt", "1 prompt, `teacher_options.offload`", "2 prompts"], rows))
     moved = PAPER_PROMPTS * K * RENDERERS * counts["memory"]["weights"]
     blocks.append(
-        f"`teachers.offload` copies {moved / 1e9:.0f} GB a step to a GPU that takes {PAPER_PROMPTS} prompts one at a "
-        f"time: {moved / 1e9 / DEVICES[0].link:.1f} s more at {DEVICES[0].link} GB/s."
+        f"`teacher_options.offload` copies {moved / 1e9:.0f} GB a step to a GPU that takes {PAPER_PROMPTS} prompts one "
+        f"at a time: {moved / 1e9 / DEVICES[0].link:.1f} s more at {DEVICES[0].link} GB/s."
     )
     size = 4 * counts["student"]["trained_parameters"]
     blocks.append(f"**Exchange**: {size / 1e6:.1f} MB of float32 gradients a step; a ring all-reduce.")

@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from prd import ATT3D, orbit_cameras
+from prd.fields.fast import one_sample
 from prd.fields.grid import GridField
-from prd.fields.protocol import one_sample
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
+from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
 
 BATCH = 8  # fields at a time
 
@@ -37,10 +37,14 @@ def frames(pipe: ATT3D, args: argparse.Namespace) -> list[Image.Image]:
             cameras = orbit_cameras(torch.full((1, 1), args.elevation), turned, 2.4, 50.0).to(pipe.device)
             sample = one_sample(fields, i, len(part))
             if args.renderer == "surface":
-                renderer = SurfaceRenderer(resolution=args.resolution, supersample=2, on_empty="flag")
+                renderer = SurfaceRenderer(
+                    SurfaceConfig(grid_resolution=args.resolution, supersample=2), on_empty="flag"
+                )
                 views = renderer(sample, cameras, height=args.size, width=args.size)
             else:
-                volume = VolumeRenderer(num_samples=128, alpha=pipe.generator.alpha(), max_rays=4096)
+                volume = VolumeRenderer(
+                    VolumeConfig(num_samples=128, num_importance_samples=0, max_rays=4096), pipe.model.alpha()
+                )
                 grid = GridField(sample, args.resolution, device=pipe.device)  # read once, not at every point of a ray
                 views = volume(grid, cameras, height=args.size, width=args.size)
             pixels = (views.rgb[0, 0].clamp(0, 1) * 255).round().byte().cpu().numpy()

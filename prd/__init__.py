@@ -5,52 +5,66 @@ pipe = TriplaneTurbo.from_pretrained("toybox")
 pipe("a red cube on a blue cylinder").meshes[0].export("cube.glb")
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prd.cameras import Cameras, CameraSampling, orbit_cameras
+    from prd.cameras import Cameras, CamerasConfig, orbit_cameras
     from prd.fields.protocol import Field
     from prd.isosurface.extract import EmptySurfaceError
     from prd.meshes.mesh import Mesh
-    from prd.pipelines.single_pass import ATT3D, LATTE3D, AToM
-    from prd.pipelines.triplane_turbo import TriplaneTurbo, TriplaneTurboOutput
+    from prd.meshes.options import MeshOptions
+    from prd.pipelines.auto import load_pipeline
+    from prd.pipelines.latte3d import LATTE3D
+    from prd.pipelines.output import TextTo3DOutput
+    from prd.pipelines.single_pass import ATT3D, AToM
+    from prd.pipelines.triplane_turbo import TriplaneTurbo
     from prd.rendering.views import Views
 
 __version__ = "0.1.0"
 __all__ = [
     "ATT3D",
     "AToM",
-    "CameraSampling",
+    "CamerasConfig",
     "Cameras",
     "EmptySurfaceError",
     "Field",
     "LATTE3D",
     "Mesh",
+    "MeshOptions",
+    "TextTo3DOutput",
     "TriplaneTurbo",
-    "TriplaneTurboOutput",
     "Views",
+    "load_pipeline",
     "orbit_cameras",
 ]
 
 _MODULES = {
     "ATT3D": "pipelines.single_pass",
     "AToM": "pipelines.single_pass",
-    "CameraSampling": "cameras",
+    "CameraSampling": "cameras",  # the former name of CamerasConfig
+    "CamerasConfig": "cameras",
     "Cameras": "cameras",
     "EmptySurfaceError": "isosurface.extract",
     "Field": "fields.protocol",
-    "LATTE3D": "pipelines.single_pass",
+    "LATTE3D": "pipelines.latte3d",
     "Mesh": "meshes.mesh",
+    "MeshOptions": "meshes.options",
     "TriplaneTurbo": "pipelines.triplane_turbo",
-    "TriplaneTurboOutput": "pipelines.triplane_turbo",
+    "TextTo3DOutput": "pipelines.output",
+    "load_pipeline": "pipelines.auto",
     "Views": "rendering.views",
     "orbit_cameras": "cameras",
 }
+_RENAMED = {"TriplaneTurboOutput": "TextTo3DOutput"}  # read for one release
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for (PEP 562): torch and diffusers take seconds to load."""
+    if name in _RENAMED:
+        warnings.warn(f"prd.{name} is now called prd.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name not in _MODULES:
         raise AttributeError(f"module 'prd' has no attribute {name!r}")
     value = getattr(import_module(f"prd.{_MODULES[name]}"), name)

@@ -8,10 +8,19 @@ image is its top. Elevation, azimuth and field of view are degrees at the API, r
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
+
+from prd.utils.checked_types import CHECKS, Count, Positive
+
+Elevation = Annotated[float, Field(gt=-90, lt=90)]
+Angle = Annotated[float, Field(gt=0, lt=180)]
 
 HALF_DIAGONAL = math.sqrt(3.0)  # of the scene's cube [-1, 1]^3
 RIGID = 1e-3  # largest entry of R R^T - 1 of a rotation
@@ -127,7 +136,7 @@ class Cameras:
         return torch.cat([torch.cat([rotation, translation], dim=-1), bottom], dim=-2)
 
     def project(self, points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where points [B, N, 3] are seen: (column, row) [B, V, N, 2] in pixels, and depth [B, V, N] along the axis.
+        """Project points [B, N, 3]: (column, row) [B, V, N, 2] in pixels, and depth [B, V, N] along the viewing axis.
 
         The centre of the first pixel is (0.5, 0.5), row 0 at the top; depth in scene units, positive before the
         camera. A point beside or behind it has coordinates outside the image, or a depth that is not positive.
@@ -184,30 +193,28 @@ def orbit_cameras(elevation: Tensor, azimuth: Tensor, distance: Tensor | float, 
     return Cameras(torch.cat([top, bottom], dim=-2), angle)
 
 
-@dataclass(frozen=True)
-class CameraSampling:
-    """How training cameras are drawn: `views` cameras 90 degrees apart (360 / views), one draw a prompt.
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class CamerasConfig:
+    """Settings and drawing of orbit cameras: `views` cameras evenly spaced in azimuth, from a random start per prompt.
 
     The paper says four views at uniform azimuth intervals (section 3.4); the defaults are the published recipe's.
     """
 
-    views: int = 4  # cameras a prompt, at uniform azimuth intervals
-    elevation: tuple[float, float] = (0.0, 30.0)  # degrees, uniform, shared by the views of a prompt
-    relative_distance: tuple[float, float] = (0.8, 1.0)  # distance * tan(fovy / 2), uniform
-    fovy: float | tuple[float, float] = 60.0  # degrees; a range is drawn from uniformly, one draw a prompt
-    distance: tuple[float, float] | None = None  # scene units, uniform, instead of `relative_distance`
+    views: Count = 4  # views per prompt, evenly spaced in azimuth
+    elevation: tuple[Elevation, Elevation] = (0.0, 30.0)  # range, degrees above the horizon
+    relative_distance: tuple[Positive, Positive] = (0.8, 1.0)  # range of distance * tan(fovy / 2)
+    fovy: Angle | tuple[Angle, Angle] = 60.0  # vertical field of view, degrees; a range is drawn from
+    distance: tuple[Positive, Positive] | None = None  # range, scene units, in the place of relative_distance
 
-    def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ValueError(f"views={self.views}: must be positive")
-        for name, (low, high), least, most in (
-            ("elevation", self.elevation, -90.0, 90.0),
-            ("relative_distance", self.relative_distance, 0.0, math.inf),
-            ("fovy", self.fovy_range, 0.0, 180.0),
-            ("distance", self.distance or (1.0, 1.0), 0.0, math.inf),
-        ):
-            if not least < low <= high < most:
-                raise ValueError(f"{name}={getattr(self, name)}: must ascend strictly between {least:g} and {most:g}")
+    @model_validator(mode="after")
+    def _check(self) -> CamerasConfig:
+        for name in ("elevation", "relative_distance", "fovy", "distance"):
+            if not isinstance(given := getattr(self, name), tuple):
+                continue
+            low, high = given
+            if low > high:
+                raise ValueError(f"{name}=[{low}, {high}]: must be [low, high]")
+        return self
 
     @property
     def fovy_range(self) -> tuple[float, float]:
@@ -216,7 +223,7 @@ class CameraSampling:
 
     @property
     def num_draws(self) -> int:
-        """Random numbers a prompt takes: elevation, azimuth, distance, and the field of view where it varies."""
+        """Random numbers per prompt: elevation, azimuth, distance, and the field of view where it varies."""
         return 4 if isinstance(self.fovy, tuple) else 3
 
     @property
@@ -243,3 +250,11 @@ class CameraSampling:
             return orbit_cameras(elevation, azimuth, between(*self.distance, 2), fovy)
         relative = between(*self.relative_distance, 2)
         return orbit_cameras(elevation, azimuth, relative / torch.tan(torch.deg2rad(fovy) / 2), fovy)
+
+
+def __getattr__(name: str) -> Any:
+    """Read the former name of `CamerasConfig` for one release."""
+    if name != "CameraSampling":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("prd.CameraSampling is now prd.CamerasConfig", FutureWarning, stacklevel=2)
+    return CamerasConfig

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def _run(words: Sequence[str]) -> int:
         "--model",
         "--adapter",
         default="toybox",
-        help="'toybox', 'toybox-atom', a run folder, a saved adapter or generator, or a Hub id",
+        help="'toybox', 'toybox-atom', a run folder, a saved model, or a Hub id",
     )
     generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
-    generate.add_argument("--text-encoder", default=None, help="another place of the text encoder of a one-pass model")
+    generate.add_argument("--text-encoder", default=None, help="another place of a single-pass model's text encoder")
     generate.add_argument("--revision", default=None, help="branch, tag or commit of the model on the Hub")
     generate.add_argument(
         "--token", default=None, help="of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
@@ -45,9 +46,15 @@ def _run(words: Sequence[str]) -> int:
     generate.add_argument("--allow-other-base", action="store_true", help="accept a base it was not trained on")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
-    generate.add_argument("--resolution", type=int, default=160, help="nodes an axis of the isosurface grid")
+    generate.add_argument("--resolution", type=int, default=160, help="nodes per axis of the isosurface grid")
     generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to, if the topology allows")
-    generate.add_argument("--texture", type=int, default=1024, help="texels a side of the texture")
+    generate.add_argument("--texture", type=int, default=1024, help="texels per side of the texture")
+    generate.add_argument(
+        "--coarse-factor",
+        type=int,
+        default=None,
+        help="evaluate only near the surface, found on a grid so many times coarser: less memory; may miss thin parts",
+    )
     generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
     convert = commands.add_parser("convert", help="the published triplane_turbo_sd_v1.pth becomes an adapter folder")
@@ -90,7 +97,7 @@ def _run(words: Sequence[str]) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch  # here, not above: `prd --help` must not wait for it
 
-    from prd.meshes.mesh import SUFFIXES
+    from prd.meshes.export import SUFFIXES
 
     if not args.output.endswith(SUFFIXES):
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
@@ -98,10 +105,17 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"output={args.output!r}: the folder {Path(args.output).parent} is not there; make it first")
     from transformers.utils import logging as transformers_logging
 
-    from prd.pipelines.base import TextTo3DOutput
-    from prd.pipelines.single_pass import Amortized, load_pipeline
+    from prd.meshes.options import MeshOptions
+    from prd.pipelines.auto import load_pipeline
+    from prd.pipelines.output import TextTo3DOutput
     from prd.utils.memory import keep_freed_memory
 
+    options = MeshOptions(
+        isosurface_resolution=args.resolution,
+        target_faces=args.faces,
+        texture_size=args.texture,
+        coarse_factor=args.coarse_factor,
+    )
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     asked = {
@@ -114,12 +128,12 @@ def _generate(args: argparse.Namespace) -> int:
         "allow_other_base": args.allow_other_base or None,
     }
     pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
-    call: dict[str, Any] = {"isosurface_resolution": args.resolution, "target_faces": args.faces}
-    if not isinstance(pipe, Amortized):
+    call: dict[str, Any] = asdict(options)
+    if pipe.draws_noise:
         call |= {"generator": torch.Generator().manual_seed(args.seed), "num_inference_steps": args.steps}
     elif args.steps is not None:
         raise ValueError(f"steps={args.steps}: {args.model} answers in one pass; leave it out")
-    result = pipe(args.prompt, texture_size=args.texture, **call)
+    result = pipe(args.prompt, **call)
     assert isinstance(result, TextTo3DOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
@@ -142,15 +156,15 @@ def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
-    from prd.generators.published import student_from_published
+    from prd.generators.published import model_from_published
     from prd.hub.repositories import write_card
     from prd.loading.stable_diffusion import load_base
 
     base = load_base(  # a single file does not say what it predicts; Stable Diffusion 2.1-base predicts epsilon
         args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
     )
-    student, added = student_from_published(args.checkpoint, base, latent_size=args.latent_size)
-    student.save_pretrained(output)
+    model, added = model_from_published(args.checkpoint, base, latent_size=args.latent_size)
+    model.save_pretrained(output)
     write_card(output)
     print(f"{output}: {added}")
     return 0
@@ -161,10 +175,9 @@ def _embed(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from prd.data.embeddings import embed
-    from prd.data.prompts import load_corpus
+    from prd.data.prompts import PromptsConfig, load_corpus
+    from prd.hub.shipped import shipped_encoders
     from prd.text.loading import load_encoder
-    from prd.toybox import asset
-    from prd.training.sections import PromptsConfig
 
     transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
     if args.batch_size < 1:
@@ -173,8 +186,7 @@ def _embed(args: argparse.Namespace) -> int:
     asked = PromptsConfig(source=args.source, stack_fraction=0.5, **{name: getattr(args, name) for name in names})
     texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    toybox = [asset("stable_diffusion"), asset("richdreamer")]
-    for place in [str(p) for name in args.encoder for p in (toybox if name == "toybox" else [name])]:
+    for place in [str(place) for name in args.encoder for place in (shipped_encoders(name) or [name])]:
         encoder = load_encoder(place, getattr(torch, args.dtype), device)
         folder = embed(texts, encoder, args.output, name=Path(place).name, batch_size=args.batch_size)
         print(f"{folder}: {len(texts)} prompts, encoded by {place}")
@@ -183,21 +195,22 @@ def _embed(args: argparse.Namespace) -> int:
 
 TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
-Every value of the configuration can be set by its dotted name; without options the toy box is trained.
+Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):
 """
 
 
 def _train(overrides: Sequence[str]) -> int:
-    from prd.training.config import parse_args, shipped_recipes
+    from prd.training.recipes import parse_args, shipped_recipes
 
     if {"-h", "--help"} & set(overrides):
-        from prd.training.config import TrainConfig, dump_config
+        from prd.training.config import TrainConfig
+        from prd.training.recipes import dump_config
 
         print(f"{TRAIN_HELP}\n{dump_config(TrainConfig())}\nrecipes: {', '.join(shipped_recipes())}")
         return 0
-    from prd.training.config import ConfigError
+    from prd.errors import ConfigError
 
     try:
         config = parse_args(overrides)
@@ -211,7 +224,7 @@ def _train(overrides: Sequence[str]) -> int:
             Trainer(config).train()
         except (CollapseError, FloatingPointError) as error:
             raise ConfigError(str(error)) from error
-    except (ValueError, OSError) as error:  # ConfigError, CheckpointError, AdapterMismatch, a missing file
+    except (ValueError, OSError) as error:  # ConfigError, CheckpointError, ModelMismatch, a missing file
         print(f"prd train: {error}", file=sys.stderr)
         return 2
     return 0

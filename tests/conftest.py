@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import prd
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,19 +54,20 @@ def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "teacher_config.json").write_text(json.dumps({**views, **settings}))
     models.make_text_encoder(tokenizer).half().save_pretrained(folder / "richdreamer" / "text_encoder")
     tokenizer.save_pretrained(folder / "richdreamer" / "tokenizer")
+    shutil.copy(Path(prd.__file__).parent / "toybox/assets/index.json", folder)
     _save_random_adapter(folder)
     return folder
 
 
 def _save_random_adapter(folder: Path) -> None:
     """A student whose every trained tensor is random, near its starting sphere."""
+    from prd.generators.triplane_turbo import TriplaneTurboModel
     from prd.loading.stable_diffusion import load_base
-    from prd.training.build import build_student
-    from prd.training.config import load_config
+    from prd.training.recipes import load_config
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prd.toybox.ASSETS", folder)
-        student = build_student(load_config("toybox"), load_base("toybox"))
+        use_assets(patch, folder)
+        student = TriplaneTurboModel.from_base(load_base("toybox"), load_config("toybox").model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -75,5 +79,11 @@ def _save_random_adapter(folder: Path) -> None:
 @pytest.fixture
 def toybox(random_toybox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The name "toybox" means the random models."""
-    monkeypatch.setattr("prd.toybox.ASSETS", random_toybox)
+    use_assets(monkeypatch, random_toybox)
     yield random_toybox
+
+
+def use_assets(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the toy box's names mean the models in `folder`."""
+    patch.setattr("prd.toybox.ASSETS", folder)
+    patch.setattr("prd.hub.shipped.ASSETS", (folder,))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prd.cameras import Cameras, CameraSampling, orbit_cameras
+from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.fields.protocol import AutogradGradient
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
+from prd.rendering.protocol import Renderer
+from tests.rendering.made import surface_renderer, volume_renderer
 
 BALLS = 0.7 * torch.eye(3)  # a ball on each axis: red on +X, green on +Y, blue on +Z
 
@@ -31,8 +31,10 @@ class AxisCross(AutogradGradient):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("renderer", [VolumeRenderer(num_samples=96, inv_std=200.0), SurfaceRenderer(resolution=48)])
-def test_a_coloured_axis_cross_lands_at_its_projected_pixels(renderer: VolumeRenderer | SurfaceRenderer) -> None:
+@pytest.mark.parametrize(
+    "renderer", [volume_renderer(num_samples=96, inv_std=200.0), surface_renderer(grid_resolution=48)]
+)
+def test_a_coloured_axis_cross_lands_at_its_projected_pixels(renderer: Renderer) -> None:
     height, width = 48, 64
     cameras = orbit_cameras(torch.tensor([[25.0, -10.0]]), torch.tensor([[40.0, 65.0]]), 3.0, 50.0)  # none is hidden
     views = renderer(AxisCross(), cameras, height=height, width=width, background=0.0)
@@ -84,7 +86,7 @@ def test_rays_matrices_and_projection_agree() -> None:
 
 
 def test_sampling_spaces_four_views_and_keeps_to_its_ranges() -> None:
-    recipe = CameraSampling()
+    recipe = CamerasConfig()
     cameras = recipe.sample(torch.rand(64, 3, generator=torch.Generator().manual_seed(0)))
     elevation, azimuth = torch.rad2deg(cameras.elevation), torch.rad2deg(cameras.azimuth)
     assert elevation.min() >= 0 and elevation.max() <= 30 and elevation.max() - elevation.min() > 20
@@ -141,9 +143,9 @@ def test_poses_that_are_none_are_refused(change: str) -> None:
 )
 def test_bad_sampling_is_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        CameraSampling(**settings)
+        CamerasConfig(**settings)
     with pytest.raises(ValueError, match="uniforms"):
-        CameraSampling().sample(torch.rand(2, 4))
+        CamerasConfig().sample(torch.rand(2, 4))
 
 
 def test_no_rays_through_no_pixels() -> None:

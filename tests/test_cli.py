@@ -35,7 +35,8 @@ def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 
 def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("prd.pipelines.single_pass.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
+    assert "texture_size=8: must be an integer in 16..8192" in one_sentence(capsys, ["generate", "a", "--texture", "8"])
     error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
     assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
 
@@ -60,7 +61,7 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
         )
         raise ValueError("stop")
 
-    monkeypatch.setattr("prd.pipelines.single_pass.load_pipeline", load)
+    monkeypatch.setattr("prd.pipelines.auto.load_pipeline", load)
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", load)
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])

@@ -78,7 +78,7 @@ def test_the_unpacked_wheel_finds_its_data_from_another_folder(wheel, tmp_path):
         archive.extractall(site)
     code = (
         "import prd.teachers, prd.adapters\n"
-        "from prd.training.config import load_config, shipped_recipes\n"
+        "from prd.training.recipes import load_config, shipped_recipes\n"
         "print(prd.teachers.__file__, load_config('toybox').model.base, *shipped_recipes())"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -13,13 +13,12 @@ from torch import Tensor
 from prd.data.prompts import Corpus
 from prd.data.shape_library import ShapeLibrary, Shapes
 from prd.distillation.draws import sample_generator
-from prd.distillation.interpolation import PromptInterpolation
+from prd.distillation.interpolation import InterpolationConfig, PromptInterpolation
 from prd.generators.point_encoder import anneal_cloud
 from prd.meshes.read import sample_points
 from prd.text.encoders import PromptEncoder
-from prd.training.build import at
 from prd.training.config import Stage
-from prd.training.sections import InterpolationConfig
+from prd.utils.checked_types import number
 
 # streams of random numbers
 PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = range(8)
@@ -84,7 +83,7 @@ class Batches:
             embeds = torch.lerp(embeds, others, mixture.share.view(-1, 1, 1).to(embeds))
         shapes, inputs = self.shapes(prompts, draws(CLOUDS)), {}
         if shapes is not None and self.dummy is not None:
-            share = at(stage.config.library.annealing, stage.config, step - stage.first)
+            share = number(stage.at(step).library.annealing)
             inputs["points"] = anneal_cloud(shapes.clouds, self.dummy, share)
         return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes)
 

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from prd.errors import ConfigError
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
-from prd.training.config import ConfigError
 from prd.utils.files import replace_file, write_atomic
 
 SHARD_BYTES = 256 << 20

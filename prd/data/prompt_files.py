@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prd.training.config import ConfigError
-from prd.training.sections import PromptsConfig
+from prd.errors import ConfigError
+from prd.hub.shipped import shipped_benchmarks
 from prd.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from prd.data.prompts import PromptsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +154,9 @@ def _key(config: PromptsConfig) -> str:
         place = [source, config.revision]
     else:
         raise CorpusError(
-            f"prompts.source={source!r}: must be 'toybox', 'pig64', 'animal2400', an existing file ending in "
-            f"{', '.join(SUFFIXES)}, or a Hub dataset 'owner/name'"
+            f"prompts.source={source!r}: must be {', '.join(map(repr, shipped_benchmarks()))}, 'pig64', 'animal2400', "
+            f"an existing file ending in {', '.join(SUFFIXES)}, a Hub dataset 'owner/name', or a benchmark's import "
+            "path"
         )
     return json.dumps([LAYOUT, *place, config.column, config.split, sorted(set(config.held_out))])
 

@@ -1,137 +1,64 @@
-"""Prompt corpora: where the training prompts come from and in which order they are drawn.
+"""Training prompts: which ones a config asks for, without those that it holds out.
 
-A run draws its prompts one after the other, over all steps, batches and processes: the n-th draw of the run is the
-global position n, and what is drawn there depends on the seed and n alone. Processes take different positions and so
-share nothing; a run resumes in the middle of an epoch from a number.
+corpus = load_corpus(PromptsConfig(source="toybox", held_out="fifth"))      # see `prd.data.corpora`
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from pydantic.dataclasses import dataclass
 
 from prd.data.compositional import animal2400, pig64
-from prd.data.prompt_files import CorpusError, StoredPrompts, count_over_long, stored_prompts
-from prd.toybox.world import all_captions
-from prd.training.sections import PromptsConfig
+from prd.data.corpora import Corpus, ShuffledPrompts, check_held_out
+from prd.data.prompt_files import CorpusError, stored_prompts
+from prd.evaluation.benchmark import find_benchmark
+from prd.utils.checked_types import CHECKS, Fraction
 
-__all__ = ["Corpus", "CorpusError", "MixedPrompts", "ShuffledPrompts", "load_corpus"]
-
-logger = logging.getLogger(__name__)
+__all__ = [
+    *("Corpus", "CorpusError", "MixedPrompts", "PromptsConfig", "ShuffledPrompts"),
+    *("held_out_prompts", "load_corpus", "shuffled"),
+]
 
 SETS = {"pig64": pig64, "animal2400": animal2400}
 
 
-class Corpus(Protocol):
-    """Training prompts in the order of a run."""
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class PromptsConfig:
+    """Settings of the prompts that a model is trained on."""
 
-    @property
-    def prompts(self) -> Sequence[str]:
-        """Every prompt once."""
-        ...
-
-    def prompt(self, position: int, generator: torch.Generator) -> str:
-        """The prompt at a global position of the run; `generator` holds the random numbers of that position alone."""
-        ...
-
-    def report(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> str | None:
-        """What was left out of the source and what is longer than `limit` tokens, with counts; None if nothing."""
-        ...
+    texts: tuple[str, ...] = ()  # the prompts themselves, in the place of a source and of held_out
+    source: str = "toybox"  # a benchmark, "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub id
+    column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
+    split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
+    revision: str | None = None  # branch, tag or commit of a Hub dataset
+    embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
+    held_out: str | tuple[str, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
+    stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 
-@dataclass(frozen=True)
-class MixedPrompts:
-    """Prompts in groups, drawn with replacement: the group first, by its probability, then a prompt of it."""
+def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
+    """Return the texts that a config holds out, those of a rule in the rule's order.
 
-    groups: tuple[tuple[str, ...], ...]
-    probabilities: tuple[float, ...]
-
-    @property
-    def prompts(self) -> list[str]:
-        """Every prompt once."""
-        return [prompt for group in self.groups for prompt in group]
-
-    def draw(self, count: int, generator: torch.Generator) -> list[str]:
-        """`count` prompts, with replacement."""
-        picked = []
-        for _ in range(count):
-            u = float(torch.rand((), generator=generator))
-            g = 0
-            while g + 1 < len(self.groups) and u >= self.probabilities[g]:
-                u -= self.probabilities[g]
-                g += 1
-            group = self.groups[g]
-            picked.append(group[int(torch.randint(len(group), (), generator=generator))])
-        return picked
-
-    def prompt(self, position: int, generator: torch.Generator) -> str:
-        """See `Corpus.prompt`; with replacement, the position does not matter."""
-        return self.draw(1, generator)[0]
-
-    def report(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> str | None:
-        """None: captions of the toy box are distinct and short."""
-        return None
-
-
-@dataclass(frozen=True)
-class ShuffledPrompts:
-    """Prompts in epochs: each prompt once before any comes again, every epoch in another order of (seed, epoch).
-
-    The order is a permutation that is computed for one position at a time, so that it takes no memory however many
-    prompts there are.
+    Raises CorpusError for a rule that the source does not have.
     """
-
-    prompts: Sequence[str]
-    seed: int
-    source: str
-
-    def prompt(self, position: int, generator: torch.Generator) -> str:
-        """See `Corpus.prompt`; the generator is not drawn from."""
-        epoch, place = divmod(position, len(self.prompts))
-        return self.prompts[shuffled(place, len(self.prompts), f"{self.seed} {epoch}")]
-
-    def report(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> str | None:
-        """See `Corpus.report`. The first call for a tokenizer reads the whole corpus, later ones a number."""
-        if not isinstance(self.prompts, StoredPrompts):
-            return None  # composed of a few words: distinct and short
-        counts, long = self.prompts.counts, count_over_long(self.prompts, tokenizer, limit)
-        found = [
-            (counts.empty, "empty left out"),
-            (counts.duplicates, "repetitions left out"),
-            (long, f"longer than the text encoder's {limit} tokens, whose rest it does not see"),
-        ]
-        if not any(count for count, _ in found):
-            return None
-        listed = "; ".join(f"{count} {what}" for count, what in found if count)
-        return f"prompts.source={self.source!r}: {counts.kept} prompts; {listed}"
-
-
-def shuffled(place: int, count: int, key: str) -> int:
-    """Where a permutation of 0 .. count - 1 sends `place`: a keyed Feistel network, walked until it is in range.
-
-    Four rounds on two halves of equal width make a pseudo-random permutation of a power of four (Luby and Rackoff
-    1988); walking its cycle restricts that to any range (Black and Rogaway 2002), in less than four turns on average.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & mask
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        place = left << half | right
-        if place < count:
-            return place
+    if not isinstance(config.held_out, str):
+        return config.held_out
+    world = find_benchmark(config.source, "prompts.source")
+    if world is None and config.texts:
+        return ()  # texts stand in the place of a source and of what is held out of it
+    if world is None:
+        raise CorpusError(
+            f"prompts.held_out={config.held_out!r}: {config.source} has no such rule; give a list of texts, [] for none"
+        )
+    if config.held_out not in (rules := world.held_out_rules()):
+        raise CorpusError(
+            f"prompts.held_out={config.held_out!r}: must be a list of texts, or a rule of {world.title}: "
+            f"{', '.join(rules) or 'it has none'}"
+        )
+    return tuple(rules[config.held_out])
 
 
 def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
-    """The training prompts of a config, without those held out, in the order of a seed.
+    """Load the training prompts of a config, without those held out, in the order of a seed.
 
     Raises CorpusError for a source that does not exist, cannot be read or holds no prompt, an unknown column or split,
     and for a held-out prompt the corpus lacks.
@@ -140,36 +67,17 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
         if not all(text.strip() for text in config.texts):
             raise CorpusError(f"prompts.texts={list(config.texts)}: one of them is empty; say what to make")
         return ShuffledPrompts(list(dict.fromkeys(config.texts)), seed, "prompts.texts")
-    if config.source == "toybox":
-        return _toybox(config)
+    held_out = held_out_prompts(config)
+    if (world := find_benchmark(config.source, "prompts.source")) is not None:
+        return world.corpus(held_out, seed=seed, stack_fraction=config.stack_fraction)
     if config.source in SETS:
         splits = SETS[config.source]()
         if config.split not in splits:
             raise CorpusError(f"prompts.split={config.split!r}: {config.source} has {', '.join(splits)}")
         known = splits[config.split]
-        _check_held_out(config.held_out, known, config.source)
-        kept = [p for p in known if p not in set(config.held_out)]
+        check_held_out(held_out, known, config.source)
+        kept = [p for p in known if p not in set(held_out)]
         if not kept:
             raise CorpusError(f"prompts.source={config.source!r}: no prompt is left after prompts.held_out")
         return ShuffledPrompts(kept, seed, config.source)
     return ShuffledPrompts(stored_prompts(config), seed, config.source)
-
-
-def _toybox(config: PromptsConfig) -> MixedPrompts:
-    captions = all_captions()
-    known = [c.text for c in captions]
-    _check_held_out(config.held_out, known, "the toy box")
-    held_out = set(config.held_out)
-    singles = tuple(c.text for c in captions if not c.is_stack and c.text not in held_out)
-    stacks = tuple(c.text for c in captions if c.is_stack and c.text not in held_out)
-    groups = [(1 - config.stack_fraction, singles), (config.stack_fraction, stacks)]
-    groups = [(p, g) for p, g in groups if p > 0]
-    if any(not group for _, group in groups):
-        raise CorpusError("prompts.held_out: leaves no single object or no stack to train on; hold out fewer")
-    return MixedPrompts(tuple(g for _, g in groups), tuple(p for p, _ in groups))
-
-
-def _check_held_out(held_out: Sequence[str], known: Sequence[str], where: str) -> None:
-    unknown = sorted(set(held_out) - set(known))
-    if unknown:
-        raise CorpusError(f"prompts.held_out: {unknown[0]!r} is not a prompt of {where}; remove or correct it")

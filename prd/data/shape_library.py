@@ -1,6 +1,6 @@
 """A library of 3D shapes beside the prompts: LATTE3D's point clouds, and the masks that regularise its shapes.
 
-A folder of meshes is a library by its `library.jsonl`, a line a shape:
+A folder of meshes is a library by its `library.jsonl`, a line per shape:
 
     {"file": "chairs/a.glb", "captions": ["a wooden chair", "a chair with four legs"]}
 
@@ -19,23 +19,43 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.errors import ConfigError
+from prd.evaluation.benchmark import Benchmark, find_benchmark
 from prd.fields.protocol import AutogradGradient
-from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Mesh
 from prd.meshes.read import read_mesh
-from prd.rendering.surface import SurfaceRenderer
+from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.text.encoders import PromptEncoder
-from prd.toybox.world import ExactField, parse_caption
-from prd.training.config import ConfigError
-from prd.training.sections import LibraryConfig
+from prd.utils.checked_types import CHECKS, Positive, Schedule
 
 INDEX = "library.jsonl"
-TOY_RESOLUTION = 64  # nodes an axis of the toy shapes' surfaces
 KEPT = 512  # shapes in memory
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class LibraryConfig:
+    """Settings of a library of 3D shapes, for models that take point clouds (LATTE3D)."""
+
+    source: str | None = None  # a benchmark, or a folder of meshes with its library.jsonl; null: none
+    annealing: Schedule = 1.0  # share of a cloud's points that are the dummy's, from 0 to 1
+    alpha: Schedule = 0.0  # a of (1 - a) distillation + a mask loss
+    mask_weight: Positive = 1.0  # of the mask loss beside the distillation, which is a sum over pixels
+    reconstruction: Schedule = 0.0  # weight of the loss of opacity, normals and disparity against the shape's
+
+    @model_validator(mode="after")
+    def _check(self) -> LibraryConfig:
+        for name in ("annealing", "alpha"):
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name}={given}: must lie in 0..1")
+        return self
 
 
 class LibraryError(ConfigError):
@@ -43,29 +63,22 @@ class LibraryError(ConfigError):
 
 
 class ShapeLibrary(Protocol):
-    """Shapes by prompt."""
+    """3D shapes by prompt."""
 
     def mesh(self, prompt: str) -> Mesh:
-        """(vertices [V, 3] in scene units, faces [F, 3]) of the shape for a prompt, on the CPU."""
+        """Return the shape for a prompt, (vertices [V, 3] in scene units, faces [F, 3]), on the CPU."""
         ...
 
 
 @dataclass(frozen=True)
-class ToyLibrary:
-    """The toy box's exact shapes, without their colours; of a family of forms the first."""
+class BenchmarkLibrary:
+    """The exact shapes of a benchmark, without their colours."""
+
+    benchmark: Benchmark
 
     def mesh(self, prompt: str) -> Mesh:
-        """See `ShapeLibrary.mesh`; ValueError for a prompt that is no caption of the toy box."""
-        return _toy_mesh(tuple(shape for _, shape in parse_caption(prompt).words))
-
-
-@lru_cache(maxsize=64)
-def _toy_mesh(shapes: tuple[str, ...]) -> Mesh:
-    colours = ("red", "blue")
-    text = " on ".join(f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=False))
-    with torch.no_grad():
-        (mesh,) = extract_isosurface(ExactField([text]), TOY_RESOLUTION)
-    return mesh
+        """See `ShapeLibrary.mesh`; ValueError for a prompt that is no caption."""
+        return self.benchmark.mesh(prompt)
 
 
 class MeshLibrary:
@@ -80,7 +93,7 @@ class MeshLibrary:
         index = self.folder / INDEX
         if not index.is_file():
             raise LibraryError(
-                f"library.source={str(folder)!r}: holds no {INDEX}, which has a line a shape: "
+                f"library.source={str(folder)!r}: holds no {INDEX}, which has a line per shape: "
                 '{"file": "chair.glb", "captions": ["a wooden chair"]}'
             )
         for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
@@ -111,7 +124,7 @@ class MeshLibrary:
 
     @torch.no_grad()
     def nearest(self, prompt: str) -> str:
-        """The caption nearest to a prompt."""
+        """Return the caption nearest to a prompt."""
         if self._keys is None:
             parts = [self.embed(self.captions[i : i + 256]) for i in range(0, len(self.captions), 256)]
             self._keys = F.normalize(torch.cat(parts).float(), dim=1)
@@ -130,15 +143,15 @@ class Shapes:
     clouds: Tensor
 
     def repeat(self, count: int) -> Shapes:
-        """The same for `count` estimates of the prompts, one after the other."""
+        """Repeat them for `count` estimates of the prompts, one after the other."""
         return Shapes(self.meshes * count, self.clouds.repeat(count, 1, 1))
 
     @torch.no_grad()
     def views(self, cameras: Cameras, height: int, width: int) -> Views:
-        """Views [B, V, height, width, .] without colours: opacity, normals and disparity are what they are made for."""
+        """Render views [B, V, height, width, .] without colours: opacity, normals and disparity."""
         device = cameras.fovy.device
         moved = [(vertices.to(device), faces.to(device)) for vertices, faces in self.meshes]
-        renderer = SurfaceRenderer(antialias=False, supersample=2)
+        renderer = SurfaceRenderer(SurfaceConfig(antialias=False, supersample=2))
         return renderer.draw_views(_COLOURLESS, moved, cameras, height=height, width=width)
 
 
@@ -151,11 +164,11 @@ _COLOURLESS = _Colourless()
 
 
 def open_library(config: LibraryConfig, encoder: PromptEncoder, generator: object) -> ShapeLibrary | None:
-    """The library that a config names, None for none; LibraryError for a generator that takes no shapes."""
+    """Open the library that a config names, None for none; LibraryError for a model that takes no shapes."""
     if config.source is None:
         return None
     if not getattr(generator, "takes_shapes", False):
-        raise LibraryError(f"library.source={config.source!r}: this generator takes no shapes; leave the library out")
-    if config.source == "toybox":
-        return ToyLibrary()
+        raise LibraryError(f"library.source={config.source!r}: this model takes no shapes; leave the library out")
+    if (world := find_benchmark(config.source, "library.source")) is not None:
+        return BenchmarkLibrary(world)
     return MeshLibrary(config.source, lambda texts: encoder(texts).mean(dim=1))

@@ -1,13 +1,13 @@
 """Progressive Rendering Distillation: Algorithm 1 of the paper, its lines numbered as there.
 
-A student that was a 2D diffusion model learns to denoise and decode 3D without 3D data: K times a step it estimates
+A model that was a 2D diffusion model learns to denoise and decode 3D without 3D data: K times a step it estimates
 z_0, decodes it to a field, and teachers judge the renderings; z_0 is noised again for the next, lower timestep. No
 gradient flows from one of the K estimates to another (section 3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from prd.fields.protocol import Field
 
 
-class Student(Protocol):
-    """What the rollout asks of a generator: latents [B, 6, 4, h, w] in, a Field out."""
+class Denoiser(Protocol):
+    """What the rollout asks of a model: latents [B, 6, 4, h, w] in, a Field out."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor: ...
 
@@ -27,33 +27,29 @@ class Student(Protocol):
 
 
 def rollout(
-    student: Student,
-    supervise: Callable[[range, Field], Tensor],
-    backward: Callable[[Tensor], None],
+    model: Denoiser,
     *,
     prompt_embeds: Tensor,
     timesteps: Sequence[int],
     noise: Callable[[int], Tensor],
-    at_once: int = 1,
-) -> None:
-    """Lines 5 to 17: the K estimates of a batch of prompts, each judged and its gradient kept.
+    batch_size: int = 1,
+) -> Iterator[tuple[range, Field]]:
+    """Lines 5 to 17: yield the K estimates of a batch of prompts, as (ks, field).
 
-    supervise      (ks, field) -> scalar loss, the sum over the estimates ks of a mean over prompts: lines 11 to 15
-                   with cameras of its own every time. The field holds the prompts of ks[0], then those of ks[1], ...
-    backward       accumulates a scalar's gradient in the student's parameters (line 16)
+    The field holds the prompts of estimate ks[0], then those of ks[1], ... Between two of them the caller renders and
+    judges the field, from cameras of its own every time (lines 11 to 15), and calls backward(loss / K) (line 16), where
+    the loss is the sum over the estimates ks of a mean over prompts.
+
     prompt_embeds  [B, L, Ct]; timesteps T = t_1 > ... > t_K
     noise          k -> standard normal [B, 6, 4, h, w]; 0 is the start, 1 to K the noise of each step
-    at_once        estimates decoded and judged in one batch. As no gradient flows between them it is the same however
+    batch_size     estimates decoded and judged in one batch. As no gradient flows between them it is the same however
                    many; their activations wait for each other, and small batches take less time together.
     """
     z0, estimates = noise(0), []  # line 5
     for k, t in enumerate(timesteps):  # line 6
-        z_t = student.add_noise(z0, noise(k + 1), t)  # lines 7-8
-        estimates.append(student.denoise(z_t, t, prompt_embeds))  # line 9
+        z_t = model.add_noise(z0, noise(k + 1), t)  # lines 7-8
+        estimates.append(model.denoise(z_t, t, prompt_embeds))  # line 9
         z0 = estimates[-1].detach()  # no gradient across steps (section 3.2)
-        if len(estimates) < at_once and k + 1 < len(timesteps):
-            continue
-        theta = student.decode(torch.cat(estimates))  # line 10
-        loss = supervise(range(k + 1 - len(estimates), k + 1), theta)  # lines 11-15
-        backward(loss / len(timesteps))  # line 16
-        estimates.clear()
+        if len(estimates) == batch_size or k + 1 == len(timesteps):
+            yield range(k + 1 - len(estimates), k + 1), model.decode(torch.cat(estimates))  # lines 10-16
+            estimates.clear()

@@ -1,20 +1,37 @@
-"""Losses on the geometry alone: pure functions of what a renderer or an isosurface gives.
+"""Losses on the geometry alone: pure functions of what a renderer or an isosurface gives, and each as a regulariser.
 
 The paper's recipe (supplement B) has eikonal and sparsity; the others belong to DreamFusion, Magic3D and their kin.
-Each returns a scalar, and raises ValueError for what has not the shape it takes.
+Each function returns a scalar, and raises ValueError for what has not the shape it takes. A regulariser takes what a
+renderer gave for B samples; `REGULARIZERS` has those that a recipe may name, and a function of one's own,
+`my_loss(rendered: Rendered) -> Tensor`, is one as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
+
+from prd.rendering.protocol import Rendered
+from prd.utils.checked_types import CHECKS, Schedule
 
 NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
 
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class RegularizerConfig:
+    """Settings of a regulariser; a class of the user's own with more settings has a subclass."""
+
+    weight: Schedule = 1.0  # of its loss
+
+
 def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
-    """Mean of (|grad sdf| - 1)^2: a signed distance changes by one unit a unit (Gropp et al., 2020).
+    """Mean of (|grad sdf| - 1)^2: a signed distance changes by one unit per unit (Gropp et al., 2020).
 
     gradient [..., 3] of the signed distance with respect to the point, or what the volume renderer returns: such
     gradients and the weights [...] of their mean, None: all alike. Returns a scalar.
@@ -144,3 +161,85 @@ def _face_pairs(faces: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.argsort(key, stable=True)
     shared = order[count[key[order]] == 2] // 3
     return shared[0::2], shared[1::2]
+
+
+Needs = Literal["views", "samples", "meshes"]
+
+
+class Regularizer(Protocol):
+    """A loss on what a renderer gave: a scalar, a mean over the samples.
+
+    One with an attribute `needs` is asked of some renders only: "samples", those of volumes, which have gradients along
+    the rays; "meshes", those of surfaces. Without it, or with "views", it is asked of every render.
+    """
+
+    def __call__(self, rendered: Rendered) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BuiltinRegularizer:
+    """A loss of this module as a regulariser of the renders that it needs."""
+
+    loss: Callable[[Rendered], Tensor]
+    needs: Needs
+
+    def __call__(self, rendered: Rendered) -> Tensor:
+        return self.loss(rendered)
+
+
+def applies(regularizer: Regularizer, rendered: Rendered) -> bool:
+    """True if a render has what the regulariser needs; ValueError for a need that there is not."""
+    needs = getattr(regularizer, "needs", "views")
+    if needs not in ("views", "samples", "meshes"):
+        raise ValueError(f"needs={needs!r} of {regularizer}: must be 'views', 'samples' or 'meshes'")
+    return getattr(rendered, needs) is not None
+
+
+def regularize(
+    rendered: Rendered, regularizers: Mapping[str, tuple[Regularizer, float]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the regularisers that apply to a render, and the value of each, detached.
+
+    regularizers  name -> (regulariser, weight); one of weight 0 is only measured
+    """
+    total = rendered.views.opacity.new_zeros(())
+    values = {}
+    for name, (regularizer, weight) in regularizers.items():
+        if applies(regularizer, rendered):
+            value = regularizer(rendered)
+            total = total + weight * value
+            values[name] = value.detach()
+    return total, values
+
+
+def _eikonal(rendered: Rendered) -> Tensor:
+    assert rendered.samples is not None
+    return eikonal_loss(rendered.samples)
+
+
+def _orientation(rendered: Rendered) -> Tensor:
+    views = rendered.views
+    directions = views.cameras.rays(*views.opacity.shape[2:4])[1]
+    normal = F.normalize(views.normal, dim=-1, eps=NORMAL_EPS)
+    return orientation_loss(views.opacity, normal[..., None, :], directions)
+
+
+def _mean_over_meshes(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Rendered], Tensor]:
+    def mean(rendered: Rendered) -> Tensor:
+        assert rendered.meshes is not None
+        return torch.stack([loss(vertices, faces) for vertices, faces in rendered.meshes]).mean()
+
+    return mean
+
+
+REGULARIZERS: dict[str, Regularizer] = {
+    "eikonal": BuiltinRegularizer(_eikonal, "samples"),
+    "sparsity": BuiltinRegularizer(lambda rendered: sparsity_loss(rendered.views.opacity), "samples"),
+    "opaque": BuiltinRegularizer(lambda rendered: opaque_loss(rendered.views.opacity), "samples"),
+    "orientation": BuiltinRegularizer(_orientation, "samples"),
+    "z_variance": BuiltinRegularizer(
+        lambda rendered: z_variance_loss(rendered.views.z_variance, rendered.views.opacity), "samples"
+    ),
+    "normal_consistency": BuiltinRegularizer(_mean_over_meshes(normal_consistency_loss), "meshes"),
+    "laplacian": BuiltinRegularizer(_mean_over_meshes(laplacian_loss), "meshes"),
+}

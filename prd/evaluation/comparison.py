@@ -1,10 +1,11 @@
-"""Runs of several generators side by side, at equal numbers of rendered frames a prompt (ATT3D's measure of cost).
+"""Runs of several models side by side, at equal numbers of rendered frames per prompt (ATT3D's measure of cost).
 
     rows = [row for run in runs for row in measure_run(run)]
     write_comparison(rows, "docs/generators", frames=400)
 
-Every checkpoint that a run kept is measured on the toy box's single objects, seen and held out. A run that keeps them
-all is one with `--checkpoints_total_limit null`.
+Every checkpoint that a run kept is measured by the run's benchmark, on captions seen and held out; splits that are a
+sample, as the toy box's stacks, are left out. A run that keeps all checkpoints is one with
+`--checkpoints_total_limit null`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prd.data.prompts import load_corpus
+from prd.data.prompts import held_out_prompts, load_corpus
+from prd.errors import ConfigError
+from prd.evaluation.benchmark import Benchmark, resolve_benchmark
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
-from prd.fields.protocol import one_sample
+from prd.fields.fast import one_sample
 from prd.text.encoders import PromptEncoder
-from prd.toybox.score import summarise
-from prd.training.build import build_generator
-from prd.training.config import TrainConfig, load_config
+from prd.training.config import TrainConfig
+from prd.training.galleries import generate_fields, sheet_views
+from prd.training.parts import build_model
+from prd.training.recipes import load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
-from prd.training.validation import generate_fields, measure, sheet_views, toybox_splits
+from prd.training.validation import measure
 from prd.utils.files import write_atomic
 
-SPLITS = ("single_seen", "single_held_out")
+SIDES = ("seen", "held_out")  # what a split's name ends in
 FIGURES = ("r_at_1", "iou", "color_error", "right_topology")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A checkpoint of a run: what it had cost and how well it did."""
+    """Cost and scores of a checkpoint of a run."""
 
     run: str
     step: int
@@ -46,39 +50,43 @@ class Measured:
 
 
 def measure_run(folder: str | Path, name: str | None = None, *, last: int | None = None) -> list[Measured]:
-    """The checkpoints of a run, in the order of their steps.
+    """Measure the checkpoints of a run, in the order of their steps.
 
     name  of the run in what is written, None: the folder's
     last  how many, counted from the end, None: all
 
-    Raises ConfigError or CheckpointError for a folder that holds no run of the toy box or no whole checkpoint.
+    Raises ConfigError or CheckpointError for a folder that holds no run with a benchmark, or no whole checkpoint.
     """
     folder = Path(folder)
     config = load_config(folder / "config.yaml")
-    generator, encoder = build_generator(config)
+    benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
+    if benchmark is None:
+        raise ConfigError(f"{folder}: it has no benchmark that measures it; give a run whose benchmark is not null")
+    generator, encoder = build_model(config)
     prompts = len(load_corpus(config.prompts, config.seed).prompts)
     rows = []
     for place in tqdm(checkpoint_folders(folder)[-last if last else 0 :], desc=name or folder.name):
         checkpoint = load_checkpoint(place)
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         generator.eval()
-        scores = score_splits(generator, encoder, config)
+        scores = score_splits(generator, encoder, config, benchmark)
         rows.append(Measured(name or folder.name, checkpoint.step, checkpoint.state["frames"] / prompts, scores))
     return rows
 
 
-def score_splits(generator: Any, encoder: PromptEncoder, config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """The summary of each split of single objects; one that holds no prompt is left out."""
-    steps, found = config.validation.num_inference_steps, toybox_splits(config.prompts.held_out, 0)
+def score_splits(
+    generator: Any, encoder: PromptEncoder, config: TrainConfig, benchmark: Benchmark
+) -> dict[str, dict[str, Any]]:
+    """Return the summary of each split that is measured whole; one that holds no prompt is left out."""
+    seed, steps = config.seed, config.validation.num_inference_steps
     return {
-        split: summarise(measure(generator, encoder, found[split], seed=config.seed, num_inference_steps=steps))
-        for split in SPLITS
-        if split in found
+        split: benchmark.summary(measure(generator, encoder, prompts, benchmark, seed=seed, num_inference_steps=steps))
+        for split, prompts in benchmark.splits(held_out_prompts(config.prompts), 0).items()
     }
 
 
 def at_frames(rows: Sequence[Measured], frames: float) -> list[Measured]:
-    """Of each run the checkpoint that had rendered the number of frames a prompt nearest to `frames`."""
+    """Pick of each run the checkpoint whose rendered frames per prompt are nearest to `frames`."""
     runs: dict[str, list[Measured]] = {}
     for row in rows:
         runs.setdefault(row.run, []).append(row)
@@ -86,37 +94,37 @@ def at_frames(rows: Sequence[Measured], frames: float) -> list[Measured]:
 
 
 def markdown_table(rows: Sequence[Measured]) -> str:
-    """A line a row: frames a prompt, steps, and the figures of each split as "seen / held out", "-" for none."""
-    heads = ("", "frames a prompt", "steps", "R@1", "IoU", "colour error", "right topology")
+    """Return a line per row: frames per prompt, steps, and the figures as "seen / held out", "-" for none."""
+    heads = ("", "frames per prompt", "steps", "R@1", "IoU", "colour error", "right topology")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row.run, f"{row.frames_per_prompt:.0f}", str(row.step)]
         for figure in FIGURES:
-            values = [row.scores.get(split, {}).get(figure) for split in SPLITS]
+            values = [_side(row, side).get(figure) for side in SIDES]
             cells.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def curves(rows: Sequence[Measured]) -> str:
-    """An HTML page with a chart a figure and split: a line a run, over the frames rendered a prompt."""
+    """Return an HTML page with a chart per figure and split: a line per run, over the frames rendered per prompt."""
     charts = []
-    for split in SPLITS:
+    for split in dict.fromkeys(split for row in rows for split in row.scores):
         for figure in ("r_at_1", "iou"):
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
-                if split in row.scores:
+                if figure in row.scores.get(split, {}):
                     lines.setdefault(row.run, []).append((row.frames_per_prompt, row.scores[split][figure]))
             if lines:
-                charts.append(chart(f"{figure}, {split.replace('_', ' ')}", lines, axis="frames a prompt"))
+                charts.append(chart(f"{figure}, {split.replace('_', ' ')}", lines, axis="frames per prompt"))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Generators</title><style>{STYLE}</style>'
-        f'</head><body><h1>Generators at equal cost</h1><div class="charts">{"".join(charts)}</div></body></html>\n'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Models</title><style>{STYLE}</style>'
+        f'</head><body><h1>Models at equal cost</h1><div class="charts">{"".join(charts)}</div></body></html>\n'
     )
 
 
 def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float) -> str:
-    """Write comparison.json, table.md and curves.html to a folder; returns the table at equal `frames` a prompt."""
+    """Write comparison.json, table.md and curves.html to a folder; returns the table at equal `frames` per prompt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(at_frames(rows, frames))
@@ -128,11 +136,11 @@ def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float
 
 @torch.no_grad()
 def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str | Path, names: Sequence[str]) -> None:
-    """A contact sheet of the last weights of several runs: a row a prompt, two views and a normal map a run."""
+    """Draw the last weights of several runs on a sheet: a row per prompt, two views and a normal map per run."""
     pictures: list[list[Tensor]] = [[] for _ in prompts]
     for run in runs:
         config = load_config(Path(run) / "config.yaml")
-        generator, encoder = build_generator(config)
+        generator, encoder = build_model(config)
         checkpoint = load_checkpoint(checkpoint_folders(Path(run))[-1])
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         steps, row = config.validation.num_inference_steps, iter(pictures)
@@ -154,6 +162,11 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
 
 
 def summary_line(row: Measured) -> str:
-    """A row in words."""
+    """Return a row in words."""
     values = ", ".join(f"{split} R@1 {shown(summary['r_at_1'])}" for split, summary in row.scores.items())
-    return f"{row.run} step {row.step}, {row.frames_per_prompt:.0f} frames a prompt: {values}"
+    return f"{row.run} step {row.step}, {row.frames_per_prompt:.0f} frames per prompt: {values}"
+
+
+def _side(row: Measured, side: str) -> dict[str, Any]:
+    """The summary of the first split whose name ends in "seen" or "held_out"."""
+    return next((summary for split, summary in row.scores.items() if split.endswith(side)), {})

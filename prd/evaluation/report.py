@@ -1,4 +1,4 @@
-"""Looking at runs: one run as a page that opens from disk, several as a table.
+"""Reports of runs: one run as a page that opens from disk, several as a table.
 
     write_report("runs/a")               # runs/a/index.html: no script, nothing fetched, links inside the folder
     print(runs_table("runs"))            # what `prd runs runs` shows
@@ -22,6 +22,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from prd.errors import PrdError
 from prd.utils.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -38,17 +39,17 @@ th{border-bottom:1px solid #bbb}td{border-bottom:1px solid #eee;overflow-wrap:an
 svg{background:#fafafa;border:1px solid #ddd}svg text{font:10px system-ui,sans-serif;fill:#555}"""
 
 
-class RunError(ValueError):
+class RunError(PrdError, ValueError):
     """A folder that is no run, or holds none."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds."""
+    """Contents of a run folder."""
 
     folder: Path
     config: dict[str, Any]  # by dotted key
-    metrics: list[dict[str, float]]  # a row a step, with its "step"
+    metrics: list[dict[str, float]]  # a row per step, with its "step"
     sessions: list[dict[str, Any]]  # environment.json: where it ran, once for each start
     scores: dict[str, dict[str, Any]]  # scores.json: {split: summary}
 
@@ -58,7 +59,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent in optimiser steps."""
+        """Time spent in optimiser steps, seconds."""
         return sum(row.get("seconds", 0.0) for row in self.metrics)
 
 
@@ -137,7 +138,7 @@ def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _curves_section(metrics: Sequence[Mapping[str, float]]) -> str:
-    """A chart for each first word of the metrics' names: gradient norms together, cosines together.
+    """Draw a chart for each first word of the metrics' names: gradient norms together, cosines together.
 
     What is measured of a gallery has no unit in common: a chart for each. Nor has the norm of the whole gradient, in
     the parameters, with that of a teacher, in the renderings.
@@ -160,11 +161,11 @@ def chart(
     height: int = 200,
     axis: str = "step",
 ) -> str:
-    """An SVG with one polyline for each of `lines`, {name: [(step, value)]}, and their last values below.
+    """Return an SVG with one polyline for each of `lines`, {name: [(step, value)]}, and their last values below.
 
-    axis: what the steps are of, if not steps.
+    axis  name of the horizontal axis
 
-    The axis is logarithmic where all values are positive and span more than two orders of magnitude.
+    The vertical axis is logarithmic where all values are positive and span more than two orders of magnitude.
     """
     drawn = {name: _thinned(points) for name, points in lines.items()}
     steps = [x for points in drawn.values() for x, _ in points]
@@ -204,7 +205,7 @@ def chart(
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS points: means of neighbours."""
+    """Reduce points to at most POINTS: means of neighbours."""
     size = -(-len(points) // POINTS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
@@ -248,7 +249,7 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def _grid(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a name, a column a key."""
+    """A table of a row per name and a column per key."""
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     head = "".join(f"<th>{html.escape(key)}</th>" for key in ("", *keys))
     body = "".join(
@@ -273,7 +274,7 @@ def _link(folder: Path, path: Path, text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a reader likes it: numbers to four digits, the rest as JSON."""
+    """Return a value as text: numbers to four digits, the rest as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
@@ -282,7 +283,7 @@ def shown(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, the largest two: "2 h 05 min", "8 min 36 s", "12.3 s"."""
+    """Return hours, minutes and seconds, the largest two: "2 h 05 min", "8 min 36 s", "12.3 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
@@ -294,7 +295,7 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """Every run in a folder and below it, by name; one that cannot be read is left out with a warning.
+    """Read every run in a folder and below it, by name; one that cannot be read is left out with a warning.
 
     Raises `RunError` if there is none, or the folder does not exist.
     """
@@ -318,16 +319,17 @@ def find_runs(folder: str | Path) -> list[Run]:
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run the config values in which the runs differ, those that it has, apart from where they write."""
+    """Return for each run its config values in which the runs differ, apart from where they write."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     differ = [key for key in keys if key not in FREE and len({shown(run.config.get(key)) for run in runs}) > 1]
     return [{key: run.config[key] for key in differ if key in run.config} for run in runs]
 
 
 def final_scores(run: Run) -> dict[str, float]:
-    """R@1 and IoU of every split at the end; before that the last of each validation figure."""
+    """Return R@1 and IoU of every split at the end; before that the last of each validation figure."""
     if run.scores:
-        return {f"{split} {key}": summary[key] for split, summary in run.scores.items() for key in ("r_at_1", "iou")}
+        shown_keys = ("r_at_1", "iou")
+        return {f"{split} {key}": part[key] for split, part in run.scores.items() for key in shown_keys if key in part}
     latest: dict[str, float] = {}
     for row in run.metrics:
         latest |= {name: value for name, value in row.items() if name == "r_at_1" or name.startswith("gallery/")}
@@ -335,7 +337,7 @@ def final_scores(run: Run) -> dict[str, float]:
 
 
 def runs_table(folder: str | Path) -> Table:
-    """The runs of a folder side by side: steps, time in them, what differs in their config, final scores."""
+    """Return the runs of a folder side by side: steps, time in them, what differs in their config, final scores."""
     folder = Path(folder)
     runs = find_runs(folder)
     table = Table(show_lines=True)

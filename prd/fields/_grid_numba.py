@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prd.utils.threads import share
 
-POINTS_A_JOB = 1 << 14  # about 0.5 ms: less is not worth starting a thread for
+POINTS_PER_JOB = 1 << 14  # about 0.5 ms: less is not worth starting a thread for
 
 _jit = numba.njit(cache=True, nogil=True)
 
@@ -116,7 +116,7 @@ def look_up(volume: Tensor, points: Tensor, channels: tuple[int, int]) -> Tensor
     """Channels first to last (exclusive) of volume [B, x, y, z, C] at points [B, N, 3]: [B, N, last - first]."""
     out = volume.new_empty(*points.shape[:2], channels[1] - channels[0])
     nodes, places, values = (part.detach().numpy() for part in (volume, points, out))
-    size, parts = points.shape[1], -(-points.shape[1] // POINTS_A_JOB)
+    size, parts = points.shape[1], -(-points.shape[1] // POINTS_PER_JOB)
 
     def job(number: int) -> None:
         sample, part = divmod(number, parts)
@@ -143,7 +143,7 @@ def march(sdf: Tensor, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor
     """sdf [B, x, y, z] at distances t [B, M, S] along rays [B, M, 3], the distance to the cube added: [B, M, S]."""
     out = torch.empty_like(t)
     arrays = [part.detach().contiguous().numpy() for part in (sdf, origins, directions, t, out)]
-    rays, parts = t.shape[1], -(-t[0].numel() // POINTS_A_JOB)
+    rays, parts = t.shape[1], -(-t[0].numel() // POINTS_PER_JOB)
 
     def job(number: int) -> None:
         sample, part = divmod(number, parts)

@@ -1,4 +1,4 @@
-"""What a field answers, held against what was asked: errors that name the field's method."""
+"""Checks of a field's answers against what was asked: errors name the field's method."""
 
 from __future__ import annotations
 

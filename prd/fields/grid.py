@@ -1,13 +1,12 @@
 """A field evaluated once on a regular grid and interpolated from there: what makes a training step cheap.
 
-The R nodes an axis are linspace(-1, 1, R), both ends included, indexed [x, y, z] (those of the isosurface's grid).
+The R nodes per axis are linspace(-1, 1, R), both ends included, indexed [x, y, z] (those of the isosurface's grid).
 Interpolation is trilinear and differentiable with respect to the values at the nodes, hence to the wrapped field's
 parameters; the gradient is a grid too (central differences), so that normals need no second backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,40 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prd.fields._grid_numba import look_up, march, put_back
-from prd.fields.checks import expect, several
+from prd.fields.fast import Nodes, evaluate_nodes
 from prd.fields.protocol import Field
-from prd.isosurface.extract import grid_points, values_at
-
-Grid = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R]; rgb, deformation [B, R, R, R, 3], the latter or None
-
-NODES_A_CHUNK = 1 << 18  # points of one query where the field has no grid of its own
-
-
-def evaluate_nodes(field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> Grid:
-    """Signed distance, colour and deformation at the nodes of the cube, by the field's own `grid(R)` if it has one.
-
-    `batch` and `device` say how many samples and where, for a field without it. Raises ValueError for a field that
-    answers in the wrong shape.
-    """
-    fast: Callable[[int], Grid] | None = getattr(field, "grid", None)
-    if fast is not None:
-        sdf, rgb, deformation = several("grid", fast(resolution), 3)
-        shape = (len(sdf) if isinstance(sdf, Tensor) else batch, resolution, resolution, resolution)
-        for name, values, channels in (("sdf", sdf, ()), ("rgb", rgb, (3,)), ("deformation", deformation, (3,))):
-            if name == "deformation" and values is None:
-                continue
-            if not isinstance(values, Tensor):
-                raise TypeError(f"field: {name} of its grid is {type(values).__name__}; expected a tensor")
-            if values.shape != (*shape, *channels):
-                raise ValueError(f"field: {name} of its grid is {tuple(values.shape)}; expected {(*shape, *channels)}")
-        return sdf, rgb, deformation
-    points = grid_points(resolution, device).view(-1, 3)
-    sdf, deformation = values_at(field, points, batch, NODES_A_CHUNK)
-    chunks = [chunk.expand(batch, -1, -1) for chunk in points.split(NODES_A_CHUNK)]
-    colours = [expect("rgb", field.rgb(chunk), chunk, 3) for chunk in chunks]
-    shape = (batch, resolution, resolution, resolution)
-    offset = None if deformation is None else deformation.view(*shape, 3)
-    return sdf.view(shape), torch.cat(colours, dim=1).view(*shape, 3), offset
 
 
 def sdf_gradient_grid(sdf: Tensor) -> Tensor:
@@ -62,24 +29,24 @@ class GridField:
     """A Field that interpolates another one's values at R^3 nodes.
 
     Outside the cube the signed distance grows by the distance to the cube. Points are constants here: gradients reach
-    the wrapped field, not the points. Raises ValueError for fewer than 2 nodes an axis.
+    the wrapped field, not the points. Raises ValueError for fewer than 2 nodes per axis.
     """
 
     def __init__(self, field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
         if resolution < 2:
-            raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
+            raise ValueError(f"resolution={resolution}: must be at least 2 nodes per axis")
         self.resolution = resolution
         sdf, rgb, deformation = evaluate_nodes(field, resolution, batch, device)
         self._sdf, self._rgb = _at_least_float32(sdf), _at_least_float32(rgb)
         self._deformation = None if deformation is None else _at_least_float32(deformation)
-        self.gradient = sdf_gradient_grid(self._sdf)  # [B, R, R, R, 3], also what the eikonal loss looks at
-        self._volume = torch.cat([self._sdf[..., None], self.gradient, self._rgb], dim=-1)  # [B, x, y, z, 7]
+        self.node_gradient = sdf_gradient_grid(self._sdf)  # [B, R, R, R, 3], also what the eikonal loss looks at
+        self._volume = torch.cat([self._sdf[..., None], self.node_gradient, self._rgb], dim=-1)  # [B, x, y, z, 7]
 
-    def grid(self, resolution: int) -> Grid:
+    def grid(self, resolution: int) -> Nodes:
         """The values at the nodes; `resolution` must be the one this field was evaluated at."""
         if resolution != self.resolution:
             raise ValueError(
-                f"resolution={resolution}: this field was evaluated at {self.resolution} nodes an axis; "
+                f"resolution={resolution}: this field was evaluated at {self.resolution} nodes per axis; "
                 f"use GridField(field, {resolution}) or the wrapped field"
             )
         return self._sdf, self._rgb, self._deformation

@@ -1,7 +1,7 @@
 """Multi-resolution grids of features whose parameters are given, not owned (Instant NGP, Mueller et al. 2022).
 
-ATT3D's mapping network makes one set of parameters a prompt. A level of R nodes an axis is dense while R^3 entries fit
-`table_size`, and hashed beyond (Instant NGP, Eq. 4). Plain PyTorch; differentiable in the parameters and, once more, in
+ATT3D's mapping network makes one set of parameters per prompt. A level of R nodes per axis is dense while R^3 entries
+fit `table_size`, and hashed beyond (Instant NGP, Eq. 4). Plain PyTorch; differentiable in the parameters and, twice, in
 the points.
 """
 
@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from prd.fields.triplane import resampling_matrix
+from prd.fields.planes import resampling_matrix
 
 PRIMES = (1, 2_654_435_761, 805_459_861)
 
@@ -21,14 +21,14 @@ PRIMES = (1, 2_654_435_761, 805_459_861)
 class FeatureGrids:
     """The shape of a multi-resolution grid over the cube [-1, 1]^3.
 
-    resolutions  nodes an axis of each level, the outermost on the cube's faces
+    resolutions  nodes per axis of each level, the outermost on the cube's faces
     features     F, channels of a level
     table_size   most entries of a level
     """
 
     def __init__(self, resolutions: Sequence[int], features: int, table_size: int = 1 << 19) -> None:
         if not resolutions or min(resolutions) < 2:
-            raise ValueError(f"resolutions={tuple(resolutions)}: each level needs at least 2 nodes an axis")
+            raise ValueError(f"resolutions={tuple(resolutions)}: each level needs at least 2 nodes per axis")
         self.resolutions, self.features, self.table_size = tuple(resolutions), features, table_size
         self.entries = tuple(min(resolution**3, table_size) for resolution in self.resolutions)
 

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prd.fields.dense_head import dense_head
+from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
-from prd.fields.triplane import colour_from_features, dense_head, plane_coordinates, plane_lattices, sample_planes
+from prd.fields.triplane import colour_from_features
 
 
 def positional_encoding(coordinates: Tensor, frequencies: int) -> Tensor:
@@ -50,7 +52,7 @@ class PositionalHead(nn.Module):
         weight = self.first.weight
         with torch.autocast(weight.device.type, enabled=False):
             *planes, position = weight.split([self.channels] * 3 + [weight.shape[1] - 3 * self.channels], dim=1)
-            along = position.unflatten(1, (3, -1)).unbind(1)  # [width, 1 + 2 F] an axis
+            along = position.unflatten(1, (3, -1)).unbind(1)  # [width, 1 + 2 F] per axis
             at_x, at_y, at_z = (
                 F.linear(positional_encoding(axis, self.frequencies), share)
                 for axis, share in zip((x, nodes, nodes), along, strict=True)

@@ -51,8 +51,8 @@ class AutogradGradient:
         return self.sdf(points), None
 
 
-class FieldSamples(AutogradGradient):
-    """Some samples of a field of B, as a field of their own; the others are asked at the origin, and not heard."""
+class FieldSamples:
+    """Some samples of a field of B, as a field of their own; the others are asked at the origin, and left out."""
 
     def __init__(self, whole: Field, indices: Sequence[int], batch: int) -> None:
         if not indices or not all(0 <= index < batch for index in indices):
@@ -60,6 +60,8 @@ class FieldSamples(AutogradGradient):
         self.whole, self.indices, self.batch = whole, list(indices), batch
 
     def _every(self, points: Tensor) -> Tensor:
+        if points.ndim != 3 or points.shape[0] != len(self.indices) or points.shape[2] != 3:
+            raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {len(self.indices)}")
         every = points.new_zeros(self.batch, *points.shape[1:])
         return every.index_copy(0, torch.tensor(self.indices, device=points.device), points)
 
@@ -73,16 +75,6 @@ class FieldSamples(AutogradGradient):
         sdf, deformation = self.whole.sdf_and_deformation(self._every(points))
         return sdf[self.indices], None if deformation is None else deformation[self.indices]
 
-
-def one_sample(field: Field, index: int, batch: int) -> Field:
-    """Sample `index` of a field of `batch` samples, by the field's own `select(index)` if it has one."""
-    select = getattr(field, "select", None)
-    return select(index) if select is not None else FieldSamples(field, [index], batch)
-
-
-def some_samples(field: Field, indices: Sequence[int], batch: int) -> Field:
-    """Samples `indices` of a field of `batch` samples, by the field's own `select(indices)` if it has one."""
-    if list(indices) == list(range(batch)):
-        return field
-    select = getattr(field, "select", None)
-    return select(indices) if select is not None else FieldSamples(field, indices, batch)
+    def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        sdf, gradient = self.whole.sdf_and_gradient(self._every(points))
+        return sdf[self.indices], gradient[self.indices]

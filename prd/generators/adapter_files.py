@@ -2,7 +2,7 @@
 
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
 heads.safetensors                                 the three MLPs
-config.json                                       what the student is besides, which base it belongs to, and hashes
+config.json                                       what the model is besides, its base, and hashes
 
 The base is known by its weights, its kind of prediction and its noise schedule, and by its text encoder's weights if it
 had one when the adapter was saved (a converted adapter records none).
@@ -10,40 +10,46 @@ had one when the adapter was saved (a converted adapter records none).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prd
 from prd.adapters.peta import PetaConfig
-from prd.loading.weight_hashes import HALF_PRECISIONS, NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.errors import ModelMismatch
+from prd.loading.saved_model import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    HEADS_WEIGHTS,
+    check_hash,
+    misfits,
+    read_json,
+    read_weights,
+    save_model,
+    some,
+)
+from prd.loading.weight_hashes import NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.utils.dtypes import HALF_PRECISIONS, check_dtype
 
 if TYPE_CHECKING:
-    from prd.generators.triplane_turbo import TriplaneTurboGenerator
+    from prd.generators.triplane_turbo import TriplaneTurboModel
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HEADS_WEIGHTS, STUDENT_CONFIG = "heads.safetensors", "config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS, STUDENT_CONFIG)
+WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
-SHOWN = 5  # names listed in an error
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """What a student is besides its adapter; saved in config.json. ValueError for a value out of range."""
+class SavedConfig:
+    """Settings of a model besides its adapter, saved in config.json. ValueError for a value out of range."""
 
     base: str = ""  # id or path of the Stable Diffusion it is built on
     base_revision: str | None = None  # commit of that base on the Hub, if it came from there
@@ -71,53 +77,33 @@ class StudentConfig:
                 raise ValueError(f"{name}={value!r}: must be a string")
 
 
-class AdapterMismatch(ValueError):
-    """A saved adapter does not fit this base or this configuration."""
-
-
-def adapter_state(student: TriplaneTurboGenerator) -> dict[str, Tensor]:
+def adapter_state(model: TriplaneTurboModel) -> dict[str, Tensor]:
     """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
-    state = get_peft_model_state_dict(student.peft, save_embedding_layers=False)  # else it asks the Hub about the base
-    return {**state, **{f"heads.{name}": tensor for name, tensor in student.heads.state_dict().items()}}
+    state = get_peft_model_state_dict(model.peft, save_embedding_layers=False)  # else it asks the Hub about the base
+    return {**state, **{f"heads.{name}": tensor for name, tensor in model.heads.state_dict().items()}}
 
 
-def load_adapter_state(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> None:
-    """Load `adapter_state`; AdapterMismatch, before anything is changed, if a key or a shape differs."""
-    if problems := misfits(student, state):
-        raise AdapterMismatch("adapter does not fit: " + "; ".join(problems))
+def load_adapter_state(model: TriplaneTurboModel, state: dict[str, Tensor]) -> None:
+    """Load `adapter_state`; ModelMismatch, before anything is changed, if a key or a shape differs."""
+    if problems := adapter_misfits(model, state):
+        raise ModelMismatch("adapter does not fit: " + "; ".join(problems))
     heads = {name.removeprefix("heads."): state[name] for name in state if name.startswith("heads.")}
-    student.heads.load_state_dict(heads, strict=True)
-    set_peft_model_state_dict(student.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
+    model.heads.load_state_dict(heads, strict=True)
+    set_peft_model_state_dict(model.peft, {n: t for n, t in state.items() if not n.startswith("heads.")})
 
 
-def misfits(student: TriplaneTurboGenerator, state: dict[str, Tensor]) -> list[str]:
-    """What keeps `state` from being this student's: ranks, then missing and extra keys, then shapes and types."""
-    own = adapter_state(student)
+def adapter_misfits(model: TriplaneTurboModel, state: dict[str, Tensor]) -> list[str]:
+    """List what keeps `state` from being this model's: ranks, else keys, shapes and values."""
+    own = adapter_state(model)
     found, expected = ({_rank(t) for n, t in tensors.items() if ".lora_A." in n} for tensors in (state, own))
     if state.keys() == own.keys() and found != expected:
-        return [f"its tensors have rank {_some(found)}, not {_some(expected)} as {ADAPTER_CONFIG} must say (r)"]
-    problems = [f"missing {_some(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
-    problems += [f"extra {_some(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
-    shared = sorted(own.keys() & state.keys())
-    shapes = [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in shared
-        if own[name].shape != state[name].shape
-    ]
-    problems += shapes[:SHOWN] + [f"and {len(shapes) - SHOWN} more shapes"] * (len(shapes) > SHOWN)
-    broken = [n for n in shared if not state[n].is_floating_point() or not bool(state[n].isfinite().all())]
-    return problems + ([f"{_some(broken)} hold values that are no finite numbers"] if broken else [])
+        return [f"its tensors have rank {some(found)}, not {some(expected)} as {ADAPTER_CONFIG} must say (r)"]
+    return misfits(own, state)
 
 
 def _rank(lora_down: Tensor) -> int:
-    """r of a plane-wise factor [P, r, in], a linear one [r, in] or a convolution's [r, in, k, k]."""
+    """Return r of a plane-wise factor [P, r, in], a linear one [r, in] or a convolution's [r, in, k, k]."""
     return lora_down.shape[1] if lora_down.ndim == 3 else lora_down.shape[0]
-
-
-def _some(names: Iterable[Any]) -> str:
-    """At most SHOWN of them, as a list, and how many there are."""
-    listed = sorted(names)
-    return str(listed) if len(listed) <= SHOWN else f"{str(listed[:SHOWN])[:-1]}, ...] ({len(listed)})"
 
 
 def base_hash(backbone: nn.Module) -> dict[str, str]:
@@ -133,48 +119,43 @@ def base_hash(backbone: nn.Module) -> dict[str, str]:
     return weights_hash({name: tensor for name, tensor in frozen.items() if not name.startswith(NEW_LAYER)})
 
 
-def noise_schedule(student: TriplaneTurboGenerator) -> dict[str, Any]:
+def noise_schedule(model: TriplaneTurboModel) -> dict[str, Any]:
     """The base's noise schedule: how many timesteps, and alphas_cumprod at evenly spaced ones, the ends among them."""
-    alphas = student.alphas_cumprod.double().cpu()
+    alphas = model.alphas_cumprod.double().cpu()
     points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS).round().long()
     return {"num_train_timesteps": len(alphas), "alphas_cumprod": [float(f"{a:.7g}") for a in alphas[points].tolist()]}
 
 
-def save_adapter(student: TriplaneTurboGenerator, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the adapter, the heads and their configs to `folder`; each file appears whole or not at all.
 
     dtype  of the tensors on disk; None: as they are, and those that were loaded and not trained since as they were on
-           disk, whatever precision the student computes in
+           disk, whatever precision the model computes in
     """
-    if dtype not in (None, torch.float32, *HALF_PRECISIONS):
-        raise ValueError(f"dtype={dtype!r}: must be torch.float32, torch.bfloat16, torch.float16 or None")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu() for name, tensor in student.trained_state_dict().items()}
+    check_dtype(dtype)
+    state = {name: tensor.detach().cpu() for name, tensor in model.trained_state_dict().items()}
     if dtype is None:
-        state = {name: _as_loaded(tensor, student.loaded_state.get(name)) for name, tensor in state.items()}
-    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+        state = {name: _as_loaded(tensor, model.loaded_state.get(name)) for name, tensor in state.items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        new = Path(temporary)
-        if not isinstance(student.peta.target_modules, str):  # peft keeps names in a set
-            student.peta.target_modules = sorted(student.peta.target_modules or ())
-        student.peta.save_pretrained(str(new))
-        save_file(state, new / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        save_file(heads, new / HEADS_WEIGHTS, metadata={"format": "pt"})
-        record = {
+
+    def write_peta(new: Path) -> None:
+        if not isinstance(model.peta.target_modules, str):  # peft keeps names in a set
+            model.peta.target_modules = sorted(model.peta.target_modules or ())
+        model.peta.save_pretrained(str(new))
+
+    def record(hashes: dict[str, str]) -> dict[str, Any]:
+        return {
             "_class_name": CLASS_NAME,
             "_prd_version": prd.__version__,
-            **asdict(student.config),
-            "prediction_type": student.prediction_type,
-            "base_hash": student.base_hash(),
-            "noise_schedule": noise_schedule(student),
-            "weights_hash": {name: _file_hash(new / name) for name in (ADAPTER_WEIGHTS, HEADS_WEIGHTS)},
+            **asdict(model.config),
+            "prediction_type": model.prediction_type,
+            "base_hash": model.base_hash(),
+            "noise_schedule": noise_schedule(model),
+            "weights_hash": hashes,
         }
-        (new / STUDENT_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-        mode = (new / STUDENT_CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
-        for name in ADAPTER_FILES:
-            (new / name).chmod(mode)
-            os.replace(new / name, folder / name)
+
+    weights = {ADAPTER_WEIGHTS: state, HEADS_WEIGHTS: heads}
+    save_model(folder, weights, record, dtype=dtype, write_beside=write_peta)
 
 
 def _as_loaded(tensor: Tensor, loaded: Tensor | None) -> Tensor:
@@ -185,56 +166,52 @@ def _as_loaded(tensor: Tensor, loaded: Tensor | None) -> Tensor:
     return loaded if any(torch.equal(loaded.to(dtype).to(tensor.dtype), tensor) for dtype in types) else tensor
 
 
-def load_adapter(student: TriplaneTurboGenerator, folder: Path, *, allow_other_base: bool = False) -> None:
+def load_adapter(model: TriplaneTurboModel, folder: Path, *, allow_other_base: bool = False) -> None:
     """Load what `save_adapter` wrote.
 
-    Raises FileNotFoundError for a missing file, and AdapterMismatch, before anything is changed, for a damaged
+    Raises FileNotFoundError for a missing file, and ModelMismatch, before anything is changed, for a damaged
     file, keys, shapes or ranks that differ, or another base (unless allow_other_base=True).
     """
     _, record = read_configs(folder)
     if not allow_other_base:
-        _check_base(student, folder, record)
-    state = _read_tensors(folder / ADAPTER_WEIGHTS)
-    state |= {f"heads.{name}": tensor for name, tensor in _read_tensors(folder / HEADS_WEIGHTS).items()}
-    if problems := misfits(student, state):
-        raise AdapterMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
+        _check_base(model, folder, record)
+    state = read_weights(folder / ADAPTER_WEIGHTS)
+    state |= {f"heads.{name}": tensor for name, tensor in read_weights(folder / HEADS_WEIGHTS).items()}
+    if problems := adapter_misfits(model, state):
+        raise ModelMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
     for name, digest in record["weights_hash"].items():
-        if _file_hash(folder / name) != digest:
-            raise AdapterMismatch(
-                f"{folder / name}: is not the file that {STUDENT_CONFIG} records (its SHA-256 differs); copy or "
-                "download the folder again"
-            )
-    student.load_trained_state_dict(state)
-    if not student.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
-        student.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
-    own = student.base_hash()
+        check_hash(folder / name, digest)
+    model.load_trained_state_dict(state)
+    if not model.peta.full:  # a whole U-Net is not kept twice; copies, for the file may change under its mapping
+        model.loaded_state = {name: tensor.clone() for name, tensor in state.items()}
+    own = model.base_hash()
     if same_weights(record["base_hash"], own):  # a text encoder that was not loaded is still the recorded one
-        student.keep_base_hash({**record["base_hash"], **own})
+        model.keep_base_hash({**record["base_hash"], **own})
 
 
-def _check_base(student: TriplaneTurboGenerator, folder: Path, record: dict[str, Any]) -> None:
-    """AdapterMismatch unless the base is the recorded one; what is not recorded, or not loaded, is not compared."""
-    recorded, own = record["base_hash"], student.base_hash()
+def _check_base(model: TriplaneTurboModel, folder: Path, record: dict[str, Any]) -> None:
+    """ModelMismatch unless the base is the recorded one; what is not recorded, or not loaded, is not compared."""
+    recorded, own = record["base_hash"], model.base_hash()
     remedy = "load that base, or pass allow_other_base=True"
     if not same_weights(recorded, own):
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded; {remedy}"
         )
     both_have_text = all(any(name in hashes for name in hash_names(TEXT)) for hashes in (recorded, own))
     if both_have_text and not same_weights(recorded, own, TEXT):
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{folder}: trained on the base {record['base']!r}, whose text encoder's weights differ from those loaded; "
             f"{remedy}"
         )
-    if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(student)):
-        raise AdapterMismatch(
+    if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(model)):
+        raise ModelMismatch(
             f"{folder}: trained on the noise schedule {record['noise_schedule']}, and the scheduler of the base loaded "
-            f"has {noise_schedule(student)}; {remedy}"
+            f"has {noise_schedule(model)}; {remedy}"
         )
-    if record["prediction_type"] != student.prediction_type:
-        raise AdapterMismatch(
+    if record["prediction_type"] != model.prediction_type:
+        raise ModelMismatch(
             f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
-            f"loaded says {student.prediction_type}; {remedy}"
+            f"loaded says {model.prediction_type}; {remedy}"
         )
 
 
@@ -245,28 +222,28 @@ def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def read_student(folder: Path) -> tuple[PetaConfig, StudentConfig]:
-    """What to build a student with before `load_adapter`."""
+def read_settings(folder: Path) -> tuple[PetaConfig, SavedConfig]:
+    """Return what to build a model with before `load_adapter`."""
     peta, record = read_configs(folder)
-    return peta, StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+    return peta, SavedConfig(**{field.name: record[field.name] for field in fields(SavedConfig)})
 
 
 def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     """The adapter's PetaConfig and the contents of config.json.
 
-    Raises FileNotFoundError for a missing file, and AdapterMismatch for one of another class, a field that is missing
+    Raises FileNotFoundError for a missing file, and ModelMismatch for one of another class, a field that is missing
     or unknown, or a value out of range.
     """
-    path = folder / STUDENT_CONFIG
-    record = _read_json(path)
+    path = folder / CONFIG
+    record = read_json(path, WHOLE)
     if (found := record.get("_class_name")) != CLASS_NAME:
-        raise AdapterMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
-    known = {field.name for field in fields(StudentConfig)} | {
+        raise ModelMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
+    known = {field.name for field in fields(SavedConfig)} | {
         *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash", "noise_schedule")
     }
     missing, extra = known - record.keys() - {"noise_schedule"}, record.keys() - known  # the first ones have none
     if missing or extra:
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{path}: missing {sorted(missing)}, extra {sorted(extra)}; saved by prd "
             f"{record.get('_prd_version')}, read by {prd.__version__}: use the version that saved it"
         )
@@ -274,14 +251,14 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
         value = record[name]
         strings = isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
         if not value or not strings or (keys and value.keys() != keys):
-            raise AdapterMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
+            raise ModelMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
     schedule = record.get("noise_schedule", {"num_train_timesteps": 1, "alphas_cumprod": [0.0] * SCHEDULE_POINTS})
     if not _is_schedule(schedule):
-        raise AdapterMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
+        raise ModelMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
     try:
-        StudentConfig(**{field.name: record[field.name] for field in fields(StudentConfig)})
+        SavedConfig(**{field.name: record[field.name] for field in fields(SavedConfig)})
     except ValueError as error:
-        raise AdapterMismatch(f"{path}: {error}") from error
+        raise ModelMismatch(f"{path}: {error}") from error
     return _read_peta(folder), record
 
 
@@ -299,45 +276,19 @@ def _is_schedule(value: object) -> bool:
 
 def _read_peta(folder: Path) -> PetaConfig:
     path = folder / ADAPTER_CONFIG
-    written = _read_json(path)
+    written = read_json(path, WHOLE)
     known = {field.name for field in fields(PetaConfig)}
     missing = {"num_planes", "plane_channels"} - written.keys()  # what no other config has and no default should decide
     if written.get("peft_type") != "LORA" or missing:
-        raise AdapterMismatch(
+        raise ModelMismatch(
             f"{path}: is a peft config of another class (peft_type {written.get('peft_type')!r}, missing "
             f"{sorted(missing)}); expected a PetaConfig"
         )
     if extra := written.keys() - known:
-        raise AdapterMismatch(f"{path}: extra {sorted(extra)}; saved by peft {written.get('peft_version')}, use that")
+        raise ModelMismatch(f"{path}: extra {sorted(extra)}; saved by peft {written.get('peft_version')}, use that")
     try:
         peta = PetaConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
-        raise AdapterMismatch(f"{path}: {error}") from error
+        raise ModelMismatch(f"{path}: {error}") from error
     peta.inference_mode = False
     return peta
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
-    if not isinstance(record, dict):
-        raise AdapterMismatch(f"{path}: holds a {type(record).__name__}, expected a JSON object")
-    return record
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; an adapter is {', '.join(ADAPTER_FILES)}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:  # the last two: a header that names no known type
-        raise AdapterMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneField
 from prd.generators.blocks import TriplaneConvNeXtBlock
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 
@@ -27,7 +27,7 @@ class AtomConfig:
 
     generator: Literal["atom"] = "atom"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
-    text_length: Count | None = None  # tokens of a prompt; null: as the text encoder gives them
+    text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     plane_channels: Count = 32  # C_T
     plane_size: Count = 64  # H_T = W_T
@@ -49,7 +49,7 @@ class AtomConfig:
         return self
 
 
-class AtomGenerator(SinglePassGenerator):
+class AtomModel(SinglePassModel):
     """Text-to-triplane network and the three networks of the triplane-to-mesh generator (AToM, section 3.1)."""
 
     class_name = "AToM"
@@ -77,10 +77,15 @@ class AtomGenerator(SinglePassGenerator):
             x = block(x, prompt_embeds)
         return x
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> PositionalTriplaneField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn."""
+    def generate(
+        self, prompt_embeds: Tensor, generator: Any = None, *, num_inference_steps: int | None = None
+    ) -> PositionalTriplaneField:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step."""
         planes = self.planes(prompt_embeds.to(self.dtype))
         return PositionalTriplaneField(planes, planes, self.heads, self.config.sphere_radius)
 
     def alpha(self) -> AlphaModel | None:
         return None if self.inv_std is None else NeusAlpha(self.inv_std())
+
+
+AtomGenerator = AtomModel

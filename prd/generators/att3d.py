@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from prd.fields.hash_grid import FeatureGrids
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import colour_from_features
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, DensityAlpha
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius, Size
 
@@ -31,10 +31,10 @@ class Att3dConfig:
 
     generator: Literal["att3d"] = "att3d"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
-    text_length: Count | None = None  # tokens of a prompt; null: as the text encoder gives them
+    text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     hidden_width: Count = 32  # of the vector v between the two linear maps (Eq. 4)
-    resolutions: tuple[Size, ...] = (9, 14, 22, 36, 58)  # nodes an axis of the grid's levels
+    resolutions: tuple[Size, ...] = (9, 14, 22, 36, 58)  # nodes per axis of the grid's levels
     features: Count = 4  # channels of a level
     table_size: Count = 1 << 19  # entries from which a level is hashed
     feature_gain: Positive = 1.0  # factor of w: spectral norms of 1 leave the entries of a long vector small
@@ -45,7 +45,7 @@ class Att3dConfig:
     sphere_radius: Radius = 0.5  # of that ball, scene units; of "sdf", whose output is added to |p| - sphere_radius
 
 
-class Att3dGenerator(SinglePassGenerator):
+class Att3dModel(SinglePassModel):
     """Mapping network and NeRF head (ATT3D, section 3.1)."""
 
     class_name = "ATT3D"
@@ -69,8 +69,10 @@ class Att3dGenerator(SinglePassGenerator):
         v = F.silu(self.first(prompt_embeds.flatten(1)))
         return self.config.feature_gain * self.second(v)
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> HyperField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn."""
+    def generate(
+        self, prompt_embeds: Tensor, generator: Any = None, *, num_inference_steps: int | None = None
+    ) -> HyperField:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step."""
         return HyperField(self.mapping(prompt_embeds.to(self.dtype)), self.grids, self.head, self.config)
 
     def interpolate(self, first: Tensor, second: Tensor, alphas: Sequence[float] | Tensor) -> HyperField:
@@ -155,3 +157,6 @@ class HyperField(AutogradGradient):
         x = nodes[first:last]
         radius = (x[:, None, None] ** 2 + nodes[:, None] ** 2 + nodes**2).sqrt()
         return self.head(self.grids.encode_grid(self.parameters, x, nodes)), radius
+
+
+Att3dGenerator = Att3dModel

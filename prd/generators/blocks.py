@@ -36,7 +36,7 @@ class TriplaneConvNeXtBlock(nn.Module):
 
 
 class PlaneNorm(nn.Module):
-    """Layer normalisation over the channels of each pixel of x [B, 3, C, H, W], with a scale and shift a plane."""
+    """Layer normalisation over the channels of each pixel of x [B, 3, C, H, W], with a scale and shift per plane."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PlaneNorm(nn.Module):
 class PlaneTextAttention(nn.Module):
     """Multi-head cross-attention: every pixel of a plane is a query, every text token a key and a value.
 
-    x [B, 3, C, H, W], text [B, L, Ct] -> [B, 3, C, H, W]. Queries and outputs have weights a plane.
+    x [B, 3, C, H, W], text [B, L, Ct] -> [B, 3, C, H, W]. Queries and outputs have weights per plane.
     """
 
     def __init__(self, channels: int, text_width: int, heads: int) -> None:
@@ -80,7 +80,7 @@ class PlaneAwareConv(nn.Module):
 
     x [B, 3, C, H, H] -> the same shape. A pixel of a plane fixes two coordinates; each of the other two planes has one
     of them, and is averaged over the third. Both averages are concatenated to the plane before a 3 x 3 convolution,
-    one group a plane.
+    one group per plane.
     """
 
     def __init__(self, channels: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneField
 from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.point_encoder import PointEncoder, dummy_cloud
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.single_pass import SinglePassModel
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 
 
@@ -32,7 +32,7 @@ class Latte3dConfig:
 
     generator: Literal["latte3d"] = "latte3d"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
-    text_length: Count | None = None  # tokens of a prompt; null: as the text encoder gives them
+    text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     num_points: Count = 2048  # of a point cloud
     point_width: Count = 64  # of the PointNet's features
@@ -58,7 +58,7 @@ class Latte3dConfig:
         return self
 
 
-class Latte3dGenerator(SinglePassGenerator):
+class Latte3dModel(SinglePassModel):
     """Geometry network and texture network. Their encoders are one until a stage trains the texture alone."""
 
     class_name = "LATTE3D"
@@ -89,16 +89,21 @@ class Latte3dGenerator(SinglePassGenerator):
             for name, modules in (("geometry", geometry), ("texture", texture))
         }
 
-    def begin_stage(self, trained: Sequence[str] | None) -> None:
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Give the texture an encoder of its own, as the shared one is now, where it is to be trained alone."""
-        if trained is not None and "geometry" not in trained and bool(self.encoder_is_shared):
+        if trainable is not None and "geometry" not in trainable and bool(self.encoder_is_shared):
             self.texture_encoder.load_state_dict(self.geometry_encoder.state_dict())
             self.encoder_is_shared.fill_(False)
 
     def generate(
-        self, prompt_embeds: Tensor, generator: Any = None, points: Tensor | None = None
+        self,
+        prompt_embeds: Tensor,
+        generator: Any = None,
+        *,
+        num_inference_steps: int | None = None,
+        points: Tensor | None = None,
     ) -> PositionalTriplaneField:
-        """The field of each prompt; prompt_embeds [B, L, Ct]; nothing is drawn.
+        """Return the field of each prompt, prompt_embeds [B, L, Ct]; nothing is drawn, and there is one step.
 
         points  clouds [B, N, 3] in the cube [-1, 1]^3 that the shape may follow; None: the dummy, the text alone
         """
@@ -117,7 +122,7 @@ class Latte3dGenerator(SinglePassGenerator):
 
 
 class TextUNet(nn.Module):
-    """From a cloud [B, N, 3] and text [B, L, Ct] to planes [B, 3, channels[0], H, H].
+    """Network from a cloud [B, N, 3] and text [B, L, Ct] to planes [B, 3, channels[0], H, H].
 
     A PointNet, then a U-Net with a Triplane ConvNeXt block (cross-attention to the text among its modules) at each
     level on the way down and up, skips added.
@@ -147,3 +152,6 @@ class TextUNet(nn.Module):
             x = F.interpolate(grow(x.flatten(1, 2)), scale_factor=2, mode="nearest").unflatten(1, (3, -1))
             x = block(x + skip, text)
         return x
+
+
+Latte3dGenerator = Latte3dModel

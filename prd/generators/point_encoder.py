@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prd.fields.planes import plane_coordinates
 from prd.fields.positional_triplane import positional_encoding
-from prd.fields.triplane import plane_coordinates
 
 FREQUENCIES = 4  # of the positions' encoding
 

@@ -1,4 +1,4 @@
-"""The published TriplaneTurbo checkpoint as a student of this library, once: `prd convert`."""
+"""Conversion of the published TriplaneTurbo checkpoint to a model of this library: `prd convert`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prd.adapters.convert import (
     read_published,
 )
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone
-from prd.generators.adapter_files import StudentConfig
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
+from prd.generators.adapter_files import SavedConfig
+from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import Base
 
 LATENT_SIZE = 32  # of the published pipeline, whatever its base draws
@@ -29,7 +29,7 @@ PAPER_SHARE = 0.025
 
 @dataclass(frozen=True)
 class AddedParameters:
-    """What a published checkpoint adds to its base, counted as published (before to_out is folded).
+    """Count of what a published checkpoint adds to its base, as published (before to_out is folded).
 
     layers    adapted attentions and convolutions, and the decoder's new conv_out
     adapters  parameters of these layers, conv_out's among them
@@ -55,7 +55,7 @@ class AddedParameters:
 
 
 def count_added(state: dict[str, Tensor], unet: UNet2DConditionModel, vae: AutoencoderKL) -> AddedParameters:
-    """The parameters of a published state dict beside those of its base; both may be on the meta device."""
+    """Count the parameters of a published state dict beside those of its base; both may be on the meta device."""
     backbone = SixPlaneBackbone(unet, vae, PetaConfig())
     decoder: nn.Module = vae.get_submodule("decoder")
     return AddedParameters(
@@ -68,10 +68,10 @@ def count_added(state: dict[str, Tensor], unet: UNet2DConditionModel, vae: Autoe
     )
 
 
-def student_from_published(
+def model_from_published(
     path: str | Path, base: Base, *, latent_size: int | None = None
-) -> tuple[TriplaneTurboGenerator, AddedParameters]:
-    """The student of a published `.pth`, and what it adds.
+) -> tuple[TriplaneTurboModel, AddedParameters]:
+    """Return the model of a published `.pth`, and what it adds to its base.
 
     latent_size  h = w of the latents that are drawn; None: 32 as published, or the base's own size if that is smaller
 
@@ -97,15 +97,15 @@ def student_from_published(
     try:
         peta = published_config(state, backbone)
         converted = convert_published(state, backbone)
-        config = StudentConfig(
+        config = SavedConfig(
             base=base.name,
             base_revision=base.revision,
             latent_size=min(LATENT_SIZE, base.unet.config["sample_size"]) if latent_size is None else latent_size,
             head_width=0 if width is None else width.shape[0],
             bias_radius=SDF_BIAS,
         )
-        student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
-        student.load_trained_state_dict(converted)
+        model = TriplaneTurboModel(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
+        model.load_trained_state_dict(converted)
     except ValueError as error:
         raise CheckpointError(f"{path} on the base {base.name!r}: {error}") from error
-    return student, count_added(state, base.unet, base.vae)
+    return model, count_added(state, base.unet, base.vae)

@@ -1,42 +1,36 @@
-"""What the generators share that answer a prompt in one pass: AToM, ATT3D and LATTE3D.
+"""Base class of single-pass models: AToM, ATT3D and LATTE3D.
 
-Text embeddings in, a Field out, by `generate`; how they are saved, and the text encoder they belong to.
+Text embeddings in, a Field out, by `generate`; saving, loading, and the text encoder that a model belongs to.
 
-model.safetensors   every tensor of the generator
+model.safetensors   every tensor of the model
 config.json         its class, its settings, the hash of the weights and of the text encoder's
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prd
+from prd.errors import ModelMismatch
 from prd.fields.protocol import Field
+from prd.hub.find import find_model
+from prd.loading.saved_model import CONFIG, WEIGHTS, check_hash, misfits, read_record, read_weights, save_model
 from prd.loading.weight_hashes import TEXT, same_weights
 from prd.rendering.alpha import AlphaModel
+from prd.text.encoders import PromptEncoder
+from prd.text.loading import encoder_hashes, load_encoder
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 RECORDS = ("_class_name", "_prd_version", "weights_hash", "text_hash")  # in config.json beside the settings
 
 
-class GeneratorMismatch(ValueError):
-    """A saved generator that is damaged, of another class, or does not fit the text encoder at hand."""
-
-
-class SinglePassGenerator(nn.Module):
-    """From text embeddings to a Field in one pass; a subclass writes `generate` and names its parts.
+class SinglePassModel(nn.Module):
+    """Network from text embeddings to a Field in one pass; a subclass writes `generate` and may name its parts.
 
     config  the subclass's settings, a frozen dataclass with `text_encoder`, `text_length` and `text_width`: where the
             embeddings come from, and their shape [B, text_length, text_width]
@@ -45,7 +39,9 @@ class SinglePassGenerator(nn.Module):
     folder_name = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
-    takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds of a library's shapes
+    takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
+    shares_text_encoder: ClassVar[bool] = True  # whether a teacher's, if it is the same, may stand for it
+    num_estimates = 1  # of a rollout
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -58,24 +54,97 @@ class SinglePassGenerator(nn.Module):
         self.text_hash: dict[str, str] | None = None  # of the text encoder it was trained with, by precision
 
     @classmethod
-    def for_encoder(cls, config: Any, encoder: Any) -> Self:
-        """A fresh generator for the embeddings of this `PromptEncoder`."""
+    def for_encoder(cls, config: Any, encoder: PromptEncoder) -> Self:
+        """Build a fresh model for the embeddings of this `PromptEncoder`."""
         _, length, width = encoder([""]).shape
         return cls(replace(config, text_length=length, text_width=width))
 
-    def generate(self, prompt_embeds: Tensor, generator: Any = None) -> Field:
-        """The field of each prompt; prompt_embeds [B, L, Ct]. Nothing is drawn unless a subclass says so."""
-        raise NotImplementedError(f"{type(self).__name__}.generate: a generator says how embeddings become a field")
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        num_denoising_steps: int = 1,
+        text_dtype: torch.dtype = torch.float32,
+        init_from: str | Path | None = None,
+    ) -> tuple[Self, PromptEncoder]:
+        """Build a model to train and load the text encoder that its config names.
+
+        num_denoising_steps  unused: there is one pass
+        text_dtype           of the text encoder's weights
+        init_from            a saved model of these settings and this text encoder to start from
+
+        Raises FileNotFoundError without a model there, and ModelMismatch for one of another class, with other
+        settings or another text encoder.
+        """
+        encoder = load_encoder(config.text_encoder, text_dtype)
+        hashes = encoder_hashes(encoder)
+        model = cls.for_encoder(config, encoder)
+        model.text_hash = hashes
+        if init_from is not None:
+            model._start_from(str(init_from), hashes)
+        return model, encoder
+
+    def _start_from(self, init_from: str, hashes: Mapping[str, str]) -> None:
+        """Load the weights of a saved model; ModelMismatch if it is not like this one."""
+        folder, where = find_model(init_from), f"init_from={init_from!r}"
+        if (made := read_record(folder)["_class_name"]) != self.class_name:
+            raise ModelMismatch(
+                f"{where}: _class_name is {made!r}, expected {self.class_name!r}; give one of that class, or another "
+                "model.class"
+            )
+        saved = type(self).from_pretrained(folder)
+        for field in fields(self.config):
+            theirs, ours = getattr(saved.config, field.name), getattr(self.config, field.name)
+            if theirs != ours and field.name != "text_encoder":
+                raise ModelMismatch(f"{where}: its model.{field.name} is {theirs}, not {ours}; set it to that")
+        if not saved.fits_encoder(hashes):
+            raise ModelMismatch(f"{where}: was trained with another text encoder; set model.text_encoder to that")
+        self.load_trained_state_dict(saved.trained_state_dict())
+
+    def rollout(
+        self,
+        prompt_embeds: Tensor,
+        inputs: Mapping[str, Tensor],
+        draws: Sequence[torch.Generator],
+        *,
+        batch_size: int = 1,
+        first: bool = True,
+    ) -> Iterator[tuple[range, Field]]:
+        """Yield (range(1), field) once: there is one estimate per prompt, and nothing is drawn.
+
+        first  whether spectral norms iterate, which they do once per optimiser step. See
+               `prd.generators.protocol.Model.rollout`.
+        """
+        generate: Callable[..., Field] = self.generate  # which takes `inputs` by keyword where there are any
+        self.train(first)
+        field = generate(prompt_embeds, **inputs)
+        self.eval()
+        yield range(1), field
+
+    def generate(
+        self,
+        prompt_embeds: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+    ) -> Field:
+        """Return the field of each prompt, prompt_embeds [B, L, Ct], with gradient where that is enabled.
+
+        Nothing is drawn from `generator` unless a subclass says so, and there are no steps: both are there so that
+        every model is called alike.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.generate: a model says how embeddings become a field")
 
     def alpha(self) -> AlphaModel | None:
-        """How the volume renderer reads its fields; None: NeuS with the renderer's own width."""
+        """Return how the volume renderer reads its fields; None: as the renderer's own config says."""
         return None
 
-    def begin_stage(self, trained: Sequence[str] | None) -> None:
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Prepare for a stage that trains these parts (None: all); nothing to do for most."""
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by the names that a stage of training may give in `trained`."""
+        """Return the parameters by the names that a stage of training may give as `trainable`."""
         return {"all": list(self.parameters())}
 
     @property
@@ -87,11 +156,11 @@ class SinglePassGenerator(nn.Module):
         return next(self.parameters()).dtype
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Every parameter that requires a gradient."""
+        """Return every parameter that requires a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_embeds(self, prompt_embeds: Tensor) -> None:
-        """ValueError unless prompt_embeds is [B, text_length, text_width] with B >= 1."""
+        """Raise ValueError unless prompt_embeds is [B, text_length, text_width] with B >= 1."""
         expected = (self.config.text_length, self.config.text_width)
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != expected or not len(prompt_embeds):
             raise ValueError(
@@ -106,13 +175,13 @@ class SinglePassGenerator(nn.Module):
     # -- saving and loading ------------------------------------------------------------------------------------------
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
+        """Return every tensor by name."""
         return dict(self.state_dict())
 
     def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load `trained_state_dict`; GeneratorMismatch if a key is missing or extra or a shape differs."""
-        if problems := _misfits(self.state_dict(), state):
-            raise GeneratorMismatch(f"state does not fit: {problems}")
+        """Load `trained_state_dict`; ModelMismatch if a key is missing or extra or a shape differs."""
+        if problems := misfits(self.state_dict(), state):
+            raise ModelMismatch(f"state does not fit: {'; '.join(problems)}")
         self.load_state_dict(state, strict=True)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -120,101 +189,54 @@ class SinglePassGenerator(nn.Module):
 
         dtype: of the tensors on disk (float32, bfloat16 or float16), None: as they are
         """
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype={dtype!r}: must be torch.float32, torch.bfloat16, torch.float16 or None")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            new = Path(temporary)
-            save_file({n: t.contiguous() for n, t in state.items()}, new / WEIGHTS, metadata={"format": "pt"})
-            record = {
+
+        def record(hashes: dict[str, str]) -> dict[str, Any]:
+            return {
                 "_class_name": self.class_name,
                 "_prd_version": prd.__version__,
                 **asdict(self.config),
-                "weights_hash": _file_hash(new / WEIGHTS),
+                "weights_hash": hashes[WEIGHTS],
                 "text_hash": self.text_hash,
             }
-            (new / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-            mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
-            for name in (WEIGHTS, CONFIG):
-                (new / name).chmod(mode)
-                os.replace(new / name, folder / name)
+
+        save_model(folder, {WEIGHTS: self.state_dict()}, record, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """What `save_pretrained` wrote, in float32.
+        """Load what `save_pretrained` wrote, in float32.
 
-        Raises FileNotFoundError for a missing file, and GeneratorMismatch for one of another class, a damaged one, and
+        Raises FileNotFoundError for a missing file, and ModelMismatch for one of another class, a damaged one, and
         keys or shapes that differ.
         """
         folder = Path(folder)
         record = read_record(folder)
         if record["_class_name"] != cls.class_name:
-            raise GeneratorMismatch(
+            raise ModelMismatch(
                 f"{folder / CONFIG}: _class_name is {record['_class_name']!r}, expected {cls.class_name!r}"
             )
         known = {field.name for field in fields(cls.config_class)}
         missing, extra = sorted(known - record.keys()), sorted(record.keys() - known - set(RECORDS))
         if missing or extra:
-            raise GeneratorMismatch(
+            raise ModelMismatch(
                 f"{folder / CONFIG}: missing {missing}, extra {extra}; saved by prd {record.get('_prd_version')}, read "
                 f"by {prd.__version__}: use the version that saved it"
             )
         model = cls(_settings(cls, folder, {name: record[name] for name in known}))
-        state = _read_weights(folder, record)
-        if problems := _misfits(model.state_dict(), state):
-            raise GeneratorMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {problems}")
+        state = read_weights(folder / WEIGHTS)
+        check_hash(folder / WEIGHTS, record.get("weights_hash"))
+        if problems := misfits(model.state_dict(), state):
+            raise ModelMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {'; '.join(problems)}")
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
         model.text_hash = record["text_hash"]
         return model.eval()
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The contents of config.json; FileNotFoundError without one, GeneratorMismatch if it is no object."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; give a folder that a generator was saved to")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GeneratorMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
-    if not isinstance(record, dict) or "_class_name" not in record:
-        raise GeneratorMismatch(f"{path}: does not say which class it is of; give a folder of a saved generator")
-    return record
-
-
-def _settings(cls: type[SinglePassGenerator], folder: Path, values: dict[str, Any]) -> Any:
+def _settings(cls: type[SinglePassModel], folder: Path, values: dict[str, Any]) -> Any:
     try:
         return cls.config_class(**values)
     except ValueError as error:
-        raise GeneratorMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
+        raise ModelMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
 
 
-def _read_weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; copy the whole folder")
-    if _file_hash(path) != record.get("weights_hash"):
-        raise GeneratorMismatch(f"{path}: is not the file that {CONFIG} records; copy or download the folder again")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GeneratorMismatch(f"{path}: cannot be read ({error}); copy or download it again") from error
-
-
-def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """What keeps `state` from being the model's own; "" if nothing does."""
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    found = [f"{what} {names[:5]} ({len(names)})" for what, names in (("missing", missing), ("extra", extra)) if names]
-    return "; ".join(found + shapes[:5])
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+SinglePassGenerator = SinglePassModel
+GeneratorMismatch = ModelMismatch

@@ -1,30 +1,62 @@
-"""TriplaneTurbo's student: a frozen Stable Diffusion that denoises and decodes six planes (TriplaneTurbo, section 3.3).
+"""TriplaneTurbo's model: a frozen Stable Diffusion that denoises and decodes six planes (TriplaneTurbo, section 3.3).
 
 noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prd.adapters.peta import PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
-from prd.adapters.planes import PlaneAttention
+from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
+from prd.adapters.planes import set_attention
+from prd.distillation.draws import draw_normal
+from prd.distillation.progressive import rollout
+from prd.fields.protocol import Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.generators import adapter_files
-from prd.generators.adapter_files import HALF_PRECISIONS, AdapterMismatch, StudentConfig, read_configs
+from prd.generators import adapter_files, sampling
+from prd.generators.adapter_files import SavedConfig
+from prd.hub.find import find_model
+from prd.loading.stable_diffusion import Base, load_base
+from prd.text.encoders import PromptEncoder
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius
+from prd.utils.dtypes import HALF_PRECISIONS
 
-__all__ = ["AdapterMismatch", "StudentConfig", "TriplaneTurboGenerator", "read_configs"]
+__all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
 
 
-class TriplaneTurboGenerator(nn.Module):
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TriplaneTurboConfig:
+    """Settings to train TriplaneTurbo: a frozen Stable Diffusion with PETA adapters and the three heads."""
+
+    generator: Literal["triplane_turbo"] = "triplane_turbo"  # which generator this section describes
+    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
+    revision: str | None = None  # branch, tag or commit of a Hub id
+    rank: Count = 16  # rank of every LoRA pair
+    plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
+    self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
+    self_attention: bool = True  # whether it is adapted, as the next four
+    cross_attention: bool = True
+    convolutions: bool = True  # of the U-Net
+    decoder_attention: bool = True
+    decoder_convolutions: bool = True
+    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
+    plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
+    head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
+    latent_size: Count = 32  # height and width of each plane's latents
+    sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
+    sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
+    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
+
+
+class TriplaneTurboModel(nn.Module):
     """Frozen base, trainable PETA, conv_out and heads.
 
     unet, vae: the base; its modules stay unadapted, its weights are shared (moving or casting either moves or casts
@@ -33,20 +65,24 @@ class TriplaneTurboGenerator(nn.Module):
     base_hash: `Base.hashes`, of the weights as they were stored; None: of the weights as they are here.
     """
 
+    config_class = TriplaneTurboConfig
+    folder_name = "adapter"  # in a run folder
+    takes_shapes = shares_text_encoder = False
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         scheduler: Any,
         peta: PetaConfig | None = None,
-        config: StudentConfig | None = None,
+        config: SavedConfig | None = None,
         *,
         gradient_checkpointing: bool = False,
         base_hash: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.peta = peta or PetaConfig()
-        self.config = config or StudentConfig()
+        self.config = config or SavedConfig()
         if self.peta.num_planes != 6:
             raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
         self.prediction_type: str = scheduler.config.prediction_type
@@ -80,27 +116,36 @@ class TriplaneTurboGenerator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base; latents and planes are computed in it, the field in float32."""
+        """Type of the base's weights; latents and planes are computed in it, the field in float32."""
         return self.backbone.decoder.conv_in.weight.dtype
-
-    folder_name = "adapter"  # in a run folder
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(6, 4, h, w) of a sample's latents."""
+        """Shape (6, 4, h, w) of a sample's latents."""
         size = self.config.latent_size
         return 6, self.backbone.unet.config["in_channels"], size, size
 
+    @property
+    def num_estimates(self) -> int:
+        """K of the training rollout."""
+        return self.config.num_inference_steps
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: there is one part, the adapter with its heads."""
+        """Return the trained parameters: there is one part, the adapter with its heads."""
         return {"adapter": self.trainable_parameters()}
 
+    def begin_stage(self, trainable: Sequence[str] | None) -> None:
+        """Do nothing: the one part is trained in every stage."""
+
+    def alpha(self) -> None:
+        """Return None: the volume renderer reads the fields as its own config says."""
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """LoRA factors, the new conv_out and the heads. ValueError for a fused student, which has none."""
+        """Return LoRA factors, the new conv_out and the heads. ValueError for a fused model, which has none."""
         self._check_not_fused("train")
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboGenerator:
+    def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboModel:
         """Heads and noise schedule follow to every device, but stay in float32 when the base goes to half precision."""
         exact = [self.alphas_cumprod.data, *(parameter.data for parameter in self.heads.parameters())]
         super()._apply(fn, recurse)
@@ -113,7 +158,7 @@ class TriplaneTurboGenerator(nn.Module):
     def is_fused(self) -> bool:
         return self._unfused_state is not None
 
-    def fuse(self) -> TriplaneTurboGenerator:
+    def fuse(self) -> TriplaneTurboModel:
         """Merge the adapter into weights of its own for inference: faster steps, the same planes.
 
         Ordinary LoRA goes into the weights, plane-wise LoRA into six stacked weights (0.25 billion more parameters at
@@ -129,12 +174,8 @@ class TriplaneTurboGenerator(nn.Module):
         return self
 
     def set_attention(self, attention: Callable[..., Tensor] | None) -> None:
-        """The attention of q, k, v [B, heads, L, d] in the U-Net (`load_xformers_attention()`, say); None: torch's."""
-        for processor in {id(p): p for p in self.backbone.unet.attn_processors.values()}.values():
-            assert isinstance(processor, PlaneAttention)
-            processor.attention = attention or F.scaled_dot_product_attention
-
-    # -- the model ---------------------------------------------------------------------------------------------------
+        """Set the attention of q, k, v [B, heads, L, d] in the U-Net, as `load_xformers_attention()`; None: torch's."""
+        set_attention(self.backbone.unet, attention)
 
     def predict(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
         """The U-Net's own prediction (epsilon or v) [B, 6, 4, h, w].
@@ -143,9 +184,10 @@ class TriplaneTurboGenerator(nn.Module):
         for a text of its own for each plane.
         """
         batch = self._check_latents(latents)
-        if prompt_embeds.ndim not in (3, 4) or prompt_embeds.shape[0] != batch:
+        shape, width = prompt_embeds.shape, self.backbone.unet.config["cross_attention_dim"]
+        if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != 6):
             raise ValueError(
-                f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct]"
+                f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
             )
         t = torch.as_tensor(timestep, device=latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
@@ -154,7 +196,7 @@ class TriplaneTurboGenerator(nn.Module):
         return prediction.view(latents.shape).to(latents.dtype)
 
     def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """One step of the student: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
+        """Denoise in one step: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
         prediction = self.predict(latents, timestep, prompt_embeds)
         alpha, sigma = self._alpha_sigma(timestep, latents)
         if self.prediction_type == "epsilon":
@@ -186,69 +228,71 @@ class TriplaneTurboGenerator(nn.Module):
         return planes.unflatten(0, (-1, 6))
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
-        """K timesteps from T - 1 down in equal strides: 4 -> [999, 749, 499, 249]."""
-        total, trained, k = len(self.alphas_cumprod), self.config.num_inference_steps, num_inference_steps
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1 or total % k:
-            raise ValueError(
-                f"num_inference_steps={k}: must be a positive divisor of {total} "
-                f"(this adapter was trained for {trained}); try {trained}"
-            )
-        return [total - 1 - step * (total // k) for step in range(k)]
+        """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
+        total, trained = len(self.alphas_cumprod), self.config.num_inference_steps
+        return sampling.even_timesteps(num_inference_steps, total, trained)
 
-    def draw_latents(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one a sample (then independent of B)."""
-        shape = self.latent_shape
-        if generator is None or isinstance(generator, torch.Generator):
-            source = self.device if generator is None else generator.device
-            return torch.randn(batch, *shape, generator=generator, device=source).to(self.device)
-        if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
-            raise TypeError(f"generator={generator!r}: must be a torch.Generator or a list of them, one a sample")
-        if len(generator) != batch:
-            raise ValueError(f"generator: {len(generator)} generators for {batch} samples; give one a sample")
-        return torch.stack([torch.randn(shape, generator=g, device=g.device).to(self.device) for g in generator])
+    def draw_latents(self, batch: int, generator: sampling.Generators = None) -> Tensor:
+        """Draw Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one per sample."""
+        return sampling.draw_latents(self.latent_shape, batch, self.device, generator)
 
     def ddim_step(self, latents: Tensor, x0: Tensor, timestep: int, previous: int) -> Tensor:
-        """DDIM with eta 0 (Song et al. 2021, Eq. 12) from `timestep` to `previous` (below 0: the schedule's first)."""
+        """Step by DDIM with eta 0 (Song et al. 2021, Eq. 12) from `timestep` to `previous` (below 0: the first)."""
         alpha, sigma = self._alpha_sigma(timestep, latents)
         return self.add_noise(x0, (latents - alpha * x0) / sigma, max(previous, 0))
 
-    @torch.no_grad()
     def sample_latents(
         self,
         prompt_embeds: Tensor,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: sampling.Generators = None,
         num_inference_steps: int = 4,
         latents: Tensor | None = None,
         on_step: Callable[[int, int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The last x0 [B, 6, 4, h, w] of K DDIM steps from `latents` (drawn if None); no classifier-free guidance.
-
-        on_step  called as (step, timestep, latents) after each step; what it returns is used in their place
-        """
+        """Return the last x0 [B, 6, 4, h, w] of K steps from `latents`, drawn if None (`prd.generators.sampling`)."""
         timesteps = self.timesteps(num_inference_steps)
         x = self.draw_latents(len(prompt_embeds), generator) if latents is None else latents.to(self.device)
-        if len(x) != len(prompt_embeds):
-            raise ValueError(f"latents={tuple(x.shape)}: expected {len(prompt_embeds)} samples, as many as embeddings")
-        for step, (t, previous) in enumerate(zip(timesteps, [*timesteps[1:], None], strict=True)):
-            x0 = self.denoise(x, t, prompt_embeds)
-            x = x0 if previous is None else self.ddim_step(x, x0, t, previous)
-            if on_step is not None:
-                x = on_step(step, t, x)
-        return x
+        return sampling.sample_latents(self, prompt_embeds, x, timesteps, on_step)
+
+    def rollout(
+        self,
+        prompt_embeds: Tensor,
+        inputs: Mapping[str, Tensor],
+        draws: Sequence[torch.Generator],
+        *,
+        batch_size: int = 1,
+        first: bool = True,
+    ) -> Iterator[tuple[range, Field]]:
+        """Yield the K estimates of Algorithm 1 (`prd.distillation.progressive.rollout`); arguments as in `Model`.
+
+        draws: one generator per prompt, of the start's noise and then of each step's; `first` changes nothing here.
+        """
+        if inputs:
+            raise ValueError(f"inputs={sorted(inputs)}: TriplaneTurbo takes text embeddings alone; leave them out")
+
+        def noise(k: int) -> Tensor:
+            return draw_normal((len(prompt_embeds), *self.latent_shape), draws).to(self.device)
+
+        timesteps = self.timesteps(self.num_estimates)
+        return rollout(self, prompt_embeds=prompt_embeds, timesteps=timesteps, noise=noise, batch_size=batch_size)
 
     @torch.no_grad()
     def generate(
         self,
         prompt_embeds: Tensor,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        num_inference_steps: int = 4,
+        generator: sampling.Generators = None,
+        *,
+        num_inference_steps: int | None = None,
         latents: Tensor | None = None,
     ) -> TriplaneField:
-        """The field of each prompt. prompt_embeds [B, 77, Ct]; K in {1, 2, 4, ...}; latents [B, 6, 4, h, w] or None.
+        """Return the field of each prompt.
 
-        Raises ValueError for a K that does not divide the schedule, and for tensors of another shape.
+        prompt_embeds [B, 77, Ct]; num_inference_steps K in {1, 2, 4, ...}, None: as trained; latents [B, 6, 4, h, w],
+        None: drawn from `generator`. Raises ValueError for a K that does not divide the schedule, and for tensors of
+        another shape.
         """
-        return self.decode(self.sample_latents(prompt_embeds, generator, num_inference_steps, latents))
+        k = self.num_estimates if num_inference_steps is None else num_inference_steps
+        return self.decode(self.sample_latents(prompt_embeds, generator, k, latents))
 
     def _check_latents(self, latents: Tensor) -> int:
         channels, size = self.backbone.unet.config["in_channels"], self.config.latent_size
@@ -259,18 +303,14 @@ class TriplaneTurboGenerator(nn.Module):
         return latents.shape[0]
 
     def _alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.alphas_cumprod[torch.as_tensor(timestep, device=self.alphas_cumprod.device)].to(like.dtype)
-        a = a.view(-1, 1, 1, 1, 1)
-        return a.sqrt(), (1 - a).sqrt()
-
-    # -- saving and loading (prd/generators/adapter_files.py) --------------------------------------------------------
+        return sampling.alpha_sigma(self.alphas_cumprod, timestep, like)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
         return adapter_files.adapter_state(self) if self._unfused_state is None else dict(self._unfused_state)
 
     def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load `trained_state_dict`; AdapterMismatch if a key is missing or extra or a shape differs."""
+        """Load `trained_state_dict`; ModelMismatch if a key is missing or extra or a shape differs."""
         self._check_not_fused("load an adapter")
         adapter_files.load_adapter_state(self, state)
 
@@ -289,13 +329,58 @@ class TriplaneTurboGenerator(nn.Module):
         adapter_files.save_adapter(self, Path(folder), dtype=dtype)
 
     def load_adapter(self, folder: str | Path, *, allow_other_base: bool = False) -> None:
-        """Load what `save_adapter` wrote; FileNotFoundError or AdapterMismatch before anything is changed."""
+        """Load what `save_adapter` wrote; FileNotFoundError or ModelMismatch before anything is changed."""
         self._check_not_fused("load an adapter")
         adapter_files.load_adapter(self, Path(folder), allow_other_base=allow_other_base)
 
     def _check_not_fused(self, what: str) -> None:
         if self.is_fused:
-            raise ValueError(f"the student is fused: build another one from its base to {what}")
+            raise ValueError(f"the model is fused: build another one from its base to {what}")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TriplaneTurboConfig,
+        *,
+        num_denoising_steps: int = 4,
+        text_dtype: torch.dtype = torch.float32,
+        init_from: str | Path | None = None,
+    ) -> tuple[Self, PromptEncoder]:
+        """Build a model to train on the base that the config names, and return it with the base's text encoder.
+
+        num_denoising_steps: K of a rollout; text_dtype: unused, base and text encoder are in float32; init_from: a
+        saved adapter of these sizes to start from. Raises what `load_base` raises, FileNotFoundError without an adapter
+        there, and ModelMismatch for one that does not fit.
+        """
+        base = load_base(config.base, revision=config.revision, text=True)
+        assert base.encoder is not None  # text=True
+        model = cls.from_base(base, config, num_denoising_steps)
+        if init_from is not None:
+            model.load_adapter(find_model(init_from))
+        return model, base.encoder
+
+    @classmethod
+    def from_base(cls, base: Base, config: TriplaneTurboConfig, num_denoising_steps: int = 4) -> Self:
+        """Attach PETA and heads of the config's sizes to a base; K = num_denoising_steps."""
+        ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
+        adapted = {group: getattr(config, group) for group in GROUPS}
+        kinds: dict[str, Any] = {
+            "plane_wise": config.plane_wise,
+            "plane_channels": config.plane_channels,
+            "full": config.full,
+        }
+        peta = PetaConfig(r=config.rank, rank_pattern=ranks, **kinds, **adapted)
+        sizes = SavedConfig(
+            base=base.name,
+            base_revision=base.revision,
+            latent_size=config.latent_size,
+            head_width=config.head_width,
+            bias_radius=config.sphere_radius,
+            sdf_init_scale=config.sdf_init_scale,
+            num_inference_steps=num_denoising_steps,
+        )
+        parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, sizes), config.gradient_checkpointing
+        return cls(*parts, gradient_checkpointing=checkpointing, base_hash=base.hashes)
 
     @classmethod
     def from_adapter(
@@ -307,9 +392,12 @@ class TriplaneTurboGenerator(nn.Module):
         *,
         allow_other_base: bool = False,
         base_hash: Mapping[str, str] | None = None,
-    ) -> TriplaneTurboGenerator:
-        """A student built as the configs in `folder` say, on this base, with the saved adapter loaded."""
-        peta, config = adapter_files.read_student(Path(folder))
-        student = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
-        student.load_adapter(folder, allow_other_base=allow_other_base)
-        return student
+    ) -> Self:
+        """Build a model as the configs in `folder` say, on this base, and load the saved adapter."""
+        peta, config = adapter_files.read_settings(Path(folder))
+        model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
+        model.load_adapter(folder, allow_other_base=allow_other_base)
+        return model
+
+
+TriplaneTurboGenerator = TriplaneTurboModel

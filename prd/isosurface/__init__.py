@@ -1,1 +1,1 @@
-"""From a field to triangles: extraction, marching cubes, marching tetrahedra, coarse-to-fine search."""
+"""Triangles of a field's surface: extraction, marching cubes, marching tetrahedra, coarse-to-fine search."""

@@ -1,6 +1,6 @@
 """An isosurface from a grid that is evaluated only where the surface can be.
 
-The nodes of the fine grid are grouped into coarse cells of `factor` fine cells a side. The coarse cells' corners are
+The nodes of the fine grid are grouped into coarse cells of `factor` fine cells per side. The coarse cells' corners are
 evaluated first; then the cells that can hold surface, and after them those into which the surface is found to
 continue. What stays unevaluated is one-signed there as far as its corners tell, and is filled with that sign.
 """
@@ -14,8 +14,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from prd.fields.fast import Geometry, values_at
 from prd.fields.protocol import Field
-from prd.isosurface.extract import Grid, OnEmpty, meshes_from_slabs, values_at
+from prd.isosurface.extract import OnEmpty, meshes_from_slabs
 from prd.isosurface.marching_cubes import Marching, Mesh, marching_cubes
 
 
@@ -38,8 +39,8 @@ class NearSurface:
     inside: Tensor
     outside: Tensor
 
-    def slabs(self, planes: int) -> Iterator[Grid]:
-        """The grids as `isosurface.grid_slabs` gives them: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
+    def slabs(self, planes: int) -> Iterator[Geometry]:
+        """The grids as `grid_slabs` gives them: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
         resolution, batch = self.resolution, len(self.sdf)
         cell = torch.arange(resolution, device=self.nodes.device) // self.factor
         cell = cell.clamp_max(self.inside.shape[1] - 1)
@@ -74,7 +75,7 @@ def evaluate_near_surface(
     if resolution < 2 or factor < 1 or batch < 1 or (lipschitz is not None and not lipschitz > 0):
         raise ValueError(
             f"resolution={resolution}, factor={factor}, batch={batch}, lipschitz={lipschitz}: "
-            "need at least 2 nodes an axis, a factor and a batch of at least 1, a positive Lipschitz constant or None"
+            "need at least 2 nodes per axis, a factor and a batch of at least 1, a positive Lipschitz constant or None"
         )
     axis = torch.linspace(-1, 1, resolution, device=device)
     lines = torch.arange(0, resolution - 1, factor, device=device)

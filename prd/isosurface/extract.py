@@ -1,7 +1,7 @@
-"""From a signed distance field to meshes: grids of its values, cut along a level.
+"""Extraction of meshes from a signed distance field: grids of its values, cut along a level.
 
-The grid's nodes are R equally spaced points an axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
-are cut is `marching.marching_cubes` or `tetrahedra.marching_tetrahedra`.
+The grid's nodes are R equally spaced points per axis from -1 to 1, both ends included, indexed [x, y, z]. How its cells
+are cut is `marching_cubes` or `marching_tetrahedra`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prd.fields.checks import several
+from prd.fields.fast import Geometry, grid_slabs
 from prd.fields.protocol import Field
 from prd.isosurface.marching_cubes import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
 
-Grid = tuple[Tensor, Tensor | None]  # sdf [B, X, Y, Z], deformation [B, X, Y, Z, 3]
 Isosurface = Callable[[Tensor, Tensor | None, float], Mesh]  # as `Marching.__call__`
 OnEmpty = Literal["raise", "flag"]
 
@@ -68,97 +67,6 @@ def ensure_surface(sdf: Tensor, *, detach: bool = False) -> tuple[Tensor, Tensor
     return sdf + torch.where(nodes, forced - value, 0.0), corrected
 
 
-def grid_points(resolution: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Nodes [R, R, R, 3] of the scene's cube, from -1 to 1 along each axis, indexed [x, y, z]."""
-    if resolution < 2:
-        raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
-    axis = torch.linspace(-1, 1, resolution, device=device, dtype=dtype)
-    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
-
-
-def evaluate_grid(
-    field: Field, resolution: int, batch: int = 1, device: torch.device | str = "cpu", chunk: int = 1 << 18
-) -> Grid:
-    """Signed distance [B, R, R, R] and deformation [B, R, R, R, 3] (or None) at the nodes of `grid_points`.
-
-    Uses the field's own `geometry_grid(R, first, last) -> (sdf, deformation)` or `grid(R) -> (sdf, rgb, deformation)`
-    if it has one, else `sdf_and_deformation` on chunks of that many points; `batch` and `device` say for which points
-    then. Raises ValueError for fewer than 2 nodes an axis and for a field that answers in the wrong shape or for
-    another number of samples than a `batch` beyond 1, TypeError for one that answers in something else.
-    """
-    return next(grid_slabs(field, resolution, resolution, batch=batch, device=device, chunk=chunk))
-
-
-def grid_slabs(
-    field: Field,
-    resolution: int,
-    planes: int,
-    *,
-    batch: int = 1,
-    device: torch.device | str = "cpu",
-    chunk: int = 1 << 18,
-) -> Iterator[Grid]:
-    """`evaluate_grid` in slabs along x of that many planes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
-    if resolution < 2:
-        raise ValueError(f"resolution={resolution}: must be at least 2 nodes an axis")
-    geometry: Callable[[int, int, int], Grid] | None = getattr(field, "geometry_grid", None)
-    whole: Callable[[int], tuple[Tensor, Tensor, Tensor | None]] | None = getattr(field, "grid", None)
-    if geometry is None and whole is not None:
-        sdf, _, deformation = several("grid", whole(resolution), 3)
-        _checked((sdf, deformation), resolution, resolution, batch)
-    axis = torch.linspace(-1, 1, resolution, device=device)
-    for first in range(0, resolution, planes):
-        last = min(first + planes, resolution)
-        if geometry is not None:
-            slab = several("geometry_grid", geometry(resolution, first, last), 2)
-        elif whole is not None:
-            slab = sdf[:, first:last], None if deformation is None else deformation[:, first:last]
-        else:
-            slab = values_at(field, torch.cartesian_prod(axis[first:last], axis, axis), batch, chunk)
-            slab = _shaped(slab, last - first, resolution)
-        yield _checked(slab, last - first, resolution, batch)
-
-
-def values_at(field: Field, points: Tensor, batch: int, chunk: int) -> Grid:
-    """Signed distance [B, N] and deformation [B, N, 3] or None at points [N, 3] shared by all samples."""
-    name = "sdf_and_deformation"
-    parts = [several(name, field.sdf_and_deformation(p.expand(batch, -1, -1)), 2) for p in points.split(chunk)]
-    for (sdf, deformation), p in zip(parts, points.split(chunk), strict=True):
-        found = _shape(sdf), _shape(deformation)
-        if found[0] != (batch, len(p), 1) or found[1] not in (None, (batch, len(p), 3)):
-            raise ValueError(
-                f"field: {name} of points [{batch}, {len(p)}, 3] gave {found[0]} and {found[1]}; "
-                "expected [B, N, 1] and [B, N, 3] or None (batch says how many samples the field has)"
-            )
-    sdf = torch.cat([sdf[..., 0] for sdf, _ in parts], dim=1)
-    offsets = [deformation for _, deformation in parts if deformation is not None]
-    return sdf, torch.cat(offsets, dim=1) if offsets else None
-
-
-def _shaped(grid: Grid, planes: int, resolution: int) -> Grid:
-    shape = (planes, resolution, resolution)
-    sdf, deformation = grid
-    return sdf.unflatten(1, shape), None if deformation is None else deformation.unflatten(1, shape)
-
-
-def _checked(grid: Grid, planes: int, resolution: int, batch: int) -> Grid:
-    """The grid of a field that makes its own: of its own number of samples where `batch` is 1, the default."""
-    sdf, deformation = _shape(grid[0]), _shape(grid[1])
-    shape = (planes, resolution, resolution)
-    if sdf is None or len(sdf) != 4 or sdf[1:] != shape or deformation not in (None, (*sdf, 3)):
-        raise ValueError(f"field: its grid gave {sdf} and {deformation}; expected [B, *{shape}] and one more 3")
-    if batch not in (1, sdf[0]):
-        raise ValueError(f"batch={batch}: the field holds {sdf[0]} sample(s)")
-    return grid
-
-
-def _shape(values: Tensor | None) -> tuple[int, ...] | None:
-    """Its shape, None for None; TypeError for what is neither."""
-    if values is not None and not isinstance(values, Tensor):
-        raise TypeError(f"field: a value of its grid is {type(values).__name__}; expected a tensor")
-    return None if values is None else tuple(values.shape)
-
-
 def grid_to_meshes(
     sdf: Tensor,
     deformation: Tensor | None,
@@ -167,7 +75,7 @@ def grid_to_meshes(
     isosurface: Isosurface = marching_cubes,
     on_empty: OnEmpty = "raise",
 ) -> list[Mesh]:
-    """One closed mesh a sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
+    """One closed mesh per sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
 
     Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
     change raises EmptySurfaceError, or with on_empty="flag" is flagged by a mesh without faces. NaN and infinity are
@@ -195,7 +103,7 @@ def _check_batch(sdf: Tensor, deformation: Tensor | None, level: float) -> None:
     if sdf.ndim != 4 or len(set(sdf.shape[1:])) != 1 or sdf.shape[1] < 2:
         raise ValueError(f"sdf={tuple(sdf.shape)}: expected [B, R, R, R] with R >= 2")
     if deformation is not None and deformation.shape != (*sdf.shape, 3):
-        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset per node")
     _check_level(level)
     if not bool(torch.isfinite(sdf.detach().sum())):  # before a sample of NaN is called empty
         bad = (~torch.isfinite(sdf.detach()).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
@@ -216,7 +124,7 @@ def _check_found(found: list[bool], resolution: int, on_empty: OnEmpty) -> None:
 
 
 def meshes_from_slabs(
-    slabs: Callable[[], Iterable[Grid]],
+    slabs: Callable[[], Iterable[Geometry]],
     resolution: int,
     level: float = 0.0,
     *,
@@ -258,7 +166,7 @@ def meshes_from_slabs(
 
 
 def _stitch_padded(
-    slabs: Callable[[], Iterable[Grid]], samples: list[int], outside: list[float], marching: Marching, level: float
+    slabs: Callable[[], Iterable[Geometry]], samples: list[int], outside: list[float], marching: Marching, level: float
 ) -> dict[int, Stitcher]:
     """Stitchers of some samples with a layer of nodes at `outside` around the grid, as `pad_border` adds it."""
     stitchers = {index: Stitcher(marching, 0.0) for index in samples}
@@ -294,8 +202,8 @@ def extract_isosurface(
 ) -> list[Mesh]:
     """The surfaces of a field's B samples: [(vertices [V, 3] in scene units, faces [F, 3]), ...], closed, outward.
 
-    resolution  R, the nodes an axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
-    marching    `marching_cubes` or `tetrahedra.marching_tetrahedra`
+    resolution  R, the nodes per axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`
+    marching    `marching_cubes` or `marching_tetrahedra`
     max_nodes   of all samples evaluated at a time: beyond, the grid is made and marched slab by slab, and the memory
                 grows with R^2 and the surface instead of R^3 (without gradients; with them, the graph holds it all).
                 The mesh is that of the whole grid, vertex by vertex
@@ -304,10 +212,10 @@ def extract_isosurface(
     Differentiable in the field. A shape that leaves the cube is evaluated twice if made in slabs.
     """
     if resolution < 2 or batch < 1:
-        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes an axis and 1 sample")
+        raise ValueError(f"resolution={resolution}, batch={batch}: must be at least 2 nodes per axis and 1 sample")
     planes = max(2, max_nodes // (batch * resolution**2))
 
-    def slabs() -> Iterator[Grid]:
+    def slabs() -> Iterator[Geometry]:
         return grid_slabs(field, resolution, planes, batch=batch, device=device, chunk=chunk)
 
     if planes >= resolution:

@@ -46,9 +46,9 @@ def _case_of_cells(inside: Tensor) -> Tensor:
 
 def check_grids(sdf: Tensor, deformation: Tensor | None) -> None:
     if sdf.ndim != 3 or min(sdf.shape) < 2:
-        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [X, Y, Z] with at least 2 nodes an axis")
+        raise ValueError(f"sdf={tuple(sdf.shape)}: expected [X, Y, Z] with at least 2 nodes per axis")
     if deformation is not None and deformation.shape != (*sdf.shape, 3):
-        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset a node")
+        raise ValueError(f"deformation={tuple(deformation.shape)}: expected {(*sdf.shape, 3)}, one offset per node")
     for name, values in (("sdf", sdf), ("deformation", deformation)):
         if values is None or bool(torch.isfinite(values.detach().sum())):
             continue
@@ -58,9 +58,9 @@ def check_grids(sdf: Tensor, deformation: Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class Marching:
-    """A way of cutting the cells of a grid along a level: `marching_cubes`, or `tetrahedra.marching_tetrahedra`.
+    """A way of cutting the cells of a grid along a level: `marching_cubes`, or `marching_tetrahedra`.
 
-    edges  the edges of a cell that may be cut: (direction, base corner), one step (0 or 1 an axis) from that corner
+    edges  the edges of a cell that may be cut: (direction, base corner), one step (0 or 1 per axis) from that corner
     cases  gives for each of the 256 cases (bit 4 x + 2 y + z: corner (x, y, z) is inside) its triangles, as triples of
            indices into `edges`, counter-clockwise seen from outside
     """
@@ -75,7 +75,7 @@ class Marching:
     def __call__(self, sdf: Tensor, deformation: Tensor | None = None, level: float = 0.0) -> Mesh:
         """The surface sdf = level of one grid, inside where sdf < level.
 
-        sdf          [X, Y, Z]     any unit, at least 2 nodes an axis
+        sdf          [X, Y, Z]     any unit, at least 2 nodes per axis
         deformation  [X, Y, Z, 3]  offsets of the nodes in cells, limited here to +-0.5 (DiffMC's semantics)
 
         Returns vertices [V, 3] in cells (node (i, j, k) lies at (i, j, k)), differentiable in both arguments, and
@@ -89,7 +89,7 @@ class Marching:
 
     @torch.no_grad()
     def topology(self, inside: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        """Cut edges [2, V] (linear indices of their two nodes), faces [F, 3] that index them, cut edges a direction.
+        """Cut edges [2, V] (linear indices of their two nodes), faces [F, 3] that index them, cut edges per direction.
 
         inside bool [X, Y, Z]. The edges are listed direction by direction, each in the order of its base nodes.
         """
@@ -124,7 +124,7 @@ class Marching:
 
 
 def place_vertices(sdf: Tensor, deformation: Tensor | None, level: float, ends: Tensor, first_x: int = 0) -> Tensor:
-    """Where the level crosses edges ends [2, V] (linear indices into sdf, whose x begins at first_x): [V, 3], cells."""
+    """Crossings [V, 3], in cells, of the level and edges ends [2, V] (linear indices into sdf, x from first_x on)."""
     _, ny, nz = sdf.shape
     nodes = torch.stack([ends // (ny * nz) + first_x, ends // nz % ny, ends % nz], dim=-1).to(sdf.dtype)  # [2, V, 3]
     if deformation is not None:
@@ -168,7 +168,7 @@ class Stitcher:
     level: float
     planes: int = 0  # marched so far, without the last
     kept: tuple[Tensor, Tensor | None] | None = None  # the last plane
-    vertices: list[list[Tensor]] = field(default_factory=list)  # of each direction, a tensor a slab
+    vertices: list[list[Tensor]] = field(default_factory=list)  # of each direction, one tensor per slab
     shared: list[Tensor] = field(default_factory=list)  # those within the last plane
     faces: list[Tensor] = field(default_factory=list)
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from prd.errors import CheckpointError
+from prd.errors import CheckpointError, PrdError
 from prd.loading.latent_diffusion import UNET, VAE, convert_vae, unet_config, unet_key
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -36,7 +36,7 @@ STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF1
 EXPECTED = "expected Stable Diffusion 1.x or 2.x in the original layout, U-Net and VAE together"
 
 
-class UnsupportedBase(ValueError):
+class UnsupportedBase(PrdError, ValueError):
     """A base that PETA is not made for, or that cannot be read."""
 
 

@@ -20,14 +20,14 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel
 
+from prd.hub.shipped import shipped
 from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder
-from prd.toybox import asset
+from prd.utils.dtypes import check_dtype
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # in the name of a file of weights; the plain ones come first
 VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
 UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # of a text encoder, which Stable Diffusion ignores
@@ -70,7 +70,7 @@ def load_base(
     prediction_type: str | None = None,
     expected: Mapping[str, str] | None = None,
 ) -> Base:
-    """The parts of a Stable Diffusion 1.x or 2.x, frozen: "toybox", a Hub id, a folder, or a .safetensors file.
+    """Load a Stable Diffusion 1.x or 2.x, frozen, from a shipped name, a Hub id, a folder or a .safetensors file.
 
     dtype, device    None: `inference_dtype` of that device; the parts stay on the CPU
     text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
@@ -88,7 +88,7 @@ def load_base(
     check_dtype(dtype)
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     hub["local_files_only"] = local_files_only
-    path = Path(asset("stable_diffusion") if name == "toybox" else name).expanduser()
+    path = shipped(name, "base") or Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
     if revision is not None and (path.exists() or path.suffix == ".safetensors"):
@@ -120,12 +120,6 @@ def load_base(
         tokenizer = _tokenizer(name, pretrained_model_name_or_path=path / "tokenizer")
         encoder = PromptEncoder(tokenizer, model)
     return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
-
-
-def check_dtype(dtype: object, name: str = "dtype") -> None:
-    """ValueError unless `dtype` is one that weights may have, or None."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, DTYPES))} or None")
 
 
 def _finish(base: Base, dtype: torch.dtype, expected: Mapping[str, str] | None) -> Base:
@@ -213,7 +207,7 @@ def check_backbone(name: str, folder: Path) -> None:
 
 
 def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
-    """What in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
+    """List what in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
     if not unet or not vae:
         return [f"no {part}/config.json" for part, config in (("unet", unet), ("vae", vae)) if not config]
     allowed = {  # by diffusers' names; None also where a config does not say

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: hashes of weights, whatever precision they are stored or computed in."""
+"""Hashes of weights, whatever precision they are stored or computed in: they tell which base an adapter belongs to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+from prd.errors import PrdError
+from prd.utils.dtypes import HALF_PRECISIONS
+
 TEXT = "text_encoder."  # before the names of the text encoder's hashes
 NEW_LAYER = "decoder.conv_out."  # the adapter replaces it
 
 
-class NonFiniteWeights(ValueError):
+class NonFiniteWeights(PrdError, ValueError):
     """Weights that hold NaN or infinity."""
 
 

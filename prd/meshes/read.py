@@ -10,12 +10,13 @@ import torch
 import trimesh
 from torch import Tensor
 
+from prd.errors import PrdError
 from prd.isosurface.marching_cubes import Mesh
 
 REACH = 0.9  # half the longest side of a shape that was read from a file, scene units
 
 
-class UnreadableMesh(ValueError):
+class UnreadableMesh(PrdError, ValueError):
     """A file that is not there or holds no mesh, or one without area or not finite."""
 
 

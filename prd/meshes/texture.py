@@ -58,7 +58,7 @@ def unwrap(
 def texel_points(
     vertices: NDArray[np.float32], faces: NDArray[np.int64], uv: NDArray[np.float32], size: int
 ) -> TexelPoints:
-    """Where on the surface the centre of each texel lies.
+    """Find where on the surface the centre of each texel lies.
 
     vertices [V, 3], faces [F, 3], uv [V, 2]; size: side of the texture, texels. Triangles too small to cover a texel
     centre still mark the texels of their corners, so that no triangle takes its colour from another chart.

@@ -1,58 +1,46 @@
-"""What every text-to-3D pipeline does around its generator: prompts in, meshes out, saving and sharing."""
+"""Base class of text-to-3D pipelines: prompts in, meshes out, saving and sharing."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from prd.fields.protocol import Field, one_sample
-from prd.hub.repositories import push_generator, write_card
-from prd.isosurface.extract import EmptySurfaceError, evaluate_grid, grid_to_meshes
-from prd.meshes.mesh import Mesh, build_meshes
+from prd.fields.fast import one_sample
+from prd.fields.protocol import Field
+from prd.hub.repositories import push_model, write_card
+from prd.hub.shipped import about, unknown_words
+from prd.meshes.mesh import build_mesh, extract_surfaces
+from prd.meshes.options import MeshOptions, check_one_of, mesh_options
+from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
-from prd.toybox.world import unknown_words
 from prd.utils.memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
 
-OnEmpty = Literal["raise", "flag"]
-Keep = Literal["largest", "all"]
 
+class TextTo3DPipeline:
+    """A model with the encoder of its prompts; a subclass says how it is loaded and called.
 
-@dataclass(frozen=True)
-class TextTo3DOutput:
-    """What a call returns, B = prompts x meshes a prompt, those of one prompt beside each other.
-
-    meshes  [B] with output_type="mesh", else empty; None where `on_empty="flag"` and there is no surface
-    prompts [B] the prompt of each sample, "" where embeddings were given
-    field   the shapes before extraction: a `Field` of B samples
-    seconds wall-clock time by stage, isosurface and mesh among them
+    model              the network, a `prd.generators.protocol.Model`
+    encoder            of prompts, None if they are given as embeddings
+    encoder_name       where the encoder is from; a shipped one that lists its words warns of others
+    training_metadata  of the training run, for the model card
+    draws_noise        whether a call takes `generator` and `num_inference_steps`
     """
 
-    meshes: list[Mesh | None]
-    prompts: list[str]
-    field: Any
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-class TextTo3D:
-    """A generator with its text encoder: what the pipelines share.
-
-    encoder      of prompts, None if they are given as embeddings
-    encoder_name where it is from; "toybox" warns of words that the toy box does not know
-    """
+    draws_noise: ClassVar[bool]
 
     def __init__(self, model: Any, encoder: PromptEncoder | None, encoder_name: str) -> None:
         self.model, self.encoder, self.encoder_name = model.eval(), encoder, encoder_name
-        self.facts: dict[str, Any] = {}  # of the training run, for the model card
+        self.training_metadata: dict[str, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +48,7 @@ class TextTo3D:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the generator and the text encoder; the heads and the field are in float32."""
+        """Type of the weights of model and text encoder; the heads and the field are in float32."""
         return self.model.dtype
 
     def _move(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
@@ -77,7 +65,7 @@ class TextTo3D:
     def _encode(
         self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int
     ) -> tuple[list[str], Tensor]:
-        """Prompts and their embeddings [prompts, L, width], from one or the other."""
+        """Return prompts and their embeddings [prompts, L, width], from one or the other."""
         if prompt_embeds is not None:
             if prompt is not None:
                 raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
@@ -98,49 +86,43 @@ class TextTo3D:
             tokens = len(encoder.tokenizer(text).input_ids)
             if tokens > encoder.length:
                 logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, encoder.length)
-            if self.encoder_name == "toybox" and (words := unknown_words(text)):
-                logger.warning("prompt %r: the toy box has never heard of %s", text, ", ".join(words))
+            if words := unknown_words(self.encoder_name, text):
+                title = about(self.encoder_name)["title"]
+                logger.warning("prompt %r: %s has never heard of %s", text, title, ", ".join(words))
 
-    def _mesh(
+    def _options(self, output_type: str, allowed: tuple[str, ...], keywords: Mapping[str, Any]) -> MeshOptions:
+        """Check what a call asks for, before anything is computed; TypeError for an argument that there is not."""
+        check_one_of("output_type", output_type, allowed)
+        for name in keywords.keys() - {field.name for field in fields(MeshOptions)}:
+            raise TypeError(f"{name}=: {type(self).__name__} takes no such argument{self._why_not(name)}; leave it out")
+        return mesh_options(None, keywords)
+
+    def _why_not(self, name: str) -> str:
+        """A clause that says why a call takes no such argument; "" if there is nothing to say."""
+        return ""
+
+    def _finish(
         self,
-        output: TextTo3DOutput,
+        prompts: list[str],
+        field: Field,
         watch: Stopwatch,
-        *,
-        resolution: int,
-        on_empty: OnEmpty,
-        target_faces: int | None,
-        texture_size: int | None,
-        keep: Keep,
-    ) -> None:
-        """Put the meshes of an output's field into it."""
-        batch = len(output.prompts)
-        surfaces = self._surfaces(output.field, batch, resolution, on_empty)
-        watch.lap("isosurface")
-        for i, surface in enumerate(surfaces):
-            if surface is None:
-                output.meshes.append(None)
-                continue
-            sample = one_sample(output.field, i, batch)
-            output.meshes.extend(
-                build_meshes(sample, [surface], target_faces=target_faces, texture_size=texture_size, keep=keep)
-            )
-        watch.lap("mesh")
-
-    def _surfaces(
-        self, field: Field, batch: int, resolution: int, on_empty: OnEmpty
-    ) -> list[tuple[Tensor, Tensor] | None]:
-        """(vertices, faces) of each sample, or None where it has no surface and that is to be flagged."""
-        sdf, deformation = evaluate_grid(field, resolution, batch=batch, device=self.device)
-        surfaces: list[tuple[Tensor, Tensor] | None] = []
-        for i in range(batch):
-            offset = None if deformation is None else deformation[i : i + 1]
-            try:
-                surfaces += grid_to_meshes(sdf[i : i + 1], offset)
-            except EmptySurfaceError:
-                if on_empty == "raise":
-                    raise EmptySurfaceError([i], resolution) from None
-                surfaces.append(None)
-        return surfaces
+        output_type: str,
+        options: MeshOptions,
+        return_dict: bool,
+    ) -> TextTo3DOutput | tuple[Any]:
+        """Return what a call returns, with the meshes of its field if they are asked for."""
+        output = TextTo3DOutput([], prompts, field, watch.seconds)
+        if output_type == "mesh":
+            batch = len(prompts)
+            surfaces = extract_surfaces(field, options, batch=batch, device=self.device)
+            watch.lap("isosurface")
+            for i, surface in enumerate(surfaces):
+                mesh = None if surface is None else build_mesh(one_sample(field, i, batch), surface, options)
+                output.meshes.append(mesh)
+            watch.lap("mesh")
+        if return_dict:
+            return output
+        return ({"mesh": output.meshes, "field": field}[output_type] if output_type != "planes" else output.planes,)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
@@ -152,7 +134,7 @@ class TextTo3D:
         license  in the card, as the Hub names it; None: that of the base
         """
         self.model.save_pretrained(folder, dtype=dtype)
-        write_card(Path(folder), license=license, facts=self.facts)
+        write_card(Path(folder), license=license, training_metadata=self.training_metadata)
 
     def push_to_hub(
         self,
@@ -174,42 +156,20 @@ class TextTo3D:
         dtype and license as for `save_pretrained`. Raises ValueError for a repo_id that is no 'owner/name', and OSError
         where the Hub refuses.
         """
-        save: Callable[[Path], None] = lambda folder: self.model.save_pretrained(folder, dtype=dtype)  # noqa: E731
-        return push_generator(
-            save,
+        return push_model(
+            partial(self.model.save_pretrained, dtype=dtype),
             repo_id,
             private=private,
             token=token,
             revision=revision,
             commit_message=commit_message,
             license=license,
-            facts=self.facts,
+            training_metadata=self.training_metadata,
         )
 
 
-def check_mesh_arguments(
-    output_type: str,
-    allowed: tuple[str, ...],
-    *,
-    on_empty: str,
-    keep: str,
-    isosurface_resolution: int,
-    target_faces: int | None,
-    texture_size: int | None,
-) -> None:
-    """ValueError for an argument of a pipeline's call that is out of its range, before anything is computed."""
-    check_one_of("output_type", output_type, allowed)
-    check_one_of("on_empty", on_empty, ("raise", "flag"))
-    check_one_of("keep", keep, ("all", "largest"))
-    check_at_least("isosurface_resolution", isosurface_resolution, 2)
-    if target_faces is not None:
-        check_at_least("target_faces", target_faces, 4)
-    if texture_size is not None:
-        check_at_least("texture_size", texture_size, 1)
-
-
 def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
-    """One or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
+    """Return one or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
     prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
     for text in prompts:
@@ -222,18 +182,13 @@ def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
     return prompts
 
 
-def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-
-
 def check_at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
 
 
 def check_device(device: str | torch.device) -> None:
-    """ValueError for a device that torch does not know or that is not here, before anything is loaded."""
+    """Raise ValueError for a device that torch does not know or that is not here, before anything is loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
@@ -242,7 +197,7 @@ def check_device(device: str | torch.device) -> None:
 
 
 def check_floating(name: str, value: object) -> None:
-    """TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
+    """Raise TypeError or ValueError unless `value` is a tensor of finite floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is a {found}: must be a floating-point torch.Tensor")

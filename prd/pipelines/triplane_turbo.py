@@ -6,50 +6,35 @@ prompt -> text encoder -> K denoising steps of six latent planes -> decoder -> F
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from prd.adapters.planes import load_xformers_attention
-from prd.generators.adapter_files import ADAPTER_CONFIG, AdapterMismatch
-from prd.generators.single_pass import WEIGHTS, read_record
-from prd.generators.triplane_turbo import TriplaneTurboGenerator, read_configs
-from prd.hub.repositories import find_generator, read_facts
-from prd.loading.stable_diffusion import check_dtype, load_base
-from prd.pipelines.base import (
-    Keep,
-    OnEmpty,
-    Stopwatch,
-    TextTo3D,
-    TextTo3DOutput,
-    check_at_least,
-    check_device,
-    check_floating,
-    check_mesh_arguments,
-)
+from prd.errors import ModelMismatch
+from prd.fields.triplane import TriplaneField
+from prd.generators.adapter_files import read_configs
+from prd.generators.triplane_turbo import TriplaneTurboModel
+from prd.hub.find import find_model, read_training_metadata
+from prd.loading.saved_model import ADAPTER_CONFIG, WEIGHTS, read_record
+from prd.loading.stable_diffusion import Base, load_base
+from prd.meshes.options import MeshKeywords
+from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_at_least, check_device, check_floating
+from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
+from prd.utils.dtypes import accepts_torch_dtype, check_dtype
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-@dataclass(frozen=True)
-class TriplaneTurboOutput(TextTo3DOutput):
-    """What a call returns; its stages are text, denoise, decode, isosurface and mesh, its field a `TriplaneField`."""
-
-    @property
-    def planes(self) -> Tensor:
-        """[B, 6, C, H, W] float32: xy, xz, yz for geometry, then xy, xz, yz for texture."""
-        return self.field.planes
-
-
-class TriplaneTurbo(TextTo3D):
+class TriplaneTurbo(TextTo3DPipeline):
     """A frozen Stable Diffusion with a PETA adapter and its text encoder.
 
     pipe = TriplaneTurbo.from_pretrained("toybox")
@@ -57,12 +42,15 @@ class TriplaneTurbo(TextTo3D):
     mesh.export("cube.glb")
     """
 
-    def __init__(self, student: TriplaneTurboGenerator, encoder: PromptEncoder | None = None, base: str = "") -> None:
-        """encoder: of prompts, None if they are given as embeddings; base: the name of the student's base."""
-        super().__init__(student, encoder, base)
+    draws_noise = True
+
+    def __init__(self, model: TriplaneTurboModel, encoder: PromptEncoder | None = None, base: str = "") -> None:
+        """encoder: of prompts, None if they are given as embeddings; base: the name of the model's base."""
+        super().__init__(model, encoder, base)
         self._progress: dict[str, Any] = {"disable": None}
 
     @classmethod
+    @accepts_torch_dtype
     def from_pretrained(
         cls,
         name_or_path: str | Path,
@@ -93,31 +81,15 @@ class TriplaneTurbo(TextTo3D):
                           base has them
 
         Raises ValueError for another dtype, a device that is not here or a revision of files on disk, FileNotFoundError
-        if there is no adapter, `AdapterMismatch` for a generator of another class or one that does not fit the base,
+        if there is no adapter, `ModelMismatch` for a model of another class or one that does not fit the base,
         and `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
         """
         check_dtype(dtype)
         check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = find_generator(name_or_path, revision, **hub)
-        if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
-            found = read_record(folder)["_class_name"]
-            raise AdapterMismatch(f"{name_or_path}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
-        _, record = read_configs(folder)
-        if not base and not record["base"]:
-            raise ValueError(f"base=None: {name_or_path} was trained on a folder of its maker's; pass base=")
-        base_revision = None if base else record["base_revision"]
-        parts = load_base(
-            base or record["base"],
-            dtype=dtype,
-            device=device,
-            revision=base_revision,
-            text=text,
-            prediction_type=record["prediction_type"],
-            expected=record["base_hash"],
-            **hub,
-        )
-        student = TriplaneTurboGenerator.from_adapter(
+        folder = find_model(name_or_path, revision, **hub)
+        parts = _load_base(folder, str(name_or_path), base, dtype, device, text, hub)
+        model = TriplaneTurboModel.from_adapter(
             folder,
             parts.unet,
             parts.vae,
@@ -125,16 +97,17 @@ class TriplaneTurbo(TextTo3D):
             allow_other_base=allow_other_base,
             base_hash=parts.hashes,
         )
-        logger.info("%s: computes in %s on %s", name_or_path, student.dtype, device)
-        pipe = cls(student, parts.encoder, parts.name).to(device, student.dtype)
+        logger.info("%s: computes in %s on %s", name_or_path, model.dtype, device)
+        pipe = cls(model, parts.encoder, parts.name).to(device, model.dtype)
         if pipe.dtype != torch.float32:
             pipe.to(memory_format=torch.channels_last)
-        pipe.facts = read_facts(folder)
+        pipe.training_metadata = read_training_metadata(folder)
         return pipe
 
     @property
-    def student(self) -> TriplaneTurboGenerator:
-        """The generator: the frozen base, the adapter and the heads."""
+    def student(self) -> TriplaneTurboModel:
+        """`model`, by the name that it had before."""
+        warnings.warn("pipe.student is now called pipe.model", DeprecationWarning, stacklevel=2)
         return self.model
 
     def to(
@@ -151,13 +124,13 @@ class TriplaneTurbo(TextTo3D):
             raise ValueError(f"dtype={dtype}: must be torch.float32, torch.bfloat16 or torch.float16")
         self._move(device, dtype)
         if memory_format is not None:
-            module: Any = self.student  # whose signature has no memory_format for type checkers
+            module: Any = self.model  # whose signature has no memory_format for type checkers
             module.to(memory_format=memory_format)
         return self
 
     def fuse(self) -> TriplaneTurbo:
-        """Merge the adapter into the weights, for many calls: see `TriplaneTurboGenerator.fuse`."""
-        self.student.fuse()
+        """Merge the adapter into the weights, for many calls: see `TriplaneTurboModel.fuse`."""
+        self.model.fuse()
         self._release()
         return self
 
@@ -166,13 +139,13 @@ class TriplaneTurbo(TextTo3D):
 
         The first call of each batch size compiles (minutes at full size) and needs a C++ compiler, on CUDA Triton.
         """
-        self.student.backbone.unet.compile(**kwargs)
-        self.student.backbone.decoder.compile(**kwargs)
+        self.model.backbone.unet.compile(**kwargs)
+        self.model.backbone.decoder.compile(**kwargs)
         return self
 
     def enable_xformers_memory_efficient_attention(self) -> TriplaneTurbo:
         """xformers' attention in the U-Net instead of torch's; ImportError where it is not installed."""
-        self.student.set_attention(load_xformers_attention())
+        self.model.set_attention(load_xformers_attention())
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -190,87 +163,102 @@ class TriplaneTurbo(TextTo3D):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         output_type: Literal["mesh", "field", "planes"] = "mesh",
-        isosurface_resolution: int = 160,
-        target_faces: int | None = 10_000,
-        texture_size: int | None = 1024,
-        keep: Keep = "all",
-        on_empty: OnEmpty = "raise",
         callback_on_step_end: StepCallback | None = None,
         return_dict: bool = True,
-    ) -> TriplaneTurboOutput | tuple[Any]:
+        **mesh: Unpack[MeshKeywords],
+    ) -> TextTo3DOutput | tuple[Any]:
         """Generate a textured mesh for each prompt.
 
         num_inference_steps    K, a divisor of 1000; None: what the adapter was trained for
         num_meshes_per_prompt  samples of each prompt, beside each other in the output
-        generator              of the initial noise: one for the batch, or one a sample (then a sample's planes do not
+        generator              of the initial noise: one for the batch, or one per sample (then a sample's planes do not
                                depend on the others)
         latents                [B, 6, 4, h, w] the initial noise itself
         prompt_embeds          [prompts, 77, Ct] hidden states of the text encoder, instead of a prompt
         output_type            how far to go: "planes" and "field" stop before the isosurface
-        isosurface_resolution  nodes an axis of the isosurface grid over [-1, 1]^3
-        target_faces           triangles to simplify to (more where fewer would change the topology), None for all
-        texture_size           side of the baked texture, None for vertex colours
-        keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
-        on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
         callback_on_step_end   called as (pipe, step, timestep, {"latents": ...}) after each step; what it returns under
                                "latents" replaces them
         return_dict            False: a tuple of the meshes, the field or the planes alone
+        mesh                   options of `prd.meshes.options.MeshOptions`, by name: isosurface_resolution=160,
+                               target_faces=10_000, texture_size=1024, keep="all", on_empty="raise", coarse_factor=None
 
         Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
         out of its range or of another shape.
         """
-        check_mesh_arguments(
-            output_type,
-            ("mesh", "field", "planes"),
-            on_empty=on_empty,
-            keep=keep,
-            isosurface_resolution=isosurface_resolution,
-            target_faces=target_faces,
-            texture_size=texture_size,
-        )
+        options = self._options(output_type, ("mesh", "field", "planes"), mesh)
         check_at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
-        k = self.student.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        self.student.timesteps(k)  # raises for a bad K before anything is computed
+        k = self.model.num_estimates if num_inference_steps is None else num_inference_steps
+        self.model.timesteps(k)  # raises for a bad K before anything is computed
         if latents is not None:
             check_floating("latents", latents)
         watch = Stopwatch(self.device)
-        prompts, embeds = self._encode(prompt, prompt_embeds, self.student.backbone.unet.config["cross_attention_dim"])
+        prompts, embeds = self._encode(prompt, prompt_embeds, self.model.backbone.unet.config["cross_attention_dim"])
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
         embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
         watch.lap("text")
+        z = self._denoise(embeds, generator, k, latents, callback_on_step_end)
+        watch.lap("denoise")
+        field = self._decode(z, prompts)
+        watch.lap("decode")
+        return self._finish(prompts, field, watch, output_type, options, return_dict)
+
+    def _denoise(
+        self,
+        embeds: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        k: int,
+        latents: Tensor | None,
+        callback: StepCallback | None,
+    ) -> Tensor:
+        """Return the last x0 [B, 6, 4, h, w] of K steps, with a progress bar and the user's callback."""
         with tqdm(total=k, desc="denoise", **self._progress) as bar:
 
             def on_step(step: int, timestep: int, x: Tensor) -> Tensor:
                 bar.update()
-                if callback_on_step_end is None:
-                    return x
-                return _replaced(x, callback_on_step_end(self, step, timestep, {"latents": x}))
+                return x if callback is None else _replaced(x, callback(self, step, timestep, {"latents": x}))
 
-            z = self.student.sample_latents(embeds, generator, k, latents, on_step)
+            z = self.model.sample_latents(embeds, generator, k, latents, on_step)
         self._release()
-        watch.lap("denoise")
-        field = self.student.decode(z)
+        return z
+
+    def _decode(self, latents: Tensor, prompts: list[str]) -> TriplaneField:
+        """Return the field of latents; FloatingPointError for planes that are not finite."""
+        field = self.model.decode(latents)
         if not bool(field.planes.isfinite().all()):
             raise FloatingPointError(
                 f"the planes of {prompts!r} hold NaN or infinity (dtype {self.dtype}): generate in torch.float32, or "
                 "train again"
             )
         self._release()
-        watch.lap("decode")
-        output = TriplaneTurboOutput([], prompts, field, watch.seconds)
-        if output_type == "mesh":
-            self._mesh(
-                output,
-                watch,
-                resolution=isosurface_resolution,
-                on_empty=on_empty,
-                target_faces=target_faces,
-                texture_size=texture_size,
-                keep=keep,
-            )
-        if return_dict:
-            return output
-        return ({"mesh": output.meshes, "field": field, "planes": field.planes}[output_type],)
+        return field
+
+
+def _load_base(
+    folder: Path,
+    name: str,
+    base: str | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    text: bool | None,
+    hub: dict[str, Any],
+) -> Base:
+    """Load the base that the adapter in `folder` records, from `base` if that is given; arguments as for the caller."""
+    if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        found = read_record(folder)["_class_name"]
+        raise ModelMismatch(f"{name}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
+    _, record = read_configs(folder)
+    if not base and not record["base"]:
+        raise ValueError(f"base=None: {name} was trained on a folder of its maker's; pass base=")
+    return load_base(
+        base or record["base"],
+        dtype=dtype,
+        device=device,
+        revision=None if base else record["base_revision"],
+        text=text,
+        prediction_type=record["prediction_type"],
+        expected=record["base_hash"],
+        **hub,
+    )
 
 
 def _replaced(latents: Tensor, answer: object) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prd.utils.threads import share
 
-WORK_A_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
+WORK_PER_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
 
 _jit = numba.njit(cache=True, nogil=True)
 
@@ -66,6 +66,40 @@ def _project(clip: np.ndarray, width: int, height: int, out: np.ndarray) -> None
 
 
 @_jit
+def _box(
+    vertices: np.ndarray,
+    corners: tuple[int, int, int],
+    frame: tuple[float, float, float, float],
+    tri: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> tuple[int, int, int, int]:
+    """Pixels that a triangle may cover: first and last column, first and last row; a first beyond its last: none.
+
+    vertices of `_project`; frame: the outermost pixel centres (left, right, top, bottom); tri, low, high: scratch space
+    """
+    i0, i1, i2 = corners
+    left, right, top, bottom = frame
+    ya, yb, yc = vertices[i0, 5], vertices[i1, 5], vertices[i2, 5]
+    xa, xb, xc = vertices[i0, 4], vertices[i1, 4], vertices[i2, 4]
+    x_low, x_high, y_low, y_high = min(xa, xb, xc), max(xa, xb, xc), min(ya, yb, yc), max(ya, yb, yc)
+    if np.isnan(xa + xb + xc):
+        for k in range(4):
+            tri[0, k], tri[1, k], tri[2, k] = vertices[i0, k], vertices[i1, k], vertices[i2, k]
+        kind = _bounds(tri, low, high)
+        if kind == 0:
+            return 1, 0, 1, 0
+        x_low, x_high, y_low, y_high = low[0], high[0], low[1], high[1]
+        if kind == 2:
+            x_low, x_high, y_low, y_high = -np.inf, np.inf, -np.inf, np.inf
+    if y_high < top or y_low > bottom or x_high < left or x_low > right:
+        return 1, 0, 1, 0
+    x_min, x_max = int(np.ceil(max(x_low, left) - 0.5)), int(np.floor(min(x_high, right) - 0.5))
+    y_min, y_max = int(np.ceil(max(y_low, top) - 0.5)), int(np.floor(min(y_high, bottom) - 0.5))
+    return x_min, x_max, y_min, y_max
+
+
+@_jit
 def _draw(
     vertices: np.ndarray,
     faces: np.ndarray,
@@ -83,25 +117,10 @@ def _draw(
     tri = np.empty((3, 4))
     low = np.empty(2)
     high = np.empty(2)
-    left, right, top, bottom = 0.5, width - 0.5, rows[0] + 0.5, rows[1] - 0.5  # the outermost pixel centres
+    frame = 0.5, width - 0.5, rows[0] + 0.5, rows[1] - 0.5  # the outermost pixel centres
     for f in range(limits[0], limits[1]):
         i0, i1, i2 = faces[f, 0], faces[f, 1], faces[f, 2]
-        ya, yb, yc = vertices[i0, 5], vertices[i1, 5], vertices[i2, 5]
-        xa, xb, xc = vertices[i0, 4], vertices[i1, 4], vertices[i2, 4]
-        x_low, x_high, y_low, y_high = min(xa, xb, xc), max(xa, xb, xc), min(ya, yb, yc), max(ya, yb, yc)
-        if np.isnan(xa + xb + xc):
-            for k in range(4):
-                tri[0, k], tri[1, k], tri[2, k] = vertices[i0, k], vertices[i1, k], vertices[i2, k]
-            kind = _bounds(tri, low, high)
-            if kind == 0:
-                continue
-            x_low, x_high, y_low, y_high = low[0], high[0], low[1], high[1]
-            if kind == 2:
-                x_low, x_high, y_low, y_high = -np.inf, np.inf, -np.inf, np.inf
-        if y_high < top or y_low > bottom or x_high < left or x_low > right:
-            continue
-        y_min, y_max = int(np.ceil(max(y_low, top) - 0.5)), int(np.floor(min(y_high, bottom) - 0.5))
-        x_min, x_max = int(np.ceil(max(x_low, left) - 0.5)), int(np.floor(min(x_high, right) - 0.5))
+        x_min, x_max, y_min, y_max = _box(vertices, (i0, i1, i2), frame, tri, low, high)
         if x_min > x_max or y_min > y_max:
             continue
         x0, y0, z0, w0 = vertices[i0, 0], vertices[i0, 1], vertices[i0, 2], vertices[i0, 3]
@@ -156,7 +175,7 @@ def rasterize_numba(
     buffers = (face_index.numpy(), barycentric.numpy(), depth.numpy())
     limits = [(first, last) for first, last in ranges.tolist()]
     work = views * sum(last - first for first, last in limits) + face_index.numel()
-    threads = min(torch.get_num_threads(), max(1, work // WORK_A_THREAD))
+    threads = min(torch.get_num_threads(), max(1, work // WORK_PER_THREAD))
     bands = 1 if threads == 1 or images >= 4 * threads else min(height, -(-4 * threads // max(images, 1)))
 
     def project(view: int) -> None:

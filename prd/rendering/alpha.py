@@ -1,4 +1,4 @@
-"""From a field's values to the opacity of ray segments: NeuS, VolSDF, plain density.
+"""Opacity of ray segments from a field's values: NeuS, VolSDF, plain density.
 
 Each is a pure function and a small model that the volume renderer takes as its `alpha`. Parameters may be numbers or
 scalar tensors with gradient (`LearnedInvStd`).
@@ -54,11 +54,11 @@ def density_alpha(density: Tensor, dt: Tensor) -> Tensor:
 
 
 class AlphaModel(Protocol):
-    """How the volume renderer turns a field's `sdf` into opacity."""
+    """Function of the volume renderer from a field's `sdf` to opacity."""
 
     @property
     def uses_normal(self) -> bool:
-        """Whether the opacity depends on `cos`, so that it cannot be told before the gradient is known."""
+        """True if the opacity depends on `cos`, so that it is not known before the gradient is."""
         ...
 
     def __call__(self, sdf: Tensor, cos: Tensor, dt: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class AlphaModel(Protocol):
         ...
 
     def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
-        """Which segments [...] may have this opacity in (0, 1), whatever their normal: bool, never too few."""
+        """Mark the segments [...] that may have this opacity in (0, 1), whatever their normal: bool, never too few."""
         ...
 
 
@@ -85,7 +85,7 @@ class NeusAlpha:
         return neus_alpha(sdf, cos, dt, self.inv_std, self.floor)
 
     def may_reach(self, sdf: Tensor, dt: Tensor, opacity: float) -> Tensor:
-        """By a bound without exponentials: as |cos| <= 1 the opacity is at most exp(-s (sdf - dt / 2))."""
+        """Apply a bound without exponentials: as |cos| <= 1 the opacity is at most exp(-s (sdf - dt / 2))."""
         return (self.inv_std * (0.5 * dt - sdf) > math.log(opacity)) & (dt > 0)
 
 

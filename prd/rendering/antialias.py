@@ -94,7 +94,7 @@ def antialias(colour: Tensor, fragments: Fragments, clip: Tensor, faces: Tensor,
 
 
 def _position(crossings: _Crossings, clip: Tensor, fragments: Fragments) -> Tensor:
-    """Where edges cross the line from the front (0) to the back pixel's centre (1), differentiable in clip: [K]."""
+    """Crossings [K] of edges and the line from the front (0) to the back pixel's centre (1), differentiable in clip."""
     height, width = fragments.face_index.shape[-2:]
     flat = clip.reshape(-1, 4)
     tail, head = (_project(to_pixels(flat.index_select(0, i), height, width)) for i in (crossings.tail, crossings.head))
@@ -182,7 +182,7 @@ def _crossings(fragments: Fragments, clip: Tensor, faces: Tensor, edges: Edges) 
 
 
 def _outermost(found: _Crossings, across: Tensor) -> Tensor:
-    """Of the crossings of each pair of pixels, the index of the one that lies farthest towards the back pixel."""
+    """Index of the crossing of each pair of pixels that lies farthest towards the back pixel."""
     offset = across - 0.5 - found.first
     outwards = torch.where(found.front < found.back, offset, 1 - offset)
     order = torch.argsort(outwards)

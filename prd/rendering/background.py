@@ -96,5 +96,5 @@ class TextBackground(nn.Module):
         return self.head(features, text).clamp(0, 1).view(directions.shape)
 
     def image(self, cameras: Cameras, height: int, width: int, text: Tensor) -> Tensor:
-        """The background [B, V, height, width, 3] that the cameras see; text [B, text_dim], one row a prompt."""
+        """The background [B, V, height, width, 3] that the cameras see; text [B, text_dim], one row per prompt."""
         return self(cameras.rays(height, width)[1], text)

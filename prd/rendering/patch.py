@@ -5,105 +5,137 @@ Memory and time go with the number of rays: H W / downsample^2 + patch^2 of them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from prd.cameras import Cameras
 from prd.fields.protocol import Field
+from prd.rendering.alpha import AlphaModel
+from prd.rendering.protocol import Draws, Rendered, Renderer
 from prd.rendering.views import Views, background_like, check_image_size
-from prd.rendering.volume import GradientSamples, VolumeRenderer
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
+from prd.utils.checked_types import CHECKS, Count, Size
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class PatchConfig(VolumeConfig):
+    """Settings of the patch renderer: those of the volume renderer and two more."""
+
+    patch: Size = 64  # side of the square, pixels; its place is drawn anew for every render and sample
+    downsample: Count = 4  # the coarse render has floor(size / downsample) pixels per side
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> PatchConfig:
+        if self.patch > min(self.height, self.width):
+            raise ValueError(f"patch={self.patch}: does not fit into {self.height} x {self.width} pixels")
+        if min(self.height, self.width) // self.downsample < 2:
+            raise ValueError(f"downsample={self.downsample}: leaves less than 2 of {self.height} x {self.width} pixels")
+        return self
 
 
 @dataclass(frozen=True)
-class PatchRenderer:
+class PatchRenderer(Renderer):
     """A volume renderer whose images are enlarged from a coarse render, but for a square of their own resolution.
 
     The coarse rays are the image's own, resampled bilinearly and not made unit vectors again, as published: whatever
-    the size's remainder by `downsample`, the object keeps its place and proportions.
+    the size's remainder by `downsample`, the object keeps its place and proportions. `alpha` as in `VolumeRenderer`.
     """
 
-    renderer: VolumeRenderer
-    patch: int = 64  # side of the square, pixels; its place is drawn anew for every render
-    downsample: int = 4  # the coarse render has floor(size / downsample) pixels a side
+    config_class: ClassVar[type] = PatchConfig
 
-    def __post_init__(self) -> None:
-        if self.patch < 2 or self.downsample < 1:
-            raise ValueError(f"patch={self.patch}, downsample={self.downsample}: need at least 2 pixels and at least 1")
+    config: PatchConfig = field(default_factory=PatchConfig)
+    alpha: AlphaModel | None = None
 
-    def __call__(
+    @classmethod
+    def from_config(cls, config: PatchConfig) -> PatchRenderer:
+        """The renderer of some settings."""
+        return cls(config)
+
+    def with_config(self, config: PatchConfig, alpha: AlphaModel | None = None) -> PatchRenderer:
+        """This renderer with other settings, and with the model's own way from signed distance to opacity if given."""
+        return replace(self, config=config, alpha=self.alpha if alpha is None else alpha)
+
+    @property
+    def volume(self) -> VolumeRenderer:
+        """The renderer of both resolutions."""
+        return VolumeRenderer(self.config, self.alpha)
+
+    @property
+    def passes(self) -> int:
+        """Jitter offsets per ray, as the volume renderer's."""
+        return self.volume.passes
+
+    @property
+    def field_grid(self) -> int | None:
+        """Resolution of the grid on which training samples the field beforehand, as the volume renderer's."""
+        return self.volume.field_grid
+
+    def render(
         self,
         field: Field,
         cameras: Cameras,
-        *,
-        height: int,
-        width: int,
-        background: float | Tensor = 0.5,
-        generator: torch.Generator | None = None,
-    ) -> Views:
-        """Views [B, V, height, width, .]; arguments as in `render_with_samples`."""
-        return self.render_with_samples(
-            field, cameras, height=height, width=width, background=background, generator=generator
-        )[0]
-
-    def render_with_samples(
-        self,
-        field: Field,
-        cameras: Cameras,
-        *,
-        height: int,
-        width: int,
-        background: float | Tensor = 0.5,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Views, GradientSamples]:
+        size: tuple[int, int],
+        background: float | Tensor,
+        draws: Draws | None = None,
+    ) -> Rendered:
         """Views [B, V, height, width, .] and the coarse render's gradients for the eikonal loss.
 
+        size        (height, width), pixels
         background  number or tensor broadcastable to [B, V, height, width, 3]
-        generator   draws the patch's corner, the same in all views, and the jitter; None: the middle, no jitter
+        draws       the corner of each sample's patch, the same in all of its views, and the jitter; None: the middle,
+                    and no jitter
         """
-        low = height // self.downsample, width // self.downsample
+        low = size[0] // self.config.downsample, size[1] // self.config.downsample
         check_image_size(*low)
-        if self.patch > min(height, width):
-            raise ValueError(f"patch={self.patch}: does not fit into {height} x {width} pixels")
-        origins, directions = cameras.rays(height, width)
+        side = self.config.patch
+        if side > min(size):
+            raise ValueError(f"patch={side}: does not fit into {size[0]} x {size[1]} pixels")
+        volume = self.volume
+        origins, directions = cameras.rays(*size)
         back = background_like(background, directions).expand_as(directions)
-        coarse_rays = self.renderer.bundle(  # resampled as images are, so that enlarging puts all where it was
-            resize(origins, *low), resize(directions, *low), self.renderer.offsets(cameras, *low, generator)
+        coarse_rays = volume.bundle(  # resampled as images are, so that enlarging puts all where it was
+            resize(origins, *low), resize(directions, *low), volume.offsets(cameras, low, draws)
         )
-        coarse, gradient = self.renderer.render_rays(
-            field, cameras, coarse_rays, height=low[0], width=low[1], background=resize(back, *low)
-        )
-        row, column = (self._place(size, generator) for size in (height, width))
-        offsets = self.renderer.offsets(cameras, self.patch, self.patch, generator)
-        rays = self.renderer.bundle(self.crop(origins, row, column), self.crop(directions, row, column), offsets)
-        square = self.crop(back, row, column)
-        fine, _ = self.renderer.render_rays(
-            field, cameras, rays, height=self.patch, width=self.patch, background=square
-        )
+        coarse = volume.render_rays(field, cameras, coarse_rays, low, resize(back, *low))
+        corners = self.corners(cameras.batch, size, draws)
+        square = side, side
+        offsets = volume.offsets(cameras, square, draws)
+        rays = volume.bundle(crop(origins, corners, side), crop(directions, corners, side), offsets)
+        fine = volume.render_rays(field, cameras, rays, square, crop(back, corners, side))
         images = {
-            part.name: paste(getattr(coarse, part.name), getattr(fine, part.name), row, column, height, width)
+            part.name: paste(getattr(coarse.views, part.name), getattr(fine.views, part.name), corners, *size)
             for part in fields(Views)
             if part.name != "cameras"
         }
-        return Views(cameras=cameras, **images), gradient
+        views = Views(cameras=cameras, **images)
+        return Rendered(views, samples=coarse.samples, stats={"opacity": views.opacity.detach().mean()})
 
-    def crop(self, image: Tensor, row: int, column: int) -> Tensor:
-        """The square of [B, V, H, W, C] whose corner is (row, column)."""
-        return image[:, :, row : row + self.patch, column : column + self.patch]
-
-    def _place(self, size: int, generator: torch.Generator | None) -> int:
-        last = size - self.patch
-        if generator is None:
-            return last // 2
-        return int(torch.randint(last + 1, (), generator=generator, device=generator.device))
+    def corners(self, batch: int, size: tuple[int, int], draws: Draws | None) -> list[tuple[int, int]]:
+        """(row, column) of each sample's patch: drawn, or that of the one in the middle."""
+        last = [length - self.config.patch for length in size]
+        if draws is None:
+            return [(last[0] // 2, last[1] // 2)] * batch
+        places = draws.uniform((batch, 2)).tolist()
+        return [(int(row * (last[0] + 1)), int(column * (last[1] + 1))) for row, column in places]
 
 
-def paste(coarse: Tensor, fine: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
-    """A coarse image [B, V, h, w, C] enlarged to height x width, with fine [B, V, p, q, C] at (row, column) on top."""
+def crop(image: Tensor, corners: list[tuple[int, int]], side: int) -> Tensor:
+    """The square of each of [B, V, H, W, C] whose corner is (row, column): [B, V, side, side, C]."""
+    rows = zip(image, corners, strict=True)
+    return torch.stack([one[:, row : row + side, column : column + side] for one, (row, column) in rows])
+
+
+def paste(coarse: Tensor, fine: Tensor, corners: list[tuple[int, int]], height: int, width: int) -> Tensor:
+    """A coarse image [B, V, h, w, C] enlarged to height x width, with fine [B, V, p, q, C] at its corners on top."""
     image = resize(coarse, height, width).clone()
-    image[:, :, row : row + fine.shape[2], column : column + fine.shape[3]] = fine
+    for sample, (row, column) in enumerate(corners):
+        image[sample, :, row : row + fine.shape[2], column : column + fine.shape[3]] = fine[sample]
     return image
 
 

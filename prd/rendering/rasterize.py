@@ -1,4 +1,4 @@
-"""Which triangle does each pixel see, and where in it: one function, three backends.
+"""Rasterisation: the triangle that each pixel sees, and the place in it; one function, three backends.
 
 Clip space is OpenGL's (x right, y up, z in [-w, w], visible where w > 0); row 0 of an image is its top, and a pixel is
 sampled at its centre. Several meshes are drawn in one call by packing them: their vertices and faces concatenated, the
@@ -25,7 +25,7 @@ Buffers = tuple[Tensor, Tensor, Tensor]  # face_index [images, H, W], barycentri
 
 @dataclass(frozen=True)
 class Fragments:
-    """What each pixel sees. The leading dimensions are [V] for one mesh, [M, V] for M packed meshes.
+    """Triangle and place that each pixel sees. The leading dimensions are [V] for one mesh, [M, V] for M packed meshes.
 
     face_index   [..., H, W]     int64, into the (packed) faces, -1 where nothing is seen
     barycentric  [..., H, W, 3]  perspective-correct weights of its corners, 0 where empty; differentiable in clip
@@ -281,7 +281,7 @@ def _rasterize_torch(
     empty = torch.iinfo(torch.int64).max
     buffer = torch.full((count,), empty, device=clip.device)
     for part in _split(extent[:, 0] * extent[:, 1], budget):
-        owner, y = _repeat(extent[part, 1])  # one entry a row of a box
+        owner, y = _repeat(extent[part, 1])  # one entry per row of a box
         owner = owner + part[0]
         y = y + begin[owner, 1]
         along, across, constant = coefficients[..., owner]  # each [4, rows]

@@ -9,9 +9,56 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
+from prd.rendering.protocol import Draws
 from prd.rendering.views import Views, background_like
+from prd.utils.checked_types import CHECKS, Fraction, Positive
+
+
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class ShadingConfig:
+    """Shading of training renders by a random light, so that geometry is not drawn in the texture (DreamFusion, 3.1).
+
+    The rest of the prompts, 1 - textureless - diffuse, keep their colours as they are ("shadeless").
+    """
+
+    textureless: Fraction = 0.0  # share of prompts rendered white under the light
+    diffuse: Fraction = 0.0  # share of prompts whose colours are rendered under the light
+    ambient: tuple[Fraction, Fraction] = (0.1, 0.4)  # range of the light from everywhere; the rest is diffuse
+    light_distance: tuple[Positive, Positive] = (0.8, 1.5)  # range, over the camera's; the light is near the camera
+
+    @model_validator(mode="after")
+    def _check(self) -> ShadingConfig:
+        if self.textureless + self.diffuse > 1:
+            raise ValueError(f"textureless={self.textureless}, diffuse={self.diffuse}: are shares of one whole")
+        return self
+
+
+def shade_at_random(views: Views, config: ShadingConfig, background: float | Tensor, draws: Draws) -> Views:
+    """Views under a random point light near the camera, for the share of prompts that the settings say.
+
+    background  what the views were composited over
+    draws       six numbers per sample: which shading, the light's distance, its direction from the camera's, ambience
+    """
+    if not config.textureless + config.diffuse:
+        return views
+    position = views.cameras.position
+    drawn = draws.uniform((len(position), 6)).to(position.device)
+    kind, low_high = drawn[:, 0], config.ambient
+    near, far = config.light_distance
+    distance = position.norm(dim=-1, keepdim=True) * (near + (far - near) * drawn[:, None, 1:2])
+    towards = position / position.norm(dim=-1, keepdim=True) + (drawn[:, None, 2:5] * 2 - 1)
+    return shade_views(
+        views,
+        towards / towards.norm(dim=-1, keepdim=True).clamp(min=1e-6) * distance,
+        low_high[0] + (low_high[1] - low_high[0]) * drawn[:, 5],
+        background,
+        textureless=kind < config.textureless,
+        diffuse=(kind >= config.textureless) & (kind < config.textureless + config.diffuse),
+    )
 
 
 def shade_views(

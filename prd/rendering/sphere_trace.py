@@ -17,7 +17,7 @@ from prd.rendering.views import Views, disparity_from_depth
 class SphereTracer:
     """Renders an exact field, not differentiably: the reference for the differentiable renderers.
 
-    supersample: rays a pixel's side, averaged; max_steps, tolerance: when a ray stops, scene units.
+    supersample: rays per side of a pixel, averaged; max_steps, tolerance: when a ray stops, scene units.
     """
 
     supersample: int = 2

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field as Setting
+from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields.checks import expect
+from prd.fields.fast import evaluate_grid
 from prd.fields.protocol import Field
-from prd.isosurface.extract import Isosurface, OnEmpty, ensure_surface, evaluate_grid, grid_to_meshes
+from prd.isosurface.extract import OnEmpty, ensure_surface, grid_to_meshes
 from prd.isosurface.marching_cubes import Mesh, marching_cubes
+from prd.isosurface.marching_tetrahedra import marching_tetrahedra
+from prd.rendering.alpha import AlphaModel
 from prd.rendering.antialias import antialias
+from prd.rendering.protocol import Draws, Rendered, Renderer
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
-from prd.rendering.volume import scale_gradient
+from prd.utils.checked_types import CHECKS, Count, Schedule, number
+from prd.utils.gradients import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
 NEAR = 0.1  # scene units before a camera; what is nearer is cut away
-
-
-@dataclass(frozen=True)
-class SurfaceStats:
-    """What a render met.
-
-    meshes     [(vertices [N, 3], faces [F, 3])] in scene units, one a sample
-    corrected  [B] bool: had no surface and was given one, as `on_empty="correct"` asks
-    empty      [B] bool: had no surface and was left without, as `on_empty="flag"` asks
-    """
-
-    meshes: list[Mesh]
-    corrected: Tensor
-    empty: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class MeshError(ValueError):
     """A mesh that cannot be drawn: of a wrong shape or type, not finite, with faces out of range or without area."""
 
 
-def _check_meshes(meshes: list[Mesh], cameras: Cameras) -> None:
+def check_meshes(meshes: list[Mesh], cameras: Cameras) -> None:
     if len(meshes) != cameras.batch:
         raise MeshError(f"meshes: {len(meshes)} for the cameras of {cameras.batch} samples")
     for index, (vertices, faces) in enumerate(meshes):
@@ -114,70 +107,82 @@ def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     return F.normalize(total, dim=-1, eps=NORMAL_EPS)
 
 
+@settings(frozen=True, kw_only=True, config=CHECKS)
+class SurfaceConfig:
+    """Settings of the mesh renderer."""
+
+    height: Count = 512  # image height, pixels
+    width: Count = 512  # image width, pixels
+    grid_resolution: Annotated[int, Setting(ge=3)] = (
+        128  # nodes of the isosurface grid along each axis (the paper's in training)
+    )
+    sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf (the paper's recipe)
+    deformation_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the deformation
+    isosurface: Literal["cubes", "tetrahedra"] = "cubes"  # marching cubes, or DMTet's marching tetrahedra
+    antialias: bool = True  # blend silhouettes analytically: what lets images move the outline
+    supersample: Count = 1  # rendered at this multiple of the size and averaged
+    detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
+
+
 @dataclass(frozen=True)
-class SurfaceRenderer:
+class SurfaceRenderer(Renderer):
     """Renders a Field through its isosurface.
 
-    A sample without a surface raises EmptySurfaceError; or it is flagged in the stats and rendered as background; or,
-    for training, it is given a surface by `ensure_surface` and counted in the stats: `on_empty` says which, whether
-    gradients are made or not. Colours are the field's, asked at the surface points that the pixels see.
+    config    its settings
+    on_empty  what becomes of a sample without a surface: "raise" EmptySurfaceError; "flag" it in the stats and render
+              it as background; "correct" it, for training: `ensure_surface` gives it one, which the stats count
+              (`from_config` makes a renderer that corrects)
+
+    Colours are the field's, asked at the surface points that the pixels see.
     """
 
-    resolution: int = 128  # nodes an axis of the isosurface's grid (the paper's in training; 160 at inference)
-    sdf_gradient_scale: float = 1.0  # on the signed distance at the grid's nodes (the paper's recipe: 0.001)
-    deformation_gradient_scale: float = 1.0  # on the deformation at the nodes (the paper's recipe: 0.001)
-    antialias: bool = True  # blend silhouettes analytically: what lets images move the outline
-    supersample: int = 1  # rendered at this multiple of the size and averaged
-    isosurface: Isosurface = marching_cubes  # or `tetrahedra.marching_tetrahedra` (DMTet, as AToM has it)
-    detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
-    on_empty: Literal["correct", "raise", "flag"] = "raise"  # where there is no surface; training: "correct"
+    config_class: ClassVar[type] = SurfaceConfig
+
+    config: SurfaceConfig = field(default_factory=SurfaceConfig)
+    on_empty: Literal["correct", "raise", "flag"] = "raise"
 
     def __post_init__(self) -> None:
-        if self.resolution < 3 or self.supersample < 1:
-            raise ValueError(
-                f"resolution={self.resolution}, supersample={self.supersample}: must be at least 3 and at least 1"
-            )
         if self.on_empty not in ("correct", "raise", "flag"):
             raise ValueError(f"on_empty={self.on_empty!r}: must be 'correct', 'raise' or 'flag'")
 
-    def __call__(
+    @classmethod
+    def from_config(cls, config: SurfaceConfig) -> SurfaceRenderer:
+        """The renderer for training, which gives every sample a surface."""
+        return cls(config, on_empty="correct")
+
+    def with_config(self, config: SurfaceConfig, alpha: AlphaModel | None = None) -> SurfaceRenderer:
+        """This renderer with other settings; a surface has no opacity to be read from a distance."""
+        return replace(self, config=config)
+
+    def accepts_grid(self, resolution: int) -> bool:
+        """True if the grid's nodes are those of the isosurface."""
+        return resolution == self.config.grid_resolution
+
+    def render(
         self,
         field: Field,
         cameras: Cameras,
-        *,
-        height: int,
-        width: int,
-        background: float | Tensor = 0.5,
-        generator: torch.Generator | None = None,
-    ) -> Views:
-        """Views [B, V, height, width, .]; arguments as in `render_with_stats`."""
-        return self.render_with_stats(
-            field, cameras, height=height, width=width, background=background, generator=generator
-        )[0]
+        size: tuple[int, int],
+        background: float | Tensor,
+        draws: Draws | None = None,
+    ) -> Rendered:
+        """Views [B, V, height, width, .] of a field of B samples, its meshes, and what was met on the way.
 
-    def render_with_stats(
-        self,
-        field: Field,
-        cameras: Cameras,
-        *,
-        height: int,
-        width: int,
-        background: float | Tensor = 0.5,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Views, SurfaceStats]:
-        """Views [B, V, height, width, .] of a field of B samples, and what was met on the way.
-
+        size        (height, width), pixels
         background  number or tensor broadcastable to [B, V, height, width, 3], in [0, 1]
-        generator   not used: this renderer draws nothing (it is part of the renderers' common signature)
+        draws       not used: this renderer draws nothing
 
-        A surface behind a camera leaves that view empty, with zero gradient.
+        The stats are 0 or 1 per sample [B]: "surfaces_corrected", and with on_empty="flag" "surfaces_empty". A surface
+        behind a camera leaves that view empty, with zero gradient.
         """
-        check_image_size(height, width)
+        check_image_size(*size)
         meshes, corrected = self.meshes(field, cameras)
-        empty = torch.tensor([len(faces) == 0 for _, faces in meshes], device=corrected.device)
         cameras = cameras.to(meshes[0][0].dtype) if cameras.fovy.dtype == torch.float64 else cameras  # as the grid is
-        views = self._views(field, meshes, cameras, height, width, background)
-        return views, SurfaceStats(meshes, corrected, empty)
+        views = self._views(field, meshes, cameras, size, background)
+        stats = {"surfaces_corrected": corrected.float()}
+        if self.on_empty == "flag":
+            stats["surfaces_empty"] = torch.tensor([float(not len(faces)) for _, faces in meshes])
+        return Rendered(views, meshes=meshes, stats=stats)
 
     def draw_views(
         self,
@@ -191,37 +196,40 @@ class SurfaceRenderer:
     ) -> Views:
         """Views [B, V, height, width, .] of any B meshes, coloured by the field; see `draw` for what is refused."""
         check_image_size(height, width)
-        _check_meshes(meshes, cameras)
-        return self._views(field, meshes, cameras, height, width, background)
+        check_meshes(meshes, cameras)
+        return self._views(field, meshes, cameras, (height, width), background)
 
     def _views(
-        self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int, background: float | Tensor
+        self, field: Field, meshes: list[Mesh], cameras: Cameras, size: tuple[int, int], background: float | Tensor
     ) -> Views:
-        images = self._draw(field, meshes, cameras, height * self.supersample, width * self.supersample)
-        return composite(_average(images, self.supersample), cameras, background)
+        factor = self.config.supersample
+        images = self._draw(field, meshes, cameras, size[0] * factor, size[1] * factor)
+        return composite(_average(images, factor), cameras, background)
 
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""
-        sdf, deformation = evaluate_grid(field, self.resolution, cameras.batch, cameras.fovy.device)
+        config = self.config
+        sdf, deformation = evaluate_grid(field, config.grid_resolution, cameras.batch, cameras.fovy.device)
         if len(sdf) != cameras.batch:
             raise ValueError(f"cameras: of {cameras.batch} sample(s), but the field holds {len(sdf)}")
-        sdf = scale_gradient(sdf, self.sdf_gradient_scale)
+        sdf = scale_gradient(sdf, number(config.sdf_gradient_scale))
         if deformation is not None:
-            deformation = scale_gradient(deformation, self.deformation_gradient_scale)
+            deformation = scale_gradient(deformation, number(config.deformation_gradient_scale))
         corrected = torch.zeros(len(sdf), dtype=torch.bool, device=sdf.device)
         if self.on_empty == "correct":
-            sdf, corrected = ensure_surface(sdf, detach=self.detach_corrected)
-            if self.detach_corrected and deformation is not None:
+            sdf, corrected = ensure_surface(sdf, detach=config.detach_corrected)
+            if config.detach_corrected and deformation is not None:
                 deformation = torch.where(corrected[:, None, None, None, None], deformation.detach(), deformation)
         missing: OnEmpty = "flag" if self.on_empty == "flag" else "raise"
-        return grid_to_meshes(sdf, deformation, isosurface=self.isosurface, on_empty=missing), corrected
+        isosurface = marching_tetrahedra if config.isosurface == "tetrahedra" else marching_cubes
+        return grid_to_meshes(sdf, deformation, isosurface=isosurface, on_empty=missing), corrected
 
     def draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
         """Images [B, V, H, W, 8] of any B meshes: rgb, normal, far - depth and opacity, all 0 where nothing is seen.
 
         A mesh without faces is seen nowhere. Raises MeshError for one that is malformed or has no area.
         """
-        _check_meshes(meshes, cameras)
+        check_meshes(meshes, cameras)
         return self._draw(field, meshes, cameras, height, width)
 
     def _draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
@@ -229,7 +237,7 @@ class SurfaceRenderer:
         clip = packed.clip(cameras, width / height)
         fragments = rasterize(clip, packed.faces, height, width, ranges=packed.ranges)
         images = shade(field, packed, fragments, cameras)
-        return antialias(images, fragments, clip, packed.faces) if self.antialias else images
+        return antialias(images, fragments, clip, packed.faces) if self.config.antialias else images
 
 
 def shade(field: Field, packed: PackedMeshes, fragments: Fragments, cameras: Cameras) -> Tensor:

@@ -68,7 +68,7 @@ def published_disparity(depth: Tensor, opacity: Tensor, cameras: Cameras) -> Ten
 
 
 def published_mesh_depth(depth: Tensor, opacity: Tensor, near: float = 0.1, far: float = 1000.0) -> Tensor:
-    """What TriplaneTurbo's mesh renderer calls depth, for parity: z in clip space where a surface is, else 0.
+    """Depth as TriplaneTurbo's mesh renderer has it, for parity: z in clip space where a surface is, else 0.
 
     depth [B, V, H, W, 1] along the viewing axis; near, far of the published projection, scene units.
     """
@@ -87,6 +87,6 @@ def background_like(background: float | Tensor, images: Tensor) -> Tensor:
 
 
 def check_image_size(height: int, width: int) -> None:
-    """ValueError for images below 2 pixels a side."""
+    """ValueError for images below 2 pixels per side."""
     if height < 2 or width < 2:
         raise ValueError(f"height={height}, width={width}: must be at least 2 pixels each")

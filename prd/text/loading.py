@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from prd.errors import PrdError
+from prd.hub.shipped import shipped
 from prd.loading.stable_diffusion import load_base
 from prd.loading.strict import load_strict
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
-from prd.toybox import asset
 
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
@@ -47,13 +47,13 @@ def encoder_hashes(encoder: PromptEncoder) -> dict[str, str]:
 def load_encoder(
     place: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **hub: Any
 ) -> PromptEncoder:
-    """A frozen text encoder and its tokenizer: "toybox", a folder or Hub id in diffusers' layout, or a single file.
+    """Load a frozen text encoder and its tokenizer.
 
+    place  a shipped name, a folder or Hub id in diffusers' layout, or a single .safetensors file
     hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP or a T5. Raises UnknownEncoder for another
     model or a folder without one, OSError and CheckpointError for missing or foreign files.
     """
-    if place == "toybox":
-        place = asset("stable_diffusion")
+    place = str(shipped(place, "text_encoder") or place)
     if place.endswith(".safetensors"):
         encoder = load_base(place, dtype=dtype, text=True, **hub).encoder
         assert encoder is not None  # text=True

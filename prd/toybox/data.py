@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prd.cameras import HALF_DIAGONAL, Cameras, CameraSampling
+from prd.cameras import HALF_DIAGONAL, Cameras, CamerasConfig
 from prd.rendering.sphere_trace import SphereTracer
 from prd.toybox.models import IMAGE_SIZE, NORMAL_SIZE
 from prd.toybox.world import (
@@ -23,7 +23,7 @@ from prd.toybox.world import (
 )
 
 BACKGROUND = 0.5
-CAMERAS = CameraSampling(views=4, elevation=(-30.0, 60.0), relative_distance=(1.12, 1.12), fovy=50.0)
+CAMERAS = CamerasConfig(views=4, elevation=(-30.0, 60.0), relative_distance=(1.12, 1.12), fovy=50.0)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,12 @@ class Score:
     euler: int  # Euler characteristic of the occupied solid's surface
     right_topology: bool  # as the exact form's, in as many pieces
 
-    def as_dict(self) -> dict:
+    def figures(self) -> dict[str, float]:
+        """R@1, IoU and colour error, which a gallery shows and averages."""
+        return {"r_at_1": self.recognised, "iou": self.iou, "color_error": self.color_error}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
         return asdict(self)
 
 

@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.data.prompts import held_out_prompts
 from prd.fields.protocol import Field
-from prd.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 SKIPPED = "skipped.jsonl"  # in the run folder: a line for each estimate behind a step that was skipped
 WATCHED = 4  # prompts whose shapes are compared
@@ -74,7 +77,7 @@ def record_skipped(folder: Path, step: int, process: int, suspects: Sequence[dic
 
 def watched_prompts(config: TrainConfig, corpus: Sequence[str]) -> list[str]:
     """Prompts spread over those held out, else over those shown, else over the corpus."""
-    prompts = next((p for p in (config.prompts.held_out, config.validation.prompts) if len(p) > 1), corpus)
+    prompts = next((p for p in (held_out_prompts(config.prompts), config.validation.prompts) if len(p) > 1), corpus)
     count = min(WATCHED, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]
 

@@ -1,9 +1,9 @@
-"""How an estimate is judged in a stage: cameras, renderers, regularisers, teachers (Algorithm 1, lines 11 to 15)."""
+"""The loss of an estimate in a stage: cameras, renderers, regularisers, teachers (Algorithm 1, lines 11 to 15)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,214 +15,204 @@ from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
 from prd.distillation.multi_teacher import MeanMetrics, WeightedTeacher, multi_teacher_loss
-from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.fields.grid import GridField
-from prd.fields.protocol import Field, some_samples
-from prd.rendering.alpha import AlphaModel
+from prd.distillation.regularizers import RegularizerConfig, regularize
+from prd.errors import ConfigError, PrdError
+from prd.fields.fast import some_samples
+from prd.fields.protocol import Field
 from prd.rendering.background import TextBackground
-from prd.rendering.shading import shade_views
+from prd.rendering.protocol import Rendered, Renderer, SampleDraws, SharedGrids, at_step, image_size
+from prd.rendering.shading import shade_at_random
 from prd.rendering.views import Views
-from prd.rendering.volume import GradientSamples
-from prd.teachers.base import Teacher
-from prd.training.build import (
-    at,
-    build_surface_renderer,
-    build_volume_renderer,
-    camera_sampling,
-    span,
-)
+from prd.teachers.base import TeacherConfig
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
-from prd.training.sections import TeacherConfig
-from prd.utils.checked_types import resolved
+from prd.training.parts import Parts
+from prd.utils.checked_types import number
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
 
 
-class CollapseError(RuntimeError):
+class CollapseError(PrdError, RuntimeError):
     """The object vanished from the volume renderings; NeuS gives it no gradient to come back by."""
 
 
-class Supervision:
-    """Judges the fields of a stage: renders each from fresh cameras and asks the teachers.
+@dataclass(frozen=True)
+class Estimates:
+    """Some of the K estimates of a batch, seen by the same renderers at one optimiser step.
 
-    run         the config of the run, which `teachers` were loaded by
-    alpha       how the volume renderer reads the generator's fields; called at every render, None: NeuS
+    config   the stage's, every schedule a number
+    ks       the estimates; a field or a rendering holds the prompts of ks[0], then those of ks[1], ...
+    cameras  [len(ks) * B, V]
+    """
+
+    config: TrainConfig
+    step: int
+    batch: Batch
+    ks: Sequence[int]
+    cameras: Cameras
+    metrics: MeanMetrics
+
+    def draws(self, stream: int) -> list[torch.Generator]:
+        """The generators of a stream, one per sample."""
+        return self.batch.draws(stream, *self.ks)
+
+
+class Objective:
+    """The loss of a stage's fields: renders each from fresh cameras and asks the teachers.
+
+    configured  dotted keys of the parts that any stage's config names ("teachers.mvdream"); a part that none names is
+                the user's own and takes part in every stage
     background  made from the text, trained along; None: the stage's grey level
     """
 
     def __init__(
         self,
         stage: Stage,
-        run: TrainConfig,
-        teachers: Sequence[tuple[Teacher, TeacherConfig]],
+        parts: Parts,
         device: torch.device,
         *,
-        alpha: Any = None,
+        configured: Iterable[str] = (),
         background: TextBackground | None = None,
     ) -> None:
-        self.stage, self.config, self.run, self.teachers, self.device = stage, stage.config, run, teachers, device
-        self.alpha, self.background = alpha, background
-        self.cameras = camera_sampling(stage.config)
+        self.stage, self.parts, self.device, self.background = stage, parts, device, background
+        self.configured = frozenset(configured)
+        self.renderer_names = tuple(self._names("renderers", parts.renderers))
+        chosen = stage.config.renderer_schedule
+        if isinstance(chosen, tuple) and (unknown := [name for name in chosen if name not in parts.renderers]):
+            raise ConfigError(f"renderer_schedule={unknown[0]!r}: the renderers are {', '.join(parts.renderers)}")
 
-    @torch.no_grad()
-    def judges(self, step: int) -> list[WeightedTeacher]:
-        """The teachers of this stage, as they are asked at a step of it."""
-        found = []
-        for teacher, settings in self.teachers:
-            own = settings_in(self.config, self.run, settings)
-            if own.enabled:
-                found.append(WeightedTeacher(teacher, resolved(own, step, span(self.config))))
-        return found
+    def _names(self, section: str, parts: Mapping[str, Any]) -> list[str]:
+        """The parts of a section that this stage has: those of its config, and the user's own."""
+        named = getattr(self.stage.config, section)
+        return [name for name in parts if name in named or f"{section}.{name}" not in self.configured]
+
+    def renderers_of(self, step: int, k: int) -> tuple[str, ...]:
+        """The renderers of estimate k at an optimiser step: all, or in turn, beginning with the next one every step."""
+        names, schedule = self.renderer_names, self.stage.config.renderer_schedule
+        if isinstance(schedule, tuple):
+            return schedule
+        return names if schedule == "all" else (names[(step + k) % len(names)],)
 
     def __call__(
-        self, batch: Batch, ks: range, field: Field, step: int, log: MeanMetrics, witness: NonFiniteDiagnostics
+        self,
+        batch: Batch,
+        ks: range,
+        field: Field,
+        step: int,
+        metrics: MeanMetrics,
+        diagnostics: NonFiniteDiagnostics,
     ) -> Tensor:
         """The loss of the estimates ks at an optimiser step of the run: the sum over them of a mean over prompts.
 
         field  the prompts of ks[0], then those of ks[1], ...
         """
-        size, local = len(batch.prompts), step - self.stage.first
-        judges = self.judges(local)
+        size, config = len(batch.prompts), self.stage.at(step)
+        together: dict[tuple[str, ...], list[int]] = {}  # the estimates by their renderers
+        for k in ks:
+            together.setdefault(self.renderers_of(step, k), []).append(k)
         with torch.autocast(self.device.type, enabled=False):  # geometry and losses are float32
             loss = torch.zeros((), device=self.device)
-            for names, alike in by_renderers(self.config, step, ks).items():
-                count = len(alike)
+            for names, alike in together.items():
                 rows = [(k - ks.start) * size + i for k in alike for i in range(size)]
-                uniforms = draw_uniform((len(rows), self.cameras.num_draws), batch.draws(CAMERAS, *alike))
-                cameras = self.cameras.sample(uniforms).to(self.device)
-                for k, own in zip(alike, cameras.chunk(count), strict=True):
-                    witness.ask(k, batch.prompts, own)
-                part = some_samples(field, rows, len(ks) * size)
-                for name, views, regularizer in self.render(step, names, part, cameras, batch, alike, log):
-                    judged = self.judge(views, judges, batch, alike, local, log, name)
-                    loss = loss + count * regularizer + judged
-            witness.answer(loss)
+                uniforms = draw_uniform((len(rows), config.cameras.num_draws), batch.draws(CAMERAS, *alike))
+                cameras = config.cameras.sample(uniforms).to(self.device)  # line 11
+                for k, own in zip(alike, cameras.chunk(len(alike)), strict=True):
+                    diagnostics.ask(k, batch.prompts, own)
+                estimates = Estimates(config, step, batch, alike, cameras, metrics)
+                loss = loss + self.estimates_loss(estimates, names, some_samples(field, rows, len(ks) * size))
+            diagnostics.answer(loss)
             return loss
 
-    def judge(
-        self,
-        views: Views,
-        judges: Sequence[WeightedTeacher],
-        batch: Batch,
-        alike: Sequence[int],
-        local: int,
-        log: MeanMetrics,
-        name: str,
-    ) -> Tensor:
-        """What teachers and the library say of the views of some estimates, summed over these."""
-        library, count = self.config.library, len(alike)
-        alpha = at(library.alpha, self.config, local)
+    def estimates_loss(self, estimates: Estimates, names: Sequence[str], field: Field) -> Tensor:
+        """The loss of some estimates as each of the renderers `names` shows them, summed over the estimates."""
+        config, count, device = estimates.config, len(estimates.ks), self.device
+        alpha, embeds = self.parts.model.alpha(), estimates.batch.embeds.repeat(count, 1, 1)
+        renderers = {name: self.renderer_at(name, estimates, alpha) for name in self.renderer_names}
+        grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
+        loss = torch.zeros((), device=device)
+        for name in names:  # lines 12-14
+            renderer = renderers[name]
+            size = image_size(renderer)
+            background = self.backdrop(config, estimates.cameras, size, embeds)
+            draws = SampleDraws(estimates.draws(JITTER))
+            rendered = renderer.render(grids.field_for(renderer), estimates.cameras, size, background, draws)
+            shading = SampleDraws(estimates.draws(SHADING))
+            views = shade_at_random(rendered.views, config.shading, background, shading)
+            loss = loss + count * self.regularization(estimates, rendered)
+            loss = loss + self.views_loss(estimates, name, views)  # line 15
+        return loss
+
+    def renderer_at(self, name: str, estimates: Estimates, alpha: Any) -> Renderer:
+        """A renderer with the numbers of this step."""
+        renderer, settings = self.parts.renderers[name], estimates.config.renderers.get(name)
+        if settings is not None:
+            return renderer.with_config(settings, alpha)
+        return at_step(renderer, estimates.step - self.stage.first, self.stage.config.total_steps, alpha)
+
+    def backdrop(self, config: TrainConfig, cameras: Cameras, size: tuple[int, int], embeds: Tensor) -> float | Tensor:
+        """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
+
+        embeds [B, L, C]: the mean over its tokens stands for a prompt.
+        """
+        if self.background is None:
+            return config.background
+        return self.background.image(cameras, *size, embeds.float().mean(dim=1))
+
+    def regularization(self, estimates: Estimates, rendered: Rendered) -> Tensor:
+        """The weighted regularisers of a render; CollapseError if the object vanishes at the start."""
+        metrics, count = estimates.metrics, estimates.cameras.batch
+        for name, value in rendered.stats.items():
+            metrics.add(name, value.mean(), count)
+        opacity = float(rendered.stats["opacity"].mean()) if "opacity" in rendered.stats else 1.0
+        if estimates.step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
+            raise CollapseError(
+                f"step {estimates.step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
+                "renderers.volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
+            )
+        settings = estimates.config.regularizers
+        chosen = {
+            name: (self.parts.regularizers[name], number(settings.get(name, RegularizerConfig()).weight))
+            for name in self._names("regularizers", self.parts.regularizers)
+        }
+        loss, values = regularize(rendered, chosen)
+        for name, value in values.items():
+            metrics.add(name, value, count)
+        return loss
+
+    def views_loss(self, estimates: Estimates, name: str, views: Views) -> Tensor:
+        """The loss of the teachers and of the library at the views of some estimates, summed over these."""
+        config, batch, count = estimates.config, estimates.batch, len(estimates.ks)
+        alpha = number(config.library.alpha)
         loss = torch.zeros((), device=self.device)
-        if judges:
-            mixture = None if batch.mixture is None else batch.mixture.repeat(count)
-            draws = batch.draws(TEACHERS, *alike)
+        teachers = self.teachers(config)
+        if teachers:
             judged = multi_teacher_loss(
                 views,
-                judges,
+                teachers,
                 batch.prompts * count,
-                config=resolved(self.config.distillation, local, span(self.config)),
-                generator=draws,
-                metrics=log,
+                config=config.distillation,
+                generator=estimates.draws(TEACHERS),
+                metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,
-                interpolation=mixture,
+                interpolation=None if batch.mixture is None else batch.mixture.repeat(count),
+                loss=self.parts.loss,
             )
             loss = loss + (1 - alpha) * judged
         if batch.shapes is not None:
-            weights = alpha * library.mask_weight, at(library.reconstruction, self.config, local)
-            loss = loss + count * follow_shapes(views, batch.shapes.repeat(count), *weights, log)
+            weights = alpha * config.library.mask_weight, number(config.library.reconstruction)
+            loss = loss + count * shapes_loss(views, batch.shapes.repeat(count), *weights, estimates.metrics)
         return loss
 
-    def render(
-        self,
-        step: int,
-        names: Sequence[str],
-        field: Field,
-        cameras: Cameras,
-        batch: Batch,
-        alike: Sequence[int],
-        log: MeanMetrics,
-    ) -> Iterator[tuple[str, Views, Tensor]]:
-        """(renderer, its views, the regularisers it carries) of some estimates, by each of `names`."""
-        config, local, count = self.config, step - self.stage.first, cameras.batch
-        embeds = batch.embeds.repeat(len(alike), 1, 1)
-        resolution = config.volume.grid_resolution
-        grid = GridField(field, resolution, count, self.device) if resolution else field
-        for name in names:
-            size = config.volume if name == "volume" else config.surface
-            background = self.backdrop(cameras, size.height, size.width, embeds)
-            if name == "volume":
-                alpha: AlphaModel | None = None if self.alpha is None else self.alpha()
-                renderer = build_volume_renderer(config, local, alpha)
-                shape = (count, renderer.passes, cameras.views, size.height, size.width)
-                views, gradient = renderer.render_with_samples(
-                    grid,
-                    cameras,
-                    height=size.height,
-                    width=size.width,
-                    background=background,
-                    jitter=draw_uniform(shape, batch.draws(JITTER, *alike)).transpose(0, 1),
-                )
-                regularizer = self.regularizer(step, views, gradient, log)
-            else:
-                views, stats = build_surface_renderer(config, local).render_with_stats(
-                    grid if resolution == config.surface.grid_resolution else field,
-                    cameras,
-                    height=size.height,
-                    width=size.width,
-                    background=background,
-                )
-                log.add("surfaces_corrected", stats.corrected.float().mean(), count)  # the rate of empty ones
-                regularizer = torch.zeros((), device=self.device)
-            yield name, self.shade(views, background, batch.draws(SHADING, *alike)), regularizer
-
-    def shade(self, views: Views, background: float | Tensor, draws: Sequence[torch.Generator]) -> Views:
-        """The views under a random point light near the camera, for the share of prompts that the config says."""
-        shading = self.config.shading
-        if not shading.textureless + shading.diffuse:
-            return views
-        drawn = draw_uniform((len(draws), 6), draws).to(self.device)
-        kind, low_high = drawn[:, 0], shading.ambient
-        near, far = shading.light_distance
-        position = views.cameras.position
-        distance = position.norm(dim=-1, keepdim=True) * (near + (far - near) * drawn[:, None, 1:2])
-        towards = position / position.norm(dim=-1, keepdim=True) + (drawn[:, None, 2:5] * 2 - 1)
-        return shade_views(
-            views,
-            towards / towards.norm(dim=-1, keepdim=True).clamp(min=1e-6) * distance,
-            low_high[0] + (low_high[1] - low_high[0]) * drawn[:, 5],
-            background,
-            textureless=kind < shading.textureless,
-            diffuse=(kind >= shading.textureless) & (kind < shading.textureless + shading.diffuse),
-        )
-
-    def backdrop(self, cameras: Cameras, height: int, width: int, embeds: Tensor) -> float | Tensor:
-        """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
-
-        embeds [B, L, C]: a prompt is told by the mean over its tokens.
-        """
-        if self.background is None:
-            return self.config.background
-        return self.background.image(cameras, height, width, embeds.float().mean(dim=1))
-
-    def regularizer(self, step: int, views: Views, gradient: GradientSamples, log: MeanMetrics) -> Tensor:
-        """Eikonal and sparsity losses of a volume render; CollapseError if the object vanishes at the start."""
-        weights, local = self.config.regularizers, step - self.stage.first
-        eikonal, sparsity = eikonal_loss(gradient), sparsity_loss(views.opacity)
-        opacity = float(views.opacity.detach().mean())
-        log.add("opacity", opacity, views.cameras.batch)
-        log.add("eikonal", eikonal.detach(), views.cameras.batch)
-        if step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
-            raise CollapseError(
-                f"step {step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "
-                "volume.rgb_weight_gradient_scale, or raise the weight of the normal teacher"
-            )
-        return at(weights.eikonal, self.config, local) * eikonal + at(weights.sparsity, self.config, local) * sparsity
+    def teachers(self, config: TrainConfig) -> list[WeightedTeacher]:
+        """The teachers that are enabled, with their settings at this step."""
+        parts = self.parts.teachers
+        settings = {name: config.teachers.get(name, TeacherConfig()) for name in self._names("teachers", parts)}
+        return [WeightedTeacher(parts[name], own) for name, own in settings.items() if own.enabled]
 
 
-def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: float, log: MeanMetrics) -> Tensor:
+def shapes_loss(views: Views, shapes: Shapes, mask: float, reconstruction: float, metrics: MeanMetrics) -> Tensor:
     """The loss against a library's shapes, seen from the same cameras: LATTE3D's mask loss and its pretraining.
 
     mask            weight of the mean squared difference of the opacity
@@ -232,34 +222,9 @@ def follow_shapes(views: Views, shapes: Shapes, mask: float, reconstruction: flo
         return views.opacity.new_zeros(())
     exact = shapes.views(views.cameras, *views.opacity.shape[2:4])
     silhouette = F.mse_loss(views.opacity, exact.opacity)
-    log.add("mask_loss", silhouette.detach())
+    metrics.add("mask_loss", silhouette.detach())
     loss = (mask + reconstruction) * silhouette
     if reconstruction:
         loss = loss + reconstruction * F.mse_loss(views.normal, exact.normal)
         loss = loss + reconstruction * F.mse_loss(views.disparity, exact.disparity)
     return loss
-
-
-def settings_in(stage: TrainConfig, run: TrainConfig, settings: TeacherConfig) -> TeacherConfig:
-    """A teacher's settings in a stage, of which `settings` are those of the run; one of one's own has no others."""
-    for section in fields(run.teachers):
-        if getattr(run.teachers, section.name) is settings:
-            return getattr(stage.teachers, section.name)
-    return settings
-
-
-def by_renderers(config: TrainConfig, step: int, ks: Sequence[int]) -> dict[tuple[str, ...], list[int]]:
-    """The estimates ks by the renderers they meet, which are drawn and judged together."""
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for k in ks:
-        alike.setdefault(renderers_of(config, step, k), []).append(k)
-    return alike
-
-
-def renderers_of(config: TrainConfig, step: int, k: int) -> tuple[str, ...]:
-    """The renderers of estimate k: both, or by turns, starting with another one every step."""
-    if config.renderers == "both":
-        return ("volume", "surface")
-    if config.renderers == "alternate":
-        return ("volume",) if (step + k) % 2 == 0 else ("surface",)
-    return (config.renderers,)

@@ -1,12 +1,40 @@
-"""The Adan optimiser: adaptive Nesterov momentum (Xie et al. 2022, arXiv:2208.06677, Algorithm 1)."""
+"""The optimiser of a stage, its learning rate, and Adan (Xie et al. 2022, arXiv:2208.06677, Algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+
+from prd.errors import ConfigError
+from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Positive
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class OptimizerConfig:
+    """Settings of the optimiser of what is trained, and of its learning rate."""
+
+    name: Literal["adan", "adamw"] = "adamw"  # Adan takes three betas, AdamW two
+    lr: Positive = 1e-3  # peak learning rate
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.99)  # moment decays
+    eps: Positive = 1e-12  # added to the denominator
+    weight_decay: NonNegative = 0.0  # decoupled
+    warmup_steps: Annotated[int, Field(ge=0)] = 20  # linear warm-up of lr
+    decay_fraction: Fraction = 0.4  # last part of the run over which lr falls linearly; 0: constant
+    final_lr_fraction: Fraction = 0.05  # of the peak, at the end of that decay
+    max_grad_norm: Positive | None = None  # clip the gradient's global norm; null: not
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        expected = {"adan": 3, "adamw": 2}[self.name]
+        if len(self.betas) != expected:
+            raise ValueError(f"betas={list(self.betas)}: {self.name} takes {expected} values")
+        return self
+
 
 MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq")
 
@@ -88,3 +116,28 @@ class Adan(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_div_(parameters, 1 + lr * group["weight_decay"])
         torch._foreach_copy_(previous, gradients)
+
+
+def build_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or Adan over the trainable parameters."""
+    common: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.name == "adan":
+        return Adan(parameters, betas=config.betas, **common)
+    first, second = config.betas
+    return torch.optim.AdamW(parameters, betas=(first, second), **common)
+
+
+def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, constant, linear decay up to step `total`."""
+    decay_start = total * (1 - config.decay_fraction)
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    late = max(0.0, step - decay_start) / max(1.0, total - decay_start)
+    return warm * max(config.final_lr_fraction, 1 - (1 - config.final_lr_fraction) * late)
+
+
+def trainable_parameters(model: Any, trainable: Sequence[str] | None) -> list[torch.nn.Parameter]:
+    """The parameters of a model's parts named, None: of all; ConfigError for a part that it does not have."""
+    parts = model.parts()
+    if unknown := sorted(set(trainable or ()) - parts.keys()):
+        raise ConfigError(f"trainable={unknown[0]!r}: is no part of this model; it has {', '.join(parts)}")
+    return [parameter for name, part in parts.items() if trainable is None or name in trainable for parameter in part]

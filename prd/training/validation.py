@@ -1,227 +1,184 @@
-"""What a run shows of itself: contact sheets, meshes, galleries; in the toy box its measure against the truth."""
+"""What is generated, drawn and measured before, during and after training."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from pydantic.dataclasses import dataclass
 
-from prd.cameras import Cameras, orbit_cameras
-from prd.evaluation.pictures import save_sheet
-from prd.fields.protocol import Field, one_sample
-from prd.generators.protocol import Generator
-from prd.generators.triplane_turbo import TriplaneTurboGenerator
-from prd.isosurface.extract import EmptySurfaceError
-from prd.meshes.mesh import extract_mesh
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.views import Views
-from prd.teachers.base import PromptEncoder
-from prd.toybox.score import Score, score_field
-from prd.toybox.world import all_captions
-from prd.training.build import camera_sampling
-from prd.training.config import TrainConfig
+from prd.data.prompts import held_out_prompts
+from prd.errors import ConfigError
+from prd.evaluation.benchmark import Benchmark, Score
+from prd.evaluation.report import write_report
+from prd.generators.protocol import Model
+from prd.text.encoders import PromptEncoder
+from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
+from prd.training.ema import WeightAverage
+from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
+from prd.training.run.folder import peak_memory
+from prd.utils.checked_types import CHECKS, Count, Size
 from prd.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
-def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
-    """One generator a prompt, so that what a prompt gives does not depend on its company."""
-    return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class ValidationConfig:
+    """Settings of what is generated, drawn and measured before, during and after training."""
+
+    prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
+    every_steps: Count | None = None  # measure every so many steps; null: before and after only
+    spread_steps: Count | None = 100  # check that shapes of different prompts differ every so many steps; null: never
+    gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never
+    num_inference_steps: Count = 4  # denoising steps of the model
+    views: Count = 4  # views per prompt on the contact sheet
+    stacks: Count = 24  # captions measured at the end of each split that is sampled, as the toy box's stacks are
+    resolution: Count = 128  # image height and width on the contact sheet, pixels
+    isosurface_resolution: Size = 64  # grid of the exported meshes
 
 
-@torch.no_grad()
-def generate_fields(
-    student: Generator,
-    encoder: PromptEncoder,
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    num_inference_steps: int,
-    batch_size: int = 16,
-) -> list[tuple[list[str], Field]]:
-    """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone.
+class Validation:
+    """Shows and measures a model on the main process; nothing of it changes the training.
 
-    num_inference_steps: K of a student that denoises; a generator of one pass has none.
+    corpus     the prompts that are trained on
+    average    whose weights are shown instead of the model's own; None: the model's
+    benchmark  measures what the model makes; None: it is shown alone
     """
-    generators = prompt_generators(seed, prompts)
-    batches: list[tuple[list[str], Field]] = []
-    for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
-        embeds = encoder(part).to(student.device)
-        field = make_fields(student, embeds, generators[start : start + batch_size], num_inference_steps)
-        batches.append((part, field))
-    return batches
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        text_encoder: PromptEncoder,
+        corpus: Sequence[str],
+        average: WeightAverage | None = None,
+        benchmark: Benchmark | None = None,
+    ) -> None:
+        if benchmark is not None:
+            check_captions(benchmark, config.validation.prompts)
+        self.benchmark = benchmark
+        self.config, self.model, self.text_encoder, self.average = config, model, text_encoder, average
+        self.folder = Path(config.output_dir)
+        self.watch, self.watched = CollapseWatch(), watched_prompts(config, corpus)
+
+    def shown_weights(self) -> AbstractContextManager[None]:
+        """The averaged weights in the model, if the run averages them."""
+        return nullcontext() if self.average is None else self.average.averaged_weights()
+
+    def before(self) -> None:
+        """Draw the validation prompts as they are before the first step."""
+        prompts = self.config.validation.prompts
+        contact_sheet(self.model, self.text_encoder, prompts, self.config, self.folder / "before.png")
+
+    def validate_periodically(self, done: int) -> dict[str, float]:
+        """Measure after `done` steps what is due then, each quantity every so many steps; returns the values."""
+        config, values = self.config, {"peak_gigabytes": peak_memory(self.model.device)}
+        every = config.validation.every_steps
+        if every and done % every == 0 and self.benchmark is not None and config.validation.prompts:
+            values["r_at_1"] = self.quick_recognition()
+        gallery = config.validation.gallery_steps
+        if gallery and done % gallery == 0:
+            values |= self.gallery(done)
+        every = config.validation.spread_steps
+        if every and done % every == 0 and len(self.watched) > 1:
+            values["prompt_spread"] = self.spread()
+            assert config.schedule_steps is not None  # settled when the run began
+            if warning := self.watch.check(values["prompt_spread"], done / config.schedule_steps):
+                logger.warning("step %d: %s", done, warning)
+        return values
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """How far the shapes of the watched prompts differ, all from the same noise."""
+        generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
+        embeds = self.text_encoder(self.watched).to(self.model.device)
+        shapes = make_fields(self.model, embeds, generators, self.config.validation.num_inference_steps)
+        return prompt_spread(shapes, len(self.watched), self.model.device)
+
+    def gallery(self, done: int) -> dict[str, float]:
+        """Draw, measure and export the validation prompts as they are after `done` steps; returns the means."""
+        with self.shown_weights():
+            folder = self.folder / "gallery" / f"step-{done:06d}"
+            means = save_gallery(self.model, self.text_encoder, self.config, folder, self.benchmark)
+        write_report(self.folder)
+        return {f"gallery/{name}": value for name, value in means.items()}
+
+    def quick_recognition(self) -> float:
+        """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
+        with self.shown_weights():
+            scores = self.measure(self.config.validation.prompts)
+        return sum(s.recognised for s in scores) / len(scores)
+
+    def measure(self, prompts: Sequence[str]) -> list[Score]:
+        """Scores of captions by the benchmark, from the run's seed."""
+        assert self.benchmark is not None
+        steps, seed = self.config.validation.num_inference_steps, self.config.seed
+        return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
+
+    def after(self, done: int, *, frames_per_prompt: float, minutes: float) -> None:
+        """Save the model trained for `done` steps, then show and measure what it makes.
+
+        frames_per_prompt, minutes  what the run has cost, for the record beside the weights
+        """
+        config, folder = self.config, self.folder
+        with self.shown_weights():
+            self.model.save_pretrained(folder / self.model.folder_name)
+            contact_sheet(self.model, self.text_encoder, config.validation.prompts, config, folder / "after.png")
+            export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
+            if self.benchmark is not None:
+                record = {
+                    "train_steps": done,
+                    "frames_per_prompt": round(frames_per_prompt, 1),
+                    "minutes": round(minutes, 1),
+                    "seed": config.seed,
+                    "held_out": list(held_out_prompts(config.prompts)),
+                }
+                self.score(record)
+        write_report(folder)
+
+    def score(self, record: dict[str, Any]) -> None:
+        """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
+        assert self.benchmark is not None
+        held_out = held_out_prompts(self.config.prompts)
+        report: dict[str, Any] = {}
+        for name, prompts in self.benchmark.splits(held_out, self.config.validation.stacks).items():
+            scores = self.measure(prompts)
+            report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
+        summaries = {name: part["summary"] for name, part in report.items()}
+        write_atomic(self.folder / "scores.json", json.dumps(report, indent=1) + "\n")
+        record["measured"] = summaries
+        place = self.folder / self.model.folder_name / "record.json"
+        write_atomic(place, json.dumps(record, indent=1) + "\n")
+        print("\n".join(self.benchmark.describe(summaries)))
 
 
-@torch.no_grad()
-def make_fields(
-    student: Generator, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int
-) -> Field:
-    """The fields of embeddings [B, L, Ct], each from its own generator."""
-    if isinstance(student, TriplaneTurboGenerator):
-        return student.generate(embeds, generators, num_inference_steps)
-    return student.generate(embeds, generators)
-
-
-def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
-    """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, in the middle of the training range."""
-    views = config.validation.views
-    azimuth = (30 + torch.arange(views) * 360 / views).expand(batch, -1)
-    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *camera_sampling(config).middle)
-
-
-def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Views | None:
-    """A field of one sample from the evaluation cameras, as the contact sheet shows it; None without a surface."""
-    size = config.validation.resolution
-    renderer = SurfaceRenderer(resolution=config.validation.isosurface_resolution, supersample=2)
-    cameras = evaluation_cameras(config, 1).to(device)
-    try:
-        return renderer(sample, cameras, height=size, width=size, background=config.background)
-    except EmptySurfaceError:
-        return None
-
-
-@torch.no_grad()
-def render_sheet(field: Field, batch: int, config: TrainConfig, device: torch.device) -> Tensor:
-    """Pictures [B * 2 * views, 3, H, W]: for each sample its colours, then its camera normals, in a row.
-
-    A sample without a surface is a row of background.
-    """
-    rows = [_row(sheet_views(one_sample(field, i, batch), config, device), config, device) for i in range(batch)]
-    return torch.cat(rows)
-
-
-def _row(drawn: Views | None, config: TrainConfig, device: torch.device) -> Tensor:
-    """Colours and normals of one sample, [2 * views, 3, H, W]; background without a surface."""
-    size, views = config.validation.resolution, config.validation.views
-    if drawn is None:
-        return torch.full((2 * views, 3, size, size), config.background, device=device)
-    return torch.cat([drawn.rgb[0], (drawn.camera_normal()[0] + 1) / 2]).permute(0, 3, 1, 2)  # [V, H, W, 3] each
-
-
-def contact_sheet(
-    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, path: Path
-) -> None:
-    """One row a prompt: colours and normals from `validation.views` sides; no file without prompts."""
-    if not prompts:
-        return
-    pictures = []
-    for part, field in generate_fields(
-        student,
-        encoder,
-        prompts,
-        seed=config.seed,
-        num_inference_steps=config.validation.num_inference_steps,
-    ):
-        pictures.append(render_sheet(field, len(part), config, student.device))
-    _save_rows(torch.cat(pictures), prompts, config, path)
-
-
-def _save_rows(pictures: Tensor, prompts: Sequence[str], config: TrainConfig, path: Path) -> None:
-    """The contact sheet of pictures [prompts * 2 * views, 3, H, W]."""
-    hidden = set(config.prompts.held_out)
-    labels = [f"{prompt} (held out)" if prompt in hidden else prompt for prompt in prompts]
-    save_sheet(pictures, path, columns=2 * config.validation.views, scale=1, labels=labels)
-
-
-def mesh_names(prompts: Sequence[str]) -> list[str]:
-    """A file name for each prompt: its letters and digits, numbered where two would be the same."""
-    names: list[str] = []
+def check_captions(benchmark: Benchmark, prompts: Sequence[str]) -> None:
+    """ConfigError for a validation prompt that the benchmark cannot measure."""
     for prompt in prompts:
-        stem = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
-        tries = (f"{stem}.glb", *(f"{stem}_{number}.glb" for number in range(2, len(prompts) + 2)))
-        names.append(next(name for name in tries if name not in names))
-    return names
-
-
-@torch.no_grad()
-def save_gallery(student: Generator, encoder: PromptEncoder, config: TrainConfig, folder: Path) -> dict[str, float]:
-    """The validation prompts from their fixed noise: `sheet.png`, a .glb with a colour a vertex each, `metrics.json`.
-
-    Returns the means of what is measured: the share of pixels covered, prompts without a surface, triangles and volume
-    of the meshes; in the toy box R@1, IoU and colour error too.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts, settings = config.validation.prompts, config.validation
-    pictures: list[Tensor] = []
-    rows: list[dict[str, Any]] = []
-    batches = generate_fields(
-        student, encoder, prompts, seed=config.seed, num_inference_steps=settings.num_inference_steps
-    )
-    names = iter(mesh_names(prompts))
-    for part, field in batches:
-        scores = score_field(field, part, device=student.device) if config.prompts.source == "toybox" else None
-        for i, prompt in enumerate(part):
-            sample, name = one_sample(field, i, len(part)), next(names)
-            drawn = sheet_views(sample, config, student.device)
-            pictures.append(_row(drawn, config, student.device))
-            row: dict[str, Any] = {"prompt": prompt, "mesh": None, "coverage": 0.0, "empty": drawn is None}
-            if drawn is not None:
-                (mesh,) = extract_mesh(sample, settings.isosurface_resolution, texture_size=None, keep="all")
-                mesh.export(folder / name)
-                row |= {"mesh": name, "coverage": float(drawn.opacity.mean())}
-                row |= {"triangles": len(mesh.faces), "volume": mesh.volume}
-            if scores is not None:
-                score = scores[i]
-                row |= {"r_at_1": score.recognised, "iou": score.iou, "color_error": score.color_error}
-            rows.append(row)
-    _save_rows(torch.cat(pictures), prompts, config, folder / "sheet.png")
-    write_atomic(folder / "metrics.json", json.dumps(rows, indent=1) + "\n")
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
-    values = {key: [float(row[key]) for row in rows if key in row] for key in keys}
-    return {key: sum(found) / len(found) for key, found in values.items()}
-
-
-def export_meshes(
-    student: Generator, encoder: PromptEncoder, prompts: Sequence[str], config: TrainConfig, folder: Path
-) -> list[Path]:
-    """A .glb for each prompt; one without a surface is named in the log and left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for i, (prompt, name) in enumerate(zip(prompts, mesh_names(prompts), strict=True)):
-        generator = prompt_generators(config.seed, prompts)[i]
-        embeds = encoder([prompt]).to(student.device)
-        field = make_fields(student, embeds, [generator], config.validation.num_inference_steps)
         try:
-            (mesh,) = extract_mesh(field, config.validation.isosurface_resolution, keep="all")
-        except EmptySurfaceError:
-            logger.warning("%r has no surface: no mesh was written for it", prompt)
-            continue
-        path = folder / name
-        mesh.export(path)
-        written.append(path)
-    return written
+            benchmark.check_prompt(prompt)
+        except ValueError as error:
+            raise ConfigError(f"validation.prompts: {error}") from None
 
 
 def measure(
-    student: Generator,
-    encoder: PromptEncoder,
+    model: Model,
+    text_encoder: PromptEncoder,
     prompts: Sequence[str],
+    benchmark: Benchmark,
     *,
     seed: int,
     num_inference_steps: int,
 ) -> list[Score]:
-    """Scores of the toy box's captions against their exact fields; for reports alone, no choice is made by them."""
-    batches = generate_fields(student, encoder, prompts, seed=seed, num_inference_steps=num_inference_steps)
-    return [score for part, field in batches for score in score_field(field, part, device=student.device)]
-
-
-def toybox_splits(held_out: Sequence[str], stacks: int) -> dict[str, list[str]]:
-    """Captions to measure: all single objects and `stacks` evenly spread stacks, each seen or held out."""
-    hidden = set(held_out)
-    splits: dict[str, list[str]] = {}
-    for kind, is_stack in (("single", False), ("stack", True)):
-        for name, wanted in (("seen", False), ("held_out", True)):
-            captions = [c.text for c in all_captions() if c.is_stack == is_stack and (c.text in hidden) == wanted]
-            if is_stack and len(captions) > stacks:
-                captions = [captions[int((i + 0.5) * len(captions) / stacks)] for i in range(stacks)]
-            if captions:
-                splits[f"{kind}_{name}"] = captions
-    return splits
+    """Scores of a benchmark's captions; for reports alone, no choice is made by them."""
+    batches = generate_fields(model, text_encoder, prompts, seed=seed, num_inference_steps=num_inference_steps)
+    return [score for part, field in batches for score in benchmark.score(field, part, device=model.device)]

@@ -65,7 +65,7 @@ def test_text_once_a_sample_equals_text_once_a_plane() -> None:
         once = backbone.denoise(latents, torch.tensor(10), text)
         repeated = backbone.denoise(latents, torch.tensor(10), text.repeat_interleave(6, dim=0))
     torch.testing.assert_close(once, repeated, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="once a sample or once a plane"):
+    with pytest.raises(ValueError, match="once per sample or once per plane"):
         backbone.denoise(latents, torch.tensor(10), text.repeat(4, 1, 1)[:5])
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from prd.cli import main
+from prd.data import embeddings as module
 from prd.data.compositional import pig64
 from prd.data.embeddings import Embeddings, EmbeddingsError, embed
 from prd.data.prompts import load_corpus
+from prd.errors import ConfigError
 from prd.text.loading import UnknownEncoder, encoder_digest, load_encoder
 from prd.toybox import asset
-from prd.training import embeddings as module
-from prd.training.config import ConfigError, load_config
+from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
 TEXTS = pig64()["train"]
@@ -122,7 +123,7 @@ KILLED = """
 import sys, time
 from prd.text.loading import load_encoder
 from prd.toybox import asset
-from prd.training import embeddings
+from prd.data import embeddings
 from prd.data.compositional import pig64
 embeddings.SHARD_BYTES = 1  # a text each
 encoder = load_encoder(asset("stable_diffusion"))
@@ -175,11 +176,18 @@ def test_training_looks_its_prompts_up(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("528 prompts") == 2 and "stable_diffusion" in out and "richdreamer" in out
     small = ["--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "1"]
-    small += ["--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"]
+    small += [
+        "--renderers.volume.grid_resolution",
+        "16",
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+    ]
     small += ["--output_dir", str(tmp_path / "run")]
     expected = Trainer(load_config("toybox", small)).train_step(0)["gradient_norm"]
     trainer = Trainer(load_config("toybox", [*small, "--prompts.embeddings", str(tmp_path / "e")]))
-    encoders = [trainer.encoder, *(teacher.prompt_encoder for teacher, _ in trainer.teachers)]
+    encoders = [trainer.parts.text_encoder, *(teacher.prompt_encoder for teacher in trainer.parts.teachers.values())]
     assert len(encoders) == 4
     asked = []
     for encoder in (stored.encoder for stored in encoders):

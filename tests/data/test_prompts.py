@@ -20,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from prd.data import prompt_files
 from prd.data.compositional import ACTIVITIES, PIG_THEMES, animal2400, pig64
-from prd.data.prompts import CorpusError, load_corpus
+from prd.data.prompts import CorpusError, PromptsConfig, load_corpus
+from prd.errors import ConfigError
 from prd.toybox import asset
-from prd.training import prompt_files
-from prd.training.config import ConfigError, load_config
-from prd.training.sections import PromptsConfig
+from prd.training.recipes import load_config
 from tests.data.dataset_server import serve
 
 HELD_OUT = ("a red cube", "a blue torus on a red cube")
@@ -192,7 +192,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch)
 
 FROM_THE_HUB = """
 import sys
-from prd.training.sections import PromptsConfig
+from prd.data.prompts import PromptsConfig
 from prd.data.prompts import CorpusError, load_corpus
 for source, column, split in (words.split() for words in sys.argv[1:]):
     try:

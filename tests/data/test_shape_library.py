@@ -12,11 +12,11 @@ import torch
 import trimesh
 
 from prd.cameras import orbit_cameras
-from prd.data.shape_library import LibraryError, MeshLibrary, Shapes, ToyLibrary, open_library
-from prd.generators.latte3d import Latte3dGenerator
+from prd.data.shape_library import BenchmarkLibrary, LibraryConfig, LibraryError, MeshLibrary, Shapes, open_library
+from prd.generators.latte3d import Latte3dModel
 from prd.meshes.read import UnreadableMesh, read_mesh, sample_points
+from prd.toybox.benchmark import ToyBox
 from prd.toybox.world import ExactField
-from prd.training.sections import LibraryConfig
 from tests.generators.tiny_single_pass import LATTE3D
 
 
@@ -37,11 +37,11 @@ def write(folder: Path, *rows: dict) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("caption", ["a green mug", "a red torus on a blue cylinder", "a red torus on a green cube"])
 def test_the_toy_shapes_are_the_exact_ones(caption: str) -> None:
-    vertices, faces = ToyLibrary().mesh(caption)
+    vertices, faces = BenchmarkLibrary(ToyBox()).mesh(caption)
     cloud = sample_points((vertices, faces), 300, torch.Generator().manual_seed(0))
     assert ExactField([caption]).sdf(cloud[None]).abs().max() < 0.04
     with pytest.raises(ValueError, match="caption='a chair': the toy box knows"):
-        ToyLibrary().mesh("a chair")
+        BenchmarkLibrary(ToyBox()).mesh("a chair")
 
 
 def test_points_are_even_over_the_surface() -> None:
@@ -76,13 +76,13 @@ def test_glb_files_are_turned_upright(tmp_path: Path) -> None:
 
 
 def test_masks_and_normals_are_those_of_the_exact_field() -> None:
-    from prd.rendering.volume import VolumeRenderer
+    from tests.rendering.made import volume_renderer
 
     cameras = orbit_cameras(torch.full((1, 2), 20.0), torch.tensor([[30.0, 200.0]]), 2.4, 50.0)
-    mesh = ToyLibrary().mesh("a red wedge")
+    mesh = BenchmarkLibrary(ToyBox()).mesh("a red wedge")
     views = Shapes([mesh], torch.zeros(1, 1, 3)).views(cameras, 32, 32)
     with torch.no_grad():
-        exact = VolumeRenderer(num_samples=128, inv_std=400.0)(
+        exact = volume_renderer(num_samples=128, inv_std=400.0)(
             ExactField(["a red wedge"]), cameras, height=32, width=32
         )
     assert (views.opacity - exact.opacity).abs().mean() < 0.02
@@ -116,7 +116,7 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnreadableMesh, match=r"line\.ply: holds no triangles with an area"):
         read_mesh(tmp_path / "line.ply")
     config = LibraryConfig(source="toybox")
-    with pytest.raises(LibraryError, match="library.source='toybox': this generator takes no shapes"):
+    with pytest.raises(LibraryError, match="library.source='toybox': this model takes no shapes"):
         open_library(config, None, object())
-    assert isinstance(open_library(config, None, Latte3dGenerator(LATTE3D)), ToyLibrary)
+    assert isinstance(open_library(config, None, Latte3dModel(LATTE3D)), BenchmarkLibrary)
     assert open_library(replace(config, source=None), None, object()) is None

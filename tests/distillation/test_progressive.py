@@ -31,20 +31,16 @@ def test_the_rollout_is_algorithm_1(at_once, groups):
     """Every step starts from the one before, noised to a lower timestep, and no gradient flows between them."""
     student, judged = Doubling(), []
 
-    def supervise(ks, field):
-        judged.append(list(ks))
-        assert len(field) == len(ks)
-        return field.sum()
-
-    rollout(
+    for ks, field in rollout(
         student,
-        supervise,
-        lambda loss: loss.backward(),
         prompt_embeds=torch.zeros(1, 1, 1),
         timesteps=[999, 499, 249],
         noise=lambda k: torch.tensor([float(k)]),
-        at_once=at_once,
-    )
+        batch_size=at_once,
+    ):
+        judged.append(list(ks))
+        assert len(field) == len(ks)
+        (field.sum() / 3).backward()
     assert student.asked == [(999, 1.0), (499, 4.0), (249, 11.0)]  # 0 + 1; 2 * 1 + 2; 2 * 4 + 3
     assert judged == groups
     mean = (1.0 + 4.0 + 11.0) / 3  # over the estimates; more if z0 were not cut off

@@ -14,7 +14,7 @@ from PIL import Image
 
 from prd.cli import main
 from prd.evaluation.report import POINTS, RunError, chart, differences, duration, find_runs, read_run, write_report
-from prd.training.config import load_config, save_config
+from prd.training.recipes import load_config, save_config
 from prd.training.run.folder import write_environment
 
 
@@ -134,7 +134,7 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
 
 def test_what_only_another_generator_has_is_not_listed_of_a_run(tmp_path):
     make_run(tmp_path / "one")
-    make_run(tmp_path / "two", "--model", "{generator: atom, text_encoder: toybox}")
+    make_run(tmp_path / "two", "--model", "{class: atom, text_encoder: toybox}")
     first, second = differences(find_runs(tmp_path))
     assert first["model.generator"] == "triplane_turbo" and second["model.generator"] == "atom"
     assert "model.rank" in first and "model.num_blocks" in second and not first.keys() & {"model.num_blocks"}
@@ -163,7 +163,7 @@ def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, c
 def test_a_long_key_is_whole_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     make_run(tmp_path / "one")
-    make_run(tmp_path / "two", "--volume.rgb_weight_gradient_scale", "0.2")
+    make_run(tmp_path / "two", "--renderers.volume.rgb_weight_gradient_scale", "0.2")
     assert main(["runs", str(tmp_path)]) == 0
     rows = [line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert "volume.rgb_weight_gradient_scale0.2" in "".join(rows).replace(" ", "")

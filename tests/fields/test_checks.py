@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from prd.cameras import Cameras, orbit_cameras
+from prd.fields.fast import evaluate_grid
 from prd.fields.grid import GridField
 from prd.fields.protocol import AutogradGradient, Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.isosurface.extract import evaluate_grid, extract_isosurface
-from prd.rendering.patch import PatchRenderer
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
+from prd.isosurface.extract import extract_isosurface
+from tests.rendering.made import changed, surface_renderer, volume_renderer
 
-VOLUME, SURFACE = VolumeRenderer(num_samples=8), SurfaceRenderer(resolution=8)
+VOLUME, SURFACE = volume_renderer(num_samples=8), surface_renderer(grid_resolution=8)
 
 
 def cameras(batch: int = 1, dtype: torch.dtype = torch.float32) -> Cameras:
@@ -60,16 +58,6 @@ def isosurface(field: Field, batch: int = 1) -> object:
     return extract_isosurface(field, 8, batch=batch)
 
 
-@pytest.mark.parametrize("render", [volume, surface])
-@pytest.mark.parametrize(("held", "asked"), [(2, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("kind", ["planes", "grid"])
-def test_as_many_cameras_as_samples(render: Callable, held: int, asked: int, kind: str) -> None:
-    field: Field = triplane(held) if kind == "planes" else GridField(triplane(held), 8)
-    with pytest.raises(ValueError, match=rf"\b{held}\b"):
-        render(field, asked)
-    render(field, held)
-
-
 @pytest.mark.parametrize("evaluate", [grid, isosurface])
 def test_a_batch_that_the_field_does_not_hold_is_refused(evaluate: Callable) -> None:
     for held, asked in ((1, 2), (2, 3)):
@@ -109,7 +97,7 @@ def test_a_distance_that_is_no_number_is_refused(cull_below: float, importance: 
         def sdf(self, points: Tensor) -> Tensor:
             return torch.where(points[..., :1] > 0.3, torch.nan, super().sdf(points))
 
-    renderer = VolumeRenderer(num_samples=8, num_importance_samples=importance, cull_below=cull_below)
+    renderer = volume_renderer(num_samples=8, num_importance_samples=importance, cull_below=cull_below)
     with pytest.raises(ValueError, match=r"field\.sdf.*NaN"):
         renderer(Diverged(), cameras(), height=6, width=6)
 
@@ -120,15 +108,6 @@ def test_cameras_of_float64_follow_the_mesh_or_are_refused() -> None:
     torch.testing.assert_close(views.rgb, SURFACE(triplane(1), cameras(), height=6, width=6).rgb)
     for field in (triplane(1), GridField(triplane(1), 8)):
         with pytest.raises(TypeError, match=r"float64.*cameras\.to\(torch\.float32\)"):
-            replace(VOLUME, cull_below=0.0)(field, wide, height=6, width=6)
+            changed(VOLUME, cull_below=0.0)(field, wide, height=6, width=6)
         VOLUME(field, wide.to(torch.float32), height=6, width=6)
     assert VOLUME(Balls(), wide, height=6, width=6).rgb.dtype == torch.float64
-
-
-@pytest.mark.parametrize("renderer", [VOLUME, SURFACE, PatchRenderer(VOLUME, patch=2, downsample=2)])
-@pytest.mark.parametrize("shape", [(4,), (1, 2, 6, 5, 3), (2, 2, 6, 6, 3), (1, 1, 2, 6, 6, 3), (0, 3), (2, 1, 1, 1, 3)])
-def test_a_background_that_does_not_fit_is_named(renderer: Callable, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="background="):
-        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(shape))
-    for fits in ((3,), (1,), (2, 6, 6, 3), (1, 2, 1, 1, 3)):
-        renderer(Balls(), cameras(), height=6, width=6, background=torch.zeros(fits))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prd.fields.protocol import AutogradGradient, one_sample, some_samples
+from prd.fields.fast import some_samples
+from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 
 POINTS = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -25,15 +26,6 @@ class Spheres(AutogradGradient):
 
     def sdf_and_deformation(self, points):
         return self.sdf(points), self.rgb(points)
-
-
-def test_samples_of_a_field_without_a_way_of_its_own():
-    chosen, alone = some_samples(Spheres(0.2, 0.4, 0.6), [2, 0], 3), Spheres(0.6, 0.2)
-    torch.testing.assert_close(chosen.sdf(POINTS), alone.sdf(POINTS))
-    torch.testing.assert_close(chosen.rgb(POINTS), alone.rgb(POINTS))
-    torch.testing.assert_close(chosen.sdf_and_gradient(POINTS), alone.sdf_and_gradient(POINTS))
-    torch.testing.assert_close(chosen.sdf_and_deformation(POINTS), alone.sdf_and_deformation(POINTS))
-    torch.testing.assert_close(one_sample(Spheres(0.2, 0.4), 1, 2).sdf(POINTS[:1]), Spheres(0.4).sdf(POINTS[:1]))
 
 
 def test_samples_of_a_triplane_field_are_its_planes():

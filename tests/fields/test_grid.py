@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from prd.cameras import orbit_cameras
+from prd.fields import _grid_numba
+from prd.fields.fast import grid_points
 from prd.fields.grid import GridField, interpolate, sample_grid
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.isosurface.extract import extract_isosurface, grid_points
-from prd.rendering import _grid_numba
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
+from prd.isosurface.extract import extract_isosurface
+from tests.rendering.made import surface_renderer, volume_renderer
 
 
 class Tilted(AutogradGradient):
@@ -106,14 +106,16 @@ def test_gradients_to_the_field_agree_with_finite_differences() -> None:
 def test_rendering_a_grid_agrees_with_rendering_the_field() -> None:
     ball = Ball(torch.tensor([0.5, 0.65]))
     cameras = orbit_cameras(torch.full((2, 2), 20.0), torch.tensor([[0.0, 100.0]]).expand(2, -1), 2.4, 50.0)
-    renderer = VolumeRenderer(num_samples=48, inv_std=64.0)
-    exact, _ = renderer.render_with_samples(ball, cameras, height=16, width=16)
-    views, gradient = renderer.render_with_samples(GridField(ball, 64, batch=2), cameras, height=16, width=16)
+    renderer = volume_renderer(num_samples=48, inv_std=64.0)
+    exact = renderer(ball, cameras, height=16, width=16)
+    rendered = renderer.render(GridField(ball, 64, batch=2), cameras, (16, 16), 0.5)
+    views, samples = rendered.views, rendered.samples
+    assert samples is not None
     assert (views.opacity - exact.opacity).abs().max() < 0.05
     assert (views.rgb - exact.rgb).abs().max() < 0.03
     assert (views.normal - exact.normal).norm(dim=-1).mean() < 0.02
-    assert gradient.gradient.shape == (2, 64**3, 3)  # the eikonal loss sees the nodes
-    assert (gradient.gradient.norm(dim=-1) - 1).abs().median() < 0.01
+    assert samples.gradient.shape == (2, 64**3, 3)  # the eikonal loss sees the nodes
+    assert (samples.gradient.norm(dim=-1) - 1).abs().median() < 0.01
 
 
 def test_the_isosurface_reuses_the_grid() -> None:
@@ -161,7 +163,7 @@ def test_a_field_of_the_wrong_shape_is_named() -> None:
             GridField(field, 4)
     cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 50.0)
     with pytest.raises(ValueError, match=r"field\.rgb returned"):
-        SurfaceRenderer(resolution=8)(Grey(radius), cameras, height=8, width=8)
+        surface_renderer(grid_resolution=8)(Grey(radius), cameras, height=8, width=8)
     with pytest.raises(ValueError, match="batch says how many"):
         GridField(Ball(torch.tensor([0.5, 0.4])), 4)
 
@@ -191,10 +193,10 @@ def test_a_dense_grid_has_its_gradient_under_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [slice(0, 7), slice(0, 4), slice(4, 7)])
-@pytest.mark.parametrize("points_a_job", [1 << 14, 7])
-def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_a_job, monkeypatch) -> None:
+@pytest.mark.parametrize("points_per_job", [1 << 14, 7])
+def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_per_job, monkeypatch) -> None:
     """Values and gradients, inside the cube, on its border and beyond, in one job and in several."""
-    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+    monkeypatch.setattr(_grid_numba, "POINTS_PER_JOB", points_per_job)
     draw = torch.Generator().manual_seed(0)
     volume = torch.rand(2, 5, 5, 5, 7, generator=draw, dtype=dtype).requires_grad_()
     points = torch.rand(2, 60, 3, generator=draw, dtype=dtype) * 2.6 - 1.3
@@ -217,9 +219,9 @@ def test_the_compiled_lookup_of_nothing_and_of_nan() -> None:
     torch.testing.assert_close(values[0, 1], values[0, 2])
 
 
-@pytest.mark.parametrize("points_a_job", [1 << 14, 5])
-def test_distances_along_rays_are_those_at_their_points(points_a_job, monkeypatch) -> None:
-    monkeypatch.setattr(_grid_numba, "POINTS_A_JOB", points_a_job)
+@pytest.mark.parametrize("points_per_job", [1 << 14, 5])
+def test_distances_along_rays_are_those_at_their_points(points_per_job, monkeypatch) -> None:
+    monkeypatch.setattr(_grid_numba, "POINTS_PER_JOB", points_per_job)
     draw = torch.Generator().manual_seed(0)
     grid = GridField(Ball(torch.tensor([0.4, 0.7])), 8, batch=2)
     origins, directions = (torch.rand(2, 9, 3, generator=draw) * 4 - 2 for _ in range(2))

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from prd.adapters.peta import PlaneLora
-from prd.generators import TriplaneTurboGenerator
-from prd.training.build import build_student
-from prd.training.config import load_config
+from prd.generators import TriplaneTurboModel
+from prd.training.recipes import load_config
 from tests.adapters.tiny import tiny_base
 
 
 class TinyBase:
-    """What `build_student` reads of a base."""
+    """What `from_base` reads of a base."""
 
     name, revision = "tiny", None
     hashes: dict[str, str] = {}
@@ -22,13 +21,13 @@ class TinyBase:
         self.unet, self.vae, self.scheduler = tiny_base()
 
 
-def student(steps: int = 4, **model: object) -> TriplaneTurboGenerator:
+def student(steps: int = 4, **model: object) -> TriplaneTurboModel:
     config = load_config("toybox")
     section = dataclasses.replace(config.model, plane_channels=3, head_width=8, latent_size=4, **{"rank": 2, **model})
-    return build_student(dataclasses.replace(config, model=section, num_denoising_steps=steps), TinyBase())
+    return TriplaneTurboModel.from_base(TinyBase(), section, steps)
 
 
-def adapter_size(model: TriplaneTurboGenerator, part: str = "") -> int:
+def adapter_size(model: TriplaneTurboModel, part: str = "") -> int:
     return sum(p.numel() for n, p in model.peft.named_parameters() if p.requires_grad and "lora_" in n and part in n)
 
 
@@ -61,7 +60,7 @@ def test_an_ablation_learns_and_is_saved(setting: dict, tmp_path) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
-    loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base())
+    loaded = TriplaneTurboModel.from_adapter(tmp_path, *tiny_base())
     assert loaded.peta.full == model.peta.full and loaded.config == model.config
     k = model.config.num_inference_steps
     one, two = (m.generate(text, latents=latents, num_inference_steps=k).planes for m in (model, loaded))

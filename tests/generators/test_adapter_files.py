@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from prd.cli import main
-from prd.generators import AdapterMismatch, StudentConfig
+from prd.generators import ModelMismatch, SavedConfig
 from prd.generators.adapter_files import read_configs
 
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads.safetensors"
@@ -98,7 +98,7 @@ def test_a_renamed_tensor_in_the_header_is_named(toybox: Path, tmp_path: Path) -
     folder = Path(shutil.copytree(toybox / "adapter", tmp_path / "adapter"))
     content = (folder / WEIGHTS).read_bytes()
     flip(folder / WEIGHTS, content.index(b"conv_out.bias") + len("conv_out."))
-    with pytest.raises(AdapterMismatch, match=r"missing \['.*conv_out.bias'\]; extra \['.*conv_out.cias'\]"):
+    with pytest.raises(ModelMismatch, match=r"missing \['.*conv_out.bias'\]; extra \['.*conv_out.cias'\]"):
         TriplaneTurbo.from_pretrained(folder)
 
 
@@ -119,4 +119,4 @@ def test_the_record_says_what_wrote_it(toybox: Path) -> None:
 )
 def test_a_student_config_out_of_range_is_named(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        StudentConfig(**options)
+        SavedConfig(**options)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prd.fields.triplane import plane_coordinates
-from prd.generators.atom import AtomConfig, AtomGenerator
+from prd.fields.fast import evaluate_grid
+from prd.fields.planes import plane_coordinates
+from prd.generators.atom import AtomConfig, AtomModel
 from prd.generators.blocks import (
     PlaneAwareConv,
     PlaneNorm,
@@ -17,7 +18,7 @@ from prd.generators.blocks import (
     TriplaneConvNeXtBlock,
     along_the_axes,
 )
-from prd.isosurface.extract import evaluate_grid, grid_to_meshes
+from prd.isosurface.extract import grid_to_meshes
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from tests.generators.tiny_single_pass import ATOM, WIDTH, embeddings, make
 
@@ -106,7 +107,7 @@ def test_the_aware_convolution_has_a_group_a_plane() -> None:
 @pytest.mark.parametrize("isosurface", [None, marching_tetrahedra])
 def test_the_mesh_stage_changes_nothing_at_zero_deformation(isosurface) -> None:
     torch.manual_seed(0)
-    fresh = AtomGenerator(ATOM)  # whose deformation network ends in zeros
+    fresh = AtomModel(ATOM)  # whose deformation network ends in zeros
     field = fresh.generate(embeddings(2))
     sdf, deformation = evaluate_grid(field, 16, batch=2)
     assert deformation is not None and not bool(deformation.any())
@@ -122,7 +123,7 @@ def test_the_mesh_stage_changes_nothing_at_zero_deformation(isosurface) -> None:
 
 def test_the_deformation_network_learns_from_the_mesh_alone() -> None:
     """Volume rendering asks for no deformation; the mesh moves it away from zero."""
-    fresh = AtomGenerator(ATOM)
+    fresh = AtomModel(ATOM)
     fresh.generate(embeddings(1)).sdf(torch.zeros(1, 3, 3)).sum().backward()
     assert fresh.heads.deformation.third.weight.grad is None
     sdf, deformation = evaluate_grid(fresh.generate(embeddings(1)), 12)
@@ -137,7 +138,7 @@ def test_a_learnt_width_reaches_the_renderer() -> None:
     assert float(alpha.inv_std.detach()) == pytest.approx(30.0, rel=1e-4)
     alpha(torch.zeros(1), -torch.ones(1), torch.full((1,), 0.1)).sum().backward()
     assert model.inv_std.variance.grad != 0
-    assert AtomGenerator(AtomConfig(text_length=5, text_width=12, plane_size=4)).alpha() is None
+    assert AtomModel(AtomConfig(text_length=5, text_width=12, plane_size=4)).alpha() is None
 
 
 def test_settings_out_of_range_are_refused() -> None:

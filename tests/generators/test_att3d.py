@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prd.generators.att3d import Att3dGenerator, threshold
+from prd.generators.att3d import Att3dModel, threshold
 from prd.rendering.alpha import DensityAlpha
 from tests.generators.tiny_single_pass import ATT3D, embeddings, make, some_points
 
@@ -71,7 +71,7 @@ def test_a_sample_is_what_the_single_queries_give(graph: bool) -> None:
 
 def test_a_signed_distance_for_comparison() -> None:
     torch.manual_seed(0)
-    model = Att3dGenerator(replace(ATT3D, representation="sdf"))
+    model = Att3dModel(replace(ATT3D, representation="sdf"))
     assert model.alpha() is None
     points = some_points(1, 400)
     sdf = model.generate(embeddings(1)).sdf(points)[0, :, 0]

@@ -5,16 +5,16 @@ import torch
 
 from prd.adapters import PetaConfig
 from prd.adapters.peta import PetaConv, PlaneLora
-from prd.generators import StudentConfig, TriplaneTurboGenerator
+from prd.generators import SavedConfig, TriplaneTurboModel
 from tests.adapters.tiny import tiny_base
 
 TEXT = torch.randn(2, 77, 12, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(2, 6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def student(base: tuple | None = None, **peta: object) -> TriplaneTurboGenerator:
-    config = StudentConfig(latent_size=4, head_width=8, base="tiny")
-    model = TriplaneTurboGenerator(*(base or tiny_base()), PetaConfig(**{"r": 2, "plane_channels": 3, **peta}), config)
+def student(base: tuple | None = None, **peta: object) -> TriplaneTurboModel:
+    config = SavedConfig(latent_size=4, head_width=8, base="tiny")
+    model = TriplaneTurboModel(*(base or tiny_base()), PetaConfig(**{"r": 2, "plane_channels": 3, **peta}), config)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
@@ -42,7 +42,7 @@ def test_the_base_keeps_its_weights_and_the_adapter_can_be_saved(tmp_path) -> No
     assert all(torch.equal(t, weights[n]) for n, t in [*unet.named_parameters(), *vae.named_parameters()])
     assert model.base_hash() == digest
     model.save_pretrained(tmp_path)
-    loaded = TriplaneTurboGenerator.from_adapter(tmp_path, *tiny_base()).trained_state_dict()
+    loaded = TriplaneTurboModel.from_adapter(tmp_path, *tiny_base()).trained_state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 

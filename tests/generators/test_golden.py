@@ -13,7 +13,7 @@ from torch import Tensor
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.adapters.convert import convert_published, published_config
 from prd.fields.triplane import TriplaneField
-from prd.generators import StudentConfig, TriplaneTurboGenerator
+from prd.generators import SavedConfig, TriplaneTurboModel
 from tests.adapters.test_convert import published_state
 from tests.adapters.tiny import tiny_base
 from tests.parity.generator_records import plain
@@ -38,7 +38,7 @@ def fill(named: Iterable[tuple[str, Tensor]]) -> None:
 def numbers() -> dict[str, list[float]]:
     unet, vae, scheduler = tiny_base()
     peta = PetaConfig(r=2, plane_channels=3, plane_bias=True)
-    student = TriplaneTurboGenerator(unet, vae, scheduler, peta, StudentConfig(latent_size=4, head_width=8))
+    student = TriplaneTurboModel(unet, vae, scheduler, peta, SavedConfig(latent_size=4, head_width=8))
     fill(student.named_parameters())
     latents, text = wave(2 * 6 * 4 * 16, 0.5).view(2, 6, 4, 4, 4), wave(2 * 77 * 12, 0.25).view(2, 77, 12)
     points = wave(2 * 5 * 3, 0.125).view(2, 5, 3)
@@ -64,7 +64,7 @@ def numbers() -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def of_the_network(student: TriplaneTurboGenerator, latents: Tensor, text: Tensor) -> dict[str, Tensor]:
+def of_the_network(student: TriplaneTurboModel, latents: Tensor, text: Tensor) -> dict[str, Tensor]:
     """The base alone, predictions, and the steps of sampling and of training."""
     unet, post_quant_conv = student.backbone.unet, student.backbone.post_quant_conv
     with student.peft.disable_adapter():
@@ -83,7 +83,7 @@ def of_the_network(student: TriplaneTurboGenerator, latents: Tensor, text: Tenso
     }
 
 
-def of_the_field(student: TriplaneTurboGenerator, points: Tensor) -> dict[str, Tensor]:
+def of_the_field(student: TriplaneTurboModel, points: Tensor) -> dict[str, Tensor]:
     """Lookups, heads and dense grid on given planes, and the second-order gradients of the eikonal loss."""
     planes = wave(2 * 6 * 3 * 5 * 7, 0.625).view(2, 6, 3, 5, 7).requires_grad_(True)
     field = TriplaneField(planes, student.heads, student.config.bias_radius)
@@ -114,7 +114,7 @@ def published(latents: Tensor, text: Tensor) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in state.items()}
     converted = convert_published({**leaves, "geometry.bbox": box}, backbone)
     peta = published_config({**leaves, "geometry.bbox": box}, backbone)
-    student = TriplaneTurboGenerator(unet, vae, scheduler, peta, StudentConfig(latent_size=4, head_width=8))
+    student = TriplaneTurboModel(unet, vae, scheduler, peta, SavedConfig(latent_size=4, head_width=8))
     student.load_trained_state_dict({name: tensor.detach() for name, tensor in converted.items()})
     planes = student.decode_planes(student.denoise(latents, 749, text))
     (planes * wave(planes.numel(), 0.875).view(planes.shape)).sum().backward()

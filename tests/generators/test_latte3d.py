@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prd.fields.triplane import plane_coordinates
+from prd.fields.planes import plane_coordinates
 from prd.generators.latte3d import Latte3dConfig
 from prd.generators.point_encoder import PointEncoder, anneal_cloud, dummy_cloud
 from tests.generators.tiny_single_pass import LATTE3D, embeddings, make, some_points

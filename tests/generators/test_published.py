@@ -52,7 +52,7 @@ def test_a_converted_checkpoint_gives_the_recorded_planes(
     _, record = read_configs(out)
     assert (record["bias_radius"], record["num_inference_steps"], record["base"]) == (0.5, 4, str(base))
     assert record["latent_size"] == json.loads((RECORDED / "base_unet_config.json").read_text())["sample_size"]
-    student = TriplaneTurbo.from_pretrained(out, base=str(base)).student
+    student = TriplaneTurbo.from_pretrained(out, base=str(base)).model
     io = load_file(RECORDED / "io.safetensors")
     latents = io["latents_T"].unflatten(0, (-1, 6))
     field = student.generate(io["text_embed"], num_inference_steps=len(io["ddim.timesteps"]), latents=latents)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from prd.generators.atom import AtomConfig, AtomGenerator
-from prd.generators.att3d import Att3dConfig, Att3dGenerator
-from prd.generators.latte3d import Latte3dConfig, Latte3dGenerator
-from prd.generators.single_pass import SinglePassGenerator
+from prd.generators.atom import AtomConfig, AtomModel
+from prd.generators.att3d import Att3dConfig, Att3dModel
+from prd.generators.latte3d import Latte3dConfig, Latte3dModel
+from prd.generators.single_pass import SinglePassModel
+from prd.text.loading import encoder_hashes, load_encoder
 
 LENGTH, WIDTH = 5, 12
 TEXT = {"text_length": LENGTH, "text_width": WIDTH}
@@ -28,10 +33,10 @@ LATTE3D = Latte3dConfig(
     head_width=8,
     frequencies=2,
 )
-KINDS = {"atom": (AtomGenerator, ATOM), "att3d": (Att3dGenerator, ATT3D), "latte3d": (Latte3dGenerator, LATTE3D)}
+KINDS = {"atom": (AtomModel, ATOM), "att3d": (Att3dModel, ATT3D), "latte3d": (Latte3dModel, LATTE3D)}
 
 
-def make(kind: str, seed: int = 0) -> SinglePassGenerator:
+def make(kind: str, seed: int = 0) -> SinglePassModel:
     """A generator with random weights everywhere, those that start at zero included."""
     model_class, config = KINDS[kind]
     torch.manual_seed(seed)
@@ -49,3 +54,13 @@ def embeddings(count: int, seed: int = 1) -> Tensor:
 
 def some_points(batch: int, count: int = 50, seed: int = 2) -> Tensor:
     return torch.rand(batch, count, 3, generator=torch.Generator().manual_seed(seed)) * 1.8 - 0.9
+
+
+def save_run(kind: str, folder: Path, **changes: Any) -> Path:
+    """Save a tiny model for the toy box's text encoder, as a run leaves it; returns the run folder."""
+    model_class, config = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(replace(config, text_length=16, text_width=64, **changes))
+    model.text_hash = encoder_hashes(load_encoder("toybox"))
+    model.save_pretrained(folder / "generator")
+    return folder

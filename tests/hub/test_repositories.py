@@ -21,21 +21,22 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.generators.adapter_files import ADAPTER_FILES
 from prd.loading.stable_diffusion import load_base
+from tests.conftest import use_assets
 from tests.hub.server import HubServer, Repository, hub_server
 
 TOKEN = "hf_" + "t" * 34
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import torch
-import prd.toybox
+import prd.hub.shipped
 from pathlib import Path
-prd.toybox.ASSETS = Path({assets!r})
+prd.hub.shipped.ASSETS = (Path({assets!r}),)
 from prd import TriplaneTurbo
 
 def sdf(pipe):
     points = torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     text = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(1))
-    return pipe.student.generate(text, torch.Generator().manual_seed(2)).sdf(points)
+    return pipe.model.generate(text, torch.Generator().manual_seed(2)).sdf(points)
 """
 
 
@@ -71,7 +72,7 @@ def test_what_is_pushed_comes_back(
         url = pipe.push_to_hub("me/shapes", private=True, token={TOKEN!r}, commit_message="First")
         first, main = sdf(pipe), url.rpartition("/")[2]
         with torch.no_grad():
-            pipe.student.heads.sdf[4].weight.mul_(2)
+            pipe.model.heads.sdf[4].weight.mul_(2)
         pipe.push_to_hub("me/shapes", token={TOKEN!r}, revision="wider", commit_message="Twice the sdf")
         second = sdf(pipe)
         assert not torch.equal(first, second)
@@ -106,7 +107,7 @@ def test_what_is_pushed_comes_back(
     assert set(uploaded) == {*ADAPTER_FILES, "README.md", ".gitattributes"}
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     asked = len(hub.requests)
-    monkeypatch.setattr("prd.toybox.ASSETS", random_toybox)
+    use_assets(monkeypatch, random_toybox)
     TriplaneTurbo.from_pretrained("me/shapes", cache_dir=cache, local_files_only=True)
     assert len(hub.requests) == asked
 
@@ -196,7 +197,7 @@ def test_the_card_runs_as_printed_and_names_no_path(
     assert (tmp_path / "mesh.glb").stat().st_size > 1000
     assert "pip install" in card.content and "in the folder that holds shared" in card.content
     again = TriplaneTurbo.from_pretrained(folder)
-    assert again.facts == pipe.facts
+    assert again.training_metadata == pipe.training_metadata
 
 
 def test_only_a_card_of_ours_is_written_over(toybox: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,11 +233,11 @@ def test_a_record_that_is_none_is_ignored_and_named(
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         pipe = TriplaneTurbo.from_pretrained(folder)
         pipe.save_pretrained(tmp_path / "saved")
-        assert pipe.facts == {} and f"{path}: is ignored" in caplog.text
+        assert pipe.training_metadata == {} and f"{path}: is ignored" in caplog.text
 
 
 def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_path: Path) -> None:
-    from prd.hub.repositories import push_generator
+    from prd.hub.repositories import push_model
 
     folder = Path(shutil.copytree(toybox / "adapter", tmp_path / "adapter"))
     record = json.loads((folder / "config.json").read_text())
@@ -255,7 +256,7 @@ def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_pat
     local = card(str(toybox / "stable_diffusion"), None)
     assert local.data.base_model is None and str(toybox) not in local.content and "FOLDER_OF_ITS_BASE" in local.content
     with pytest.raises(ValueError, match="repo_id='shapes': must be 'owner/name'"):
-        push_generator(lambda _: None, "shapes")
+        push_model(lambda _: None, "shapes")
 
 
 def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
     opened = SixPlaneBackbone(base.unet, base.vae, config)
     PeftModel.from_pretrained(opened, tmp_path, config=config)
     latents, text = torch.randn(6, 4, 8, 8), torch.randn(1, 77, 64)
-    own = pipe.student.backbone
+    own = pipe.model.backbone
     with torch.no_grad():
         t = torch.tensor(499)
         assert torch.equal(opened.denoise(latents, t, text), own.denoise(latents, t, text))

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prd import TriplaneTurbo
 from prd.adapters import PetaConfig
-from prd.generators import AdapterMismatch, StudentConfig, TriplaneTurboGenerator
+from prd.generators import ModelMismatch, SavedConfig, TriplaneTurboModel
 from prd.generators.adapter_files import read_configs
 from prd.loading.latent_diffusion import RESNET, UNET_ENDS, VAE_ATTENTION
 from prd.loading.stable_diffusion import UnsupportedBase, inference_dtype, load_base
@@ -195,8 +195,8 @@ def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tm
     """Conv projections and context 768; the hash of the weights is the same by whichever way they came."""
     unet, vae = models(768)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    config = StudentConfig(base="made/elsewhere", latent_size=4, head_width=8)
-    student = TriplaneTurboGenerator(unet, vae, scheduler, PetaConfig(r=2, plane_channels=4), config)
+    config = SavedConfig(base="made/elsewhere", latent_size=4, head_width=8)
+    student = TriplaneTurboModel(unet, vae, scheduler, PetaConfig(r=2, plane_channels=4), config)
     student.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "model.safetensors"
     state = {k: t.to(dtype).clone().contiguous() for k, t in ldm_state(unet, vae).items()}
@@ -204,11 +204,11 @@ def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tm
     pipe = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(path))
     text, latents = torch.randn(1, 77, 768), torch.randn(1, 6, 4, 4, 4)
     if dtype == torch.float32:
-        ours, theirs = (s.generate(text, latents=latents).planes for s in (pipe.student, student))
+        ours, theirs = (s.generate(text, latents=latents).planes for s in (pipe.model, student))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     save_file({**state, first: state[first] * 2}, path)
-    with pytest.raises(AdapterMismatch, match="'made/elsewhere', whose weights differ"):
+    with pytest.raises(ModelMismatch, match="'made/elsewhere', whose weights differ"):
         TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(path))
 
 
@@ -313,9 +313,9 @@ def original(folder: Path) -> Path:
 def adapter(original: Path, tmp_path: Path) -> Path:
     """An adapter on that base."""
     base = load_base(str(original))
-    config = StudentConfig(base=str(original), latent_size=8, head_width=8)
+    config = SavedConfig(base=str(original), latent_size=8, head_width=8)
     peta = PetaConfig(r=2, plane_channels=4)
-    student = TriplaneTurboGenerator(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
+    student = TriplaneTurboModel(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
     with torch.no_grad():
         for parameter in student.trainable_parameters():
             parameter.add_(1e-4 * torch.randn(parameter.shape))
@@ -331,8 +331,8 @@ def test_a_base_is_known_in_every_precision(dtype: torch.dtype, original: Path, 
         copy = store(Path(shutil.copytree(original, tmp_path / str(stored))), stored, parts=everything)
         pipe = TriplaneTurbo.from_pretrained(adapter, base=str(copy), dtype=dtype)
         assert pipe.dtype == dtype and pipe.encoder is not None and pipe.encoder.model.dtype == dtype
-        assert pipe.student.base_hash() == read_configs(adapter)[1]["base_hash"]
-        with pytest.raises(AdapterMismatch, match="whose weights differ"):
+        assert pipe.model.base_hash() == read_configs(adapter)[1]["base_hash"]
+        with pytest.raises(ModelMismatch, match="whose weights differ"):
             TriplaneTurbo.from_pretrained(adapter, base=str(store(copy, stored, 1.02, ("vae",))), dtype=dtype)
 
 
@@ -341,12 +341,12 @@ def test_another_schedule_or_text_encoder_is_another_base(original: Path, adapte
     known = path.read_text()
     for change in ({"beta_end": 0.0121}, {"num_train_timesteps": 500}, {"rescale_betas_zero_snr": True}):
         edit(path, **change)
-        with pytest.raises(AdapterMismatch, match="trained on the noise schedule"):
+        with pytest.raises(ModelMismatch, match="trained on the noise schedule"):
             TriplaneTurbo.from_pretrained(adapter)
         TriplaneTurbo.from_pretrained(adapter, allow_other_base=True)
         path.write_text(known)
     store(original, torch.float32, 1.02, ("text_encoder",))
-    with pytest.raises(AdapterMismatch, match="whose text encoder's weights differ"):
+    with pytest.raises(ModelMismatch, match="whose text encoder's weights differ"):
         TriplaneTurbo.from_pretrained(adapter)
     pipe = TriplaneTurbo.from_pretrained(adapter, text=False)
     assert pipe.encoder is None
@@ -360,7 +360,7 @@ def test_what_half_precision_loaded_is_saved_as_it_was(dtype: torch.dtype, adapt
     pipe = TriplaneTurbo.from_pretrained(adapter, dtype=dtype)
     changed = "base_model.model.decoder.conv_out.bias"
     pipe.save_pretrained(tmp_path / "same")
-    pipe.student.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)
+    pipe.model.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)
     pipe.save_pretrained(tmp_path / "trained")
     was, same, trained = (
         load_file(f / "adapter_model.safetensors") for f in (adapter, *map(tmp_path.joinpath, ("same", "trained")))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from torch import Tensor
 
 from prd.fields.protocol import AutogradGradient
 from prd.isosurface.extract import EmptySurfaceError
-from prd.meshes.mesh import Mesh, build_meshes, clean, decimate, extract_mesh, srgb_to_linear, weld
+from prd.meshes.export import srgb_to_linear
+from prd.meshes.mesh import Mesh, build_mesh, extract_mesh
+from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
+from prd.meshes.simplify import clean, decimate, weld
 
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.2, 0.8)
 
@@ -71,7 +77,7 @@ def sample(mesh: trimesh.Trimesh, per_face: int = 3) -> tuple[np.ndarray, np.nda
 @pytest.fixture(scope="module")
 def textured() -> Mesh:
     """Front half (+X) red, back half blue, so that a turned export is seen."""
-    return build_meshes(Halves(0), [surface(sphere())], target_faces=2000, texture_size=256)[0]
+    return build_mesh(Halves(0), surface(sphere()), target_faces=2000, texture_size=256)
 
 
 def test_textured_mesh_is_closed_in_spite_of_its_cuts(textured: Mesh) -> None:
@@ -96,7 +102,7 @@ def test_y_up_files_open_upright_front_forward_in_colour(textured: Mesh, tmp_pat
 
 
 def test_a_stack_of_two_colours_from_field_to_file(tmp_path: Path) -> None:
-    (mesh,) = extract_mesh(Stack(), 64, target_faces=4000, texture_size=512)
+    (mesh,) = extract_mesh(Stack(), isosurface_resolution=64, target_faces=4000, texture_size=512)
     loaded = trimesh.load(mesh.export(tmp_path / "stack.glb"), force="mesh", process=False)
     closed = trimesh.Trimesh(loaded.vertices, loaded.faces, process=False)
     closed.merge_vertices()
@@ -116,7 +122,7 @@ def test_a_box_on_the_nodes_of_the_grid_closes() -> None:
         def sdf(self, points: Tensor) -> Tensor:
             return (points.abs() - 0.5).amax(-1, keepdim=True)  # zero on whole layers of nodes
 
-    (mesh,) = extract_mesh(Box(0), 65, target_faces=None, texture_size=None)
+    (mesh,) = extract_mesh(Box(0), isosurface_resolution=65, target_faces=None, texture_size=None)
     assert mesh.is_watertight and mesh.euler_number == 2
     assert mesh.volume == pytest.approx(1, rel=0.01)  # marching cubes bevels the edges
 
@@ -127,13 +133,14 @@ def test_a_field_without_surface_is_an_error() -> None:
             return points.norm(dim=-1, keepdim=True) + 0.1
 
     with pytest.raises(EmptySurfaceError):
-        extract_mesh(Nothing(0), 16)
+        extract_mesh(Nothing(0), isosurface_resolution=16)
+    assert extract_mesh(Nothing(0), isosurface_resolution=16, on_empty="flag") == [None]
 
 
 def test_axes_of_each_format(tmp_path: Path) -> None:
     box = trimesh.creation.box(extents=(0.4, 0.8, 1.2))  # depth along X, width along Y, height along Z
     box.apply_translation((0.3, 0.2, 0.1))
-    mesh = build_meshes(Halves(0), [surface(box)], texture_size=None)[0]
+    mesh = build_mesh(Halves(0), surface(box), texture_size=None)
     scene = np.array([[0.1, -0.2, -0.5], [0.5, 0.6, 0.7]])
     for suffix, axes in ((".glb", [1, 2, 0]), (".obj", [1, 2, 0]), (".ply", [0, 1, 2])):
         loaded = trimesh.load(mesh.export(tmp_path / f"box{suffix}"), force="mesh")
@@ -153,7 +160,7 @@ def test_glb_material_is_plain_and_vertex_colours_do_not_tint_it(textured: Mesh,
 
 
 def test_vertex_colours_are_linear_in_glb_and_srgb_elsewhere(tmp_path: Path) -> None:
-    mesh = build_meshes(Halves(0), [surface(sphere(2))], texture_size=None)[0]
+    mesh = build_mesh(Halves(0), surface(sphere(2)), texture_size=None)
     assert mesh.texture is None
     srgb = np.unique(np.round(np.array([RED, BLUE]) * 255).astype(int), axis=0)
     linear = np.unique(np.round(srgb_to_linear(np.array([RED, BLUE])) * 255).astype(int), axis=0)
@@ -177,14 +184,20 @@ def test_obj_brings_its_picture(textured: Mesh, tmp_path: Path) -> None:
 
 
 def test_samples_of_a_batch_keep_their_own_colours() -> None:
-    front, top = build_meshes(
-        Halves(0, 2), [surface(sphere(4)), surface(sphere(3))], target_faces=None, texture_size=None
-    )
-    for mesh, axis in ((front, 0), (top, 2)):
+    options = MeshOptions(isosurface_resolution=33, target_faces=None, texture_size=None)
+    for mesh, axis in zip(extract_mesh(Halves(0, 2), options, batch=2), (0, 2), strict=True):
+        assert mesh is not None
         clear = np.abs(mesh.vertices[:, axis]) > 1e-3
         red = mesh.vertex_colors[clear, 0] > 0.5
         np.testing.assert_array_equal(red, mesh.vertices[clear, axis] > 0)
-    assert len(front.faces) == 4 * len(top.faces)
+
+
+def test_coarse_to_fine_gives_the_mesh_of_a_thick_shape() -> None:
+    options = MeshOptions(isosurface_resolution=41, target_faces=None, texture_size=None)
+    (whole,), (near,) = extract_mesh(Stack(), options), extract_mesh(Stack(), options, coarse_factor=4)
+    assert whole is not None and near is not None
+    np.testing.assert_array_equal(whole.faces, near.faces)
+    np.testing.assert_allclose(whole.vertices, near.vertices, atol=1e-5)
 
 
 def test_floating_pieces_cavities_and_inward_winding_are_cleaned() -> None:
@@ -229,10 +242,6 @@ def test_bad_arguments_are_named(textured: Mesh, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         textured.export(tmp_path / "nowhere" / "ball.glb")
     assert list(tmp_path.iterdir()) == []
-    raw = [surface(sphere(1))]
-    for name, value in (("target_faces", 2), ("texture_size", 0), ("keep", "biggest")):
-        with pytest.raises(ValueError, match=name):
-            build_meshes(Halves(0), raw, **{name: value})
     with pytest.raises(ValueError, match="faces"):
         Mesh(textured.vertices[:3], textured.faces[:1] * 0 + 7, textured.vertices[:3], textured.vertices[:3])
 
@@ -243,4 +252,34 @@ def test_colours_that_are_not_numbers_are_refused() -> None:
             return super().rgb(points) * float("nan")
 
     with pytest.raises(ValueError, match=r"field\.rgb"):
-        build_meshes(Broken(0), [surface(sphere(1))])
+        build_mesh(Broken(0), surface(sphere(1)))
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("isosurface_resolution", 1, "in 2..2048"),
+        ("isosurface_resolution", 24.0, "an integer"),
+        ("target_faces", 3, "of at least 4, or None"),
+        ("target_faces", True, "an integer"),
+        ("texture_size", 15, "in 16..8192, or None"),
+        ("texture_size", 8193, "in 16..8192, or None"),
+        ("keep", "biggest", "'all', 'largest'"),
+        ("on_empty", "skip", "'raise', 'flag'"),
+        ("coarse_factor", 160, "in 2..159, or None"),
+    ],
+)
+def test_options_out_of_range_are_named_before_anything_is_computed(name: str, value: object, allowed: str) -> None:
+    for make in (MeshOptions, partial(extract_mesh, None), partial(build_mesh, None, None)):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: must be ")) as error:
+            make(**{name: value})
+        assert allowed in str(error.value)
+    with pytest.raises(TypeError, match="resolution=: is no option of a mesh; there are isosurface_resolution, "):
+        extract_mesh(Halves(0), resolution=32)  # type: ignore[call-arg]
+
+
+def test_keywords_and_options_are_the_same_names_and_types() -> None:
+    assert get_type_hints(MeshKeywords) == get_type_hints(MeshOptions)
+    options = MeshOptions(keep="largest")
+    assert mesh_options(options, {"texture_size": None}) == MeshOptions(keep="largest", texture_size=None)
+    assert mesh_options(None, {}) == MeshOptions()

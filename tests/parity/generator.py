@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prd.adapters.convert import convert_published, published_config, published_layers
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone
 from prd.fields.triplane import TriplaneField, colour_from_features
-from prd.generators.triplane_turbo import StudentConfig, TriplaneTurboGenerator
+from prd.generators.triplane_turbo import SavedConfig, TriplaneTurboModel
 from tests.parity import CLOSED_FORM, GRADIENT, NETWORK, Recording, compared
 from tests.parity.generator_records import compare_records, plain
 
@@ -50,12 +50,12 @@ class GeneratorParity:
         plain = SixPlaneBackbone(self.unet, self.vae, PetaConfig())
         self.layers = published_layers(plain)
         self.native = convert_published(self.published, plain)
-        config = StudentConfig(
+        config = SavedConfig(
             latent_size=self.io.tensors["latents_T"].shape[-1],
             head_width=self.published["geometry.sdf_network.layers.0.weight"].shape[0],
             bias_radius=self.meta["geometry_config"]["sdf_bias_params"],
         )
-        self.student = TriplaneTurboGenerator(
+        self.student = TriplaneTurboModel(
             self.unet, self.vae, self.scheduler, published_config(self.published, plain), config
         )
         self.student.load_trained_state_dict({name: tensor.detach() for name, tensor in self.native.items()})

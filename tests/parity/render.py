@@ -13,17 +13,15 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prd.cameras import Cameras, CameraSampling, orbit_cameras
+from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.distillation.schedules import LinearSchedule
-from prd.fields.protocol import AutogradGradient, Field
 from prd.rendering.alpha import (
     PUBLISHED_ALPHA_FLOOR,
     LearnedInvStd,
@@ -36,15 +34,16 @@ from prd.rendering.background import HyperHead
 from prd.rendering.patch import paste, resize
 from prd.rendering.rasterize import Fragments, interpolate
 from prd.rendering.surface import PackedMeshes, composite, shade, vertex_normals
-from prd.rendering.views import Views, published_disparity, published_mesh_depth
-from prd.rendering.volume import RayBundle, VolumeRenderer
+from prd.rendering.views import published_disparity, published_mesh_depth
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.multiview import camera_vector
 from prd.training.optimizers import Adan
+from prd.utils.checked_types import scheduled
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
+from tests.parity.render_scene import WHITE, OnRecordedEdges, Scene, published_images, translation
 
 FAR = 1000.0  # of the published projection, scene units; its near plane is 0.1, as ours
 SQRT3 = 1.732  # as rounded there
-WHITE = (1.0, 1.0, 1.0)
 SAMPLES = 1e-6, 1e-3  # 90% of a ray's segments, and all: inverting a flat distribution amplifies rounding in some
 ROUNDED = 5e-5  # quantities whose recorded float32 value is that far from what float64 gives
 VARIANCE = 1e-4
@@ -59,53 +58,6 @@ PATCH_IMAGES = ("comp_normal", "comp_normal_cam_vis", "comp_rgb", "depth", "disp
 ADAN = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
 
 
-@dataclass(frozen=True)
-class Scene(AutogradGradient):
-    """sdf = |p| - radius, colour = p / 2 + offset; the background is slope * direction + level."""
-
-    radius: Tensor
-    offset: Tensor
-    slope: float
-    level: float
-
-    @classmethod
-    def read(cls, text: str) -> Scene:
-        """The scene as `meta.json: geometry` words it."""
-        number = r"([-\d.]+)"
-        pattern = (
-            rf"sdf = \|p\| - r \(r={number}\), features = 0\.5\*p \+ c \(c={number}\), identity colour activation, "
-            rf"normal = p/\|p\|; background colour = {number}\*dir \+ {number}"
-        )
-        match = re.fullmatch(pattern, text)
-        if match is None:
-            raise ValueError(f"meta.json geometry={text!r}: expected {pattern}")
-        radius, offset, slope, level = (float(value) for value in match.groups())
-        return cls(torch.tensor([radius]), torch.full((3,), offset), slope, level)
-
-    def leaves(self) -> Scene:
-        return replace(self, radius=self.radius.clone().requires_grad_(), offset=self.offset.clone().requires_grad_())
-
-    def sdf(self, points: Tensor) -> Tensor:
-        return points.norm(dim=-1, keepdim=True) - self.radius
-
-    def rgb(self, points: Tensor) -> Tensor:
-        return 0.5 * points + self.offset
-
-    def background(self, directions: Tensor) -> Tensor:
-        return self.slope * directions + self.level
-
-
-@dataclass(frozen=True)
-class OnRecordedEdges(VolumeRenderer):
-    """Marches recorded segments: what follows from them is not blurred by the rounding of how they were placed."""
-
-    edges: Tensor | None = None
-
-    def sample_edges(self, field: Field, rays: RayBundle) -> Tensor:
-        assert self.edges is not None
-        return self.edges
-
-
 class RenderParity:
     """One recorded folder and the comparisons."""
 
@@ -115,15 +67,16 @@ class RenderParity:
         self.io = Recording("render", folder / "io.safetensors")
         self.patch_samples = patch_samples
         self.scene = Scene.read(self.meta["geometry"])
-        self.renderer = VolumeRenderer(
+        settings = VolumeConfig(
             num_samples=self.config["num_samples_per_ray"],
             num_importance_samples=self.config["num_samples_per_ray_importance"],
             near=self.config["near_plane"],
             far=self.config["far_plane"],
             cull_below=0,
-            alpha=NeusAlpha(self.inv_std(self.config["learned_variance_init"]), PUBLISHED_ALPHA_FLOOR),
             proposal_step=self.meta["render_step_size"],
         )
+        density = NeusAlpha(self.inv_std(self.config["learned_variance_init"]), PUBLISHED_ALPHA_FLOOR)
+        self.renderer = VolumeRenderer(settings, density)
         self.sets: dict[str, Cameras] = {}  # recorded cameras by name, one prompt of V views
 
     def run(self) -> int:
@@ -187,7 +140,7 @@ class RenderParity:
         io.compare("cam.mvdream_camera", camera_vector(cameras, "mvdream"), CLOSED_FORM)
         height, width = io.tensors["cam.directions_unit_focal"].shape[:2]
         unit = torch.tensor([[2 * math.atan(height / 2)]])  # one pixel is one unit at depth 1
-        local = Cameras(torch.eye(4).view(1, 1, 4, 4) + _translation(1.0), unit).rays(height, width)[1]
+        local = Cameras(torch.eye(4).view(1, 1, 4, 4) + translation(1.0), unit).rays(height, width)[1]
         io.compare("cam.directions_unit_focal", local / -local[..., 2:], CLOSED_FORM)
 
         elevation, azimuth, distance, fovy = self.angles(
@@ -223,7 +176,7 @@ class RenderParity:
 
     def sampling(self) -> None:
         """Training cameras from recorded uniforms: elevation, azimuth, field of view and distance of every prompt."""
-        recipe, expected = CameraSampling(), self.io.tensors["sample.elevations_deg"]
+        recipe, expected = CamerasConfig(), self.io.tensors["sample.elevations_deg"]
         uniforms = self.tensor("sample.uniforms").reshape(len(expected), 4, -1).transpose(1, 2)  # [steps, B, 4]
         recipe = replace(recipe, views=expected.shape[1] // uniforms.shape[1])
         inside = bool(((uniforms >= 0) & (uniforms < 1)).all())
@@ -266,14 +219,15 @@ class RenderParity:
         cameras = self.first("evalcam" if case.startswith("vol_eval") else "cam", views)
         step = int(number[1]) if (number := re.search(r"_step(\d+)$", case)) else 0
         begin, start, end, until = self.config["rgb_grad_shrink"]
-        renderer = replace(self.renderer, rgb_gradient_scale=LinearSchedule(start, end, begin, until)(step))
+        scale = scheduled((start, end), step - begin, until - begin)
+        renderer = self.renderer.with_config(replace(self.renderer.config, rgb_gradient_scale=scale))
         scene = self.scene.leaves()
         back = scene.background(cameras.rays(height, width)[1])
         io.compare(f"{case}.comp_rgb_bg", back, CLOSED_FORM)
-        offsets = renderer.offsets(cameras, height, width)
+        offsets = renderer.offsets(cameras, (height, width))
         if f"{case}.jitter0" in io.tensors:
             offsets = torch.stack([self.tensor(f"{case}.jitter{i}") for i in (0, 1)]).view(offsets.shape)
-        rays = renderer.rays(cameras, height, width, offsets)
+        rays = renderer.bundle(*cameras.rays(height, width), offsets)
         edges = renderer.sample_edges(scene, rays)
         self.placed(f"{case}.t_starts", edges[..., :-1])
         self.placed(f"{case}.t_ends", edges[..., 1:])
@@ -283,7 +237,7 @@ class RenderParity:
         found = marcher.march(scene, rays, recorded)
         io.compare(f"{case}.alpha", found.alpha, ROUNDED)
         io.compare(f"{case}.weights", found.weights, ROUNDED)
-        result, _ = marcher.render_rays(scene, cameras, rays, height=height, width=width, background=back)
+        result = marcher.render_rays(scene, cameras, rays, (height, width), back).views
         images = published_images(result, rays, back)
         for name, image in images.items():
             io.compare(f"{case}.{name}", image, VARIANCE if name == "z_variance" else CLOSED_FORM)
@@ -327,7 +281,9 @@ class RenderParity:
         factor = round(math.sqrt(views * height * width / len(io.tensors["patch.jitter0"])))
         side = math.isqrt(len(io.tensors["patch.jitter2"]) // views)
         fine, proposal = self.patch_samples
-        renderer = replace(self.renderer, num_samples=fine, num_importance_samples=proposal)
+        renderer = self.renderer.with_config(
+            replace(self.renderer.config, num_samples=fine, num_importance_samples=proposal)
+        )
         column, row = (int(x) for x in io.input("patch.patch_x_y"))
         low = resize(directions, height // factor, width // factor)  # as published, not made unit vectors again
         square = directions[:, :, row : row + side, column : column + side]
@@ -338,12 +294,12 @@ class RenderParity:
             origins = cameras.position[:, :, None, None].expand_as(part)
             rays = renderer.bundle(origins, part, offsets.view(2, 1, views, *size))
             back = self.scene.background(part)
-            result, _ = renderer.render_rays(self.scene, cameras, rays, height=size[0], width=size[1], background=back)
+            result = renderer.render_rays(self.scene, cameras, rays, (size[0], size[1]), back).views
             parts.append(published_images(result, rays, back))
         coarse, detail = parts
         left = {name.removeprefix("patch.") for name in io.left if name.startswith("patch.")}
         for key in sorted(left.union(PATCH_IMAGES)):
-            io.compare(f"patch.{key}", paste(coarse[key], detail[key], row, column, height, width), CLOSED_FORM)
+            io.compare(f"patch.{key}", paste(coarse[key], detail[key], [(row, column)], height, width), CLOSED_FORM)
 
     # -- mesh, background, losses, optimiser ---------------------------------------------------------------------------
 
@@ -420,31 +376,6 @@ class RenderParity:
                 worst = error.max().item()
                 io.report(key, f"{worst:.2f} <= 1 last place", ok=worst <= 1)
                 parameter.data.copy_(expected)
-
-
-def published_images(views: Views, rays: RayBundle, back: Tensor) -> dict[str, Tensor]:
-    """The images [1, V, H, W, C] that the published volume renderer puts out, by its names for them."""
-    forward = -views.cameras.camera_to_world[..., :3, 2][:, :, None, None]
-    cosine = (rays.directions.view_as(views.rgb) * forward).sum(-1, keepdim=True)
-    empty = 1 - views.opacity
-    depth = (views.depth - empty * views.cameras.near_far[1][:, :, None, None, None]) / cosine  # sum of w t
-    return {
-        "comp_rgb": views.rgb,
-        "comp_rgb_fg": views.rgb - empty * back,
-        "opacity": views.opacity,
-        "depth": depth,
-        "z_variance": views.z_variance,
-        "disparity": published_disparity(depth, views.opacity, views.cameras),
-        "comp_normal": views.normal / views.opacity,
-        "comp_normal_cam_vis": views.packed_normal(),
-        "comp_normal_cam_vis_white": views.packed_normal(WHITE),
-    }
-
-
-def _translation(z: float) -> Tensor:
-    matrix = torch.zeros(1, 1, 4, 4)
-    matrix[..., 2, 3] = z
-    return matrix
 
 
 def main(arguments: list[str] | None = None) -> int:

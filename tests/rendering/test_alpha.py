@@ -21,7 +21,7 @@ from prd.rendering.alpha import (
     transmittance,
     volsdf_density,
 )
-from prd.rendering.volume import VolumeRenderer
+from tests.rendering.made import volume_renderer
 
 CAMERAS = orbit_cameras(torch.tensor([[10.0, -20.0]]), torch.tensor([[0.0, 120.0]]), 2.4, 50.0)
 
@@ -66,7 +66,7 @@ def test_density_segments_compose_to_one() -> None:
 
 @torch.no_grad()
 def test_fog_absorbs_by_the_length_of_the_ray_in_it() -> None:
-    views = VolumeRenderer(num_samples=400, alpha=DensityAlpha(1.0))(Fog(), CAMERAS, height=9, width=9)
+    views = volume_renderer(num_samples=400, alpha=DensityAlpha(1.0))(Fog(), CAMERAS, height=9, width=9)
     origins, directions = CAMERAS.rays(9, 9)
     middle = (origins * directions).sum(-1, keepdim=True)
     miss2 = origins.square().sum(-1, keepdim=True) - middle.square()
@@ -82,7 +82,7 @@ def test_every_model_sees_the_sphere(alpha: AlphaModel) -> None:
     if isinstance(alpha, DensityAlpha):
         field.sdf = lambda points: alpha.threshold * (1 - (Sphere().sdf(points) < 0).float())  # type: ignore[method-assign]
         field.sdf_and_gradient = lambda points: (field.sdf(points), points)  # type: ignore[method-assign]
-    sampled = VolumeRenderer(num_samples=64, num_importance_samples=128, alpha=alpha)
+    sampled = volume_renderer(num_samples=64, num_importance_samples=128, alpha=alpha)
     views = sampled(field, CAMERAS, height=16, width=16)
     origins, directions = CAMERAS.rays(16, 16)
     middle = -(origins * directions).sum(-1)
@@ -112,7 +112,7 @@ def test_a_learned_variance_has_its_gradient_and_sharpens() -> None:
     assert float(learned().detach()) == pytest.approx(math.exp(3), rel=1e-6)
 
     def render(inv_std: float | Tensor) -> Tensor:
-        renderer = VolumeRenderer(num_samples=48, inv_std=inv_std, cull_below=0)
+        renderer = volume_renderer(num_samples=48, inv_std=inv_std, cull_below=0)
         return renderer(Sphere(), CAMERAS, height=6, width=6, background=0.0).rgb.square().sum()
 
     loss = render(learned())

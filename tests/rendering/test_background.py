@@ -9,8 +9,8 @@ from torch import Tensor
 from prd.cameras import orbit_cameras
 from prd.fields.protocol import AutogradGradient
 from prd.rendering.background import HARMONICS, HyperHead, TextBackground, spherical_harmonics
-from prd.rendering.surface import SurfaceRenderer
-from prd.rendering.volume import VolumeRenderer
+from prd.rendering.protocol import Renderer
+from tests.rendering.made import surface_renderer, volume_renderer
 
 
 class Ball(AutogradGradient):
@@ -45,8 +45,8 @@ def test_each_prompt_has_its_own_smooth_environment() -> None:
     torch.testing.assert_close(background(directions[:, 0, 0, 0], text), colours[:, 0, 0, 0])
 
 
-@pytest.mark.parametrize("renderer", [VolumeRenderer(num_samples=32), SurfaceRenderer(resolution=16)])
-def test_it_is_seen_behind_the_object_and_learns_there(renderer: VolumeRenderer | SurfaceRenderer) -> None:
+@pytest.mark.parametrize("renderer", [volume_renderer(num_samples=32), surface_renderer(grid_resolution=16)])
+def test_it_is_seen_behind_the_object_and_learns_there(renderer: Renderer) -> None:
     torch.manual_seed(0)
     background, text = TextBackground(12), torch.randn(1, 12, requires_grad=True)
     cameras = orbit_cameras(torch.zeros(1, 2), torch.tensor([[0.0, 90.0]]), 2.4, 50.0)

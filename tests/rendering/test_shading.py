@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from prd.cameras import orbit_cameras
 from prd.fields.protocol import AutogradGradient
 from prd.rendering.shading import shade_views, surface_points
-from prd.rendering.volume import VolumeRenderer
+from tests.rendering.made import volume_renderer
 
 
 class Ball(AutogradGradient):
@@ -23,7 +23,7 @@ class Ball(AutogradGradient):
 
 def render(background=0.5):
     cameras = orbit_cameras(torch.zeros(3, 1), torch.zeros(3, 1), 2.4, 50.0)  # from +X
-    renderer = VolumeRenderer(num_samples=64, inv_std=300.0)
+    renderer = volume_renderer(num_samples=64, inv_std=300.0)
     return renderer(_Three(), cameras, height=17, width=17, background=background)
 
 

@@ -7,11 +7,9 @@ from prd.cameras import Cameras, orbit_cameras
 from prd.fields.grid import GridField
 from prd.fields.protocol import AutogradGradient
 from prd.isosurface.extract import EmptySurfaceError
-from prd.isosurface.marching_cubes import marching_cubes
-from prd.isosurface.marching_tetrahedra import marching_tetrahedra
-from prd.rendering.surface import MeshError, SurfaceRenderer, vertex_normals
+from prd.rendering.surface import MeshError, vertex_normals
 from prd.rendering.views import disparity_from_depth
-from prd.rendering.volume import VolumeRenderer
+from tests.rendering.made import surface_renderer, volume_renderer
 
 
 class Balls(AutogradGradient):
@@ -58,9 +56,8 @@ def exact(field, cams, height, width):
 def test_spheres_look_as_they_must():
     field, cams = two_balls(), cameras(batch=2)
     height, width = 48, 64
-    views, stats = SurfaceRenderer(resolution=64).render_with_stats(
-        field, cams, height=height, width=width, background=0.25
-    )
+    rendered = surface_renderer(grid_resolution=64).render(field, cams, (height, width), 0.25)
+    views = rendered.views
     hit, point, normal, depth, inside = exact(field, cams, height, width)
     assert ((views.opacity > 0.5) == hit).float().mean() > 0.999
     assert abs(views.opacity.mean().item() / hit.float().mean().item() - 1) < 0.01
@@ -75,10 +72,10 @@ def test_spheres_look_as_they_must():
     assert empty.float().mean() > 0.3
     assert (views.rgb[empty] == 0.25).all() and (views.normal[empty] == 0).all() and (views.disparity[empty] == 0).all()
     assert torch.equal(views.depth[empty], far.expand_as(views.depth)[empty])
-    assert not stats.corrected.any() and len(stats.meshes) == 2
+    assert not rendered.stats["surfaces_corrected"].any() and len(rendered.meshes) == 2
 
 
-@pytest.mark.parametrize("isosurface", [marching_cubes, marching_tetrahedra], ids=["cubes", "tetrahedra"])
+@pytest.mark.parametrize("isosurface", ["cubes", "tetrahedra"])
 def test_both_renderers_see_the_same(isosurface):
     """A sharp volume (s = 800, its width 1.4 % of the radius and less) and the isosurface of the same two balls.
 
@@ -86,8 +83,10 @@ def test_both_renderers_see_the_same(isosurface):
     pixel; over whole images they hold in the mean.
     """
     field, cams = two_balls(), cameras(batch=2, views=2)
-    surface = SurfaceRenderer(resolution=96, isosurface=isosurface)(field, cams, height=48, width=48, background=0.25)
-    volume = VolumeRenderer(num_samples=256, inv_std=800.0)(field, cams, height=48, width=48, background=0.25)
+    surface = surface_renderer(grid_resolution=96, isosurface=isosurface)(
+        field, cams, height=48, width=48, background=0.25
+    )
+    volume = volume_renderer(num_samples=256, inv_std=800.0)(field, cams, height=48, width=48, background=0.25)
     core = (exact(field, cams, 48, 48)[4] > 0.1)[..., 0]
     for image, within, on_average in (
         ("rgb", 0.002, 0.004), ("normal", 0.04, 0.008), ("disparity", 0.001, 0.006), ("opacity", 1e-4, 0.01),
@@ -99,18 +98,18 @@ def test_both_renderers_see_the_same(isosurface):
 def test_background_can_be_an_image_and_supersampling_agrees():
     field, cams = two_balls(), cameras(batch=2, views=2)
     background = torch.rand(2, 2, 24, 24, 3, generator=torch.Generator().manual_seed(0))
-    plain = SurfaceRenderer(resolution=40)(field, cams, height=24, width=24, background=background)
-    fine = SurfaceRenderer(resolution=40, supersample=4)(field, cams, height=24, width=24, background=background)
+    plain = surface_renderer(grid_resolution=40)(field, cams, height=24, width=24, background=background)
+    fine = surface_renderer(grid_resolution=40, supersample=4)(field, cams, height=24, width=24, background=background)
     empty = (fine.opacity == 0)[..., 0]
     assert torch.equal(fine.rgb[empty], background[empty])
     assert (plain.opacity - fine.opacity).abs().max() < 0.25 and (plain.opacity - fine.opacity).abs().mean() < 5e-3
     assert (plain.rgb - fine.rgb).abs().mean() < 5e-3
-    hard = SurfaceRenderer(resolution=40, antialias=False)(field, cams, height=24, width=24)
+    hard = surface_renderer(grid_resolution=40, antialias=False)(field, cams, height=24, width=24)
     assert set(hard.opacity.unique().tolist()) == {0.0, 1.0}
 
 
 def test_radius_and_place_are_recovered_from_silhouettes_alone():
-    renderer, cams = SurfaceRenderer(resolution=24), cameras()
+    renderer, cams = surface_renderer(grid_resolution=24), cameras()
     with torch.no_grad():
         goal = Balls(torch.tensor([0.6]), torch.tensor([[0.15, -0.1, 0.2]]))
         target = renderer(GridField(goal, 24), cams, height=32, width=32).opacity
@@ -136,7 +135,7 @@ def test_gradient_of_each_image_is_the_slope_of_what_is_seen(image, tolerance):
     A line through many places evens out grid and pixels. Blended colours are those at pixel centres, which costs
     accuracy where they change fast towards the outline, as normals do.
     """
-    renderer, single = SurfaceRenderer(resolution=32), cameras(views=1)
+    renderer, single = surface_renderer(grid_resolution=32), cameras(views=1)
     cams = Cameras(single.camera_to_world.double(), single.fovy.double())
     ramp = torch.linspace(0, 1, 48, dtype=torch.float64)
     weight = ramp[None, None, :, None, None] * (1 + ramp)[None, None, None, :, None]
@@ -179,7 +178,7 @@ def test_gradient_scales_act_on_their_own_part():
     def gradients(**scales):
         field = Deformed(torch.tensor([0.5], requires_grad=True), torch.zeros(1, 3))
         field.offset = torch.tensor(0.1, requires_grad=True)
-        views = SurfaceRenderer(resolution=20, **scales)(field, cameras(views=1), height=24, width=24)
+        views = surface_renderer(grid_resolution=20, **scales)(field, cameras(views=1), height=24, width=24)
         views.opacity[..., :12, :, :].sum().backward()
         return field.radius.grad, field.offset.grad
 
@@ -197,20 +196,20 @@ def test_what_a_sample_without_surface_becomes_is_an_argument(grad):
     radius, cams = torch.zeros(2, requires_grad=True), cameras(batch=2, views=2)
     field = Void(radius, torch.zeros(2, 3))
     with torch.set_grad_enabled(grad):
-        renderer = SurfaceRenderer(resolution=16, on_empty="correct")
+        renderer = surface_renderer(grid_resolution=16, on_empty="correct")
         views, stats = renderer.render_with_stats(field, cams, height=64, width=64)
         assert stats.corrected.all() and (views.opacity.amax(dim=(1, 2, 3, 4)) > 0).all()
-        flagged, stats = SurfaceRenderer(resolution=16, on_empty="flag").render_with_stats(
+        flagged, stats = surface_renderer(grid_resolution=16, on_empty="flag").render_with_stats(
             field, cams, height=8, width=8
         )
         assert stats.empty.all() and not stats.corrected.any() and (flagged.opacity == 0).all()
         with pytest.raises(EmptySurfaceError):
-            SurfaceRenderer(resolution=16)(field, cams, height=8, width=8)
+            surface_renderer(grid_resolution=16)(field, cams, height=8, width=8)
     if grad:
         views.opacity.sum().backward()
         assert (radius.grad < 0).all()  # asking for more opacity lowers the signed distance
     with pytest.raises(ValueError, match="on_empty='ignore'"):
-        SurfaceRenderer(on_empty="ignore")
+        surface_renderer(on_empty="ignore")
 
 
 def test_a_corrected_surface_can_be_kept_from_learning():
@@ -223,12 +222,10 @@ def test_a_corrected_surface_can_be_kept_from_learning():
             )
             return sdf, offset[:, None, None] * torch.ones_like(points)
 
-    renderer = SurfaceRenderer(resolution=16, on_empty="correct", detach_corrected=True)
-    views, stats = renderer.render_with_stats(
-        Deformed(radius, torch.zeros(2, 3)), cameras(batch=2, views=1), height=32, width=32
-    )
-    assert stats.corrected.tolist() == [True, False] and not stats.empty.any()
-    views.opacity[:, :, :14].sum().backward()
+    renderer = surface_renderer(grid_resolution=16, on_empty="correct", detach_corrected=True)
+    rendered = renderer.render(Deformed(radius, torch.zeros(2, 3)), cameras(batch=2, views=1), (32, 32), 0.5)
+    assert rendered.stats["surfaces_corrected"].tolist() == [1, 0]
+    rendered.views.opacity[:, :, :14].sum().backward()
     for gradient in (radius.grad, offset.grad):
         assert gradient[0] == 0 and gradient[1] != 0
 
@@ -242,10 +239,9 @@ def test_an_empty_sample_can_be_flagged_and_is_background(samples):
 
     field, cams = Some(torch.zeros(2), torch.zeros(2, 3)), cameras(batch=2, views=2)
     with torch.no_grad():
-        views, stats = SurfaceRenderer(resolution=16, on_empty="flag").render_with_stats(
-            field, cams, height=16, width=16, background=0.75
-        )
-    assert stats.empty.tolist() == list(samples) and not stats.corrected.any()
+        rendered = surface_renderer(grid_resolution=16, on_empty="flag").render(field, cams, (16, 16), 0.75)
+    views = rendered.views
+    assert rendered.stats["surfaces_empty"].tolist() == list(samples) and not rendered.stats["surfaces_corrected"].any()
     assert (views.opacity[0] == 0).all() and (views.rgb[0] == 0.75).all() and (views.disparity[0] == 0).all()
     assert bool((views.opacity[1] > 0).any()) != samples[1]
 
@@ -255,7 +251,9 @@ def test_a_surface_behind_the_camera_is_background_with_zero_gradient():
     cams = cameras(views=2)
     turned = cams.camera_to_world.clone()
     turned[0, 1, :3, :3] = turned[0, 1, :3, :3] @ torch.diag(torch.tensor([-1.0, 1.0, -1.0]))  # looks away
-    views = SurfaceRenderer(resolution=16)(field, Cameras(turned, cams.fovy), height=16, width=16, background=0.75)
+    views = surface_renderer(grid_resolution=16)(
+        field, Cameras(turned, cams.fovy), height=16, width=16, background=0.75
+    )
     assert views.opacity[0, 0].sum() > 0 and (views.opacity[0, 1] == 0).all() and (views.rgb[0, 1] == 0.75).all()
     images = (views.rgb, views.normal, views.depth, views.disparity, views.opacity)
     (gradient,) = torch.autograd.grad(sum(image[0, 1].sum() for image in images), field.radius)
@@ -267,7 +265,7 @@ def test_a_far_camera_of_a_narrow_view_sees_the_same_object():
     field = two_balls()
     turn = torch.tensor([[0.0, 90.0]]).expand(2, -1)
     near, far = (
-        SurfaceRenderer(resolution=32)(field, cams, height=32, width=32)
+        surface_renderer(grid_resolution=32)(field, cams, height=32, width=32)
         for cams in (
             orbit_cameras(torch.full((2, 2), 20.0), turn, 64.0, 2.0),
             orbit_cameras(torch.full((2, 2), 20.0), turn, 128.0, 1.0),
@@ -279,7 +277,7 @@ def test_a_far_camera_of_a_narrow_view_sees_the_same_object():
 
 
 def test_any_meshes_can_be_drawn_and_bad_ones_are_named():
-    renderer, cams, field = SurfaceRenderer(), cameras(batch=2, views=1), two_balls()
+    renderer, cams, field = surface_renderer(), cameras(batch=2, views=1), two_balls()
     triangle = torch.tensor([[0.0, -0.5, -0.5], [0.0, 0.5, -0.5], [0.0, 0.0, 0.5]]), torch.tensor([[0, 1, 2]])
     nothing = torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)
     images = renderer.draw(field, [triangle, nothing], cams, 16, 16)
@@ -304,7 +302,7 @@ def test_inside_the_surface_nothing_breaks():
     """A camera within the body looks at its back faces, cut at the near plane."""
     field = Balls(torch.tensor([0.9], requires_grad=True), torch.tensor([[0.85, 0.0, 0.0]]))
     cams = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 0.5, 50.0)
-    views = SurfaceRenderer(resolution=24)(field, cams, height=24, width=24)
+    views = surface_renderer(grid_resolution=24)(field, cams, height=24, width=24)
     assert (views.opacity > 0.99).all() and torch.isfinite(views.rgb).all()
     (views.rgb.sum() + views.depth.sum()).backward()
     assert torch.isfinite(field.radius.grad).all()
@@ -317,10 +315,5 @@ def test_vertex_normals_survive_lonely_vertices_and_bad_settings_are_named():
     assert (normals[3] == 0).all()
     normals.sum().backward()
     assert torch.isfinite(vertices.grad).all()
-    with pytest.raises(ValueError, match="resolution=2"):
-        SurfaceRenderer(resolution=2)
-
-
-def test_images_below_two_pixels_are_refused():
-    with pytest.raises(ValueError, match="height=1"):
-        SurfaceRenderer(resolution=16)(two_balls(), cameras(batch=2), height=1, width=8)
+    with pytest.raises(ValueError, match="grid_resolution"):
+        surface_renderer(grid_resolution=2)

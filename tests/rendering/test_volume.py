@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +15,13 @@ from prd.distillation.regularizers import eikonal_loss
 from prd.fields.grid import GridField
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
-from prd.rendering.volume import VolumeRenderer, cube_near_far, neus_alpha, render_weights
+from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha, neus_alpha, render_weights
+from prd.rendering.rays import cube_near_far
+from prd.rendering.volume import VolumeRenderer
+from tests.rendering.made import changed, volume_renderer
 
-SHARP = VolumeRenderer(num_samples=256, inv_std=400.0)
-SOFT = VolumeRenderer(num_samples=48, inv_std=30.0, cull_below=0)
+SHARP = volume_renderer(num_samples=256, inv_std=400.0)
+SOFT = volume_renderer(num_samples=48, inv_std=30.0, cull_below=0)
 
 
 class Sphere(AutogradGradient):
@@ -70,18 +72,19 @@ def test_sphere_matches_its_silhouette_normal_colour_and_depth() -> None:
 
 
 def test_a_ray_that_misses_everything_is_empty() -> None:
-    views, gradient = VolumeRenderer(num_samples=64).render_with_samples(
-        Sphere(torch.tensor([-3.0])), two_cameras(), height=8, width=8, background=torch.full((3,), 0.3)
+    rendered = volume_renderer(num_samples=64).render(
+        Sphere(torch.tensor([-3.0])), two_cameras(), (8, 8), torch.full((3,), 0.3)
     )
+    views = rendered.views
     assert views.opacity.max() == 0 and views.normal.abs().max() == 0 and views.disparity.max() < 1e-6
     torch.testing.assert_close(views.rgb, torch.full_like(views.rgb, 0.3))
-    assert torch.isfinite(eikonal_loss(gradient))
-    without_culling = VolumeRenderer(num_samples=64, cull_below=0)
+    assert rendered.samples is not None and torch.isfinite(eikonal_loss(rendered.samples))
+    without_culling = volume_renderer(num_samples=64, cull_below=0)
     assert without_culling(Sphere(torch.tensor([-3.0])), two_cameras(), height=8, width=8).opacity.max() < 1e-6
 
 
 def test_the_published_floor_leaks_and_is_an_option() -> None:
-    published = VolumeRenderer(num_samples=64, alpha_floor=1e-5, cull_below=0, near=0.1, far=4.0)
+    published = volume_renderer(num_samples=64, alpha_floor=1e-5, cull_below=0, near=0.1, far=4.0)
     opacity = published(Sphere(torch.tensor([-3.0])), two_cameras(), height=4, width=4).opacity
     torch.testing.assert_close(opacity, torch.full_like(opacity, 64e-5), rtol=1e-2, atol=0)
 
@@ -92,7 +95,7 @@ def test_the_published_floor_leaks_and_is_an_option() -> None:
     [
         (SOFT, 1e-5, 1e-5),
         # the fine samples move with the radius and are not differentiated through: many, and a longer step
-        (replace(SOFT, num_samples=160, num_importance_samples=160), 1e-3, 0.05),
+        (changed(SOFT, num_samples=160, num_importance_samples=160), 1e-3, 0.05),
     ],
 )
 def test_gradient_with_respect_to_the_radius(
@@ -119,8 +122,10 @@ def test_culling_changes_next_to_nothing() -> None:
     field = Sphere(torch.tensor([0.3, 0.7], requires_grad=True))
     images, gradients = [], []
     for cull_below in (0.0, 1e-4):
-        renderer = VolumeRenderer(num_samples=48, inv_std=64.0, cull_below=cull_below)
-        views, samples = renderer.render_with_samples(field, cameras, height=12, width=12)
+        renderer = volume_renderer(num_samples=48, inv_std=64.0, cull_below=cull_below)
+        rendered = renderer.render(field, cameras, (12, 12), 0.5)
+        views, samples = rendered.views, rendered.samples
+        assert samples is not None
         images.append(torch.cat([views.rgb, views.normal, views.disparity, views.opacity], dim=-1))
         gradients.append(torch.autograd.grad(images[-1].sum(), field.radius)[0])
         counted = len(samples.gradient)
@@ -144,8 +149,8 @@ class Steep(Sphere):
 @pytest.mark.parametrize("slope", [0.3, 1.0, 3.0, 5.0, 11.0])
 @pytest.mark.parametrize("alpha", [NeusAlpha(64.0), VolSDFAlpha(0.02), DensityAlpha(3.0)])
 def test_culling_removes_no_opacity_at_any_slope(alpha: AlphaModel, slope: float) -> None:
-    renderer, cameras = VolumeRenderer(num_samples=40, alpha=alpha), two_cameras()
-    culled, whole = (r(Steep(slope), cameras, height=16, width=16) for r in (renderer, replace(renderer, cull_below=0)))
+    renderer, cameras = volume_renderer(num_samples=40, alpha=alpha), two_cameras()
+    culled, whole = (r(Steep(slope), cameras, height=16, width=16) for r in (renderer, changed(renderer, cull_below=0)))
     assert (culled.opacity - whole.opacity).abs().max() < 4e-3  # 40 segments of an opacity of 1e-4 at most
     assert (culled.rgb - whole.rgb).abs().max() < 4e-3
     assert (culled.disparity - whole.disparity).abs().max() < 4e-3
@@ -157,9 +162,9 @@ def test_culling_changes_nothing_on_what_the_toy_student_makes() -> None:
     pipe = TriplaneTurbo.from_pretrained("toybox")
     prompts, draws = ["a red cube", "a green mug"], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     field = GridField(pipe(prompts, generator=draws, output_type="field").field, 32)
-    assert field.gradient.norm(dim=-1).max() > 2
-    renderer, cameras = VolumeRenderer(num_samples=40, inv_std=64.0), two_cameras(batch=2)
-    culled, whole = (r(field, cameras, height=32, width=32) for r in (renderer, replace(renderer, cull_below=0)))
+    assert field.node_gradient.norm(dim=-1).max() > 2
+    renderer, cameras = volume_renderer(num_samples=40, inv_std=64.0), two_cameras(batch=2)
+    culled, whole = (r(field, cameras, height=32, width=32) for r in (renderer, changed(renderer, cull_below=0)))
     assert (culled.opacity - whole.opacity).abs().max() < 1e-3
     assert (culled.rgb - whole.rgb).abs().max() < 1e-3
 
@@ -172,7 +177,7 @@ def test_culling_asks_for_few_gradients_with_a_graph() -> None:
             counts.append((torch.is_grad_enabled(), points.shape[1]))
             return super().sdf_and_gradient(points)
 
-    VolumeRenderer(num_samples=40)(Counting(3.0), two_cameras(), height=16, width=16)
+    volume_renderer(num_samples=40)(Counting(3.0), two_cameras(), height=16, width=16)
     (plain, candidates), (graph, kept) = counts
     assert not plain and graph
     assert kept < 0.5 * candidates < 0.2 * 2 * 16 * 16 * 40
@@ -196,7 +201,7 @@ def test_gradient_scales_touch_only_the_colour_image() -> None:
         grads = torch.autograd.grad(views_image.sum(), (radius, colour), allow_unused=True)
         return tuple(0.0 if g is None else float(g.sum()) for g in grads)  # type: ignore[return-value]
 
-    scaled = replace(SOFT, rgb_gradient_scale=0.01, rgb_weight_gradient_scale=0.1)
+    scaled = changed(SOFT, rgb_gradient_scale=0.01, rgb_weight_gradient_scale=0.1)
     plain_radius, plain_colour = gradients(SOFT, "rgb")
     radius, colour = gradients(scaled, "rgb")
     assert plain_radius != 0 and plain_colour != 0
@@ -211,20 +216,21 @@ def test_second_order_gradient_reaches_the_field() -> None:
             return self.radius[:, None, None] * (points.norm(dim=-1, keepdim=True) - 0.5)
 
     scale = torch.tensor([1.5], requires_grad=True)
-    _, gradient = SOFT.render_with_samples(Scaled(scale), two_cameras(), height=4, width=4)
-    loss = eikonal_loss(gradient)
+    samples = SOFT.render(Scaled(scale), two_cameras(), (4, 4), 0.5).samples
+    assert samples is not None
+    loss = eikonal_loss(samples)
     torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], torch.tensor([1.0]), rtol=1e-4, atol=0)
 
 
 def test_chunks_and_seeds_do_not_change_the_image() -> None:
     field, cameras = Sphere(torch.tensor([0.5, 0.4])), two_cameras(batch=2)
-    renderer = VolumeRenderer(num_samples=16, num_importance_samples=16)
+    renderer = volume_renderer(num_samples=16, num_importance_samples=16)
 
     def draw(renderer: VolumeRenderer, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return renderer(field, cameras, height=6, width=6, generator=generator).rgb
 
-    torch.testing.assert_close(draw(renderer, 1), draw(replace(renderer, max_rays=7), 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(draw(renderer, 1), draw(changed(renderer, max_rays=7), 1), rtol=0, atol=1e-6)
     assert torch.equal(draw(renderer, 1), draw(renderer, 1))
     assert not torch.equal(draw(renderer, 1), draw(renderer, 2))
 
@@ -232,12 +238,12 @@ def test_chunks_and_seeds_do_not_change_the_image() -> None:
 @torch.no_grad()
 def test_importance_sampling_refines_a_thin_surface() -> None:
     cameras, sphere = two_cameras(), Sphere(torch.tensor([0.6]))
-    exact = VolumeRenderer(num_samples=2000, inv_std=200.0)(sphere, cameras, height=12, width=12)
+    exact = volume_renderer(num_samples=2000, inv_std=200.0)(sphere, cameras, height=12, width=12)
     errors = [
         float((renderer(sphere, cameras, height=12, width=12).depth - exact.depth).abs().mean())
         for renderer in (
-            VolumeRenderer(num_samples=64, inv_std=200.0),
-            VolumeRenderer(num_samples=32, num_importance_samples=32, inv_std=200.0),
+            volume_renderer(num_samples=64, inv_std=200.0),
+            volume_renderer(num_samples=32, num_importance_samples=32, inv_std=200.0),
         )
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -281,21 +287,14 @@ def test_rays_enter_and_leave_the_cube() -> None:
         {"num_importance_samples": True},
         {"far": math.inf, "near": 0.1},
         {"near": math.nan, "far": 1.0},
-        {"inv_std": 50.0, "alpha": VolSDFAlpha()},
-        {"inv_std": torch.tensor(100.0), "alpha": NeusAlpha()},
-        {"alpha_floor": 1e-5, "alpha": NeusAlpha(), "cull_below": 0.0},
+        {"alpha_floor": 1e-5, "density": "volsdf", "cull_below": 0.0},
+        {"density": "density"},
+        {"cull_below": 1e-4, "alpha": NeusAlpha(floor=1e-5)},
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError), match=next(iter(settings))):
-        VolumeRenderer(**settings)  # type: ignore[arg-type]
-
-
-def test_jitter_of_the_wrong_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="jitter"):
-        SOFT.render_with_samples(
-            Sphere(torch.tensor([0.5])), two_cameras(), height=4, width=4, jitter=torch.zeros(1, 1, 2, 4, 5)
-        )
+        volume_renderer(**settings)
 
 
 def test_the_variance_along_a_ray_is_that_of_its_density() -> None:
@@ -306,7 +305,7 @@ def test_the_variance_along_a_ray_is_that_of_its_density() -> None:
             return points[..., :1]
 
     cameras = orbit_cameras(torch.zeros(1, 1), torch.zeros(1, 1), 2.4, 1.0)  # nearly parallel rays along -X
-    renderer = VolumeRenderer(num_samples=400, inv_std=20.0, cull_below=0)
+    renderer = volume_renderer(num_samples=400, inv_std=20.0, cull_below=0)
     views = renderer(Wall(torch.zeros(1)), cameras, height=2, width=2)
     assert views.opacity.min() > 0.999
     expected = torch.full_like(views.z_variance, math.pi**2 / (3 * 20.0**2))
@@ -322,7 +321,9 @@ def test_chunks_change_no_gradient_of_first_or_second_order() -> None:
     cameras = two_cameras(torch.float64, batch=2)
 
     def gradients(max_rays: int | None) -> tuple[Tensor, ...]:
-        renderer = VolumeRenderer(num_samples=12, num_importance_samples=12, inv_std=inv_std, max_rays=max_rays)
+        renderer = volume_renderer(
+            num_samples=12, num_importance_samples=12, alpha=NeusAlpha(inv_std), max_rays=max_rays
+        )
         generator = torch.Generator().manual_seed(0)
         views = renderer(TriplaneField(planes, heads), cameras, height=5, width=5, generator=generator)
         loss = views.rgb.square().sum() + views.packed_normal().square().sum() + views.z_variance.sum()
@@ -332,9 +333,10 @@ def test_chunks_change_no_gradient_of_first_or_second_order() -> None:
         torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-11)
     second = []
     for max_rays in (None, 7):
-        renderer = VolumeRenderer(num_samples=12, inv_std=inv_std, max_rays=max_rays)
-        _, gradient = renderer.render_with_samples(TriplaneField(planes, heads), cameras, height=5, width=5)
-        second.append(torch.autograd.grad(eikonal_loss(gradient), planes)[0])
+        renderer = volume_renderer(num_samples=12, alpha=NeusAlpha(inv_std), max_rays=max_rays)
+        samples = renderer.render(TriplaneField(planes, heads), cameras, (5, 5), 0.5).samples
+        assert samples is not None
+        second.append(torch.autograd.grad(eikonal_loss(samples), planes)[0])
     assert second[0].abs().max() > 1e-4
     torch.testing.assert_close(second[0], second[1], rtol=1e-9, atol=1e-13)
 
@@ -346,12 +348,14 @@ def test_the_eikonal_loss_of_a_batch_is_the_mean_of_its_samples() -> None:
         def sdf(self, points: Tensor) -> Tensor:
             return (1 + self.radius.abs())[:, None, None] * super().sdf(points)
 
-    radii, renderer = torch.tensor([0.3, 0.8, -3.0]), VolumeRenderer(num_samples=24, inv_std=30.0)
+    radii, renderer = torch.tensor([0.3, 0.8, -3.0]), volume_renderer(num_samples=24, inv_std=30.0)
 
     @torch.no_grad()
     def loss(radius: Tensor) -> float:
         cameras = two_cameras(batch=len(radius))
-        return float(eikonal_loss(renderer.render_with_samples(Slopes(radius), cameras, height=9, width=9)[1]))
+        samples = renderer.render(Slopes(radius), cameras, (9, 9), 0.5).samples
+        assert samples is not None
+        return float(eikonal_loss(samples))
 
     alone = [loss(radius[None]) for radius in radii]
     assert alone == pytest.approx([0.09, 0.64, 0.0], rel=1e-4)
@@ -360,23 +364,22 @@ def test_the_eikonal_loss_of_a_batch_is_the_mean_of_its_samples() -> None:
 
 MEMORY = """
 import resource, torch
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
 from prd.fields.grid import GridField
-from prd.rendering.volume import VolumeRenderer
 from prd.fields.triplane import TriplaneField, TriplaneHeads
+from tests.rendering.made import changed, volume_renderer
 torch.manual_seed(0)
 planes = (0.1 * torch.randn(1, 6, 32, 256, 256)).requires_grad_()
 planes.grad = torch.zeros_like(planes)
 field = TriplaneField(planes, TriplaneHeads(32, 64, sdf_init_scale=0.3))
-renderer = VolumeRenderer(num_samples=64, num_importance_samples=128, near=0.1, far=4.0, max_rays=1024)
-cameras = CameraSampling().sample(torch.rand(1, 3))
+renderer = VolumeRenderer(VolumeConfig(near=0.1, far=4.0, max_rays=1024))
+cameras = CamerasConfig().sample(torch.rand(1, 3))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-views, gradient = renderer.render_with_samples(
-    field, cameras, height=128, width=128, generator=torch.Generator().manual_seed(0)
-)
+rendered = renderer.render(field, cameras, (128, 128), 0.5, SampleDraws([torch.Generator().manual_seed(0)]))
+views, gradient = rendered.views, rendered.samples
 loss = views.rgb.square().mean() + views.packed_normal().mean() + views.disparity.mean()
 (loss + eikonal_loss(gradient) + sparsity_loss(views.opacity)).backward()
 print((peak() - before) / 2**20)
@@ -388,26 +391,3 @@ def test_a_training_render_takes_at_most_three_gigabytes() -> None:
     """4 views of 128 x 128 with 192 samples a ray, forward and backward with the eikonal loss, above the model."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) <= 3.0
-
-
-@pytest.mark.parametrize("answer", ["sdf", "gradient", "rgb", "batch"])
-def test_a_field_that_answers_in_the_wrong_shape_is_refused(answer: str) -> None:
-    class Wrong(Sphere):
-        def sdf(self, points: Tensor) -> Tensor:
-            return super().sdf(points)[..., 0] if answer == "sdf" else super().sdf(points)
-
-        def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-            sdf, gradient = super().sdf_and_gradient(points)
-            return sdf, gradient[..., :2] if answer == "gradient" else gradient
-
-        def rgb(self, points: Tensor) -> Tensor:
-            return points[..., :1] if answer == "rgb" else points
-
-    radius = torch.tensor([0.5, 0.4] if answer == "batch" else [0.5])
-    with pytest.raises(ValueError, match="field.sdf" if answer in ("sdf", "batch") else "field"):
-        SHARP(Wrong(radius), two_cameras(), height=4, width=4)
-
-
-def test_images_below_two_pixels_are_refused() -> None:
-    with pytest.raises(ValueError, match="height=1"):
-        SOFT(Sphere(torch.tensor([0.5])), two_cameras(), height=1, width=4)

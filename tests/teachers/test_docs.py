@@ -9,7 +9,11 @@ from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
 from prd.teachers import TeacherOptions
+from prd.training.parts import build_parts
+from prd.training.recipes import load_config
+from prd.training.trainer import Trainer
 from tests.teachers.tiny import random_views, save_teacher
+from tests.training.test_trainer import SMALL
 
 PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
 
@@ -51,3 +55,15 @@ def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
     settings = kind.config_class(path=folder)
     teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
     assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
+
+
+def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
+    """As the page says: among the parts of the run."""
+    names: dict = {}
+    exec(compile(blocks()[0], str(PAGE), "exec"), names)
+    words = [*SMALL, "--renderer_schedule", "volume", "--output_dir", str(tmp_path / "run")]
+    config = load_config("toybox", words)
+    parts = build_parts(config)
+    parts.teachers["silhouette"] = names["SilhouetteTeacher"].from_pretrained(folder)
+    row = Trainer(config, parts).train_step(0)
+    assert row["gradient_norm/silhouette/volume"] > 0

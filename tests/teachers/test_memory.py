@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prd.training.build import share_texts
+from prd.training.parts import share_texts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
 
 

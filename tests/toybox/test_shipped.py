@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
-from prd.hub.repositories import SHIPPED, find_generator
-from prd.pipelines.single_pass import load_pipeline
+from prd.data.prompts import held_out_prompts
+from prd.hub.find import find_model
+from prd.pipelines.auto import load_pipeline
 from prd.pipelines.triplane_turbo import TriplaneTurbo
 from prd.teachers.base import PromptEncoder
 from prd.teachers.depth_control import DepthControlTeacher, control_images
@@ -20,6 +21,7 @@ from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import encode_latents
 from prd.toybox import ASSETS, asset
+from prd.toybox.benchmark import ToyBox
 from prd.toybox.check import (
     CHECKED_TIMESTEPS,
     REQUIRED_DEPTH_RATIO,
@@ -31,9 +33,9 @@ from prd.toybox.check import (
 from prd.toybox.data import ViewPool
 from prd.toybox.score import summarise
 from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
-from prd.training.build import load_teachers
-from prd.training.config import load_config
-from prd.training.validation import measure, toybox_splits
+from prd.training.parts import build_teachers
+from prd.training.recipes import load_config
+from prd.training.validation import measure
 
 
 def test_models_are_small_and_safe() -> None:
@@ -129,7 +131,8 @@ def test_diffusers_draws_to_the_depth(unseen: ViewPool) -> None:
 def test_a_config_names_the_shipped_controlnet() -> None:
     words = ["--teachers.stable_diffusion.controlnet", "toybox", "--teachers.stable_diffusion.controlnet_scale", "0.5"]
     others = ["--teachers.mvdream.enabled", "false", "--teachers.richdreamer.enabled", "false"]
-    ((teacher, _),) = load_teachers(load_config("toybox", [*words, *others]), torch.device("cpu"))
+    config = load_config("toybox", [*words, *others])
+    (teacher,) = build_teachers(config, [config]).values()
     assert isinstance(teacher, DepthControlTeacher) and teacher.controlnet_scale == 0.5
     shipped = ControlNetModel.from_pretrained(asset("controlnet"), dtype=torch.float32).state_dict()
     assert all(torch.equal(value, shipped[key]) for key, value in teacher.controlnet.state_dict().items())
@@ -139,7 +142,7 @@ def test_the_record_of_the_adapter_is_complete() -> None:
     record = json.loads(Path(asset("adapter"), "record.json").read_text())
     assert record["train_steps"] > 0 and set(record["measured"]) >= {"single_seen", "single_held_out"}
     recipe = load_config("toybox")
-    assert set(record["held_out"]) == set(recipe.prompts.held_out)
+    assert set(record["held_out"]) == set(held_out_prompts(recipe.prompts))
 
 
 @pytest.mark.parametrize(
@@ -153,10 +156,10 @@ def test_the_record_of_the_adapter_is_complete() -> None:
 )
 def test_the_adapter_makes_what_it_is_asked(split: str, r_at_1: float, iou: float) -> None:
     """A sample of the figures in record.json, so that a regression anywhere between prompt and field shows."""
-    prompts = toybox_splits(load_config("toybox").prompts.held_out, 10)[split]
+    prompts = ToyBox().splits(held_out_prompts(load_config("toybox").prompts), 10)[split]
     prompts = prompts[:: max(1, len(prompts) // 10)][:10]
     pipe = TriplaneTurbo.from_pretrained("toybox")
-    scores = measure(pipe.student, pipe.encoder, prompts, seed=7, num_inference_steps=4)
+    scores = measure(pipe.model, pipe.encoder, prompts, ToyBox(), seed=7, num_inference_steps=4)
     summary = summarise(scores)
     record = json.loads(Path(asset("adapter"), "record.json").read_text())["measured"][split]
     assert record["r_at_1"] >= r_at_1 and record["iou"] >= iou
@@ -172,18 +175,18 @@ AMORTIZED = {"toybox-atom": (0.8, 0.6), "toybox-att3d": (0.7, 0.4), "toybox-latt
 def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
     """Single objects alone are what they were trained on: ten of the seen ones, and every one held out."""
     pipe: Any = load_pipeline(name)
-    folder = find_generator(name)
+    folder = find_model(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3 * 2**20
     record = json.loads((folder / "record.json").read_text())
-    recipe = load_config(f"{SHIPPED[name]}_toybox")
+    recipe = load_config(f"{name.removeprefix('toybox-')}_toybox")
     assert record["train_steps"] == recipe.max_train_steps
-    assert record["held_out"] == [prompt for prompt in recipe.prompts.held_out if " on " not in prompt]
+    assert record["held_out"] == [prompt for prompt in held_out_prompts(recipe.prompts) if " on " not in prompt]
     seen, unseen = AMORTIZED[name]
     measured = record["measured"]
     assert measured["single_seen"]["r_at_1"] >= seen and measured["single_held_out"]["r_at_1"] >= unseen
-    splits = toybox_splits(recipe.prompts.held_out, 1)
-    some = summarise(measure(pipe.generator, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
-    rest = summarise(measure(pipe.generator, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
+    splits = ToyBox().splits(held_out_prompts(recipe.prompts), 1)
+    some = summarise(measure(pipe.model, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
+    rest = summarise(measure(pipe.model, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
     assert some["r_at_1"] >= seen - 0.1 and rest["r_at_1"] >= unseen - 0.1, (some, rest)
     for figure in ("iou", "color_error"):  # what is shipped is what was measured, but for float16
         assert rest[figure] == pytest.approx(measured["single_held_out"][figure], abs=0.01), figure

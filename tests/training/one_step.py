@@ -10,8 +10,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from prd.training.config import load_config
 from prd.training.optimizers import Adan
+from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
 LR = 1e-3

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import prd.hub.shipped
 import prd.toybox
 import prd.training.trainer  # noqa: F401  imported before the first fork
 from prd.cli import main
@@ -19,6 +20,7 @@ from prd.cli import main
 
 def serve(assets: str) -> None:
     prd.toybox.ASSETS = Path(assets)
+    prd.hub.shipped.ASSETS = (Path(assets),)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

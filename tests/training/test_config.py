@@ -4,18 +4,10 @@ import dataclasses
 
 import pytest
 
+from prd.errors import ConfigError
 from prd.toybox import world
-from prd.training.config import (
-    ConfigError,
-    TrainConfig,
-    dump_config,
-    from_dict,
-    load_config,
-    parse_args,
-    save_config,
-    shipped_recipes,
-    to_dict,
-)
+from prd.training.config import TrainConfig
+from prd.training.recipes import dump_config, from_dict, load_config, parse_args, save_config, shipped_recipes, to_dict
 
 
 @pytest.fixture
@@ -40,10 +32,10 @@ def test_a_recipe_survives_saving(name, tmp_path):
 
 def test_released_recipe_holds_the_published_values():
     config = load_config("triplane_turbo_sd21")
-    assert config.teachers.mvdream.guidance_scale == (20, 10)
-    assert config.teachers.richdreamer.negative_prompt == config.teachers.mvdream.negative_prompt
-    assert config.teachers.mvdream.negative_prompt.startswith("ugly, bad anatomy, blurry")
-    assert config.teachers.mvdream.negative_prompt.endswith("dehydrated, bad proportions")
+    assert config.teachers["mvdream"].guidance_scale == (20, 10)
+    assert config.teachers["richdreamer"].negative_prompt == config.teachers["mvdream"].negative_prompt
+    assert config.teachers["mvdream"].negative_prompt.startswith("ugly, bad anatomy, blurry")
+    assert config.teachers["mvdream"].negative_prompt.endswith("dehydrated, bad proportions")
     assert config.optimizer.betas == (0.98, 0.92, 0.99)
     assert (config.max_train_steps, config.schedule_steps) == (15000, 20000)
 
@@ -72,7 +64,7 @@ def test_overrides_are_typed(empty):
     assert config.mixed_precision == "no"
     assert config.model.plane_wise is False
     assert config.cameras.elevation == (-30, 60)
-    assert config.teachers.mvdream.guidance_scale == (20, 10)
+    assert config.teachers["mvdream"].guidance_scale == (20, 10)
     assert config.prompts.held_out == ("a red cube", "a blue cone")
     assert config.output_dir == "2026-01-01"
     assert config.ema_decay is None
@@ -96,17 +88,26 @@ def test_command_line_beats_the_file(tmp_path):
     [
         (["--optimizer.lrr", "1"], r"unknown config key 'optimizer.lrr'.*'optimizer.lr'"),
         (["--lr", "1"], r"unknown config key 'lr'.*'optimizer.lr'"),
-        (["--teachers.mvdrem.path", "x"], r"'teachers.mvdream.path'"),
+        (
+            ["--teachers.mvdrem.path", "x"],
+            r"teachers.mvdrem: must be one of .* or the import path",
+        ),
+        (["--teachers.mvdream.pth", "x"], r"'teachers.mvdream.pth'.*'teachers.mvdream.path'"),
         (["--optimizer", "{lrr: 1}"], r"unknown config key 'optimizer.lrr'.*'optimizer.lr'"),
         (["--optimizer.lr", "-1"], r"optimizer.lr=-1: .*greater than 0"),
         (["--optimizer.lr", ".nan"], r"optimizer.lr=nan: .*finite"),
         (["--optimizer", "3"], r"optimizer=3"),
         (["--seed", "x"], r"seed='x': .*integer"),
-        (["--renderers", "all"], r"renderers='all': .*'both'.*'alternate'"),
+        (
+            ["--renderer_schedule", "both"],
+            r"renderer_schedule='both': must be 'all', 'alternate' or a list of ",
+        ),
+        (["--renderers.volume", "3"], r"renderers.volume=3: must be a mapping of settings"),
+        (["--regularizers.eikonal", "[1, 2, 3]"], r"regularizers.eikonal"),
         (["--num_denoising_steps", "3"], r"num_denoising_steps=3: must divide.*1, 2 or 4"),
         (["--num_denoising_steps", "0"], r"num_denoising_steps=0"),
         (["--cameras.elevation", "[30, 0]"], r"cameras: elevation=\[30.0, 0.0\]"),
-        (["--volume.rgb_gradient_scale", "[1, 2, 3]"], r"volume.rgb_gradient_scale=\[1, 2, 3\]"),
+        (["--renderers.volume.rgb_gradient_scale", "[1, 2, 3]"], r"renderers.volume.rgb_gradient_scale=\[1, 2, 3\]"),
         (["--distillation.t_min", "[990, 20]"], r"t_min=990.0: must be below t_max=980"),
         (["--optimizer.name", "adan"], r"adan takes 3 values"),
         (["seed", "1"], r"'seed': expected --key value"),

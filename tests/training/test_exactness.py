@@ -19,8 +19,15 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    *("--num_threads", "1", "--num_denoising_steps", "2", "--renderers", "both", "--report_to", "null"),
-    *("--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"),
+    *("--num_threads", "1", "--num_denoising_steps", "2", "--renderer_schedule", "all", "--report_to", "null"),
+    *(
+        "--renderers.volume.grid_resolution",
+        "16",
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+    ),
 ]
 SPLITS = {  # processes, prompts a batch, batches a step, estimates at once
     "two processes": (2, 1, 1, 1),
@@ -42,7 +49,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
         # Accelerate starts several processes itself for --multi_gpu alone; ACCELERATE_USE_CPU keeps them on the CPU
         launcher += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
         options = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
-        options += ["--estimates_at_once", str(at_once)]
+        options += ["--rollout_batch_size", str(at_once)]
         result = subprocess.run(
             [*launcher, str(ROOT / "tests/training/one_step.py"), str(out), *SMALL, *options]
             + ["--output_dir", str(folder / name)],

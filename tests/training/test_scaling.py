@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from prd.training.run.folder import run_data_parallel
+from prd.training.run.processes import run_data_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = {

@@ -23,8 +23,22 @@ EVERY = 2  # steps between checkpoints
 KILLS = 20
 OPTIONS = [
     *("--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "1", "--report_to", "null"),
-    *("--renderers", "volume", "--volume.grid_resolution", "12", "--volume.num_samples", "8"),
-    *("--volume.height", "16", "--volume.width", "16", "--teachers.stable_diffusion.enabled", "false"),
+    *(
+        "--renderer_schedule",
+        "[volume]",
+        "--renderers.volume.grid_resolution",
+        "12",
+        "--renderers.volume.num_samples",
+        "8",
+    ),
+    *(
+        "--renderers.volume.height",
+        "16",
+        "--renderers.volume.width",
+        "16",
+        "--teachers.stable_diffusion.enabled",
+        "false",
+    ),
     *("--teachers.mvdream.enabled", "false", "--validation.prompts", "[]", "--validation.spread_steps", "null"),
     *("--prompts.held_out", "[]", "--schedule_steps", "500", "--ema_decay", "0.9", "--optimizer.name", "adan"),
     *("--optimizer.betas", "[0.98, 0.92, 0.99]", "--checkpointing_steps", str(EVERY), "--checkpoints_total_limit", "2"),

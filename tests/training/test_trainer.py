@@ -13,18 +13,27 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from prd.errors import ConfigError
 from prd.teachers import DepthControlTeacher
-from prd.training import supervision
+from prd.training import objective
 from prd.training import trainer as trainer_module
-from prd.training.config import ConfigError, load_config
-from prd.training.objective import CollapseError, renderers_of
+from prd.training.gradients import MOST_SKIPPED
+from prd.training.objective import CollapseError
+from prd.training.recipes import load_config
 from prd.training.run.checkpoints import CheckpointError
 from prd.training.trainer import Trainer
 from tests.teachers.tiny import save_deepfloyd
 
 SMALL = [
     *("--num_threads", "1", "--train_batch_size", "1", "--num_denoising_steps", "2", "--optimizer.warmup_steps", "1"),
-    *("--volume.grid_resolution", "16", "--surface.grid_resolution", "16", "--volume.num_samples", "16"),
+    *(
+        "--renderers.volume.grid_resolution",
+        "16",
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+    ),
 ]
 TRAINED = ("lora_A", "lora_B", "modules_to_save", "heads.")  # in the name of each tensor that may move
 TEACHERS = ("stable_diffusion", "mvdream", "richdreamer")
@@ -50,7 +59,7 @@ def group_of(name: str) -> str:
 def gradients(trainer: Trainer) -> dict[str, float]:
     """The largest gradient of each group."""
     found: dict[str, float] = {}
-    for name, parameter in trainer.student.named_parameters():
+    for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             size = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())
             found[group_of(name)] = max(found.get(group_of(name), 0.0), size)
@@ -60,7 +69,11 @@ def gradients(trainer: Trainer) -> dict[str, float]:
 def frozen_hash(trainer: Trainer) -> str:
     """Of every weight that must not move: base, text encoder, teachers."""
     digest = hashlib.sha256()
-    modules = [trainer.student, trainer.encoder.model, *(teacher for teacher, _ in trainer.teachers)]
+    modules = [
+        trainer.model,
+        trainer.parts.text_encoder.model,
+        *(teacher for teacher in trainer.parts.teachers.values()),
+    ]
     for module in modules:
         for name, tensor in module.state_dict().items():
             if not any(part in name for part in TRAINED):
@@ -69,18 +82,18 @@ def frozen_hash(trainer: Trainer) -> str:
 
 
 def test_every_teacher_renderer_and_adapter_group_has_a_gradient_and_nothing_frozen_moves(toybox, monkeypatch):
-    trainer = make("--renderers", "both")
+    trainer = make("--renderer_schedule", "all")
     reached: dict[str, float] = {}
-    judge = supervision.judge_views
+    judge = objective.multi_teacher_loss
 
-    def watched(views, judges, prompts, draws, log, renderer, *count, **options):
+    def watched(views, *words, renderer, **options):
         def keep(gradient):
             reached[renderer] = max(reached.get(renderer, 0.0), float(gradient.abs().max()))
 
         views.rgb.register_hook(keep)
-        return judge(views, judges, prompts, draws, log, renderer, *count, **options)
+        return judge(views, *words, renderer=renderer, **options)
 
-    monkeypatch.setattr(supervision, "judge_views", watched)
+    monkeypatch.setattr(objective, "multi_teacher_loss", watched)
     before = frozen_hash(trainer)
     start = [p.detach().clone() for p in trainer.parameters]
     first = trainer.train_step(0)
@@ -113,8 +126,8 @@ def losses(trainer: Trainer, steps: int = 2) -> list[dict[str, float]]:
 
 def test_a_parameter_no_renderer_reached_is_updated_by_zero_as_among_several_processes(toybox):
     """Weight decay and moments move it then; several processes cannot tell what none of them reached."""
-    trainer = make("--renderers", "volume", "--optimizer.weight_decay", "0.5")
-    unreached = [p for n, p in trainer.student.named_parameters() if n.startswith("heads.deformation.")]
+    trainer = make("--renderer_schedule", "[volume]", "--optimizer.weight_decay", "0.5")
+    unreached = [p for n, p in trainer.model.named_parameters() if n.startswith("heads.deformation.")]
     start = [p.detach().clone() for p in unreached]
     trainer.train_step(0)
     assert unreached and all(p.grad is not None and not p.grad.any() for p in unreached)
@@ -122,34 +135,35 @@ def test_a_parameter_no_renderer_reached_is_updated_by_zero_as_among_several_pro
 
 
 def test_the_same_seed_repeats_and_the_renderers_alternate(toybox):
-    one, two = (losses(make("--renderers", "alternate", "--seed", "7")) for _ in range(2))
+    one, two = (losses(make("--renderer_schedule", "alternate", "--seed", "7")) for _ in range(2))
     assert one == two
-    (other,) = losses(make("--renderers", "alternate", "--seed", "8"), steps=1)
+    (other,) = losses(make("--renderer_schedule", "alternate", "--seed", "8"), steps=1)
     assert other != one[0]
     for step in one:  # K = 2: each renderer has its turn
         assert all(f"gradient_norm/mvdream/{renderer}" in step for renderer in ("volume", "surface"))
-    config = load_config("toybox", ["--renderers", "alternate"])
-    turns = [renderers_of(config, step, k) for step, k in ((0, 0), (0, 1), (1, 0))]
+    turns = [
+        make("--renderer_schedule", "alternate").objective.renderers_of(step, k) for step, k in ((0, 0), (0, 1), (1, 0))
+    ]
     assert turns == [("volume",), ("surface",), ("surface",)]
 
 
 def test_a_vanished_object_stops_the_run(toybox, monkeypatch):
-    trainer = make("--renderers", "volume")
-    decode = trainer.student.decode
+    trainer = make("--renderer_schedule", "[volume]")
+    decode = trainer.model.decode
 
     def vanished(latents):
         field = decode(latents)
         field.bias_radius = -5.0
         return field
 
-    monkeypatch.setattr(trainer.student, "decode", vanished)
+    monkeypatch.setattr(trainer.model, "decode", vanished)
     with pytest.raises(CollapseError, match="the object has vanished; lower optimizer.lr"):
         trainer.train_step(0)
 
 
 def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, monkeypatch, caplog, tmp_path):
-    trainer = make("--renderers", "volume", "--output_dir", str(tmp_path), "--estimates_at_once", "1")
-    teacher = next(t for t, _ in trainer.teachers if t.name == "richdreamer")
+    trainer = make("--renderer_schedule", "[volume]", "--output_dir", str(tmp_path), "--rollout_batch_size", "1")
+    teacher = next(t for t in trainer.parts.teachers.values() if t.name == "richdreamer")
     monkeypatch.setattr(teacher, "predict_noise", lambda x, t, condition: torch.full_like(x, float("nan")))
     start = [p.detach().clone() for p in trainer.parameters]
     with caplog.at_level(logging.WARNING):
@@ -172,7 +186,16 @@ def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, mo
 
 
 def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(toybox, monkeypatch, tmp_path):
-    words = ["--validation.prompts", "[]", "--prompts.held_out", "[]", "--report_to", "null", "--renderers", "volume"]
+    words = [
+        "--validation.prompts",
+        "[]",
+        "--prompts.held_out",
+        "[]",
+        "--report_to",
+        "null",
+        "--renderer_schedule",
+        "[volume]",
+    ]
     trainer = make("--output_dir", str(tmp_path), "--max_train_steps", "30", *words)
     plain, steps = trainer.accumulate, []
 
@@ -183,7 +206,7 @@ def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(to
             trainer.parameters[0].grad.fill_(float("inf"))
 
     monkeypatch.setattr(trainer, "accumulate", spoiled)
-    limit = trainer_module.MOST_SKIPPED
+    limit = MOST_SKIPPED
     way = rf"step {limit}: {limit} steps in a row .*--allow_config_change.* --resume_from.*checkpoint-{limit}$"
     with pytest.raises(FloatingPointError, match=way):
         trainer.train()
@@ -192,13 +215,13 @@ def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(to
     assert [row["step"] for row in rows] == [step for step in range(1, limit + 1) for _ in range(2)]  # K = 2 each
     assert load_config(tmp_path / "config.yaml").num_threads == 1
     again = make("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", *words)
-    assert again.resume() == limit and again.skipped == 0 and again.skipped_total == limit
+    assert again.resume() == limit and again.skipped.in_a_row == 0 and again.skipped.total == limit
     assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, again.parameters, strict=True))
 
 
 def test_a_loss_scale_changes_no_update_and_leaves_overflow_out(toybox, monkeypatch, tmp_path):
-    plain = make("--output_dir", str(tmp_path), "--renderers", "volume")
-    scaled = make("--output_dir", str(tmp_path), "--renderers", "volume")
+    plain = make("--output_dir", str(tmp_path), "--renderer_schedule", "[volume]")
+    scaled = make("--output_dir", str(tmp_path), "--renderer_schedule", "[volume]")
     accelerator = scaled.accelerator  # as on a GPU in fp16, with the arithmetic of float32
     accelerator.scaler = scaled.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
     scaled.optimizer.__setstate__({})  # what preparing it with a scaler sets
@@ -218,7 +241,7 @@ def test_a_loss_scale_changes_no_update_and_leaves_overflow_out(toybox, monkeypa
     monkeypatch.setattr(scaled, "accumulate", overflowing)
     for step in range(1, 11):
         scaled.train_step(step)
-    assert scaled.skipped == trainer_module.MOST_SKIPPED and accelerator.scaler.get_scale() == 2
+    assert scaled.skipped.in_a_row == MOST_SKIPPED and accelerator.scaler.get_scale() == 2
     assert all(torch.equal(a, b) for a, b in zip(before, scaled.parameters, strict=True))
     with pytest.raises(FloatingPointError, match="11 steps in a row"):
         scaled.train_step(11)
@@ -233,10 +256,10 @@ def any_precision():
 
 
 def test_bfloat16_runs_and_stays_near_float32(toybox, any_precision):
-    half = make("--mixed_precision", "bf16", "--renderers", "both")
+    half = make("--mixed_precision", "bf16", "--renderer_schedule", "all")
     rows = [half.train_step(0)]
     any_precision(True)
-    rows.append(make("--mixed_precision", "no", "--renderers", "both").train_step(0))
+    rows.append(make("--mixed_precision", "no", "--renderer_schedule", "all").train_step(0))
     assert rows[0]["skipped"] == 0 and rows[0] != rows[1]
     assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=0.5)
     assert {p.dtype for p in half.parameters} == {torch.float32}
@@ -244,7 +267,7 @@ def test_bfloat16_runs_and_stays_near_float32(toybox, any_precision):
 
 def test_fp16_is_refused_without_a_gpu_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(trainer_module, "build_generator", None)
+    monkeypatch.setattr(trainer_module, "build_parts", None)
     with pytest.raises(ConfigError, match="mixed_precision='fp16': needs a CUDA device; use bf16 or no"):
         make("--mixed_precision", "fp16")
 
@@ -256,20 +279,21 @@ def test_gradient_checkpointing_changes_no_number(toybox):
 def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monkeypatch, caplog):
     trainer = make("--validation.spread_steps", "2", "--schedule_steps", "4", "--validation.prompts", "[]")
     held_out = trainer.config.prompts.held_out
-    assert len(trainer.watched) == 4 and set(trainer.watched) <= set(held_out)
-    assert trainer.spread() == trainer.spread() > 0
+    assert len(trainer.validation.watched) == 4 and set(trainer.validation.watched) <= set(held_out)
+    assert trainer.validation.spread() == trainer.validation.spread() > 0
     spreads = iter([0.05, 0.04, 0.001])
-    monkeypatch.setattr(trainer, "spread", lambda: next(spreads))
+    monkeypatch.setattr(trainer.validation, "spread", lambda: next(spreads))
     with caplog.at_level(logging.WARNING):
-        assert "prompt_spread" not in trainer.look(1)
-        assert trainer.look(2)["prompt_spread"] == 0.05 and trainer.look(4)["prompt_spread"] == 0.04
+        look = trainer.validation.validate_periodically
+        assert "prompt_spread" not in look(1)
+        assert look(2)["prompt_spread"] == 0.05 and look(4)["prompt_spread"] == 0.04
         assert "depending" not in caplog.text
-        trainer.look(6)
+        look(6)
     assert "step 6: the shapes of different prompts differ by 0.001" in caplog.text
 
 
 def test_a_disabled_teacher_is_not_asked(toybox):
-    trainer = make("--renderers", "surface", "--teachers.mvdream.enabled", "false")
+    trainer = make("--renderer_schedule", "[surface]", "--teachers.mvdream.enabled", "false")
     row = trainer.train_step(0)
     assert not [name for name in row if "mvdream" in name]
     assert row["gradient_norm/richdreamer/surface"] > 0
@@ -300,7 +324,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toybox, tmp_path, average, ba
             not torch.equal(a, b) for a, b in zip(start[-count:], whole.parameters[-count:], strict=True)
         )
     if average != "null":
-        assert all(torch.equal(a, b) for a, b in zip(whole.average, second.average, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(whole.average.tensors, second.average.tensors, strict=True))
 
 
 def test_nothing_to_resume_from_is_said(toybox, tmp_path):
@@ -322,13 +346,13 @@ def test_validation_prompts_are_checked_before_training(toybox):
 
 def test_how_the_teachers_are_kept_changes_no_number_and_grad_clip_does(toybox):
     plain = losses(make(), steps=1)
-    kept = ["--teachers.checkpoint_vae", "true", "--teachers.offload", "true"]
+    kept = ["--teacher_options.checkpoint_vae", "true", "--teacher_options.offload", "true"]
     offloaded = make(*kept)
-    assert all(teacher.offload for teacher, _ in offloaded.teachers)
+    assert all(teacher.offload for teacher in offloaded.parts.teachers.values())
     assert losses(offloaded, steps=1) == plain
     assert losses(make("--distillation.grad_clip", "0.001"), steps=1) != plain
-    half = make("--teachers.dtype", "bfloat16")
-    assert {teacher.unet.dtype for teacher, _ in half.teachers} == {torch.bfloat16}
+    half = make("--teacher_options.dtype", "bfloat16")
+    assert {teacher.unet.dtype for teacher in half.parts.teachers.values()} == {torch.bfloat16}
     assert losses(half, steps=1)[0]["skipped"] == 0
 
 
@@ -336,8 +360,10 @@ def test_stable_diffusion_with_depth_control_and_sides(toybox, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(toybox / "stable_diffusion" / "unet")
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8)).save_pretrained(tmp_path)
     words = ["--teachers.stable_diffusion.controlnet", str(tmp_path)]
-    trainer = make(*words, "--teachers.stable_diffusion.view_dependent_prompts", "true", "--renderers", "volume")
-    teacher = trainer.teachers[0][0]
+    trainer = make(
+        *words, "--teachers.stable_diffusion.view_dependent_prompts", "true", "--renderer_schedule", "[volume]"
+    )
+    teacher = trainer.parts.teachers["stable_diffusion"]
     assert isinstance(teacher, DepthControlTeacher) and teacher.view_dependent
     row = trainer.train_step(0)
     assert row["skipped"] == 0 and row["gradient_norm/stable_diffusion/volume"] > 0
@@ -346,12 +372,12 @@ def test_stable_diffusion_with_depth_control_and_sides(toybox, tmp_path):
 
 def test_deepfloyd_among_the_teachers(toybox, tmp_path):
     words = ["--teachers.deepfloyd.enabled", "true", "--teachers.deepfloyd.path", str(save_deepfloyd(tmp_path))]
-    row = make(*words, "--renderers", "volume").train_step(0)
+    row = make(*words, "--renderer_schedule", "[volume]").train_step(0)
     assert row["gradient_norm/deepfloyd/volume"] > 0
     assert -1 <= row["cosine/stable_diffusion-deepfloyd/volume"] <= 1
 
 
 def test_the_published_input_convention_reaches_the_normal_teacher(toybox):
     trainer = make("--teachers.richdreamer.input_convention", "triplane_turbo")
-    (normal,) = [teacher for teacher, _ in trainer.teachers if teacher.name == "richdreamer"]
+    (normal,) = [teacher for teacher in trainer.parts.teachers.values() if teacher.name == "richdreamer"]
     assert normal.config.image_range == (0.0, 1.0) and normal.config.resize == "area"

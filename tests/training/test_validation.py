@@ -11,10 +11,11 @@ import torch
 import trimesh
 from PIL import Image
 
+from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
+from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
-from prd.training.build import build_student
-from prd.training.config import ConfigError, load_config
+from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 from prd.training.validation import mesh_names, save_gallery
 
@@ -25,7 +26,7 @@ SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", 
 def student_and_encoder(toybox):
     base = load_base("toybox", text=True)
     torch.manual_seed(0)
-    return build_student(load_config("toybox"), base), base.encoder
+    return TriplaneTurboModel.from_base(base, load_config("toybox").model), base.encoder
 
 
 def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
@@ -63,8 +64,8 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     student, encoder = student_and_encoder
     generate = student.generate
 
-    def vanished(*words):
-        field = generate(*words)
+    def vanished(*words, **options):
+        field = generate(*words, **options)
         field.bias_radius = -5.0
         return field
 
@@ -97,8 +98,15 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
     words = ["--output_dir", str(run), "--prompts.source", str(tmp_path / "prompts.txt"), "--max_train_steps", "2"]
     words += ["--prompts.held_out", "[]", "--prompts.stack_fraction", "0", "--validation.prompts", "[a red cube]"]
     words += ["--validation.gallery_steps", "2", "--train_batch_size", "1"]
-    words += ["--num_denoising_steps", "2", "--num_threads", "1", "--volume.grid_resolution", "16"]
-    words += ["--surface.grid_resolution", "16", "--volume.num_samples", "16", "--validation.num_inference_steps", "2"]
+    words += ["--num_denoising_steps", "2", "--num_threads", "1", "--renderers.volume.grid_resolution", "16"]
+    words += [
+        "--renderers.surface.grid_resolution",
+        "16",
+        "--renderers.volume.num_samples",
+        "16",
+        "--validation.num_inference_steps",
+        "2",
+    ]
     Trainer(load_config("toybox", [*SMALL, *words])).train()
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

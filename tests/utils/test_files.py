@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prd.evaluation.report import read_run, write_report
-from prd.training.config import load_config, save_config
+from prd.training.recipes import load_config, save_config
 from prd.training.run.folder import open_metrics, write_environment
 
 

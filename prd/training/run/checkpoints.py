@@ -28,13 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prd.errors import CheckpointError as CheckpointError
+
 MANIFEST, STATE = "manifest.json", "state.json"
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit what is loaded from it."""
 
 
 @dataclass(frozen=True)

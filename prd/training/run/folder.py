@@ -14,15 +14,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from filelock import FileLock, Timeout
 
-from prd.training.config import ConfigError, TrainConfig
+from prd.errors import ConfigError
 from prd.training.run.checkpoints import named_checkpoint
 from prd.utils.files import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +198,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def run_data_parallel() -> None:
-    """Turn Accelerate's FSDP and DeepSpeed off, with a warning: only adapters are trained, and nothing is wrapped.
-
-    To be called before the `Accelerator` is made.
-    """
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() in ("true", "1"):
-            os.environ[name] = "false"
-            logger.warning("%s: the trainer exchanges its few gradients by itself; running as data parallel", name)

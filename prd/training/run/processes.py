@@ -9,15 +9,44 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from prd.errors import ConfigError
+from prd.utils.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 THREADS = "OMP_NUM_THREADS"
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
+    """The accelerator of this process, and the config with its number of threads settled.
+
+    Raises ConfigError for a precision that the device does not compute in.
+    """
+    config = replace(config, num_threads=choose_threads(config.num_threads))
+    keep_freed_memory()
+    end_with_launcher()
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
+    places = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
+    run_data_parallel()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places)
+    assert config.num_threads is not None
+    torch.set_num_threads(config.num_threads)  # Accelerate may have set another number
+    return accelerator, config
 
 
 def choose_threads(asked: int | None) -> int:
@@ -80,6 +109,17 @@ def launched_by(environment: Mapping[str, str], parent: Path) -> bool:
         return False
     names = {entry.partition(b"=")[0].decode(errors="replace") for entry in theirs}
     return any(name in environment and name not in names for name in LAUNCHED)
+
+
+def run_data_parallel() -> None:
+    """Turn Accelerate's FSDP and DeepSpeed off, with a warning: only adapters are trained, and nothing is wrapped.
+
+    To be called before the `Accelerator` is made.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            os.environ[name] = "false"
+            logger.warning("%s: the trainer exchanges its few gradients by itself; running as data parallel", name)
 
 
 class StopRequest:

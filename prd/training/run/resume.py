@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prd.training.config import ConfigError, TrainConfig, to_dict
+from prd.data.prompts import held_out_prompts
+from prd.errors import ConfigError
+from prd.training.config import TrainConfig
+from prd.training.recipes import from_dict, to_dict
 from prd.training.run.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -49,10 +52,10 @@ def load_resumed(config: TrainConfig) -> Checkpoint | None:
     return None
 
 
-def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, prompts_a_step: int) -> TrainConfig:
+def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_batch_size: int) -> TrainConfig:
     """The config with `schedule_steps` settled: as given, else the checkpoint's, else `max_train_steps`.
 
-    prompts_a_step  over all processes and batches; how they are shared out is free to change
+    global_batch_size  prompts per step over all processes and batches; how they are shared out is free to change
 
     Raises ConfigError listing the keys in which the checkpoint was trained otherwise, unless `allow_config_change`;
     CheckpointError for a checkpoint that holds no config.
@@ -61,16 +64,23 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, prompts_a
         return replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
     if "config" not in checkpoint.state:
         raise CheckpointError(f"checkpoint-{checkpoint.step} does not say how it was trained: not one of a run")
-    saved = dict(checkpoint.state["config"])
-    config = replace(config, schedule_steps=config.schedule_steps or saved["schedule_steps"])
-    if config.optimizer.name != saved["optimizer"]["name"]:
+    try:
+        saved = from_dict(checkpoint.state["config"], f"checkpoint-{checkpoint.step}")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint-{checkpoint.step}: the config it was trained with is not one of today's ({error}); resume it "
+            "with the version of prd that wrote it"
+        ) from error
+    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps)
+    if config.optimizer.name != saved.optimizer.name:
         raise ConfigError(
             f"optimizer.name={config.optimizer.name!r}: checkpoint-{checkpoint.step} holds the state of "
-            f"{saved['optimizer']['name']!r}; resume with that, or start another run"
+            f"{saved.optimizer.name!r}; resume with that, or start another run"
         )
-    found = differing_keys(saved, to_dict(config))
-    if checkpoint.state["prompts_a_step"] != prompts_a_step:
-        found.append(f"prompts a step: {checkpoint.state['prompts_a_step']} -> {prompts_a_step}")
+    found = differing_keys(comparable(saved), comparable(config))
+    before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
+    if before != global_batch_size:
+        found.append(f"prompts per step: {before} -> {global_batch_size}")
     if found and not config.allow_config_change:
         raise ConfigError(
             f"resume_from_checkpoint: checkpoint-{checkpoint.step} was trained with another config: "
@@ -79,6 +89,20 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, prompts_a
     if found:
         logger.warning("checkpoint-%d was trained with another config: %s", checkpoint.step, "; ".join(found))
     return config
+
+
+def comparable(config: TrainConfig) -> dict[str, Any]:
+    """A config's plain values without what does nothing: teachers that are disabled, whatever their settings.
+
+    A rule of `prompts.held_out` is written as the texts that it holds out.
+    """
+    values = to_dict(config)
+    values["prompts"]["held_out"] = list(held_out_prompts(config.prompts))
+    staged = {name for stage in config.stages for name in stage.get("teachers", {})}
+    values["teachers"] = {
+        name: own for name, own in values["teachers"].items() if name in config.enabled_teachers or name in staged
+    }
+    return values
 
 
 def differing_keys(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

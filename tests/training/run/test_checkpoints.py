@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prd.training import checkpoints
+from prd.training.run import checkpoints
 from prd.training.run.checkpoints import (
     CheckpointError,
     archive_newer_checkpoints,

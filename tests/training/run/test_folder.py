@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prd.cli import main
-from prd.training.config import ConfigError, load_config
+from prd.errors import ConfigError
+from prd.training.recipes import load_config
 from prd.training.run.folder import (
     check_output_folder,
     check_run,
@@ -30,7 +31,7 @@ def config(folder: Path, *words: str):
 
 def test_a_folder_that_holds_another_run_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", lambda *a, **k: pytest.fail("loaded a model"))
-    monkeypatch.setattr("prd.training.trainer.build_generator", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.training.trainer.build_parts", lambda *a, **k: pytest.fail("loaded a model"))
     (tmp_path / "config.yaml").write_text("seed: 0\n")  # a run that died before its first step is no loss
     (tmp_path / "metrics.jsonl").touch()
     check_output_folder(config(tmp_path))
@@ -53,7 +54,7 @@ def test_a_folder_is_continued_from_its_own_checkpoints_alone(tmp_path, trace):
 
 
 def test_a_folder_that_is_being_written_is_refused_until_its_writer_is_gone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prd.training.trainer.build_generator", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("prd.training.trainer.build_parts", lambda *a, **k: pytest.fail("loaded a model"))
     hold = "import sys, time; from pathlib import Path; from prd.training.run.folder import run_lock\n"
     hold += "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)

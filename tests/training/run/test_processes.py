@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from prd.training import processes
+from prd.training.run import processes
 from prd.training.run.processes import StopRequest, choose_threads, threads_of_user
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}

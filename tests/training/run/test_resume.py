@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from prd.cli import main
-from prd.training.config import ConfigError, TrainConfig, load_config, to_dict
+from prd.errors import ConfigError
+from prd.training.config import TrainConfig
+from prd.training.recipes import load_config, to_dict
 from prd.training.run.checkpoints import Checkpoint, CheckpointError, save_checkpoint
 from prd.training.run.resume import load_resumed, resumed_config
 
@@ -18,7 +20,7 @@ from prd.training.run.resume import load_resumed, resumed_config
 def checkpoint(config: TrainConfig, prompts: int = 4) -> Checkpoint:
     """As a run of `config` with `prompts` a step leaves it."""
     settled = replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
-    return Checkpoint(7, {}, json.loads(json.dumps({"config": to_dict(settled), "prompts_a_step": prompts})))
+    return Checkpoint(7, {}, json.loads(json.dumps({"config": to_dict(settled), "global_batch_size": prompts})))
 
 
 def test_limits_logging_output_and_the_split_of_a_batch_are_free():
@@ -38,7 +40,7 @@ def test_every_differing_key_is_listed_and_may_be_allowed(caplog):
     with pytest.raises(ConfigError) as error:
         resumed_config(load_config("toybox", changed), saved, 8)
     listed = str(error.value)
-    for part in ("checkpoint-7", "optimizer.lr: 0.001 -> 0.002", "seed: 0 -> 3", "prompts a step: 4 -> 8"):
+    for part in ("checkpoint-7", "optimizer.lr: 0.001 -> 0.002", "seed: 0 -> 3", "prompts per step: 4 -> 8"):
         assert part in listed
     assert "teachers.mvdream.guidance_scale: 2.5 -> 4" in listed and "--allow_config_change" in listed
     assert "output_dir" not in listed and "max_train_steps" not in listed
@@ -94,7 +96,7 @@ def test_nothing_is_loaded_before_the_config_is_compared(tmp_path, monkeypatch, 
     def unreachable(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("prd.training.trainer.build_generator", unreachable)
+    monkeypatch.setattr("prd.training.trainer.build_parts", unreachable)
     words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", "--report_to", "null"]
     assert main(["train", *words]) == 2
     assert "seed: 1 -> 0" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Find a saved model, and read what is recorded about its training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from prd.hub.shipped import shipped, shipped_names
+from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CARD, TRAINING_METADATA = "README.md", "record.json"
+IN_RUNS = ("adapter", "generator")  # what a run saves its model as
+METRICS = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
+
+
+def find_model(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder of a saved model: a shipped one, on disk (itself or in a run folder), or from the Hub.
+
+    Raises FileNotFoundError, also where the Hub has no such repository or revision, or does not show it without token,
+    and ValueError for a revision of what is not on the Hub.
+    """
+    path, ours = Path(name_or_path).expanduser(), shipped(name_or_path, "model")
+    if revision is not None and (ours is not None or path.exists()):
+        raise ValueError(f"revision={revision!r}: {name_or_path} is on this disk and has no revisions; leave it out")
+    if ours is not None:
+        return ours
+    if path.is_file():
+        raise FileNotFoundError(f"{path}: is a file; give the folder it lies in, {path.parent}")
+    if path.is_dir():
+        for folder in (path, *(path / name for name in IN_RUNS)):
+            if any((folder / name).is_file() for name in (ADAPTER_CONFIG, WEIGHTS)):
+                return folder
+        raise FileNotFoundError(
+            f"{path}: holds neither {ADAPTER_CONFIG} nor {WEIGHTS}; give a run folder or a saved model"
+        )
+    if not HUB_ID.fullmatch(str(name_or_path)):
+        raise FileNotFoundError(
+            f"{name_or_path}: no such folder; give one of {', '.join(shipped_names())}, a run folder or a Hub id "
+            "'owner/name'"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=[*ADAPTER_FILES, WEIGHTS, TRAINING_METADATA, CARD],
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_training_metadata(folder: Path) -> dict[str, Any]:
+    """Return what is known of a model's training: record.json beside it, else its run folder's scores.json, else {}."""
+    path = folder / TRAINING_METADATA
+    if not path.is_file():
+        path = folder.parent / "scores.json"
+        if folder.name not in IN_RUNS or not path.is_file():
+            return {}
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if path.name != TRAINING_METADATA:
+            metadata = {"measured": {name: part["summary"] for name, part in metadata.items()}}
+        _check(metadata)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        logger.warning("%s: is ignored, for it is no record of a training run (%s)", path, error)
+        return {}
+    return metadata
+
+
+def _check(metadata: object) -> None:
+    """Raise TypeError or ValueError unless the model card can be written of this metadata."""
+    if not isinstance(metadata, dict):
+        raise TypeError(f"it holds a {type(metadata).__name__}, not an object")
+    measured, held_out = metadata.get("measured"), metadata.get("held_out")
+    if not isinstance(held_out, list | None) or not isinstance(measured, dict | None):
+        raise TypeError("held_out must be a list and measured an object")
+    for name, row in (measured or {}).items():
+        if not isinstance(row, dict) or any(type(row[key]) not in (int, float) for key in METRICS if key in row):
+            raise TypeError(f"measured {name!r} must hold numbers by name")

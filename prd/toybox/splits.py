@@ -1,0 +1,48 @@
+"""What is held out of training on the toy box: rules with a name, for `prompts.held_out`, and the splits to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prd.evaluation.benchmark import spread
+from prd.toybox.world import all_captions, single_captions, stack_captions
+
+# ten of the 48 single objects: each colour and each shape of them occurs in another one, which is trained on
+FIFTH_SINGLES = (
+    *("a red torus", "a red arrow", "a green sphere", "a green mug", "a blue wedge"),
+    *("a blue cone", "a yellow mug", "a yellow torus", "a purple arrow", "a cyan cone"),
+)
+
+
+def fifth() -> tuple[str, ...]:
+    """Return a fifth of the world: ten single objects, and every stack that one of them tops, 110 captions."""
+    tops = {caption.words[0]: caption.text for caption in single_captions() if caption.text in FIFTH_SINGLES}
+    stacks: dict[str, list[str]] = {text: [] for text in FIFTH_SINGLES}
+    for caption in stack_captions():
+        if caption.words[0] in tops:
+            stacks[tops[caption.words[0]]].append(caption.text)
+    return (*FIFTH_SINGLES, *(text for texts in stacks.values() for text in texts))
+
+
+RULES = {"fifth": fifth}
+
+
+def held_out_rules() -> dict[str, tuple[str, ...]]:
+    """Return the captions of each rule, in its order."""
+    return {name: rule() for name, rule in RULES.items()}
+
+
+def measured_splits(held_out: Sequence[str], limit: int | None = None) -> dict[str, list[str]]:
+    """Return the captions to measure: all single objects and `limit` evenly spread stacks, each seen or held out.
+
+    A split without captions is left out: {"single_seen": ..., "single_held_out": ..., "stack_seen": ..., ...}.
+    """
+    hidden = set(held_out)
+    splits: dict[str, list[str]] = {}
+    for kind, is_stack in (("single", False), ("stack", True)):
+        for name, wanted in (("seen", False), ("held_out", True)):
+            captions = [c.text for c in all_captions() if c.is_stack == is_stack and (c.text in hidden) == wanted]
+            captions = spread(captions, limit) if is_stack else captions
+            if captions:
+                splits[f"{kind}_{name}"] = captions
+    return splits

@@ -1,0 +1,272 @@
+"""Recipes: YAML files of a `TrainConfig`, which may extend one another, and the stages of a run.
+
+    config = load_config("toybox", ["--optimizer.lr", "1e-3", "--max_train_steps=10"])
+    save_config(config, "runs/a/config.yaml")          # loading it again gives an equal config
+
+A run may have stages, each the recipe with some of its values replaced:
+
+    extends: toybox                                            # another recipe, of which this one changes values
+    stages:
+      - {name: volume, until: 0.6, renderer_schedule: [volume]}    # a share of schedule_steps
+      - {name: mesh, until: 1, renderer_schedule: [surface], optimizer: {lr: 2.0e-4}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from prd.errors import ConfigError
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries
+from prd.training.command_line import parse_overrides, split_config
+from prd.training.config import Stage, TrainConfig
+from prd.training.keys import check_keys, explain, known_keys, leaves
+from prd.training.renamed import renamed
+from prd.utils.files import write_atomic
+from prd.utils.plain_yaml import parse_yaml
+
+STAGED = (  # what a stage may change: keys and sections
+    *("renderer_schedule", "background", "cameras", "renderers", "shading", "teachers", "distillation"),
+    *("regularizers", "optimizer", "trainable", "library", "interpolation"),
+)
+ONCE = ("library.source",)  # of a run, not of a stage; as the class of a part is
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+# -- a config and its plain values -----------------------------------------------------------------------------------
+
+
+def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """Check nested plain values and build the config; `ConfigError` names the key, its value and what is allowed.
+
+    where  what the values were read from, for a warning about names of before
+    """
+    values = renamed(values, where)
+    parts = list(entries(values))
+    known = known_keys(parts)
+    check_keys({key: value for key, value in values.items() if key not in SECTIONS}, known)
+    settings = {part.key: _settings_of(part, known) for part in parts}
+    for name, section in SECTIONS.items():
+        if name in values:
+            own = {part.key.partition(".")[2]: settings[part.key] for part in parts if part.section is section}
+            values[name] = own[""] if section.default is not None else own
+    values["classes"] = {part.key: part.class_name for part in parts if part.named}
+    try:
+        config = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, known)) from None
+    _check_schedule(config)
+    if config.stages:
+        stages_of(config)
+    return config
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """ConfigError if there is no renderer, or one is scheduled that there is not."""
+    if not config.renderers:
+        raise ConfigError("renderers: none is given; give at least one, as renderers: {volume: {}}")
+    chosen = config.renderer_schedule
+    unknown = [name for name in chosen if name not in config.renderers] if isinstance(chosen, tuple) else []
+    if unknown:
+        raise ConfigError(
+            f"renderer_schedule={unknown[0]!r}: must be 'all', 'alternate' or a list of {', '.join(config.renderers)}"
+        )
+
+
+def _settings_of(part: Entry, known: Sequence[str]) -> Any:
+    """The settings of a part, checked by its own class."""
+    check_keys({part.key: part.values} if "." not in part.key else _nested(part.key, part.values), known)
+    try:
+        return TypeAdapter(part.config_class).validate_python(part.values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, known, part.key)) from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as nested plain values, ready for YAML or JSON."""
+    values = _ADAPTER.dump_python(config, mode="json")
+    named = {"model": class_name_of(config, "model"), **values.pop("classes")}
+    for name, section in SECTIONS.items():
+        if section.default is not None:
+            values[name] = _plain_part(values[name], section.shorthand, named.get(name))
+        else:
+            values[name] = {
+                part: _plain_part(own, section.shorthand, named.get(f"{name}.{part}"))
+                for part, own in values[name].items()
+            }
+    return values
+
+
+def _plain_part(own: dict[str, Any], shorthand: str | None, class_name: str | None) -> Any:
+    own = {name: value for name, value in own.items() if name != "generator"}
+    if class_name is None:
+        return own[shorthand] if shorthand is not None and list(own) == [shorthand] else own
+    return {"class": class_name, **own}
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write every value as YAML; `load_config(path)` gives an equal config."""
+    write_atomic(Path(path), dump_config(config))
+
+
+def dump_config(config: TrainConfig) -> str:
+    """Every value as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+# -- files and command lines -----------------------------------------------------------------------------------------
+
+
+def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, or a recipe shipped with the package by its bare name, and apply dotted overrides.
+
+    overrides  command-line words: ["--optimizer.lr", "1e-3", "--seed=1"]
+
+    Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
+    one), a value of the wrong type or outside its range.
+    """
+    values = _read_recipe(config)
+    changes = renamed(parse_overrides(overrides), "the command line", whole=False)
+    for name, section in SECTIONS.items():
+        if section.default is None and name in changes and name not in values:
+            values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
+    return from_dict(merged(values, changes), str(config))
+
+
+def parse_args(argv: Sequence[str]) -> TrainConfig:
+    """The config of a training command line: `--config PATH_OR_NAME` (default "toybox") and dotted overrides."""
+    return load_config(*split_config(argv))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package, each accepted by `--config`."""
+    folder = resources.files("prd") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _find(config: str | Path) -> Path:
+    path = Path(config)
+    if path.is_file():
+        return path
+    if str(config) in shipped_recipes():
+        return Path(str(resources.files("prd") / "configs" / f"{config}.yaml"))
+    raise ConfigError(f"config={str(config)!r}: no such file; give a YAML file or one of {shipped_recipes()}")
+
+
+def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file in the place of those of the recipe that its `extends` names, if it names one."""
+    path = _find(config)
+    values = _read_yaml(path)
+    extended = values.pop("extends", None)
+    values = renamed(values, str(path), whole=extended is None)
+    if extended is None:
+        return values
+    if path in seen:
+        raise ConfigError(f"{path}: extends={extended!r}: extends itself")
+    beside = path.parent / str(extended)
+    base = _read_recipe(beside if beside.is_file() else str(extended), (*seen, path))
+    return merged(base, values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; a config is a mapping of keys to values")
+    return values
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values with those of `changes` in their place; a part of another class keeps none of its settings."""
+    result = dict(values)
+    for key, change in changes.items():
+        place, old = f"{prefix}{key}", result.get(key)
+        if isinstance(change, Mapping) and isinstance(old, Mapping) and not _changes_class(place, key, old, change):
+            change = merged(old, change, f"{place}.")
+        result[key] = change
+    return result
+
+
+def _changes_class(place: str, name: str, old: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    """Whether values that are a part's settings name another class than those before."""
+    section = SECTIONS.get(place.partition(".")[0])
+    if section is None or "class" not in change or ("." in place) != (section.default is None):
+        return False
+    return change["class"] != old.get("class", section.default or name)
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------
+
+
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """The stages of a run in their order; one of all its steps if the config names none.
+
+    A stage's config has `schedule_steps` set to its length: its schedules and its learning rate begin anew, at the
+    step `first`. The last stage has no end of its own. Raises ConfigError for a stage that is not as it must be.
+    """
+    total = config.total_steps
+    if not config.stages:
+        return [Stage("", 0, max(total, config.max_train_steps), replace(config, schedule_steps=total))]
+    stages: list[Stage] = []
+    before = 0.0
+    for index, written in enumerate(config.stages):
+        values, where = dict(written), f"stages[{index}]"
+        until, name = values.pop("until", None), values.pop("name", str(index + 1))
+        first = stages[-1].last if stages else 0
+        if type(until) not in (int, float) or not before < until <= 1:
+            raise ConfigError(f"{where}.until={until!r}: must be a share of the run up to 1, ascending")
+        before, last = until, max(first + 1, round(until * total))
+        own = replace(_staged(config, values, where), schedule_steps=last - first)
+        stages.append(Stage(str(name), first, last, own))
+    if config.stages[-1]["until"] != 1:
+        raise ConfigError(f"stages[{len(stages) - 1}].until={config.stages[-1]['until']}: the last must be 1")
+    return [*stages[:-1], replace(stages[-1], last=max(stages[-1].last, config.max_train_steps))]
+
+
+def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
+    """The config with the values of a stage in their place."""
+    if unknown := sorted(values.keys() - set(STAGED)):
+        raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
+    before = to_dict(config)
+    fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
+    if fixed:
+        raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
+    try:
+        return from_dict(merged({**before, "stages": []}, values))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a stage gives a part of the run another class."""
+    part, _, name = key.rpartition(".")
+    if name != "class":
+        return False
+    target: Any = values
+    for step in key.split("."):
+        target = target[step]
+    section, _, own = part.partition(".")
+    present = not own or own in getattr(config, section)
+    return present and class_name_of(config, part) != target
+
+
+def configured_parts(stages: Sequence[Stage]) -> set[str]:
+    """The dotted keys of the parts that any stage's config names: "teachers.mvdream"."""
+    mappings = [name for name, section in SECTIONS.items() if section.default is None]
+    return {f"{name}.{part}" for stage in stages for name in mappings for part in getattr(stage.config, name)}

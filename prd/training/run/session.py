@@ -1,0 +1,57 @@
+"""What surrounds the steps of a run in one process: its folder before the first, the model after the last."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from prd.evaluation.report import write_report
+from prd.training.recipes import dump_config, save_config, to_dict
+from prd.training.run.checkpoints import archive_newer_checkpoints
+from prd.training.run.clock import TIME_IS_UP
+from prd.training.run.folder import write_environment
+from prd.training.run.resume import plain
+
+if TYPE_CHECKING:
+    from prd.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def begin_session(trainer: Trainer) -> int:
+    """Write the environment and the config, resume, show the prompts as they are; returns the steps done before."""
+    config, main = trainer.config, trainer.accelerator.is_main_process
+    if main:
+        write_environment(trainer.folder, trainer.accelerator.num_processes)
+        save_config(config, trainer.folder / "config.yaml")
+        print(dump_config(config))
+    first = trainer.resume()
+    if main and (later := archive_newer_checkpoints(trainer.folder, first)):
+        names = ", ".join(str(place) for place in later)
+        logger.warning("renamed %d checkpoints newer than step %d: %s", len(later), first, names)
+    if main and first == 0:
+        trainer.validation.before()
+    trainer.accelerator.init_trackers("prd", config=plain(to_dict(config)))
+    return first
+
+
+def report_stop(trainer: Trainer, done: int) -> None:
+    """Say where a run that a signal has stopped goes on."""
+    if was_stopped(trainer) and trainer.accelerator.is_main_process:
+        write_report(trainer.folder)
+        print(f"stopped by {trainer.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
+
+
+def end_session(trainer: Trainer, done: int) -> None:
+    """Save, show and measure the model of a run that has ended."""
+    if trainer.accelerator.is_main_process and not was_stopped(trainer):
+        minutes = trainer.clock.minutes_of_run()
+        trainer.validation.after(done, frames_per_prompt=trainer.frames_per_prompt, minutes=minutes)
+        print(f"run folder: {trainer.folder}  ({trainer.clock.minutes():.1f} minutes)")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def was_stopped(trainer: Trainer) -> bool:
+    """Whether a signal ended the steps, rather than their number or the minutes."""
+    return trainer.stopping not in (None, TIME_IS_UP)

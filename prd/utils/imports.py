@@ -1,0 +1,87 @@
+"""Classes of the user's own, named in a config by their import path.
+
+load_class("my_module.MyTeacher", Teacher)      # the class, or one sentence that says what is wrong with it
+check_members(teacher, Teacher, "teachers.mine")     # an instance: its attributes too
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from prd.errors import ConfigError
+
+
+def load_class(path: str, protocol: type | None = None, *, key: str = "class") -> Any:
+    """The class or function that an import path names, as "my_module.MyTeacher".
+
+    protocol  what it must be: its methods are looked for
+    key       where the path was given, for the message
+
+    Modules are looked for in the current directory too. Raises ConfigError for a path that is no import path, a module
+    that is not found or fails to import, an attribute that it does not have, and missing methods, which it names.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"{key}={path!r}: must be an import path, as my_module.MyClass")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # the console script's path starts at its own folder
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{key}={path!r}: there is no module {module_name!r}; give the import path of an installed module "
+                "or of a file in the current directory"
+            ) from None
+        raise ConfigError(f"{key}={path!r}: importing {module_name!r} failed: {error}") from error
+    except Exception as error:  # whatever the user's file raises
+        raise ConfigError(
+            f"{key}={path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ConfigError(f"{key}={path!r}: {module_name!r} has no class or function {name!r}")
+    if protocol is not None:
+        check_members(found, protocol, f"{key}={path!r}")
+    return found
+
+
+def check_members(found: Any, protocol: type, where: str) -> None:
+    """ConfigError that names what a class or an instance lacks of a protocol: of a class its methods alone."""
+    missing = missing_members(found, protocol)
+    if missing:
+        raise ConfigError(f"{where}: is no {protocol.__name__}: it lacks {', '.join(missing)}")
+
+
+def missing_members(found: Any, protocol: type) -> list[str]:
+    """The public members of a protocol that a class or an instance does not have.
+
+    Of a class only methods and class attributes that it must have before it is made; attributes that are annotated
+    without a value may be set by its `__init__`.
+    """
+    methods, attributes = protocol_members(protocol)
+    needed = methods if isinstance(found, type) else [*methods, *attributes]
+    return [name for name in needed if not hasattr(found, name) or _is_abstract(found, name)]
+
+
+def protocol_members(protocol: type) -> tuple[list[str], list[str]]:
+    """The public methods of a protocol and those it derives from, and their attributes: annotated, or properties."""
+    methods: dict[str, None] = {}
+    attributes: dict[str, None] = {}
+    for base in reversed(protocol.__mro__):
+        if base in (object, Protocol) or not getattr(base, "_is_protocol", False):
+            continue
+        own = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+        methods |= dict.fromkeys(name for name, value in own.items() if not isinstance(value, property))
+        attributes |= dict.fromkeys(name for name, value in own.items() if isinstance(value, property))
+        attributes |= dict.fromkeys(name for name in base.__annotations__ if not name.startswith("_"))
+    return list(methods), [name for name in attributes if name not in methods]
+
+
+def _is_abstract(found: Any, name: str) -> bool:
+    kind = found if isinstance(found, type) else type(found)
+    return bool(getattr(getattr(kind, name, None), "__isabstractmethod__", False))

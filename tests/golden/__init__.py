@@ -1,0 +1,1 @@
+"""Small pictures that renderers must go on drawing."""
