@@ -265,7 +265,7 @@ class UNetTeacher(nn.Module):
                 raise ValueError(f"{what}: {len(rows)} rows for {len(x_t)} images; one for each")
         if self.takes_cameras and (condition.camera is None or len(condition.camera) != len(x_t)):
             given = "none" if condition.camera is None else tuple(condition.camera.shape)
-            raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} is told one camera vector for each")
+            raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} takes one camera vector for each")
         if t.is_floating_point() or t.dtype == torch.bool or bool(((t < 0) | (t >= steps)).any()):
             raise ValueError(f"t={t.tolist()}: must be integers in 0..{steps - 1}")
         predicted = self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
