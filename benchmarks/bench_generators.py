@@ -91,7 +91,7 @@ def train(name: str, args: argparse.Namespace) -> None:
         return
     words = ["--config", recipe, "--output_dir", str(run), "--num_threads", str(args.threads), "--report_to", "null"]
     words += ["--checkpoints_total_limit", "null", "--validation.every_steps", "null", "--validation.stacks", "1"]
-    words += ["--max_train_minutes", "1000", *overrides]
+    words += ["--max_train_minutes", "null", *overrides]
     steps = round(args.steps_scale * recipe_steps(recipe, overrides))
     words += ["--max_train_steps", str(max(4, steps)), "--checkpointing_steps", str(max(1, steps // args.points))]
     if (run / "metrics.jsonl").is_file():

@@ -51,7 +51,7 @@ def test_depths_one_rounding_apart_are_told_apart(backend):
 
 @pytest.mark.parametrize("views", [1, 2, 9])
 def test_bands_and_threads_do_not_change_the_image(views, monkeypatch):
-    monkeypatch.setattr(_raster_numba, "WORK_A_THREAD", 1)
+    monkeypatch.setattr(_raster_numba, "WORK_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     clip, faces = soup(3, views=views)
     expected = rasterize(clip, faces, 33, 20, backend="torch")

@@ -10,19 +10,14 @@ from prd.distillation.multi_teacher import leaf_views, rendering_gradient
 from prd.teachers import Condition, DepthControlTeacher, StableDiffusionTeacher
 from prd.teachers.base import ViewConditioned
 from tests.distillation.stub import ask
-from tests.teachers.tiny import random_views, save_teacher
+from tests.teachers.tiny import random_views, save_controlnet, save_teacher
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("control")
     save_teacher(folder / "sd", "stable_diffusion")
-    unet = UNet2DConditionModel.from_pretrained(folder / "sd" / "unet")
-    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))  # 16 pixels to 8
-    generator = torch.Generator().manual_seed(1)
-    for parameter in control.parameters():  # its ends are zero before training
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    control.save_pretrained(folder / "depth")
+    save_controlnet(folder / "depth", folder / "sd" / "unet")
     return str(folder / "sd"), str(folder / "depth")
 
 
