@@ -3,15 +3,14 @@
 import pytest
 import torch
 
+from prd.fields.fast import evaluate_grid, grid_points
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.isosurface._cube_cases import CORNERS, EDGES, cube_cases
 from prd.isosurface.extract import (
     EmptySurfaceError,
     ensure_surface,
-    evaluate_grid,
     extract_isosurface,
-    grid_points,
     grid_to_meshes,
     meshes_from_slabs,
 )
