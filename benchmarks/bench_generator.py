@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -320,7 +322,7 @@ def main() -> None:
         report[part] = json.loads(done.stdout.splitlines()[-1])
     kind = args.device.split(":")[0]
     path = Path(args.output or Path(__file__).parent / "results" / f"generator_{args.size}_{args.dtype}_{kind}.json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     print(path)
 

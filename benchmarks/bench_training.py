@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +81,7 @@ class Sketch:
         if not (folder / "train_s.py").is_file():
             raise SystemExit(f"--sketch {folder}: holds no train_s.py")
         driver = scratch / "driver.py"
-        driver.write_text(DRIVER)
+        driver.write_text(DRIVER, encoding="utf-8")
         # the same losses as ours: the estimate itself as reference, every teacher on; no end within the run
         options = ["--B", str(batch), "--K", "4", "--N", "40", "--mode", "sds", "--iters", "1000000", "--rgs", "0.1"]
         self.process = subprocess.Popen(

@@ -208,6 +208,7 @@ def _embed(args: argparse.Namespace) -> int:
 TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
 Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
+A recipe's max_train_minutes fits steps and schedules to them; --max_train_steps alone is a fixed number of steps.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):
 """

@@ -1,4 +1,4 @@
-"""The authors' checkpoints of MVDream and RichDreamer as folders in the diffusers layout, once.
+"""Convert the authors' checkpoints of MVDream and RichDreamer to folders in the diffusers layout.
 
 Both are pickles of latent-diffusion modules; they are read as tensors only (`weights_only=True`), every key is
 accounted for, and what is written is safetensors:
@@ -43,7 +43,7 @@ COUNTERS = ("model_ema.decay", "model_ema.num_updates", "logvar")  # of the trai
 
 
 def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
-    """The tensors of an original checkpoint, a plain state dict or one under "state_dict".
+    """Tensors of an original checkpoint, a plain state dict or one under "state_dict".
 
     path: a pickle, a .safetensors file, or a folder whose `unet` holds the same layers without prefix
     ema:  if the file holds both the trained weights and their moving average (keys `model_ema.*` without dots), take
@@ -123,7 +123,7 @@ def schedule_buffers() -> dict[str, Tensor]:
 
 
 def account_for(state: Mapping[str, Tensor], *prefixes: str) -> None:
-    """Raises CheckpointError for a key that is neither converted nor known to be of no use, or another schedule."""
+    """Raise CheckpointError for a key that is neither converted nor known to be unused, or for another schedule."""
     buffers = schedule_buffers()
     left = [k for k in state if not k.startswith((*prefixes, *UNUSED)) and k not in buffers and k not in COUNTERS]
     if left:
@@ -137,7 +137,7 @@ def account_for(state: Mapping[str, Tensor], *prefixes: str) -> None:
 def _heads(
     state: Mapping[str, Tensor], released: dict[str, int], heads: int | None, head_channels: int | None
 ) -> dict[str, int | None]:
-    """The attention heads given, or those of the released model, which its widths must be known by."""
+    """The attention heads given, or those of the released model if the widths are its own."""
     if heads is not None or head_channels is not None:
         return {"heads": heads, "head_channels": head_channels}
     pattern = re.compile(re.escape(UNET) + r"input_blocks\.\d+\.0\.out_layers\.3\.weight")
@@ -151,7 +151,7 @@ def _heads(
 
 
 def _check_kind(unet: UNet2DConditionModel, model: str, context: int, linear: bool) -> None:
-    """Raises CheckpointError unless a converted U-Net can be this model's, and not the other multi-view model's."""
+    """Raise CheckpointError unless a converted U-Net can be this model's, and not the other multi-view model's."""
     config = unet.config
     released = tuple(config.block_out_channels) == WIDTHS
     for what, found, expected in (
@@ -166,7 +166,7 @@ def _check_kind(unet: UNet2DConditionModel, model: str, context: int, linear: bo
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises ValueError for a place to write to that holds something else than a teacher."""
+    """Raise ValueError for an output folder that holds something other than a teacher."""
     if folder.is_file():
         raise ValueError(f"folder={str(folder)!r}: is a file; name a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
@@ -182,7 +182,7 @@ def convert_mvdream(
     base: the Stable Diffusion 2.1 whose text encoder it shares (a Hub id, or a folder beside this one as "../name")
     heads, head_channels: attention heads, or channels of each; 64 channels for a U-Net of the released widths
 
-    Raises CheckpointError for another model, ValueError for a folder that holds something else.
+    Raises CheckpointError for another model, ValueError for a folder that holds other files.
     """
     _check_folder(Path(folder))
     state = read_checkpoint(path)
@@ -226,7 +226,7 @@ def convert_richdreamer(
 
 def _save_settings(folder: Path, config: MVDreamConfig | RichDreamerConfig) -> None:
     stable_diffusion_scheduler().save_pretrained(folder / "scheduler")
-    (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

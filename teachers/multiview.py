@@ -22,7 +22,7 @@ CAMERA_DIMENSIONS = 16  # of every encoding
 
 
 def check_settings(num_views: int, camera_encoding: str, base: str | None) -> None:
-    """Raises ValueError for settings of a multi-view teacher that no model can have."""
+    """Raise ValueError for invalid settings of a multi-view teacher."""
     if not isinstance(num_views, int) or isinstance(num_views, bool) or num_views < 1:
         raise ValueError(f"num_views={num_views!r}: must be a positive integer")
     if camera_encoding not in get_args(CameraEncoding):
@@ -61,7 +61,7 @@ class JointViewAttnProcessor:
 
 
 def set_joint_attention(unet: UNet2DConditionModel, num_views: int) -> None:
-    """Let every self-attention (`attn1`) of `unet` see `num_views` views at once; cross-attention is untouched."""
+    """Let every self-attention (`attn1`) of `unet` span `num_views` views; cross-attention is left unchanged."""
     processors = dict(unet.attn_processors)
     joint = [name for name in processors if name.endswith("attn1.processor")]
     if not joint:
@@ -72,7 +72,7 @@ def set_joint_attention(unet: UNet2DConditionModel, num_views: int) -> None:
 
 
 def camera_vector(cameras: Cameras, encoding: CameraEncoding) -> Tensor:
-    """What a multi-view teacher is told about each camera, [B*V, 16].
+    """Camera input of a multi-view teacher, one vector per image, [B*V, 16].
 
     "mvdream": camera-to-world with its translation scaled to unit length, flattened (MVDream's normalize_camera).
     "richdreamer": the same turned by -90 degrees about z, translation times twice the relative distance (rel_x2).

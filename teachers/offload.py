@@ -1,4 +1,4 @@
-"""Idle teachers in main memory: a teacher's weights visit the device for its call alone."""
+"""Offloading: an idle teacher's weights stay in main memory and are on the device during its calls only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def set_offload(teacher: nn.Module, on: bool = True) -> None:
 
 @contextmanager
 def resident(teacher: object, device: torch.device) -> Iterator[None]:
-    """An offloaded teacher (`set_offload`) on `device` inside the block; any other object is left where it is.
+    """Context in which an offloaded teacher (`set_offload`) is on `device`; any other object is left where it is.
 
     The block must hold the backward pass through the teacher's encoder too. Its weights are frozen, so that leaving
     the block copies nothing back: the tensors in main memory take their place again.

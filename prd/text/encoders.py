@@ -1,4 +1,4 @@
-"""Prompts: encoded once each, by CLIP or T5, and told from which side they are seen."""
+"""Text encoders of prompts (CLIP, T5), each prompt encoded once, and prompts that depend on the view."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FRONT = 45.0  # degrees of azimuth either side of the front, and of the back
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises TypeError if prompts is not a sequence of strings (one string is not)."""
+    """Raise TypeError if `prompts` is not a sequence of strings (one string is not)."""
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts={prompts!r}: must be a list of strings, one for each shape")
 
 
 def view_prompts(prompts: Sequence[str], cameras: Cameras) -> list[str]:
-    """Each prompt with the side it is seen from, for every view: B * V texts, prompt by prompt (DreamFusion, 3.2).
+    """Append to each prompt the side from which each view sees it: B * V texts, prompt by prompt (DreamFusion, 3.2).
 
     Above 60 degrees of elevation "overhead view"; else "front view" within 45 degrees of azimuth 0, "back view" within
     45 of 180, and "side view" between. DreamFusion blends the embeddings of neighbouring sides; here the nearest is
@@ -41,10 +41,10 @@ def view_prompts(prompts: Sequence[str], cameras: Cameras) -> list[str]:
 
 
 class PromptEncoder:
-    """A CLIP text encoder that encodes each distinct prompt once.
+    """A CLIP text encoder with its tokenizer; it encodes each distinct prompt once.
 
-    The last `cache_size` of them are remembered in main memory, whatever the encoder's device: 4096 prompts of Stable
-    Diffusion 2.1 (77 x 1024) are 646 MB in half precision.
+    cache_size  embeddings kept in main memory, whatever the encoder's device: 4096 prompts of Stable Diffusion 2.1
+                (77 x 1024) are 646 MB in half precision
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
@@ -53,7 +53,7 @@ class PromptEncoder:
 
     @property
     def length(self) -> int:
-        """L, the tokens of an embedding."""
+        """Number of tokens L of an embedding."""
         return int(self.model.config.max_position_embeddings)
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class PromptEncoder:
 
 
 class T5PromptEncoder(PromptEncoder):
-    """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt, padding masked inside T5 alone."""
+    """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt; padding is masked inside T5 only."""
 
     length = 77  # of what DeepFloyd IF was trained with; T5 has no limit of its own
 

@@ -1,4 +1,4 @@
-"""Text encoders by themselves: loaded from where a model keeps one, and known by a digest."""
+"""Load a text encoder from a model's folder or file, and identify it by a digest of its weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "
 
 
 class UnknownEncoder(PrdError, ValueError):
-    """No text encoder is where one was said to be, or one of another kind than CLIP's or T5's."""
+    """A place that holds no text encoder, or one that is neither CLIP nor T5."""
 
 
 def encoder_digest(encoder: PromptEncoder) -> str:
-    """What an encoder's numbers depend on: weights and their precision, tokenizer, activation, kind of encoder."""
+    """SHA-256 of everything that an encoder's output depends on: weights, their precision, tokenizer, activation."""
     tokenizer, config = encoder.tokenizer, encoder.model.config
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_padding()  # these two are as the last call left them
@@ -40,7 +40,7 @@ def encoder_digest(encoder: PromptEncoder) -> str:
 
 
 def encoder_hashes(encoder: PromptEncoder) -> dict[str, str]:
-    """What a generator records of its text encoder: hashes of the weights, the same in any precision of them."""
+    """Hashes of a text encoder's weights that a model records, the same in any precision of them."""
     return weights_hash(text_weights(encoder.model), prefix=TEXT)
 
 

@@ -19,7 +19,7 @@ from prd.rendering.patch import PatchRenderer
 from prd.rendering.protocol import Renderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
-from prd.teachers.base import Teacher, TeacherConfig
+from prd.teachers.base import ConfigurableTeacher, TeacherConfig
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
@@ -64,7 +64,7 @@ SECTIONS: dict[str, Section] = {
             "richdreamer": RichDreamerTeacher,
             "deepfloyd": DeepFloydTeacher,
         },
-        Teacher,
+        ConfigurableTeacher,
         config=TeacherConfig,
     ),
     "renderers": Section({"volume": VolumeRenderer, "surface": SurfaceRenderer, "patch": PatchRenderer}, Renderer),
@@ -162,3 +162,18 @@ def class_name_of(config: Any, key: str) -> str:
     settings = getattr(config, name)
     found = [built_in for built_in, kind in section.built_in.items() if type(settings) is kind.config_class]
     return found[0] if found else section.default
+
+
+def split_given_parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config's plain values without parts that have no class, which a user gave to the trainer; and those.
+
+    What such a part is the config does not tell; its settings are compared as they are written.
+    """
+    kept, given = dict(values), dict[str, Any]()
+    for name, section in SECTIONS.items():
+        if section.default is None and isinstance(values.get(name), Mapping):
+            for part, own in values[name].items():
+                if part not in section.built_in and not (isinstance(own, Mapping) and "class" in own):
+                    given[f"{name}.{part}"] = own
+            kept[name] = {part: own for part, own in values[name].items() if f"{name}.{part}" not in given}
+    return kept, given

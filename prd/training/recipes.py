@@ -13,6 +13,7 @@ A run may have stages, each the recipe with some of its values replaced:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -23,13 +24,15 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from prd.errors import ConfigError
-from prd.training.classes import SECTIONS, Entry, class_name_of, entries
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries, split_given_parts
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
 from prd.training.renamed import renamed
 from prd.utils.files import write_atomic
 from prd.utils.plain_yaml import parse_yaml
+
+logger = logging.getLogger(__name__)
 
 STAGED = (  # what a stage may change: keys and sections
     *("renderer_schedule", "background", "cameras", "renderers", "shading", "teachers", "distillation"),
@@ -133,6 +136,9 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
 
     overrides  command-line words: ["--optimizer.lr", "1e-3", "--seed=1"]
 
+    `max_train_steps` among the overrides without `max_train_minutes` is a fixed number of steps: the minutes of the
+    recipe do not apply.
+
     Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
     one), a value of the wrong type or outside its range.
     """
@@ -141,6 +147,14 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     for name, section in SECTIONS.items():
         if section.default is None and name in changes and name not in values:
             values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
+    minutes = values.get("max_train_minutes")
+    if "max_train_steps" in changes and "max_train_minutes" not in changes and minutes is not None:
+        logger.warning(
+            "max_train_steps=%s: a fixed number of steps; the %s minutes of the recipe do not apply (give "
+            "--max_train_minutes as well to have both)",
+            *(changes["max_train_steps"], minutes),
+        )
+        changes["max_train_minutes"] = None
     return from_dict(merged(values, changes), str(config))
 
 
@@ -151,7 +165,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package, each accepted by `--config`."""
-    folder = resources.files("prd") / "configs"
+    folder = resources.files("prd.configs")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -160,7 +174,7 @@ def _find(config: str | Path) -> Path:
     if path.is_file():
         return path
     if str(config) in shipped_recipes():
-        return Path(str(resources.files("prd") / "configs" / f"{config}.yaml"))
+        return Path(str(resources.files("prd.configs") / f"{config}.yaml"))
     raise ConfigError(f"config={str(config)!r}: no such file; give a YAML file or one of {shipped_recipes()}")
 
 
@@ -242,14 +256,19 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """The config with the values of a stage in their place."""
     if unknown := sorted(values.keys() - set(STAGED)):
         raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-    before = to_dict(config)
+    before, given = split_given_parts(to_dict(config))
     fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
     if fixed:
         raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
     try:
-        return from_dict(merged({**before, "stages": []}, values))
+        own = from_dict(merged({**before, "stages": []}, values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    for key in given:  # of the user's own, which the trainer is given
+        section, _, name = key.partition(".")
+        changed: dict[str, Any] = {section: {**getattr(own, section), name: getattr(config, section)[name]}}
+        own = replace(own, **changed)
+    return own
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.distillation.schedules import LinearSchedule
 from prd.rendering.alpha import (
     PUBLISHED_ALPHA_FLOOR,
     LearnedInvStd,
@@ -39,6 +38,7 @@ from prd.rendering.views import published_disparity, published_mesh_depth
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.multiview import camera_vector
 from prd.training.optimizers import Adan
+from prd.utils.checked_types import scheduled
 from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
 from tests.parity.render_scene import WHITE, OnRecordedEdges, Scene, published_images, translation
 
@@ -219,7 +219,7 @@ class RenderParity:
         cameras = self.first("evalcam" if case.startswith("vol_eval") else "cam", views)
         step = int(number[1]) if (number := re.search(r"_step(\d+)$", case)) else 0
         begin, start, end, until = self.config["rgb_grad_shrink"]
-        scale = LinearSchedule(start, end, begin, until)(step)
+        scale = scheduled((start, end), step - begin, until - begin)
         renderer = self.renderer.with_config(replace(self.renderer.config, rgb_gradient_scale=scale))
         scene = self.scene.leaves()
         back = scene.background(cameras.rays(height, width)[1])
@@ -390,8 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="samples a ray of the recorded patch render, which meta.json leaves out (the README: 32 + 16)",
     )
     options = parser.parse_args(arguments)
-    folder = options.folder / "render"
-    return compared(folder, lambda: RenderParity(folder, tuple(options.patch_samples)).run())
+    samples = tuple(options.patch_samples)
+    return compared(options.folder, "render", lambda original: RenderParity(original, samples).run())
 
 
 if __name__ == "__main__":

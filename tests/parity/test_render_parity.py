@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from prd.distillation.schedules import LinearSchedule
-from tests.fixtures import OFFICIAL, needs_fixtures
+from prd.utils.checked_types import scheduled
 from tests.parity.render import GROUPS, main
-
-pytestmark = needs_fixtures
+from tests.recordings import OFFICIAL
 
 
 def failed(printed: str) -> list[str]:
@@ -83,7 +81,6 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 def test_schedules() -> None:
     table = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
     assert len(table) > 5
-    min_step, scale = LinearSchedule(500, 20, 0, 20_000), LinearSchedule(20, 10, 0, 20_000)
     for step, want in table.items():
-        assert int(min_step(int(step))) == want["mv_min_step"]
-        assert scale(int(step)) == pytest.approx(want["mv_guidance_scale"], rel=1e-9)
+        assert int(scheduled((500, 20), int(step), 20_000)) == want["mv_min_step"]
+        assert scheduled((20, 10), int(step), 20_000) == pytest.approx(want["mv_guidance_scale"], rel=1e-9)

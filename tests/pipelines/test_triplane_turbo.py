@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prd import TriplaneTurbo
+from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 
 SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
@@ -89,7 +90,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
         output_type="planes",
         callback_on_step_end=lambda *call: {"latents": torch.zeros_like(call[3]["latents"])},
     ).planes
-    assert not torch.equal(other, plain)
+    assert relative_difference(other, plain) > 100 * ROUNDING
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prd.rendering.views import Views
+from prd.teachers import TeacherOptions
 from prd.training.parts import build_parts
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
@@ -45,6 +46,15 @@ def test_the_page_runs_from_top_to_bottom(folder, capsys):
     assert "gradient_norm/silhouette/volume" in capsys.readouterr().out
     teacher = names["teacher"]
     assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
+
+
+def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
+    names: dict = {}
+    exec(compile(blocks()[0], str(PAGE), "exec"), names)
+    kind = names["SilhouetteTeacher"]
+    settings = kind.config_class(path=folder)
+    teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
+    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
 
 
 def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -124,6 +124,18 @@ def save_deepfloyd(folder: Path) -> Path:
     ).save_pretrained(folder / "tokenizer")
     config = T5Config(vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_controlnet(folder: Path, unet: Path) -> Path:
+    """A tiny random ControlNet for the U-Net in the folder `unet`: images of 16 pixels for latents of 8."""
+    control = ControlNetModel.from_unet(
+        UNet2DConditionModel.from_pretrained(unet), conditioning_embedding_out_channels=(8, 16)
+    )
+    generator = torch.Generator().manual_seed(1)
+    for parameter in control.parameters():  # its ends are zero before training
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    control.save_pretrained(folder)
     return folder
 
 
