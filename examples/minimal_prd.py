@@ -42,7 +42,9 @@ K, BATCH = 4, 2  # estimates per step, prompts per step
 CAMERAS = CamerasConfig(views=4, elevation=(-30, 60), relative_distance=(1.12, 1.12), fovy=50)
 GRID = 32  # nodes per axis; each field is evaluated there once, and rays and isosurface are taken from the grid
 VOLUME = VolumeRenderer(
-    VolumeConfig(height=32, width=32, num_samples=40, num_importance_samples=0, inv_std=64, rgb_weight_gradient_scale=0.1)
+    VolumeConfig(
+        height=32, width=32, num_samples=40, num_importance_samples=0, inv_std=64, rgb_weight_gradient_scale=0.1
+    )
 )
 SURFACE = SurfaceRenderer.from_config(
     SurfaceConfig(height=32, width=32, grid_resolution=GRID, sdf_gradient_scale=0.1, deformation_gradient_scale=0.1)
@@ -95,7 +97,7 @@ class Teachers:
 def render(model: TriplaneTurboModel, latents: list[Tensor], volume: bool) -> tuple[Views, Tensor]:
     """Decode estimates, each [B, 6, 4, h, w], and render them from cameras of their own (lines 10 to 14).
 
-    Returns the views [n, V, ...] and, of the volume renderer, [eikonal loss, sparsity loss]; of the mesh renderer zeros.
+    Returns the views [n, V, ...] and, of the volume renderer, [eikonal loss, sparsity loss]; of the other zeros.
     """
     together = torch.cat(latents)
     grid = GridField(model.decode(together), GRID, len(together), "cpu")
@@ -157,6 +159,7 @@ def main() -> None:
     with torch.no_grad():
         field = model.generate(encoder([args.prompt]), torch.Generator().manual_seed(args.seed))
         (mesh,) = extract_mesh(field, isosurface_resolution=64)
+    assert mesh is not None  # on_empty="raise"
     print(f"{args.prompt}: {mesh.export(args.output)}, {len(mesh.faces)} triangles")
 
 
