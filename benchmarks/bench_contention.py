@@ -49,7 +49,9 @@ def variables(setting: str) -> dict[str, str]:
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
     """Run `loops` processes that compute without end, each in a session of its own."""
-    words = [sys.executable, "-c", "while True: pass"]
+    # a loop ends with its parent, however that ended
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
+    words = [sys.executable, "-c", loop]
     processes = [subprocess.Popen(words, start_new_session=True) for _ in range(loops)]
     try:
         time.sleep(0.5)

@@ -1,7 +1,7 @@
 """Frozen diffusion models that score renderings: Stable Diffusion, MVDream, RichDreamer, DeepFloyd IF."""
 
 from prd.errors import CheckpointError
-from prd.teachers.base import Condition, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
+from prd.teachers.base import Condition, ConfigurableTeacher, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher, DeepFloydTeacherConfig
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
@@ -11,6 +11,7 @@ from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusio
 __all__ = [
     "CheckpointError",
     "Condition",
+    "ConfigurableTeacher",
     "DeepFloydTeacher",
     "DeepFloydTeacherConfig",
     "DepthControlTeacher",

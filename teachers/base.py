@@ -24,8 +24,8 @@ from prd.loading.strict import load_strict
 from prd.rendering.views import Views
 from prd.teachers.loading import CONVERT, PREDICTIONS, load_schedule
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
-from prd.utils.arguments import renamed_argument
 from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Schedule
+from prd.utils.dtypes import accepts_torch_dtype
 
 Resize = Literal["bilinear", "area"]
 
@@ -86,8 +86,7 @@ class Condition:
 class Teacher(Protocol):
     """A frozen diffusion model that scores renderings. B prompts, n = B * num_views images.
 
-    A class of one's own is named in a recipe by its import path (`teachers: {mine: {class: my_module.MyTeacher}}`) and
-    then also has `config_class`, a subclass of `TeacherConfig`, and `from_config`; see `UNetTeacher.from_config`.
+    An instance joins a training run among its parts; a class that a recipe names is a `ConfigurableTeacher`.
     """
 
     name: str
@@ -113,6 +112,25 @@ class Teacher(Protocol):
 
     def predict_noise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Epsilon [n, C, h, w], float32, for x_t [n, C, h, w] at timesteps t [n], without gradient."""
+        ...
+
+
+class ConfigurableTeacher(Teacher, Protocol):
+    """A teacher that a recipe can name by its import path: `teachers: {mine: {class: my_module.MyTeacher}}`.
+
+    config_class  a dataclass of its settings, `TeacherConfig` or a subclass
+    """
+
+    config_class: ClassVar[type[TeacherConfig]]
+
+    @classmethod
+    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> Teacher:
+        """Load the teacher as a training run does, on the CPU.
+
+        config   an instance of `config_class`; `config.path` is a folder or Hub id
+        options  of all teachers of the run; placing and offloading the teacher is left to the caller
+        dtype    of the weights
+        """
         ...
 
 
@@ -247,7 +265,7 @@ class UNetTeacher(nn.Module):
                 raise ValueError(f"{what}: {len(rows)} rows for {len(x_t)} images; one for each")
         if self.takes_cameras and (condition.camera is None or len(condition.camera) != len(x_t)):
             given = "none" if condition.camera is None else tuple(condition.camera.shape)
-            raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} is told one camera vector for each")
+            raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} takes one camera vector for each")
         if t.is_floating_point() or t.dtype == torch.bool or bool(((t < 0) | (t >= steps)).any()):
             raise ValueError(f"t={t.tolist()}: must be integers in 0..{steps - 1}")
         predicted = self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
@@ -262,16 +280,11 @@ class UNetTeacher(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> UNetTeacher:
-        """Load the teacher as a training run does.
-
-        config   an instance of `config_class`; `config.path` is a folder or Hub id
-        options  of all teachers of the run; placing and offloading the teacher is left to the caller
-        dtype    of the weights
-        """
+        """Load the teacher as a training run does; see `ConfigurableTeacher.from_config`."""
         return cls.from_pretrained(config.path, dtype=dtype)
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(cls, folder: str, *, dtype: torch.dtype = torch.float32) -> UNetTeacher:
         """Load a folder or Hub id in the diffusers layout: U-Net, scheduler, tokenizer and text encoder."""
         return cls(**cls.load_parts(str(folder), dtype))

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.text.encoders import T5PromptEncoder
-from prd.utils.arguments import renamed_argument
 from prd.utils.checked_types import CHECKS, Schedule
+from prd.utils.dtypes import accepts_torch_dtype
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -46,7 +46,7 @@ class DeepFloydTeacher(UNetTeacher):
         return cls.from_pretrained(config.path, dtype=dtype, view_dependent=config.view_dependent_prompts)
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(
         cls, folder: str, *, dtype: torch.dtype = torch.float32, view_dependent: bool = False
     ) -> DeepFloydTeacher:

@@ -14,7 +14,7 @@ from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
 from prd.teachers.loading import load_vae_encoder
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
-from prd.utils.arguments import renamed_argument
+from prd.utils.dtypes import accepts_torch_dtype
 
 
 class DepthControlTeacher(StableDiffusionTeacher):
@@ -59,7 +59,7 @@ class DepthControlTeacher(StableDiffusionTeacher):
         self.freeze()
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(  # type: ignore[override]
         cls,
         folder: str,

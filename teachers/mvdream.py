@@ -16,8 +16,8 @@ from prd.teachers.base import TeacherConfig, TeacherOptions
 from prd.teachers.loading import load_vae_encoder, read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
-from prd.utils.arguments import renamed_argument
 from prd.utils.checked_types import CHECKS
+from prd.utils.dtypes import accepts_torch_dtype
 
 NEGATIVE_PROMPT = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
@@ -79,7 +79,7 @@ class MVDreamTeacher(StableDiffusionTeacher):
         return cls.from_pretrained(config.path, dtype=dtype, checkpoint_vae=options.checkpoint_vae)
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(  # type: ignore[override]
         cls,
         folder: str,

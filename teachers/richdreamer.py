@@ -17,8 +17,8 @@ from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
 from prd.teachers.base import Resize, TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
-from prd.utils.arguments import renamed_argument
 from prd.utils.checked_types import CHECKS
+from prd.utils.dtypes import accepts_torch_dtype
 
 INPUT_CONVENTIONS: dict[str, dict[str, Any]] = {
     "richdreamer": {"image_range": (-1.0, 1.0), "resize": "bilinear"},
@@ -103,7 +103,7 @@ class RichDreamerTeacher(UNetTeacher):
         return teacher
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(
         cls, folder: str, *, dtype: torch.dtype = torch.float32, config: RichDreamerConfig | None = None
     ) -> RichDreamerTeacher:

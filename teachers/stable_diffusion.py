@@ -13,8 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import load_vae_encoder
-from prd.utils.arguments import renamed_argument
 from prd.utils.checked_types import CHECKS, Positive
+from prd.utils.dtypes import accepts_torch_dtype
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -78,7 +78,7 @@ class StableDiffusionTeacher(UNetTeacher):
         )
 
     @classmethod
-    @renamed_argument("torch_dtype", "dtype")
+    @accepts_torch_dtype
     def from_pretrained(
         cls,
         folder: str,

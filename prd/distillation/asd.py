@@ -118,8 +118,8 @@ def asd_loss(
     t          [B] or [n] integer timesteps in [0, T); t_plus the same for the second prediction, None for t itself
     noise      [n, C, h, w] standard normal, shared by x_t and x_{t+}
     config     default AsdConfig(); its t_min and t_max are for whoever draws t
-    reference  replaces the second prediction of `config.reference`: a noise prediction [n, C, h, w], a condition that
-               the teacher is asked for, or another model; the last two are asked at t_plus if it is given, else at t
+    reference  replaces the second prediction of `config.reference`: a noise prediction [n, C, h, w], a condition for
+               the teacher to predict with, or another model; the last two predict at t_plus if it is given, else at t
     other      a second condition and its share [n] in [0, 1]: the predictions for both are interpolated
 
     The settings select the expression. `weighting` "dmd": the difference of the two estimates of x over
@@ -144,20 +144,21 @@ def asd_loss(
         a = a_plus = schedule[t].view(-1, 1, 1, 1)
         x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
         own = reference is None and config.reference == "shifted"
-        asked = [(x_t, t)]
+        points = [(x_t, t)]  # where the prompt's own noise is predicted
         passes = [(x_t, t, condition), (x_t, t, condition.negative())]
         if t_plus is not None and (own or not isinstance(reference, Tensor | None)):
             a_plus = schedule[t_plus].view(-1, 1, 1, 1)
             x_plus = a_plus.sqrt() * clean + (1 - a_plus).sqrt() * noise
             if own:
                 passes.append((x_plus, t_plus, condition))
-                asked.append((x_plus, t_plus))
+                points.append((x_plus, t_plus))
         if other is not None:
-            passes += [(noisy, time, other[0]) for noisy, time in asked]
+            passes += [(noisy, time, other[0]) for noisy, time in points]
         if isinstance(reference, Condition):
             passes.append((x_plus, t if t_plus is None else t_plus, reference))
         text, negative, *more = _predict(teacher, passes)
-        text, *shifted = _interpolate([text, *more[: len(asked) - 1]], more[len(asked) - 1 : 2 * len(asked) - 1], other)
+        first, count = [text, *more], len(points)
+        text, *shifted = _interpolate(first[:count], first[count : 2 * count], other)
         guided = negative + guidance_scale * (text - negative)
         if reference is None:
             second = noise if config.reference == "noise" else (shifted or [text])[0]
@@ -188,7 +189,7 @@ def asd_loss(
 
 
 def _surrogate(x: Tensor, gradient: Tensor, weight: Tensor, views: int, mean_over_views: bool) -> AsdResult:
-    """A loss [B] of value sum(gradient^2) / 2 and, at x, exactly that gradient, both over num_views if asked."""
+    """A loss [B] of value sum(gradient^2) / 2 and, at x, exactly that gradient, both over num_views if so set."""
     divisor = views if mean_over_views else 1
     value = 0.5 * gradient.square().reshape(len(x) // views, -1).sum(dim=1) / divisor
     gradient = gradient / divisor

@@ -41,40 +41,16 @@ def distill(
     unless there is one prompt per shape and one generator per prompt.
     """
     check_prompts(prompts)
-    count, device = len(prompts), views.rgb.device
-    if count != views.cameras.batch:
-        raise ValueError(f"prompts: {count} given for renderings of {views.cameras.batch} shapes; one for each")
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-    if not isinstance(generator, torch.Generator) and len(generators) != count:
-        raise ValueError(f"generator: {len(generators)} given for {count} prompts; one for each, or one for all")
-
-    def uniform() -> Tensor:
-        return draw_uniform((count,), generators).to(device)
-
-    def normal(*shape: int) -> Tensor:
-        return draw_normal(shape, generators).to(device)
-
+    if len(prompts) != views.cameras.batch:
+        raise ValueError(f"prompts: {len(prompts)} given for renderings of {views.cameras.batch} shapes; one for each")
+    draws = _Draws(generator, len(prompts), views.rgb.device)
     if teacher.num_views == 1 and views.cameras.views > 1:
-        index = (uniform() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
+        index = (draws.uniform() * views.cameras.views).long().clamp(max=views.cameras.views - 1)
         views = select_views(views, index[:, None])
-    x = teacher.encode(views, noise=normal(count * teacher.num_views, *teacher.input_shape))
+    x = teacher.encode(views, noise=draws.normal(len(prompts) * teacher.num_views, *teacher.input_shape))
 
     def loss(condition: Condition, other: tuple[Condition, Tensor] | None = None) -> AsdResult:
-        t_min, last, t_plus = int(number(config.t_min)), last_timestep(teacher), None
-        t = sample_timesteps(uniform(), t_min, min(config.t_max, last + 1))
-        if settings.eta > 0:
-            t_plus = shifted_timesteps(t, uniform(), settings.eta, t_min, last=last)
-        return asd_loss(
-            teacher,
-            x,
-            condition,
-            t=t,
-            noise=normal(*x.shape),
-            t_plus=t_plus,
-            guidance_scale=number(settings.guidance_scale),
-            config=config,
-            other=other,
-        )
+        return _drawn_loss(teacher, x, condition, settings, config, draws, other)
 
     try:
         first = condition_views(teacher, prompts, views, settings.negative_prompt)
@@ -84,6 +60,53 @@ def distill(
         return interpolated_loss(interpolation, teacher.num_views, first, second, loss)
     except NonFinitePrediction as error:
         raise error.with_texts(prompts) from None
+
+
+class _Draws:
+    """Random numbers for a batch of `count` prompts on a device, from one generator or one per prompt."""
+
+    def __init__(
+        self, generator: torch.Generator | Sequence[torch.Generator], count: int, device: torch.device
+    ) -> None:
+        if not isinstance(generator, torch.Generator) and len(generator) != count:
+            raise ValueError(f"generator: {len(generator)} given for {count} prompts; one for each, or one for all")
+        self.generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        self.count, self.device = count, device
+
+    def uniform(self) -> Tensor:
+        """Uniform in [0, 1), one per prompt."""
+        return draw_uniform((self.count,), self.generators).to(self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal of a shape whose first axis holds the prompts one after the other."""
+        return draw_normal(shape, self.generators).to(self.device)
+
+
+def _drawn_loss(
+    teacher: Teacher,
+    x: Tensor,
+    condition: Condition,
+    settings: TeacherConfig,
+    config: AsdConfig,
+    draws: _Draws,
+    other: tuple[Condition, Tensor] | None,
+) -> AsdResult:
+    """`asd_loss` with timestep, shift (if eta > 0) and noise drawn in this order."""
+    t_min, last, t_plus = int(number(config.t_min)), last_timestep(teacher), None
+    t = sample_timesteps(draws.uniform(), t_min, min(config.t_max, last + 1))
+    if settings.eta > 0:
+        t_plus = shifted_timesteps(t, draws.uniform(), settings.eta, t_min, last=last)
+    return asd_loss(
+        teacher,
+        x,
+        condition,
+        t=t,
+        noise=draws.normal(*x.shape),
+        t_plus=t_plus,
+        guidance_scale=number(settings.guidance_scale),
+        config=config,
+        other=other,
+    )
 
 
 def condition_views(teacher: Teacher, prompts: Sequence[str], views: Views, negative_prompt: str = "") -> Condition:

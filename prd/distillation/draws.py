@@ -1,8 +1,8 @@
 """Random numbers that belong to a sample, not to a batch.
 
-Every draw of training is keyed by (seed, optimiser step, index of the sample in the whole step, stream), and what an
-estimate is seen and judged by also by its k, so that a step is the same however its samples are shared out over
-processes, batches, accumulation and estimates judged at once, and after a resume.
+Every draw of training is keyed by (seed, optimizer step, index of the sample in the whole step, stream); the draws for
+one of the K estimates (cameras, teachers) are also keyed by its k. A step is then the same however its samples are
+split over processes, batches, accumulation and rollout batches, and after a resume.
 """
 
 from __future__ import annotations

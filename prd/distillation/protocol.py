@@ -1,4 +1,4 @@
-"""The interface of a distillation loss: what `distillation: {class: my_module.MyLoss}` of a recipe names."""
+"""Protocol of distillation losses; a recipe names one with `distillation: {class: my_module.MyLoss}`."""
 
 from __future__ import annotations
 

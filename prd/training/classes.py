@@ -19,7 +19,7 @@ from prd.rendering.patch import PatchRenderer
 from prd.rendering.protocol import Renderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
-from prd.teachers.base import Teacher, TeacherConfig
+from prd.teachers.base import ConfigurableTeacher, TeacherConfig
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
@@ -64,7 +64,7 @@ SECTIONS: dict[str, Section] = {
             "richdreamer": RichDreamerTeacher,
             "deepfloyd": DeepFloydTeacher,
         },
-        Teacher,
+        ConfigurableTeacher,
         config=TeacherConfig,
     ),
     "renderers": Section({"volume": VolumeRenderer, "surface": SurfaceRenderer, "patch": PatchRenderer}, Renderer),

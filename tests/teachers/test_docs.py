@@ -48,6 +48,15 @@ def test_the_page_runs_from_top_to_bottom(folder, capsys):
     assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
 
 
+def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
+    names: dict = {}
+    exec(compile(blocks()[0], str(PAGE), "exec"), names)
+    kind = names["SilhouetteTeacher"]
+    settings = kind.config_class(path=folder)
+    teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
+    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
+
+
 def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
     """As the page says: among the parts of the run."""
     names: dict = {}
@@ -58,12 +67,3 @@ def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
     parts.teachers["silhouette"] = names["SilhouetteTeacher"].from_pretrained(folder)
     row = Trainer(config, parts).train_step(0)
     assert row["gradient_norm/silhouette/volume"] > 0
-
-
-def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
-    names: dict = {}
-    exec(compile(blocks()[0], str(PAGE), "exec"), names)
-    kind = names["SilhouetteTeacher"]
-    settings = kind.config_class(path=folder)
-    teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
-    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)

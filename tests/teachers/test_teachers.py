@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prd.cameras import orbit_cameras
-from prd.teachers import Condition, MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher
+from prd.teachers import MVDreamTeacher, RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.base import epsilon_from, to_images
 from prd.text.encoders import view_prompts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
@@ -15,31 +15,6 @@ from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teach
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("kind", TEACHERS)
-def test_encode_reaches_the_rendering_and_prediction_does_not(tmp_path, kind):
-    teacher = tiny_teacher(tmp_path, kind)
-    views = random_views(2, teacher.num_views)
-    views = replace(views, rgb=views.rgb.requires_grad_(), normal=views.normal.requires_grad_())
-    x = teacher.encode(views)
-    assert x.shape == (2 * teacher.num_views, 4, 8, 8) and x.dtype == torch.float32
-    used, unused = (views.normal, views.rgb) if kind == "richdreamer" else (views.rgb, views.normal)
-    (gradient,) = torch.autograd.grad(x.square().sum(), used)
-    assert gradient.abs().max() > 0 and not unused.grad
-    condition = teacher.condition(["a b", "c"], views.cameras, "d")
-    epsilon = teacher.predict_noise(x, torch.full((len(x),), 500), condition)
-    assert epsilon.shape == x.shape and not epsilon.requires_grad and epsilon.std() > 0
-    other = teacher.predict_noise(x, torch.full((len(x),), 500), condition.negative())
-    assert not torch.allclose(epsilon, other)
-
-
-@pytest.mark.parametrize("kind", TEACHERS)
-def test_frozen_and_always_in_evaluation_mode(tmp_path, kind):
-    teacher = tiny_teacher(tmp_path, kind)
-    torch.nn.ModuleList([teacher]).train()
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert not any(module.training for module in teacher.modules())
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "richdreamer"])
@@ -55,15 +30,6 @@ def test_views_of_a_prompt_see_each_other_and_their_cameras_only(tmp_path, kind)
     assert changed.tolist() == [True] * 4 + [False] * 4
     turned = replace(condition, camera=condition.camera.roll(1, 0))
     assert not torch.allclose(teacher.predict_noise(x, t, turned), before, atol=1e-5)
-
-
-def test_passes_in_one_call_equal_single_calls(tmp_path):
-    teacher = tiny_teacher(tmp_path, "mvdream")
-    condition = teacher.condition(["a"], random_views(1, 4).cameras, "b")
-    x, t = draw(4, 4, 8, 8), torch.full((4,), 300)
-    both = teacher.predict_noise(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, condition.negative()]))
-    torch.testing.assert_close(both[:4], teacher.predict_noise(x, t, condition), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(both[4:], teacher.predict_noise(x, t, condition.negative()), atol=1e-6, rtol=1e-5)
 
 
 def test_epsilon_from_every_parameterisation():
@@ -162,15 +128,6 @@ def test_text_encoder_shared_with_stable_diffusion(tmp_path):
     torch.testing.assert_close(teacher.prompt_encoder(["a"]), sd.prompt_encoder(["a"]))
 
 
-def test_half_precision_teacher_keeps_float32_outside(tmp_path):
-    teacher = TEACHERS["mvdream"].from_pretrained(save_teacher(tmp_path, "mvdream"), dtype=torch.bfloat16)
-    assert teacher.unet.dtype == teacher.vae.dtype == torch.bfloat16 and teacher.alphas_cumprod.dtype == torch.float32
-    views = random_views(1, 4)
-    x = teacher.encode(views)
-    epsilon = teacher.predict_noise(x, torch.full((4,), 10), teacher.condition(["a"], views.cameras))
-    assert x.dtype == epsilon.dtype == torch.float32 and torch.isfinite(epsilon).all()
-
-
 def test_sides_are_told_by_dreamfusions_thresholds():
     azimuth = torch.tensor([[0.0, 44.0, -46.0, 90.0, 136.0, 180.0, -134.0, 0.0, 180.0]])
     elevation = torch.tensor([[0.0, 59.9, 0.0, 59.0, 0.0, -20.0, 0.0, 61.0, 80.0]])
@@ -195,31 +152,10 @@ def test_view_dependent_prompts_reach_stable_diffusion(tmp_path):
     torch.testing.assert_close(plain(["a", "b"], behind).prompt_embeds, encode(["a", "b"]))
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_settings_and_noise_are_named(tmp_path):
     teacher = tiny_teacher(tmp_path, "mvdream")
-    views = random_views(2, 4)
-    condition = teacher.condition(["a", "b"], views.cameras)
-    for t in (torch.full((8,), 1000), torch.full((8,), -1), torch.zeros(8)):
-        with pytest.raises(ValueError, match=r"t=.*must be integers in 0..999"):
-            teacher.predict_noise(torch.zeros(8, 4, 8, 8), t, condition)
-    with pytest.raises(ValueError, match="8 x 8"):
-        teacher.predict_noise(torch.zeros(8, 4, 16, 16), torch.zeros(8).long(), condition)
-    with pytest.raises(ValueError, match="square"):
-        teacher.encode(replace(views, rgb=views.rgb[:, :, :8]))
-    with pytest.raises(ValueError, match="prompts: 1 given for 2"):
-        teacher.condition(["a"], views.cameras)
-    with pytest.raises(ValueError, match="views=3"):
-        teacher.encode(random_views(1, 3))
-    with pytest.raises(TypeError, match="list of strings"):
-        teacher.condition("ab", views.cameras)
-    with pytest.raises(TypeError, match="list of strings"):
-        teacher.condition(["a", 3], views.cameras)
     with pytest.raises(ValueError, match="noise="):
-        teacher.encode(views, noise=torch.zeros(1))
-    with pytest.raises(ValueError, match="4 channels"):
-        teacher.predict_noise(
-            torch.zeros(8, 3, 8, 8), torch.zeros(8).long(), teacher.condition(["a", "b"], views.cameras)
-        )
+        teacher.encode(random_views(2, 4), noise=torch.zeros(1))
     (tmp_path / "teacher_config.json").write_text(json.dumps({"camera_encodng": "fourier"}))
     with pytest.raises(ValueError, match="camera_encodng is no setting"):
         MVDreamTeacher.from_pretrained(tmp_path)

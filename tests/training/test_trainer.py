@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.teachers import DepthControlTeacher
 from prd.training import objective
@@ -279,7 +280,7 @@ def test_gradient_checkpointing_changes_no_number(toybox):
 
 def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monkeypatch, caplog):
     trainer = make("--validation.spread_steps", "2", "--schedule_steps", "4", "--validation.prompts", "[]")
-    held_out = trainer.config.prompts.held_out
+    held_out = held_out_prompts(trainer.config.prompts)
     assert len(trainer.validation.watched) == 4 and set(trainer.validation.watched) <= set(held_out)
     assert trainer.validation.spread() == trainer.validation.spread() > 0
     spreads = iter([0.05, 0.04, 0.001])

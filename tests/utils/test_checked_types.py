@@ -63,12 +63,11 @@ def test_the_smallest_timestep_of_the_loss_moves() -> None:
 
 def test_the_released_recipe_comes_to_the_recorded_values() -> None:
     config = load_config("triplane_turbo_sd21")
-    total = config.schedule_steps or config.max_train_steps
     recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
     assert {"0", "1", "20000"} <= recorded.keys()
     for step, values in recorded.items():
-        loss = resolved(config.distillation, int(step), total)
+        now = resolved(config, int(step), config.total_steps)
+        loss = now.distillation
         for name in ("mv", "rd", "sd"):
             assert int(number(loss.t_min)) == values[f"{name}_min_step"] and loss.t_max == values[f"{name}_max_step"]
-        mvdream = resolved(config.teachers["mvdream"], int(step), total)
-        assert mvdream.guidance_scale == pytest.approx(values["mv_guidance_scale"], rel=1e-9)
+        assert now.teachers["mvdream"].guidance_scale == pytest.approx(values["mv_guidance_scale"], rel=1e-9)
