@@ -103,7 +103,7 @@ class Run:
 
 
 def load_pool(args: argparse.Namespace) -> ViewPool:
-    """The renderings all stages share; made once a process from the seed."""
+    """The renderings all stages share; made once per process from the seed."""
     if getattr(args, "pool", None) is None:
         print(f"rendering {args.sets} four-view sets of every shape and stack")
         args.pool = ViewPool(args.sets, torch.Generator().manual_seed(args.seed))

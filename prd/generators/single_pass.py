@@ -174,7 +174,7 @@ class SinglePassModel(nn.Module):
             )
 
     def fits_encoder(self, hashes: Mapping[str, str]) -> bool:
-        """Whether a text encoder with these `encoder_hashes` may be the one it was trained with."""
+        """Return True if a text encoder with these `encoder_hashes` may be the one it was trained with."""
         return self.text_hash is None or same_weights(self.text_hash, hashes, TEXT)
 
     # -- saving and loading ------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Budget:
         self.marked = self.clock()  # when it was reached; set again after the warm-up
 
     def due(self, done: int) -> bool:
-        """Whether a number is to be fitted after `done` steps; to be called after every step.
+        """Return True if a number of steps is to be fitted after `done` steps; to be called after every step.
 
         Depends on the steps alone, so that all processes ask for a number after the same ones.
         """

@@ -71,7 +71,7 @@ class StepPlan:
         return self.stages[index]
 
     def out_of_time(self) -> bool:
-        """Whether the main process has run far longer than `max_train_minutes`, in spite of the number fitted."""
+        """Return True if the main process has run far longer than `max_train_minutes`, despite the number fitted."""
         limit = self.config.max_train_minutes
         return limit is not None and self.accelerator.is_main_process and self.clock.minutes() > HARD_LIMIT * limit
 

@@ -217,7 +217,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any], prefix: str = 
 
 
 def _changes_class(place: str, name: str, old: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
-    """Whether values that are a part's settings name another class than those before."""
+    """Return True if values that are a part's settings name another class than those before."""
     section = SECTIONS.get(place.partition(".")[0])
     if section is None or "class" not in change or ("." in place) != (section.default is None):
         return False
@@ -272,7 +272,7 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a stage gives a part of the run another class."""
+    """Return True if a stage gives a part of the run another class."""
     part, _, name = key.rpartition(".")
     if name != "class":
         return False

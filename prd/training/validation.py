@@ -1,4 +1,4 @@
-"""What is generated, drawn and measured before, during and after training."""
+"""Generate, draw and measure meshes before, during and after training."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Validation:
 
     @torch.no_grad()
     def spread(self) -> float:
-        """How far the shapes of the watched prompts differ, all from the same noise."""
+        """Return how far the shapes of the watched prompts differ, all from the same noise."""
         generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
         embeds = self.text_encoder(self.watched).to(self.model.device)
         shapes = make_fields(self.model, embeds, generators, self.config.validation.num_inference_steps)

@@ -69,7 +69,7 @@ def check_output_folder(config: TrainConfig) -> None:
 
 
 def _traces_of_a_run(folder: Path) -> str:
-    """What a run has left in a folder, in words; empty if it has not taken a step there."""
+    """Describe in words the files that a run has left in a folder; empty if it has not taken a step there."""
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size:
         return metrics.name
@@ -156,7 +156,7 @@ def open_metrics(path: Path, steps: int) -> TextIO:
 
 
 def metrics_line(steps: int, values: Mapping[str, float]) -> str:
-    """What was measured after `steps`, to five digits, as a line of metrics.jsonl; null is what is no finite number."""
+    """Return the measures after `steps`, to five digits, as a line of metrics.jsonl; null if not a finite number."""
     rounded = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": steps, **rounded}, allow_nan=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a run says of its steps: the progress bar, `metrics.jsonl` and the tracker."""
+"""Reports of a run about its steps: the progress bar, `metrics.jsonl` and the tracker."""
 
 from __future__ import annotations
 

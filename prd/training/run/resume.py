@@ -1,4 +1,4 @@
-"""What a run continues from: the checkpoint its config names, and whether that was trained with the same config."""
+"""Find the checkpoint that a run continues from, and check that it was trained with the same config."""
 
 from __future__ import annotations
 

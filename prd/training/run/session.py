@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run in one process: its folder before the first, the model after the last."""
+"""Session of a run in one process, around its steps: its folder before the first, the model after the last."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ def end_session(trainer: Trainer, done: int) -> None:
 
 
 def was_stopped(trainer: Trainer) -> bool:
-    """Whether a signal ended the steps, rather than their number or the minutes."""
+    """Return True if a signal ended the steps, rather than their number or the minutes."""
     return trainer.stopping not in (None, TIME_IS_UP)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: all that the next optimiser step depends on."""
+"""Snapshot of a run, which its checkpoints hold: all that the next optimiser step depends on."""
 
 from __future__ import annotations
 
