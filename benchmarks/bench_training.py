@@ -142,14 +142,14 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     import prd.training.objective as judging
 
-    student = trainer.model
+    student, text = trainer.model, trainer.parts.text_encoder
     patches = [
         mock.patch.object(student, "denoise", timed("student: U-Net", student.denoise)),
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
         mock.patch.object(judging, "multi_teacher_loss", timed("teachers", judging.multi_teacher_loss)),
-        mock.patch.object(trainer.batches, "encoder", timed("text", trainer.batches.encoder)),
+        mock.patch.object(text, "encode", timed("text", text.encode)),
     ]
     for patch in patches:
         patch.start()

@@ -21,15 +21,14 @@ from prd.teachers.base import Condition, Teacher, TeacherConfig
 from prd.training.parts import build_parts
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
-from prd.utils.checked_types import CHECKS, Count, Positive, PositiveSchedule, number
+from prd.utils.checked_types import CHECKS, Positive, PositiveSchedule, number
 
 
 @settings(frozen=True, kw_only=True, config=CHECKS)
 class RegressionConfig:
     """Settings of `RegressionLoss`."""
 
-    t_min: PositiveSchedule = (500.0, 20.0)  # smallest teacher timestep, of 1000
-    t_max: Count = 980  # end of the timesteps drawn, excluded
+    t_min: PositiveSchedule = (500.0, 20.0)  # smallest teacher timestep; the largest is 979 of 1000
     delta: Positive = 1.0  # Huber's: a value of x that is further away pulls no harder
 
 
@@ -61,7 +60,7 @@ class RegressionLoss:
             views = select_views(views, (draw_uniform((count, 1), draws).to(device) * views.cameras.views).long())
         x = teacher.encode(views, noise=draw_normal((count * views_each, *teacher.input_shape), draws).to(device))
         with torch.no_grad():
-            t = number(config.t_min) + draw_uniform((count,), draws) * (config.t_max - number(config.t_min))
+            t = number(config.t_min) + draw_uniform((count,), draws) * (980 - number(config.t_min))
             t = t.long().to(device).repeat_interleave(views_each)  # [n], as x is [n, C, h, w]
             a = teacher.alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
             x_t = a.sqrt() * x + (1 - a).sqrt() * draw_normal(x.shape, draws).to(device)

@@ -38,7 +38,7 @@ from prd.toybox import asset
 from prd.utils.checked_types import scheduled
 
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
-K, BATCH = 4, 2  # estimates per step, prompts per step
+K, BATCH, STEPS = 4, 2, 100  # estimates per step, prompts per step, optimiser steps
 CAMERAS = CamerasConfig(views=4, elevation=(-30, 60), relative_distance=(1.12, 1.12), fovy=50)
 GRID = 32  # nodes per axis; each field is evaluated there once, and rays and isosurface are taken from the grid
 VOLUME = VolumeRenderer(
@@ -147,7 +147,7 @@ def train(model: TriplaneTurboModel, encoder: PromptEncoder, prompts: list[str],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default=PROMPTS[0], help="what is made at the end; trained on as well")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", default="minimal.glb", help="file ending in .glb, .obj or .ply")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

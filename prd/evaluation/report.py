@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prd.errors import PrdError
+from prd.training.renamed import with_todays_keys
 from prd.utils.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def read_run(folder: str | Path) -> Run:
         raise RunError(f"{folder}: no run folder ({error})") from None
     if not isinstance(config, dict):
         raise RunError(f"{folder}: its config.yaml is no mapping")
+    config, _ = with_todays_keys(config)  # of a run of before: its keys are compared with today's
     return Run(folder, _flat(config), _read_metrics(folder / "metrics.jsonl"), sessions, scores)
 
 

@@ -155,6 +155,11 @@ class SinglePassModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and deepcopy by settings and tensors: torch pickles no layers with a spectral norm."""
+        learns = [parameter.requires_grad for parameter in self.parameters()]
+        return _rebuilt, (type(self), self.config, dict(self.state_dict()), self.text_hash, self.training, learns)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that requires a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -237,3 +242,22 @@ def _settings(cls: type[SinglePassModel], folder: Path, values: dict[str, Any]) 
         return cls.config_class(**values)
     except ValueError as error:
         raise ModelMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
+
+
+def _rebuilt(
+    kind: type[SinglePassModel],
+    config: Any,
+    state: dict[str, Tensor],
+    text_hash: dict[str, str] | None,
+    training: bool,
+    learns: Sequence[bool],
+) -> SinglePassModel:
+    """The model that was pickled as these, on the device and in the precision of its tensors."""
+    model = kind(config)
+    floats = [tensor for tensor in state.values() if tensor.is_floating_point()]
+    model.to(device=floats[0].device, dtype=floats[0].dtype)
+    model.load_state_dict(state, strict=True)
+    model.text_hash = text_hash
+    for parameter, learn in zip(model.parameters(), learns, strict=True):
+        parameter.requires_grad_(learn)
+    return model.train(training)

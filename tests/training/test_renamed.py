@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prd.evaluation.report import differences, find_runs
 from prd.training.recipes import from_dict, load_config, to_dict
 from prd.training.renamed import renamed
 from prd.training.run.checkpoints import Checkpoint
@@ -80,3 +81,16 @@ def test_todays_keys_stay_as_they_are():
     with pytest.warns(FutureWarning, match="volume is renderers.volume"):
         mixed = renamed({"volume": {"height": 8, "width": 8}, "renderers": {"volume": {"height": 4}}}, "x", whole=False)
     assert mixed == {"renderers": {"volume": {"height": 4, "width": 8}}}  # today's value counts
+
+
+def test_the_table_of_runs_compares_an_old_run_with_one_of_today(tmp_path):
+    for name, values in (
+        ("old", yaml.safe_load((OLD / "run_config.yaml").read_text())),
+        ("new", to_dict(load_config(OLD / "run_config.yaml", ["--renderers.volume.height", "16"]))),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    new, old = differences(find_runs(tmp_path))
+    assert (old["renderers.volume.height"], new["renderers.volume.height"]) == (32, 16)
+    assert not {"estimates_at_once", "model.generator", "volume.height"} & (old.keys() | new.keys())
