@@ -69,7 +69,7 @@ class RegressionLoss:
             text, empty = teacher.predict_noise(*both).chunk(2)
             target = (x_t - (1 - a).sqrt() * torch.lerp(empty, text, number(settings.guidance_scale))) / a.sqrt()
             gradient = (x - target).clamp(-config.delta, config.delta) / views_each
-        loss = F.huber_loss(x, target, reduction="none", delta=config.delta).view(count, -1).sum(1) / views_each
+        loss = F.huber_loss(x, target, reduction="none", delta=config.delta).reshape(count, -1).sum(1) / views_each
         return AsdResult(loss, gradient, weight=(x - target).detach().abs().flatten(1).mean(1))
 
 
