@@ -67,7 +67,7 @@ def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise ImportError(
-            "xformers is not installed: pip install 'prd[cuda]' where CUDA is, or keep torch's own attention"
+            "xformers is not installed: pip install xformers where CUDA is, or keep torch's own attention"
         ) from error
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

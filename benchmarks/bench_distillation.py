@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -367,7 +369,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     parts = ["distillation", args.size, args.dtype, *(["memory"] if args.sum_only else args.devices)]
     path = args.output / ("_".join([*parts, *(["offload"] if args.offload else [])]) + ".json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,38 +137,20 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
-    """A sentence to a mesh with a colour a vertex: every call's stages, and the peak memory of the process."""
-    from prd.utils.memory import keep_freed_memory
-
-    keeps = args.keep_memory and keep_freed_memory()
-    dtype, device = DTYPES[args.dtype], args.device
-    memory = PeakMemory(device)
-    pipe = build(args.size, dtype, device)
-    memory.lap("models")
-    fusing = seconds(pipe.fuse, device)
-    memory.lap("fuse")
-    generator = torch.Generator().manual_seed(0)
-    student, encoder = pipe.model, pipe.encoder
-    embeds = encoder([PROMPT]).to(student.device)
-    latents = student.draw_latents(1, generator)
-    with torch.no_grad():
-        work = {
-            "text": flops(lambda: encoder.encode([PROMPT])),
-            "step": flops(lambda: student.predict(latents, 999, embeds)),
-            "decode": flops(lambda: student.decode_planes(latents)),
-        }
-        field = student.decode(latents)
-        surface = {"isosurface": flops(lambda: field.grid(args.resolution, rgb=False))}
-    runs, stamps = [], []
+def timed_calls(
+    pipe: Any, args: argparse.Namespace, latents: torch.Tensor, memory: PeakMemory
+) -> tuple[list[dict[str, Any]], Any]:
+    """The seconds of every stage and step of each repeated call, and what the last one returned."""
+    runs: list[dict[str, Any]] = []
+    stamps: list[float] = []
 
     def stamp(*_: Any) -> None:
-        synchronize(device)
+        synchronize(args.device)
         stamps.append(time.perf_counter())
 
     result = None
     for _ in range(args.repeats):
-        encoder.encoded.clear()
+        pipe.encoder.encoded.clear()
         stamps.clear()
         memory.reset()
         start = time.perf_counter()
@@ -181,6 +165,33 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
         total = time.perf_counter() - start
         steps = [b - a for a, b in pairwise([start + result.seconds["text"], *stamps])]
         runs.append({**result.seconds, "steps": steps, "total": total})
+    return runs, result
+
+
+def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
+    """A sentence to a mesh with a colour per vertex: every call's stages, and the peak memory of the process."""
+    from prd.utils.memory import keep_freed_memory
+
+    keeps = args.keep_memory and keep_freed_memory()
+    dtype, device = DTYPES[args.dtype], args.device
+    memory = PeakMemory(device)
+    pipe = build(args.size, dtype, device)
+    memory.lap("models")
+    fusing = seconds(pipe.fuse, device)
+    memory.lap("fuse")
+    generator = torch.Generator().manual_seed(0)
+    model, encoder = pipe.model, pipe.encoder
+    embeds = encoder([PROMPT]).to(model.device)
+    latents = model.draw_latents(1, generator)
+    with torch.no_grad():
+        work = {
+            "text": flops(lambda: encoder.encode([PROMPT])),
+            "step": flops(lambda: model.predict(latents, 999, embeds)),
+            "decode": flops(lambda: model.decode_planes(latents)),
+        }
+        field = model.decode(latents)
+        surface = {"isosurface": flops(lambda: field.grid(args.resolution, rgb=False))}
+    runs, result = timed_calls(pipe, args, latents, memory)
     memory.lap("call")
     mesh = result.meshes[0]
     if args.mesh:
@@ -190,7 +201,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     )
     best = min(runs, key=lambda run: run["total"])
     with torch.no_grad():
-        points = torch.from_numpy(mesh.vertices)[None].to(student.device)
+        points = torch.from_numpy(mesh.vertices)[None].to(model.device)
         surface["mesh"] = flops(lambda: field.rgb(points))
     rate, exact_rate = matmul_rate(dtype, device), matmul_rate(torch.float32, device)
     floor = {name: count / rate for name, count in work.items()}
@@ -320,7 +331,7 @@ def main() -> None:
         report[part] = json.loads(done.stdout.splitlines()[-1])
     kind = args.device.split(":")[0]
     path = Path(args.output or Path(__file__).parent / "results" / f"generator_{args.size}_{args.dtype}_{kind}.json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     print(path)
 

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -91,13 +93,13 @@ def train(name: str, args: argparse.Namespace) -> None:
         return
     words = ["--config", recipe, "--output_dir", str(run), "--num_threads", str(args.threads), "--report_to", "null"]
     words += ["--checkpoints_total_limit", "null", "--validation.every_steps", "null", "--validation.stacks", "1"]
-    words += ["--max_train_minutes", "1000", *overrides]
+    words += ["--max_train_minutes", "null", *overrides]
     steps = round(args.steps_scale * recipe_steps(recipe, overrides))
     words += ["--max_train_steps", str(max(4, steps)), "--checkpointing_steps", str(max(1, steps // args.points))]
     if (run / "metrics.jsonl").is_file():
         words += ["--resume_from_checkpoint", "latest", "--start_afresh"]
     args.folder.mkdir(parents=True, exist_ok=True)
-    with (args.folder / f"{run.name}.log").open("a") as log:
+    with (args.folder / f"{run.name}.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-m", "prd.cli", "train", *words], stdout=log, stderr=log, cwd=HERE.parent
         )
@@ -127,7 +129,7 @@ def recipe_steps(recipe: str, overrides: list[str]) -> int:
 def own_scores(name: str, folder: Path) -> dict[str, Any]:
     """The score of the one prompt that a per-prompt run was trained for."""
     prompt = RUNS[name][1][-1][1:-1]
-    splits = json.loads((place(folder, name) / "scores.json").read_text())
+    splits = json.loads((place(folder, name) / "scores.json").read_text(encoding="utf-8"))
     (score,) = [s for part in splits.values() for s in part["scores"] if s["prompt"] == prompt]
     return score
 

@@ -90,7 +90,7 @@ def save_tokenizer(folder: Path, count: int) -> None:
 
 def resident() -> dict[str, float]:
     """Megabytes of this process in memory: all of it, and what is its own (not pages of files)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return {"all": int(status["VmRSS"].split()[0]) / 1024, "own": int(status["RssAnon"].split()[0]) / 1024}
 
 
@@ -194,7 +194,7 @@ def main() -> None:
             )
             source.unlink()
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{args.output}: written")
 
 

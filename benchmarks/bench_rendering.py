@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import numba
 import torch
 import torch.nn.functional as F
@@ -349,7 +351,9 @@ def main() -> None:
     for name in tqdm(args.only):
         report[name] = SECTIONS[name](args, rates)
         tqdm.write(json.dumps(report[name], indent=1))
-        args.out.write_text(json.dumps(report, indent=2) + "\n")  # a run that is stopped keeps these sections
+        args.out.write_text(
+            json.dumps(report, indent=2) + "\n", encoding="utf-8"
+        )  # a run that is stopped keeps these sections
     print(f"{args.out}: {report['machine']}")
 
 

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +81,7 @@ class Sketch:
         if not (folder / "train_s.py").is_file():
             raise SystemExit(f"--sketch {folder}: holds no train_s.py")
         driver = scratch / "driver.py"
-        driver.write_text(DRIVER)
+        driver.write_text(DRIVER, encoding="utf-8")
         # the same losses as ours: the estimate itself as reference, every teacher on; no end within the run
         options = ["--B", str(batch), "--K", "4", "--N", "40", "--mode", "sds", "--iters", "1000000", "--rgs", "0.1"]
         self.process = subprocess.Popen(
@@ -140,14 +142,14 @@ def profiled(trainer: Any, step: int) -> dict[str, float]:
 
     import prd.training.objective as judging
 
-    student = trainer.model
+    student, text = trainer.model, trainer.parts.text_encoder
     patches = [
         mock.patch.object(student, "denoise", timed("student: U-Net", student.denoise)),
         mock.patch.object(student, "decode", timed("student: decoder", student.decode)),
         mock.patch.object(trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer.optimizer, "step", timed("optimizer", trainer.optimizer.step)),
         mock.patch.object(judging, "multi_teacher_loss", timed("teachers", judging.multi_teacher_loss)),
-        mock.patch.object(trainer.batches, "encoder", timed("text", trainer.batches.encoder)),
+        mock.patch.object(text, "encode", timed("text", text.encode)),
     ]
     for patch in patches:
         patch.start()

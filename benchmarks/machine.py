@@ -17,7 +17,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     """The machine: processor, cores, memory, device, versions."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
@@ -67,7 +67,7 @@ class PeakMemory:
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
         elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def lap(self, stage: str) -> None:
         """Note the peak since the last reset or lap."""
@@ -77,7 +77,7 @@ class PeakMemory:
             unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         else:
-            status = Path("/proc/self/status").read_text().splitlines()
+            status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
         self.peaks[stage] = round(peak / 1e9, 3)
         self.reset()

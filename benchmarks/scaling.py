@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +52,7 @@ COUNTS, RESULTS = "training_sd21_counts.json", HERE / "results"
 GENERATOR, DISTILLATION = "generator_sd21_bf16_cpu.json", "distillation_full_bfloat16_memory.json"  # measured parts
 DOCUMENT, BEGIN, END = HERE.parent / "docs" / "scaling.md", "<!-- tables -->", "<!-- end of tables -->"
 K, RENDERERS, VIEWS, STEPS = 4, 2, 4, 15_000  # the released recipe
-PAPER_HOURS, PAPER_GPUS, PAPER_PROMPTS = 40, 8, 2  # paper 4.1; prompts a GPU: the released recipe
+PAPER_HOURS, PAPER_GPUS, PAPER_PROMPTS = 40, 8, 2  # paper 4.1; prompts per GPU: the released recipe
 PASSES = {"stable_diffusion": 2, "mvdream": 2, "richdreamer": 3}  # of a U-Net a judgement; three with a timestep shift
 
 
@@ -62,8 +64,8 @@ class Device:
     memory: float  # gigabytes
     bf16: float  # TFLOP/s of dense tensor cores, accumulated in float32
     fp32: float  # TFLOP/s outside of them
-    bandwidth: float  # terabytes a second
-    link: float  # gigabytes a second to a neighbour, each way
+    bandwidth: float  # terabytes per second
+    link: float  # gigabytes per second to a neighbour, each way
 
 
 H20 = Device("H20 96 GB", 96, 148, 44, 4.0, 450)
@@ -73,7 +75,7 @@ DEVICES = (
     Device("H100 80 GB", 80, 989, 67, 3.35, 450),
     H20,
 )
-ETHERNET = 25 / 8  # gigabytes a second between machines: 25 Gbit/s
+ETHERNET = 25 / 8  # gigabytes per second between machines: 25 Gbit/s
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def memory(counts: dict[str, Any], prompts: int, offload: bool = False) -> dict[
 
 
 def exchange_seconds(size: float, processes: int, rate: float) -> float:
-    """A ring all-reduce of `size` bytes at `rate` gigabytes a second each way."""
+    """A ring all-reduce of `size` bytes at `rate` gigabytes per second each way."""
     return 2 * (processes - 1) / processes * size / (rate * 1e9)
 
 
@@ -273,7 +275,7 @@ def tables(counts: dict[str, Any]) -> str:
     rows.append(["all", f"{total:.1f}", "", ""])
     blocks.append(grid(["part", "TFLOP", "of all", "share of the matrix rate, measured (CPU)"], rows))
     blocks.append(
-        f"**Seconds a step** with {PAPER_PROMPTS} prompts a GPU (24 GB: one at a time, "
+        f"**Seconds per step** with {PAPER_PROMPTS} prompts per GPU (24 GB: one at a time, "
         f"`gradient_accumulation_steps: {PAPER_PROMPTS}`), and hours of {STEPS} steps."
     )
     rows = []
@@ -285,18 +287,18 @@ def tables(counts: dict[str, Any]) -> str:
         rows.append(row)
     columns = ["bound: all at its peak", "at the shares measured", f"at {paper:.2f}, the paper's run"]
     blocks.append(grid(["GPU", *columns], rows))
-    blocks.append("**Memory** of a process, gigabytes.")
+    blocks.append("**Memory** per process, gigabytes.")
     one, two, lean = memory(counts, 1), memory(counts, 2), memory(counts, 1, offload=True)
     rows = [[part, f"{one[part]:.1f}", f"{lean[part]:.1f}", f"{two[part]:.1f}"] for part in one]
     rows.append(["all", *(f"{sum(column.values()):.1f}" for column in (one, lean, two))])
     blocks.append(grid(["", "1 prompt", "1 prompt, `teacher_options.offload`", "2 prompts"], rows))
     moved = PAPER_PROMPTS * K * RENDERERS * counts["memory"]["weights"]
     blocks.append(
-        f"`teacher_options.offload` copies {moved / 1e9:.0f} GB a step to a GPU that takes {PAPER_PROMPTS} prompts one "
-        f"at a time: {moved / 1e9 / DEVICES[0].link:.1f} s more at {DEVICES[0].link} GB/s."
+        f"`teacher_options.offload` copies {moved / 1e9:.0f} GB per step to a GPU that takes {PAPER_PROMPTS} prompts "
+        f"one at a time: {moved / 1e9 / DEVICES[0].link:.1f} s more at {DEVICES[0].link} GB/s."
     )
     size = 4 * counts["student"]["trained_parameters"]
-    blocks.append(f"**Exchange**: {size / 1e6:.1f} MB of float32 gradients a step; a ring all-reduce.")
+    blocks.append(f"**Exchange**: {size / 1e6:.1f} MB of float32 gradients per step; a ring all-reduce.")
     rows = []
     for name, processes, rate in (
         ("8 GPUs, NVLink 450 GB/s", 8, 450.0),
@@ -307,7 +309,7 @@ def tables(counts: dict[str, Any]) -> str:
         seconds = exchange_seconds(size, processes, rate)
         step = step_seconds(counts, DEVICES[2], PAPER_PROMPTS, cpu)
         rows.append([name, f"{1e3 * seconds:.1f} ms", f"{seconds / (seconds + step):.1%}"])
-    blocks.append(grid(["", "a step", "of an H100's step (at the shares measured)"], rows))
+    blocks.append(grid(["", "per step", "of an H100's step (at the shares measured)"], rows))
     return "\n\n".join(blocks)
 
 

@@ -4,7 +4,7 @@
     accelerate launch examples/train_att3d.py --output_dir runs/att3d --checkpoints_total_limit null
     python examples/compare_generators.py AToM=runs/atom ATT3D=runs/att3d -o comparison
 
-Cost is the number of rendered frames a training prompt (ATT3D, section 4.1.2). Writes comparison.json, table.md,
+Cost is the number of rendered frames per training prompt (ATT3D, section 4.1.2). Writes comparison.json, table.md,
 curves.html and sheet.png.
 """
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, each as FOLDER or NAME=FOLDER")
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison"))
-    parser.add_argument("--frames", type=float, default=None, help="a prompt, of the table (default: the least last)")
+    parser.add_argument("--frames", type=float, default=None, help="per prompt, in the table (default: the least last)")
     parser.add_argument("--prompts", nargs="+", default=[*SHOWN, *HELD_OUT], help="rows of the contact sheet")
     args = parser.parse_args()
     pairs = [word.rpartition("=") for word in args.runs]

@@ -11,12 +11,14 @@ named in a recipe by its import path:
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from prd.evaluation.benchmark import Benchmark, ShapeScore
-from prd.fields.protocol import AutogradGradient
+from prd.fields.protocol import AutogradGradient, Field
 from prd.training.parts import build_parts
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
@@ -30,13 +32,13 @@ GRID = torch.stack(torch.meshgrid(AXIS, AXIS, AXIS, indexing="ij"), dim=-1).view
 class Exact(AutogradGradient):
     """The exact shapes of captions "a {colour} {shape}", a field of B samples; the other methods follow from these."""
 
-    def __init__(self, prompts):
+    def __init__(self, prompts: Sequence[str]) -> None:
         self.words = [prompt.split()[1:] for prompt in prompts]
 
-    def sdf(self, points):  # [B, N, 3] -> [B, N, 1], positive outside
+    def sdf(self, points: Tensor) -> Tensor:  # [B, N, 3] -> [B, N, 1], positive outside
         return torch.stack([SHAPES[shape](p) for (_, shape), p in zip(self.words, points, strict=True)])[..., None]
 
-    def rgb(self, points):  # [B, N, 3] -> [B, N, 3] in [0, 1]
+    def rgb(self, points: Tensor) -> Tensor:  # [B, N, 3] -> [B, N, 3] in [0, 1]
         return points.new_tensor([COLORS[color] for color, _ in self.words])[:, None].expand_as(points)
 
 
@@ -45,15 +47,15 @@ class BallsAndBoxes(Benchmark):
 
     name, title = "balls_and_boxes", "the world of balls and boxes"
 
-    def captions(self):
+    def captions(self) -> list[str]:
         return [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
 
-    def exact_field(self, prompts):
+    def exact_field(self, prompts: Sequence[str]) -> Exact:
         for prompt in prompts:
             self.check_prompt(prompt)
         return Exact(prompts)
 
-    def score(self, field, prompts, *, device="cpu"):
+    def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[ShapeScore]:
         points, known = GRID.to(device).expand(len(prompts), -1, -1), self.captions()
         exact = self.exact_field(known)
         truth = exact.sdf(GRID.expand(len(known), -1, -1))[..., 0]  # [captions, N]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -61,9 +63,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("between.gif"))
     parser.add_argument("--model", default="toybox-att3d", help="'toybox-att3d', a run folder or a Hub id")
     parser.add_argument("--frames", type=int, default=24)
-    parser.add_argument("--size", type=int, default=192, help="pixels a side")
+    parser.add_argument("--size", type=int, default=192, help="pixels per side")
     parser.add_argument("--renderer", choices=("volume", "surface"), default="volume")
-    parser.add_argument("--resolution", type=int, default=96, help="nodes an axis of the grid that is rendered")
+    parser.add_argument("--resolution", type=int, default=96, help="nodes per axis of the grid that is rendered")
     parser.add_argument("--elevation", type=float, default=20.0, help="degrees")
     parser.add_argument("--azimuth", type=float, default=30.0, help="degrees, at the start")
     parser.add_argument("--turn", type=float, default=0.0, help="degrees that the camera moves on the way")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
@@ -30,7 +32,7 @@ from prd.evaluation.pictures import save_sheet
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector, set_joint_attention
 from prd.toybox.check import REQUIRED_DEPTH_RATIO, REQUIRED_RATIO, camera_ratios, depth_ratios, silhouette_iou
-from prd.toybox.data import Batch, ViewPool
+from prd.toybox.data import ViewPool, ViewSets
 from prd.toybox.models import (
     make_controlnet,
     make_normal_unet,
@@ -61,7 +63,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         self.lr = lr
         self.average = [p.detach().clone() for p in self.parameters]
-        self.log = (self.assets / f"log_{stage}.jsonl").open("w")
+        self.log = (self.assets / f"log_{stage}.jsonl").open("w", encoding="utf-8")
         self.start = time.time()
         self.running: float | None = None
 
@@ -101,7 +103,7 @@ class Run:
 
 
 def load_pool(args: argparse.Namespace) -> ViewPool:
-    """The renderings all stages share; made once a process from the seed."""
+    """The renderings all stages share; made once per process from the seed."""
     if getattr(args, "pool", None) is None:
         print(f"rendering {args.sets} four-view sets of every shape and stack")
         args.pool = ViewPool(args.sets, torch.Generator().manual_seed(args.seed))
@@ -195,7 +197,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
     return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
 
 
-def encode_views(run: Run, vae: AutoencoderKL, batch: Batch) -> Tensor:
+def encode_views(run: Run, vae: AutoencoderKL, batch: ViewSets) -> Tensor:
     """Latents [4 * n, 4, h, w] of n four-view sets."""
     return encode_images(vae, batch.rgb.flatten(0, 1).to(run.device), run.generator)
 
@@ -294,7 +296,7 @@ def save_richdreamer(
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_controlnet(args: argparse.Namespace) -> None:
@@ -357,7 +359,7 @@ def check_cameras(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    encode: Callable[[Batch], Tensor],
+    encode: Callable[[ViewSets], Tensor],
 ) -> None:
     """The camera check: the error with cameras turned by 90 degrees over that with the right ones."""
     ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=run.device)

@@ -6,8 +6,10 @@ pipe("a red cube on a blue cylinder").meshes[0].export("cube.glb")
 """
 
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
+
+from prd.utils.environment import prepare
 
 if TYPE_CHECKING:
     from prd.cameras import Cameras, CamerasConfig, orbit_cameras
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
     from prd.pipelines.triplane_turbo import TriplaneTurbo
     from prd.rendering.views import Views
 
-__version__ = "0.1.0"
+prepare()  # before any module of the library imports torch
+
+try:
+    __version__ = metadata.version("prd-3d")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 __all__ = [
     "ATT3D",
     "AToM",

@@ -28,6 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="prd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    _add_convert(commands)
+    runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
+    runs.add_argument("folder", help="a folder that holds run folders, at any depth")
+    _add_embed(commands)
+    train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
+    train.add_argument("overrides", nargs=argparse.REMAINDER)
+    if words[:1] == ["train"]:
+        return _train(words[1:])
+    args = parser.parse_args(words)
+    try:
+        if args.command == "runs":
+            return _runs(args)
+        return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
     generate.add_argument("prompt")
     generate.add_argument("-o", "--output", default="mesh.glb", help="file ending in .glb, .obj or .ply")
@@ -57,6 +77,9 @@ def _run(words: Sequence[str]) -> int:
     )
     generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
+
+
+def _add_convert(commands: Any) -> None:
     convert = commands.add_parser("convert", help="the published triplane_turbo_sd_v1.pth becomes an adapter folder")
     convert.add_argument("checkpoint", help="the .pth, read as tensors alone")
     convert.add_argument("output", help="folder to write")
@@ -66,8 +89,9 @@ def _run(words: Sequence[str]) -> int:
     convert.add_argument(
         "--latent-size", type=int, default=None, help="side of the latents (default: 32, as published)"
     )
-    runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
-    runs.add_argument("folder", help="a folder that holds run folders, at any depth")
+
+
+def _add_embed(commands: Any) -> None:
     embed = commands.add_parser("embed", help="encode the prompts of a training run once")
     embed.add_argument("--source", required=True, help="as prompts.source of `prd train`")
     embed.add_argument("--column", default="prompt", help="as prompts.column")
@@ -80,18 +104,6 @@ def _run(words: Sequence[str]) -> int:
     embed.add_argument("--dtype", default="float32", choices=DTYPES, help="of the encoder's weights, as in training")
     embed.add_argument("--batch-size", type=int, default=32, help="prompts at a time")
     embed.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
-    train.add_argument("overrides", nargs=argparse.REMAINDER)
-    if words[:1] == ["train"]:
-        return _train(words[1:])
-    args = parser.parse_args(words)
-    try:
-        if args.command == "runs":
-            return _runs(args)
-        return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
-        print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -196,6 +208,7 @@ def _embed(args: argparse.Namespace) -> int:
 TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
 Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
+A recipe's max_train_minutes fits steps and schedules to them; --max_train_steps alone is a fixed number of steps.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):
 """

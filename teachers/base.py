@@ -320,7 +320,7 @@ def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_t
 
 
 def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:
-    """Renderings [B, V, H, W, C] as images [B*V, C, size, size].
+    """Renderings [B, V, H, W, C] as images [B*V, C, size, size], float32 for half precision.
 
     "bilinear" interpolates between pixel centres without anti-aliasing, "area" averages (adaptive average pooling).
     Raises ValueError for renderings that are not square: every teacher's images are.
@@ -328,6 +328,8 @@ def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:
     if pixels.ndim != 5 or pixels.shape[2] != pixels.shape[3]:
         raise ValueError(f"views={tuple(pixels.shape)}: must be square renderings [B, V, H, H, C]")
     images = pixels.flatten(0, 1).permute(0, 3, 1, 2)
+    if images.dtype in (torch.float16, torch.bfloat16):
+        images = images.float()
     if resize not in ("bilinear", "area"):
         raise ValueError(f"resize={resize!r}: must be 'bilinear' or 'area'")
     if images.shape[-2:] == (size, size):

@@ -226,7 +226,7 @@ def convert_richdreamer(
 
 def _save_settings(folder: Path, config: MVDreamConfig | RichDreamerConfig) -> None:
     stable_diffusion_scheduler().save_pretrained(folder / "scheduler")
-    (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,7 +61,7 @@ class RichDreamerConfig:
 
 
 def _numbers(values: object, count: int) -> bool:
-    """Whether `values` is a tuple of `count` finite numbers."""
+    """Return True if `values` is a tuple of `count` finite numbers."""
     return (
         isinstance(values, tuple)
         and len(values) == count

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
+
 import pytest
 import torch
-
-import prd
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +22,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder that all tests run in, so that none depends on what lies in the one pytest was started from.
+
+    Processes that tests start import the library from this checkout.
+    """
+    folder = tmp_path_factory.mktemp("empty")
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", path)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _writes_nothing_here(_empty_folder: Path) -> Iterator[None]:
+    """Fail a test that writes into the current directory, as a default output folder does."""
+    yield
+    written = sorted(path.name for path in _empty_folder.iterdir())
+    assert not written, f"the test wrote {written} into the current directory; give it a folder of its own"
 
 
 @pytest.fixture(scope="session")

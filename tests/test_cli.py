@@ -75,8 +75,19 @@ def test_an_unknown_key_names_the_nearest(capsys):
     assert "unknown config key 'optimizer.learning_rate'" in error and "nearest" in error
 
 
-def test_a_wrong_corpus_is_one_sentence(capsys, tmp_path):
-    assert "prompts.source=" in one_sentence(capsys, ["train", "--prompts.source", str(tmp_path / "absent.txt")])
+@pytest.mark.parametrize(
+    "key", ["prompts.source", "prompts.embeddings", "model.base", "init_from", "resume_from_checkpoint"]
+)
+def test_a_file_that_is_not_there_is_named_before_a_taken_folder(capsys, monkeypatch, tmp_path, key):
+    """The user named the file; the output folder is the recipe's and holds another run."""
+    monkeypatch.chdir(tmp_path)
+    taken = tmp_path / "runs" / "toybox" / "metrics.jsonl"
+    taken.parent.mkdir(parents=True)
+    taken.write_text('{"step": 1}\n', encoding="utf-8")
+    assert "holds another run" in one_sentence(capsys, ["train"])
+    absent = str(tmp_path / "absent.txt")
+    error = one_sentence(capsys, ["train", f"--{key}", absent])
+    assert f"{key}=" in error and absent in error
 
 
 @pytest.mark.parametrize("words", [["runs", "somewhere"], ["train", "--seed", "1"]])

@@ -1,4 +1,4 @@
-"""The micro-batches of a run: prompts, their embeddings, and random numbers that belong to each."""
+"""Micro-batches of a run: prompts, their embeddings, and random numbers that belong to each."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = rang
 
 @dataclass(frozen=True)
 class Batch:
-    """The prompts of a micro-batch and what belongs to each.
+    """Prompts of a micro-batch and what belongs to each.
 
     embeds   [B, L, Ct]
     seed, step, samples  what every random number is keyed by; samples [B] are places in the whole optimiser step
-    inputs   what a generator of one pass takes besides the embeddings
+    inputs   what a single-pass model takes besides the embeddings
     mixture  second prompts, if what lies between is trained
-    shapes   of a library, if the generator takes point clouds
+    shapes   of a library, if the model takes point clouds
     """
 
     prompts: list[str]
@@ -45,12 +45,12 @@ class Batch:
     shapes: Shapes | None = None
 
     def draws(self, stream: int, *ks: int) -> list[torch.Generator]:
-        """The generators of a stream, one a prompt; given ks, for the first of these estimates, then the next."""
+        """Return a stream's generators, one per prompt; given ks, those of each of these estimates in turn."""
         return generators(self.seed, self.step, self.samples, stream, *ks)
 
 
 def generators(seed: int, step: int, samples: Sequence[int], stream: int, *ks: int) -> list[torch.Generator]:
-    """Generators of some samples of an optimiser step; see `Batch.draws`."""
+    """Return the generators of some samples of an optimiser step; see `Batch.draws`."""
     keys: list[tuple[int, ...]] = [(k,) for k in ks] or [()]
     return [sample_generator(seed, step, i, stream, *key) for key in keys for i in samples]
 
@@ -70,7 +70,7 @@ class Batches:
     dummy: Tensor | None = None
 
     def draw(self, stage: Stage, step: int, samples: Sequence[int], first: int) -> Batch:
-        """The batch of some samples of an optimiser step; `first`: prompts drawn before that step."""
+        """Draw the batch of some samples of an optimiser step; `first`: prompts drawn before that step."""
 
         def draws(stream: int) -> list[torch.Generator]:
             return generators(self.seed, step, samples, stream)
@@ -88,7 +88,7 @@ class Batches:
         return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes)
 
     def shapes(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Shapes | None:
-        """The library's shapes for prompts, with points on them; None without a library."""
+        """Return the library's shapes for prompts, with points on them; None without a library."""
         if self.library is None or self.dummy is None:
             return None
         meshes = [self.library.mesh(prompt) for prompt in prompts]
@@ -99,7 +99,7 @@ class Batches:
 def draw_mixture(
     config: InterpolationConfig, prompts: Sequence[str], draws: Sequence[torch.Generator]
 ) -> PromptInterpolation | None:
-    """A second prompt for each sample and its share, 0 for those that are not paired; None if none ever is."""
+    """Draw a second prompt for each sample and its share, 0 for those that are not paired; None if none ever is."""
     if not config.probability:
         return None
     others, shares = [], []
@@ -112,5 +112,5 @@ def draw_mixture(
 
 
 def dummy_of(generator: Any) -> Tensor | None:
-    """The dummy cloud of a generator that takes point clouds, None of another."""
+    """Return the dummy cloud of a model that takes point clouds, None of another."""
     return generator.dummy if getattr(generator, "takes_shapes", False) else None

@@ -56,7 +56,7 @@ Splits = dict[str, tuple[str, ...]]  # "train", "unseen" (never trained on) and 
 
 
 def pig64() -> Splits:
-    """`a pig {activity} {theme}`: 56 prompts to train on, 8 unseen, all 64 to test on.
+    """Return `a pig {activity} {theme}`: 56 prompts to train on, 8 unseen, all 64 to test on.
 
     The unseen ones are the diagonal, the i-th activity with the i-th theme (AToM, figure 4; ATT3D, figure 2).
     """
@@ -65,7 +65,7 @@ def pig64() -> Splits:
 
 
 def animal2400() -> Splits:
-    """`{animal} {activity} {theme} {hat}`: 300 prompts to train on, 2100 unseen, all 2400 to test on.
+    """Return `{animal} {activity} {theme} {hat}`: 300 prompts to train on, 2100 unseen, all 2400 to test on.
 
     The sizes are those of the 12.5 % split AToM and ATT3D report; which 300 they took is not in the papers ("sampled
     homogeneously", ATT3D). Here every animal, theme and hat meet in one activity, the (animal + theme + hat)-th modulo
@@ -83,7 +83,7 @@ def animal2400() -> Splits:
 
 
 def _splits(prompts: list[tuple[str, bool]]) -> Splits:
-    """The splits of (prompt, whether it is trained on)."""
+    """Return the splits of (prompt, whether it is trained on)."""
     return {
         "train": tuple(prompt for prompt, trained in prompts if trained),
         "unseen": tuple(prompt for prompt, trained in prompts if not trained),

@@ -23,11 +23,11 @@ class Corpus(Protocol):
 
     @property
     def prompts(self) -> Sequence[str]:
-        """Every prompt once."""
+        """Return every prompt once."""
         ...
 
     def prompt(self, position: int, generator: torch.Generator) -> str:
-        """The prompt at a global position of the run; `generator` holds the random numbers of that position alone."""
+        """Return the prompt at a global position of the run; `generator` is of that position alone."""
         ...
 
     def report(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> str | None:
@@ -44,7 +44,7 @@ class MixedPrompts:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt once."""
+        """Return every prompt once."""
         return [prompt for group in self.groups for prompt in group]
 
     def draw(self, count: int, generator: torch.Generator) -> list[str]:

@@ -158,7 +158,7 @@ class StoredPromptEncoder(PromptEncoder):
 
 
 class Embeddings:
-    """What `prd embed` wrote, for each of its encoders.
+    """Text embeddings that `prd embed` wrote, for each of its encoders.
 
     Raises EmbeddingsError if the folder holds none that is finished.
     """
@@ -224,7 +224,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a shard is there; its header says how long the file must be."""
+    """Return True if a shard is there; its header says how long the file must be."""
     try:
         with safe_open(path, framework="pt"):
             return True

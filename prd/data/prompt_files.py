@@ -45,7 +45,7 @@ class CorpusError(ConfigError):
 
 @dataclass(frozen=True)
 class Counts:
-    """What preparation found: prompts kept, and left out because empty, repeated or held out."""
+    """Counts of a preparation: prompts kept, and left out because empty, repeated or held out."""
 
     kept: int
     empty: int
@@ -76,7 +76,7 @@ class StoredPrompts(Sequence[str]):
 
 
 def stored_prompts(config: PromptsConfig) -> StoredPrompts:
-    """The prompts of a file or a Hub dataset without those held out, prepared if they have not been yet.
+    """Return the prompts of a file or a Hub dataset without those held out, prepared if they have not been yet.
 
     Processes that ask at the same time wait for the one that prepares. A changed file (size or time) is another corpus.
     What was prepared and is damaged, as a full disk or a lost machine leaves it, is prepared again with a warning.
@@ -86,7 +86,7 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
     import datasets
     from filelock import FileLock
 
-    key = _key(config)
+    key = source_key(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if prompts := _whole(folder):
@@ -112,7 +112,7 @@ def _whole(folder: Path) -> StoredPrompts | None:
 
 
 def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
-    """How many prompts have more than `limit` tokens, start and end included; counted once for each tokenizer.
+    """Count the prompts that have more than `limit` tokens, start and end included; counted once for each tokenizer.
 
     Only prompts of more bytes than tokens allowed are tokenized: no token of theirs stands for less than a byte.
     """
@@ -127,7 +127,7 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
     record = prompts.folder / f"over_long_{key}.json"
     with FileLock(prompts.folder / "over_long.lock"):
         if record.is_file():
-            return int(json.loads(record.read_text()))
+            return int(json.loads(record.read_text(encoding="utf-8")))
         special = plain.num_special_tokens_to_add(False)
         count = 0
         for start in range(0, len(prompts), BATCH):
@@ -137,8 +137,8 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
         return count
 
 
-def _key(config: PromptsConfig) -> str:
-    """All that decides what a prepared folder holds. Raises CorpusError for a source that is no file and no Hub id."""
+def source_key(config: PromptsConfig) -> str:
+    """Return all that decides what a prepared folder holds; CorpusError for a source that is no file and no Hub id."""
     source = config.source
     path = Path(source).expanduser()
     misplaced = path.suffix and path.parent.is_dir()  # a file's name in a folder of ours is no Hub id

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from prd.data.compositional import animal2400, pig64
 from prd.data.corpora import Corpus, ShuffledPrompts, check_held_out
-from prd.data.prompt_files import CorpusError, stored_prompts
-from prd.evaluation.benchmark import find_benchmark
+from prd.data.prompt_files import CorpusError, source_key, stored_prompts
+from prd.data.worlds import find_world
 from prd.utils.checked_types import CHECKS, Fraction
 
 __all__ = [
@@ -42,7 +42,7 @@ def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
     """
     if not isinstance(config.held_out, str):
         return config.held_out
-    world = find_benchmark(config.source, "prompts.source")
+    world = find_world(config.source, "prompts.source")
     if world is None and config.texts:
         return ()  # texts stand in the place of a source and of what is held out of it
     if world is None:
@@ -57,6 +57,12 @@ def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
     return tuple(rules[config.held_out])
 
 
+def check_source(config: PromptsConfig) -> None:
+    """Raise CorpusError for a source that is neither a benchmark, nor shipped, nor a file, nor a Hub id."""
+    if not config.texts and find_world(config.source, "prompts.source") is None and config.source not in SETS:
+        source_key(config)
+
+
 def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
     """Load the training prompts of a config, without those held out, in the order of a seed.
 
@@ -68,7 +74,7 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
             raise CorpusError(f"prompts.texts={list(config.texts)}: one of them is empty; say what to make")
         return ShuffledPrompts(list(dict.fromkeys(config.texts)), seed, "prompts.texts")
     held_out = held_out_prompts(config)
-    if (world := find_benchmark(config.source, "prompts.source")) is not None:
+    if (world := find_world(config.source, "prompts.source")) is not None:
         return world.corpus(held_out, seed=seed, stack_fraction=config.stack_fraction)
     if config.source in SETS:
         splits = SETS[config.source]()

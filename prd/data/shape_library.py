@@ -24,8 +24,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.data.worlds import World, find_world
 from prd.errors import ConfigError
-from prd.evaluation.benchmark import Benchmark, find_benchmark
 from prd.fields.protocol import AutogradGradient
 from prd.isosurface.marching_cubes import Mesh
 from prd.meshes.read import read_mesh
@@ -59,7 +59,7 @@ class LibraryConfig:
 
 
 class LibraryError(ConfigError):
-    """A library that is no library: without an index, or with a file that holds no mesh."""
+    """A library that cannot be used: without an index, or with a file that holds no mesh."""
 
 
 class ShapeLibrary(Protocol):
@@ -71,14 +71,14 @@ class ShapeLibrary(Protocol):
 
 
 @dataclass(frozen=True)
-class BenchmarkLibrary:
-    """The exact shapes of a benchmark, without their colours."""
+class WorldLibrary:
+    """The exact shapes of a world, without their colours."""
 
-    benchmark: Benchmark
+    world: World
 
     def mesh(self, prompt: str) -> Mesh:
         """See `ShapeLibrary.mesh`; ValueError for a prompt that is no caption."""
-        return self.benchmark.mesh(prompt)
+        return self.world.mesh(prompt)
 
 
 class MeshLibrary:
@@ -169,6 +169,6 @@ def open_library(config: LibraryConfig, encoder: PromptEncoder, generator: objec
         return None
     if not getattr(generator, "takes_shapes", False):
         raise LibraryError(f"library.source={config.source!r}: this model takes no shapes; leave the library out")
-    if (world := find_benchmark(config.source, "library.source")) is not None:
-        return BenchmarkLibrary(world)
+    if (world := find_world(config.source, "library.source")) is not None:
+        return WorldLibrary(world)
     return MeshLibrary(config.source, lambda texts: encoder(texts).mean(dim=1))

@@ -17,7 +17,7 @@ from prd.fields.protocol import Field
 
 
 class Denoiser(Protocol):
-    """What the rollout asks of a model: latents [B, 6, 4, h, w] in, a Field out."""
+    """Methods of a model that the rollout calls: latents [B, 6, 4, h, w] in, a Field out."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: int) -> Tensor: ...
 

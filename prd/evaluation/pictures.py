@@ -1,4 +1,4 @@
-"""Contact sheets."""
+"""Contact sheets: many small pictures in one PNG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def save_sheet(
 ) -> None:
     """Write images [n, 3, H, W] in [0, 1] as one PNG, row by row, each pixel `scale` pixels wide.
 
-    labels: a line of text over each row.
+    labels  a line of text over each row
+
+    Raises ValueError for another number of labels than rows.
     """
     n, _, height, width = images.shape
     rows = -(-n // columns)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prd.errors import PrdError
+from prd.training.renamed import with_todays_keys
 from prd.utils.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 PAGE = "index.html"
 POINTS = 300  # of a curve; more are averaged
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
-FREE = ("output_dir", "resume_from_checkpoint", "report_to", "num_threads")  # no part of what is compared
+FREE = ("output_dir", "fits", "resume_from_checkpoint", "report_to", "num_threads")  # no part of what is compared
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
 h1,h2,h3{font-weight:600}img{max-width:100%;image-rendering:pixelated;border:1px solid #ddd}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
@@ -58,6 +59,12 @@ class Run:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
+    def planned_steps(self) -> Any:
+        """Steps after which the run ends, as fitted to its minutes last, else as configured."""
+        fits = self.config.get("fits") if self.config.get("max_train_minutes") is not None else None
+        return fits[-1]["max_train_steps"] if fits else self.config.get("max_train_steps", "?")
+
+    @property
     def seconds(self) -> float:
         """Time spent in optimiser steps, seconds."""
         return sum(row.get("seconds", 0.0) for row in self.metrics)
@@ -77,6 +84,7 @@ def read_run(folder: str | Path) -> Run:
         raise RunError(f"{folder}: no run folder ({error})") from None
     if not isinstance(config, dict):
         raise RunError(f"{folder}: its config.yaml is no mapping")
+    config, _ = with_todays_keys(config)  # of a run of before: its keys are compared with today's
     return Run(folder, _flat(config), _read_metrics(folder / "metrics.jsonl"), sessions, scores)
 
 
@@ -110,12 +118,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_report(folder: str | Path) -> Path:
     """Write `index.html` of a run from what its folder holds by now; returns its path."""
     run = read_run(folder)
-    name = html.escape(run.folder.resolve().name)
-    total = run.config.get("max_train_steps", "?")
+    name, planned = html.escape(run.folder.resolve().name), html.escape(str(run.planned_steps))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>{name}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{name}</h1><p>{run.steps} of {html.escape(str(total))} steps, {duration(run.seconds)} in them.</p>",
+        f"<h1>{name}</h1><p>{run.steps} of {planned} steps, {duration(run.seconds)} in them.</p>",
         _scores_section(run.scores),
         _curves_section(run.metrics),
         _galleries_section(run.folder),
@@ -347,7 +354,7 @@ def runs_table(folder: str | Path) -> Table:
         name = str(run.folder.relative_to(folder)) if run.folder != folder else run.folder.resolve().name
         values = "\n".join(f"{key} {_short(shown(value))}" for key, value in differing.items())
         scores = "\n".join(f"{key} {shown(value)}" for key, value in final_scores(run).items())
-        steps = f"{run.steps}/{run.config.get('max_train_steps', '?')}"
+        steps = f"{run.steps}/{run.planned_steps}"
         table.add_row(*(Text(cell) for cell in (name, steps, duration(run.seconds), values, scores)))
     return table
 

@@ -6,19 +6,17 @@ channels lie together, and only what is asked for is made.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from prd.utils.jit import jit
 from prd.utils.threads import share
 
 POINTS_PER_JOB = 1 << 14  # about 0.5 ms: less is not worth starting a thread for
 
-_jit = numba.njit(cache=True, nogil=True)
 
-
-@_jit
+@jit
 def _cell(coordinate: np.floating, half: np.floating, top: np.floating) -> tuple[int, np.floating]:
     """The node before a coordinate in [-1, 1] on an axis, and the share of the way from it to the next one.
 
@@ -30,7 +28,7 @@ def _cell(coordinate: np.floating, half: np.floating, top: np.floating) -> tuple
     return min(max(int(node), 0), int(top)), place - node
 
 
-@_jit
+@jit
 def _look_up(volume: np.ndarray, points: np.ndarray, channels: tuple[int, int], out: np.ndarray) -> None:
     """Channels first to last (exclusive) of volume [x, y, z, C] at points [N, 3]: out [N, last - first]."""
     size, stride = volume.shape[0], volume.shape[3]
@@ -57,7 +55,7 @@ def _look_up(volume: np.ndarray, points: np.ndarray, channels: tuple[int, int], 
             out[n, c] = (one - w) * low + w * high
 
 
-@_jit
+@jit
 def _put_back(grad: np.ndarray, points: np.ndarray, channels: tuple[int, int], out: np.ndarray) -> None:
     """The transpose of `_look_up`: adds grad [N, last - first] to out [x, y, z, C]."""
     size, stride = out.shape[0], out.shape[3]
@@ -86,7 +84,7 @@ def _put_back(grad: np.ndarray, points: np.ndarray, channels: tuple[int, int], o
             values[b + to_x + to_y] += far_y * high
 
 
-@_jit
+@jit
 def _march(sdf: np.ndarray, origins: np.ndarray, directions: np.ndarray, t: np.ndarray, out: np.ndarray) -> None:
     """sdf [x, y, z] at distances t [M, S] along rays [M, 3], outside plus the distance to the cube: out [M, S]."""
     size = sdf.shape[0]

@@ -8,7 +8,7 @@ stage its deformation too. Planes are xy, xz, yz, laid out as `prd.fields.tripla
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
@@ -25,7 +25,6 @@ from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 class AtomConfig:
     """The sizes of AToM; the paper gives those of its heads, the others are ours."""
 
-    generator: Literal["atom"] = "atom"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
@@ -86,6 +85,3 @@ class AtomModel(SinglePassModel):
 
     def alpha(self) -> AlphaModel | None:
         return None if self.inv_std is None else NeusAlpha(self.inv_std())
-
-
-AtomGenerator = AtomModel

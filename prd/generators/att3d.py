@@ -29,7 +29,6 @@ from prd.utils.checked_types import CHECKS, Count, Positive, Radius, Size
 class Att3dConfig:
     """The sizes of ATT3D. Those of the paper are in its appendix, which is not at hand: these are ours."""
 
-    generator: Literal["att3d"] = "att3d"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
@@ -157,6 +156,3 @@ class HyperField(AutogradGradient):
         x = nodes[first:last]
         radius = (x[:, None, None] ** 2 + nodes[:, None] ** 2 + nodes**2).sqrt()
         return self.head(self.grids.encode_grid(self.parameters, x, nodes)), radius
-
-
-Att3dGenerator = Att3dModel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 class Latte3dConfig:
     """The sizes of LATTE3D; ours (docs/latte3d.md)."""
 
-    generator: Literal["latte3d"] = "latte3d"  # which generator this section describes
     text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
@@ -152,6 +151,3 @@ class TextUNet(nn.Module):
             x = F.interpolate(grow(x.flatten(1, 2)), scale_factor=2, mode="nearest").unflatten(1, (3, -1))
             x = block(x + skip, text)
         return x
-
-
-Latte3dGenerator = Latte3dModel

@@ -26,7 +26,7 @@ from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
 
-RECORDS = ("_class_name", "_prd_version", "weights_hash", "text_hash")  # in config.json beside the settings
+RECORDS = ("_class_name", "_prd_version", "generator", "weights_hash", "text_hash")  # in config.json beside settings
 
 
 class SinglePassModel(nn.Module):
@@ -36,7 +36,7 @@ class SinglePassModel(nn.Module):
             embeddings come from, and their shape [B, text_length, text_width]
     """
 
-    folder_name = "generator"  # in a run folder
+    folder_name: ClassVar[str] = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
     takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
@@ -155,6 +155,11 @@ class SinglePassModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and deepcopy by settings and tensors: torch pickles no layers with a spectral norm."""
+        learns = [parameter.requires_grad for parameter in self.parameters()]
+        return _rebuilt, (type(self), self.config, dict(self.state_dict()), self.text_hash, self.training, learns)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that requires a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -169,7 +174,7 @@ class SinglePassModel(nn.Module):
             )
 
     def fits_encoder(self, hashes: Mapping[str, str]) -> bool:
-        """Whether a text encoder with these `encoder_hashes` may be the one it was trained with."""
+        """Return True if a text encoder with these `encoder_hashes` may be the one it was trained with."""
         return self.text_hash is None or same_weights(self.text_hash, hashes, TEXT)
 
     # -- saving and loading ------------------------------------------------------------------------------------------
@@ -194,6 +199,7 @@ class SinglePassModel(nn.Module):
             return {
                 "_class_name": self.class_name,
                 "_prd_version": prd.__version__,
+                "generator": self.class_name.lower(),  # for version 0.1, which asks for it
                 **asdict(self.config),
                 "weights_hash": hashes[WEIGHTS],
                 "text_hash": self.text_hash,
@@ -238,5 +244,20 @@ def _settings(cls: type[SinglePassModel], folder: Path, values: dict[str, Any]) 
         raise ModelMismatch(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
 
 
-SinglePassGenerator = SinglePassModel
-GeneratorMismatch = ModelMismatch
+def _rebuilt(
+    kind: type[SinglePassModel],
+    config: Any,
+    state: dict[str, Tensor],
+    text_hash: dict[str, str] | None,
+    training: bool,
+    learns: Sequence[bool],
+) -> SinglePassModel:
+    """The model that was pickled as these, on the device and in the precision of its tensors."""
+    model = kind(config)
+    floats = [tensor for tensor in state.values() if tensor.is_floating_point()]
+    model.to(device=floats[0].device, dtype=floats[0].dtype)
+    model.load_state_dict(state, strict=True)
+    model.text_hash = text_hash
+    for parameter, learn in zip(model.parameters(), learns, strict=True):
+        parameter.requires_grad_(learn)
+    return model.train(training)

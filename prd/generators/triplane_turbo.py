@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -36,7 +36,6 @@ __all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
 class TriplaneTurboConfig:
     """Settings to train TriplaneTurbo: a frozen Stable Diffusion with PETA adapters and the three heads."""
 
-    generator: Literal["triplane_turbo"] = "triplane_turbo"  # which generator this section describes
     base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
     revision: str | None = None  # branch, tag or commit of a Hub id
     rank: Count = 16  # rank of every LoRA pair
@@ -398,6 +397,3 @@ class TriplaneTurboModel(nn.Module):
         model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
         model.load_adapter(folder, allow_other_base=allow_other_base)
         return model
-
-
-TriplaneTurboGenerator = TriplaneTurboModel

@@ -33,7 +33,7 @@ PAPERS = {
 
 
 def on_hub(base: str) -> bool:
-    """Whether a base's name is a Hub id, and neither a shipped one nor a path on this machine."""
+    """Return True if a base's name is a Hub id, and neither a shipped one nor a path on this machine."""
     return HUB_ID.fullmatch(base) is not None and not Path(base).exists() and Path(base).suffix != ".safetensors"
 
 

@@ -44,7 +44,7 @@ def write_card(
 
 
 def _may_write(card: Path) -> bool:
-    """Whether there is no card yet, or one of this library's."""
+    """Return True if there is no card yet, or one of this library's."""
     if not card.is_file():
         return True
     front = re.match(r"---\s*\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

@@ -67,7 +67,7 @@ def shipped_encoders(name: str) -> list[Path]:
 
 
 def is_shipped(name: str | Path) -> bool:
-    """Whether something of that name ships with the package."""
+    """Return True if something of that name ships with the package."""
     return any(str(name) in index for _, index in _indices())
 
 

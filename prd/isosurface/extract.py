@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prd.errors import PrdError
 from prd.fields.fast import Geometry, grid_slabs
 from prd.fields.protocol import Field
 from prd.isosurface.marching_cubes import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
@@ -21,7 +22,7 @@ Isosurface = Callable[[Tensor, Tensor | None, float], Mesh]  # as `Marching.__ca
 OnEmpty = Literal["raise", "flag"]
 
 
-class EmptySurfaceError(ValueError):
+class EmptySurfaceError(PrdError, ValueError):
     """A signed distance without a sign change has no surface. `samples` lists the batch indices concerned."""
 
     def __init__(self, samples: list[int], resolution: int) -> None:

@@ -132,7 +132,7 @@ def convert_unet(
 
 
 def _understood(build: Callable[[], Built], otherwise: str) -> Built:
-    """What `build` makes of a state dict; CheckpointError saying `otherwise` if it finds no sense in its keys."""
+    """Call `build` on a state dict; raise CheckpointError saying `otherwise` if it finds no sense in its keys."""
     try:
         return build()
     except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError, TypeError) as error:

@@ -88,20 +88,11 @@ def load_base(
     check_dtype(dtype)
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     hub["local_files_only"] = local_files_only
-    path = shipped(name, "base") or Path(name).expanduser()
-    if path.suffix in PICKLES:
-        raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
-    if revision is not None and (path.exists() or path.suffix == ".safetensors"):
-        raise ValueError(f"revision={revision!r}: {name} is on this disk and has no revisions; leave it out")
+    path, commit = _checked_place(name, revision), None
     if path.suffix == ".safetensors":
         parts = _from_file(path, name, text, prediction_type, hub)
         width = parts.unet.config["block_out_channels"][0]
         return _finish(parts, inference_dtype(width, device) if dtype is None else dtype, expected)
-    if path.is_file():
-        raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
-        raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
-    commit = None
     if not path.is_dir():
         path = _download_configs(name, text, hub)
         commit = path.name
@@ -122,8 +113,24 @@ def load_base(
     return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
 
 
+def _checked_place(name: str, revision: str | None) -> Path:
+    """Return where a base is: a folder, a .safetensors file, or a path that is none, of a Hub id; errors as above."""
+    path = shipped(name, "base") or Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
+    if revision is not None and (path.exists() or path.suffix == ".safetensors"):
+        raise ValueError(f"revision={revision!r}: {name} is on this disk and has no revisions; leave it out")
+    if path.suffix == ".safetensors":
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+        raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
+    return path
+
+
 def _finish(base: Base, dtype: torch.dtype, expected: Mapping[str, str] | None) -> Base:
-    """The base hashed as it was stored, then cast."""
+    """Return the base hashed as it was stored, then cast."""
     encoder: Any = None if base.encoder is None else base.encoder.model
     try:
         with ThreadPoolExecutor(2) as pool:  # hashing gives up the interpreter's lock

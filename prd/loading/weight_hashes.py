@@ -62,7 +62,7 @@ def hash_names(prefix: str = "") -> list[str]:
 
 
 def same_weights(one: Mapping[str, str], other: Mapping[str, str], prefix: str = "") -> bool:
-    """Whether two sets of hashes may be of the same weights: one of them is in both."""
+    """Return True if two sets of hashes may be of the same weights: one of them is in both."""
     return any(name in one and one[name] == other.get(name) for name in hash_names(prefix))
 
 

@@ -83,7 +83,7 @@ class Mesh:
 
     @property
     def is_watertight(self) -> bool:
-        """Whether every edge belongs to exactly two faces of opposite direction (texture cuts closed)."""
+        """Return True if every edge belongs to exactly two faces of opposite direction (texture cuts closed)."""
         return bool(self._welded.is_watertight and self._welded.is_winding_consistent)
 
     @property

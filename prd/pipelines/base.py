@@ -73,7 +73,7 @@ class TextTo3DPipeline:
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
                 raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
             return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
-        prompts = check_prompts(prompt)
+        prompts = list_prompts(prompt)
         if self.encoder is None:
             raise ValueError(
                 f"prompt={prompt!r}: the pipeline came without a text encoder; give prompt_embeds= instead"
@@ -122,7 +122,7 @@ class TextTo3DPipeline:
             watch.lap("mesh")
         if return_dict:
             return output
-        return ({"mesh": output.meshes, "field": field}[output_type] if output_type != "planes" else output.planes,)
+        return (getattr(output, {"mesh": "meshes"}.get(output_type, output_type)),)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
@@ -168,7 +168,7 @@ class TextTo3DPipeline:
         )
 
 
-def check_prompts(prompt: str | Sequence[str] | None) -> list[str]:
+def list_prompts(prompt: str | Sequence[str] | None) -> list[str]:
     """Return one or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
     prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]

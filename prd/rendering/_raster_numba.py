@@ -8,19 +8,17 @@ edge leave no gap between them.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from prd.utils.jit import jit
 from prd.utils.threads import share
 
 WORK_PER_THREAD = 1 << 16  # faces and pixels, about 0.5 ms: less is not worth starting a thread for
 
-_jit = numba.njit(cache=True, nogil=True)
 
-
-@_jit
+@jit
 def _bounds(tri: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
     """Screen bounds (low, high: x, y in pixels) of a triangle's part before the near plane z = -w.
 
@@ -51,7 +49,7 @@ def _bounds(tri: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
     return 1 if high[0] >= low[0] else 0
 
 
-@_jit
+@jit
 def _project(clip: np.ndarray, width: int, height: int, out: np.ndarray) -> None:
     """Vertices clip [N, 4] to out [N, 6]: x w, y w, z, w, then x, y (NaN if not before the near plane), in pixels."""
     for i in range(clip.shape[0]):
@@ -65,7 +63,7 @@ def _project(clip: np.ndarray, width: int, height: int, out: np.ndarray) -> None
         out[i, 5] = out[i, 1] / w if before else np.nan
 
 
-@_jit
+@jit
 def _box(
     vertices: np.ndarray,
     corners: tuple[int, int, int],
@@ -99,7 +97,7 @@ def _box(
     return x_min, x_max, y_min, y_max
 
 
-@_jit
+@jit
 def _draw(
     vertices: np.ndarray,
     faces: np.ndarray,

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from prd.cameras import HALF_DIAGONAL, Cameras
+from prd.errors import PrdError
 from prd.fields.checks import expect
 from prd.fields.fast import evaluate_grid
 from prd.fields.protocol import Field
@@ -71,7 +72,7 @@ class PackedMeshes:
         return torch.cat(parts, dim=1)
 
 
-class MeshError(ValueError):
+class MeshError(PrdError, ValueError):
     """A mesh that cannot be drawn: of a wrong shape or type, not finite, with faces out of range or without area."""
 
 

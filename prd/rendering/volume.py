@@ -7,12 +7,12 @@ published TriplaneTurbo (uniform, or a uniform proposal refined where its opacit
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field as Setting
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -52,6 +52,13 @@ class VolumeConfig:
     max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
+
+    @field_validator("inv_std", "beta", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any) -> Any:
+        if isinstance(value, Tensor):  # which would be taken as a number, without its gradient
+            raise ValueError("is a tensor; for a learned one give the renderer alpha=NeusAlpha(inv_std)")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> VolumeConfig:

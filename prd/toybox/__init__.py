@@ -6,7 +6,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def asset(name: str) -> str:
-    """The folder of a shipped model: "stable_diffusion", "controlnet", "mvdream", "richdreamer" or "adapter"."""
+    """Return the folder of a shipped model: "stable_diffusion", "controlnet", "mvdream", "richdreamer" or "adapter"."""
     folder = ASSETS / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: the toy box has no {name!r}; run examples/train_toybox.py to make it")

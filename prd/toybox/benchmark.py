@@ -10,7 +10,8 @@ import torch
 
 from prd.data.corpora import Corpus, MixedPrompts, check_held_out
 from prd.data.prompt_files import CorpusError
-from prd.evaluation.benchmark import MESH_RESOLUTION, Benchmark
+from prd.data.worlds import MESH_RESOLUTION
+from prd.evaluation.benchmark import Benchmark
 from prd.fields.protocol import Field
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Mesh

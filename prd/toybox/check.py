@@ -1,4 +1,4 @@
-"""What a toy teacher must pass before anything is distilled from it: it heeds its cameras, or the depth it is shown."""
+"""Checks that a toy teacher must pass before anything is distilled from it: it uses its cameras, or its depth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from prd.cameras import Cameras
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector
-from prd.toybox.data import BACKGROUND, Batch, ViewPool
+from prd.toybox.data import BACKGROUND, ViewPool, ViewSets
 from prd.toybox.models import make_scheduler
 from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
 
@@ -24,7 +24,7 @@ OBJECT_DISPARITY = 0.2  # of a pixel half covered by an object at the middle dis
 
 
 def turned(cameras: Cameras, degrees: float) -> Cameras:
-    """The same cameras, moved about the world's z axis."""
+    """Turn cameras about the world's z axis."""
     a = torch.deg2rad(torch.tensor(degrees))
     turn = torch.eye(4)
     turn[0, 0], turn[0, 1], turn[1, 0], turn[1, 1] = a.cos(), -a.sin(), a.sin(), a.cos()
@@ -37,13 +37,15 @@ def camera_ratios(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     pool: ViewPool,
-    encode: Callable[[Batch], Tensor],
+    encode: Callable[[ViewSets], Tensor],
     *,
     generator: torch.Generator,
     device: str = "cpu",
     count: int = 12,
 ) -> dict[str, dict[str, float]]:
-    """Denoising error with cameras turned by 90 degrees over that with the right ones, by shape and timestep.
+    """Measure the denoising error with cameras turned by 90 degrees over that with the right ones.
+
+    Returns the ratios by shape and timestep.
 
     encode turns `count` four-view sets into the U-Net's input [4 * count, C, h, w]. Below `REQUIRED_RATIO` on an
     asymmetric shape the teacher does not know where it looks from.
@@ -69,16 +71,18 @@ def depth_ratios(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     pool: ViewPool,
-    encode: Callable[[Batch], Tensor],
+    encode: Callable[[ViewSets], Tensor],
     *,
     generator: torch.Generator,
     device: str = "cpu",
     count: int = 12,
 ) -> dict[str, dict[str, float]]:
-    """Denoising error with the depth of another shape over that with the right one, by shape and timestep.
+    """Measure the denoising error with the depth of another shape over that with the right one.
+
+    Returns the ratios by shape and timestep.
 
     The other is the next of `SHAPES`, seen from cameras of its own; the caption stays. encode is that of
-    `camera_ratios`. Below `REQUIRED_DEPTH_RATIO` on a shape the ControlNet does not heed what it is shown.
+    `camera_ratios`. Below `REQUIRED_DEPTH_RATIO` on a shape the ControlNet does not use what it is shown.
     """
 
     def predict(x_t: Tensor, t: int, text: Tensor, control: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _error_ratios(
 
 
 def silhouette_iou(rgb: Tensor, disparity: Tensor) -> Tensor:
-    """Intersection over union [n] of the object in images [n, 3, H, W] in [0, 1] and in disparities [n, 1, H, W].
+    """Return the IoU [n] of the object in images [n, 3, H, W] in [0, 1] and in disparities [n, 1, H, W].
 
     In an image the object is what differs from the background in a channel; renderings reach 0.99 with their own depth.
     """

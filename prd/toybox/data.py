@@ -27,8 +27,8 @@ CAMERAS = CamerasConfig(views=4, elevation=(-30.0, 60.0), relative_distance=(1.1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Four-view sets of n objects.
+class ViewSets:
+    """Four-view renderings of n objects, with what teachers are trained on.
 
     rgb               [n, 4, 3, H, W] in [0, 1]
     disparity         [n, 4, 1, H, W] in [0, 1], 0 = background, as `prd.rendering.views.Views` has it
@@ -63,8 +63,10 @@ class ViewPool:
             layers.append(torch.cat([_layers(configuration, _rows(cameras, i, 8)) for i in range(0, sets, 8)]))
         self.layers = torch.stack(layers)
 
-    def draw(self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None) -> Batch:
-        """`count` four-view sets; `stacks` is the share of stacks, `only` one configuration."""
+    def draw(
+        self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None
+    ) -> ViewSets:
+        """Draw `count` four-view sets; `stacks` is the share of stacks, `only` one configuration."""
         singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
         pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]
         # a word is drawn before its form, so that families are no more frequent than other words
@@ -95,11 +97,11 @@ class ViewPool:
         layers = torch.stack(rows).float()  # [n, 4, 10, H, W]
         rgb, normal_disparity = compose(layers, torch.stack(albedo))
         cameras = Cameras(torch.stack(matrices), torch.stack(angles))
-        return Batch(rgb, layers[:, :, 9:10], normal_disparity, captions, cameras)
+        return ViewSets(rgb, layers[:, :, 9:10], normal_disparity, captions, cameras)
 
 
 def compose(layers: Tensor, albedo: Tensor) -> tuple[Tensor, Tensor]:
-    """RGB [n, V, 3, H, W] and normal + disparity [n, V, 4, h, w] from layers [n, V, 10, H, W], albedo [n, 2, 3]."""
+    """Return RGB [n, V, 3, H, W], normal + disparity [n, V, 4, h, w] of layers [n, V, 10, H, W], albedo [n, 2, 3]."""
     coverage, shade, tint = layers[:, :, 0], layers[:, :, 1:3], layers[:, :, 3:6]
     lit = torch.einsum("nvphw,npc->nvchw", shade, albedo) + tint
     rgb = (lit + (1 - coverage[:, :, None]) * BACKGROUND).clamp(0, 1)
@@ -114,7 +116,7 @@ def _rows(cameras: Cameras, start: int, count: int) -> Cameras:
 
 @torch.no_grad()
 def _layers(configuration: tuple, cameras: Cameras) -> Tensor:
-    """Layer images [n, V, 10, H, W] of one configuration from n x V cameras, averaged from 2x2 rays a pixel."""
+    """Layer images [n, V, 10, H, W] of one configuration from n x V cameras, averaged from 2x2 rays per pixel."""
     shape, second = configuration
     text = f"a red {shape}" if isinstance(second, int) else f"a red {shape} on a blue {second}"
     scene = parse_caption(text).parts(second if isinstance(second, int) else 0)

@@ -1,4 +1,4 @@
-"""The toy box's networks: every one of the class that the real model has, small.
+"""Networks of the toy box: each of the class that the real model has, small.
 
 A tiny Stable Diffusion (CLIP text encoder, autoencoder of factor 4, U-Net on 8x8 latents), its depth ControlNet, a
 four-view MVDream of the same U-Net with cameras, and a four-view RichDreamer on 16x16 normal and disparity images.
@@ -23,7 +23,7 @@ NORMAL_SIZE = 16
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters."""
+    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
@@ -50,7 +50,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 64."""
+    """Make a CLIP text encoder with two layers of width 64."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -69,7 +69,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """Images [B, 3, 32, 32] in [-1, 1] to latents [B, 4, 8, 8] and back."""
+    """Make an autoencoder between images [B, 3, 32, 32] in [-1, 1] and latents [B, 4, 8, 8]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -84,7 +84,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet(*, cameras: bool) -> UNet2DConditionModel:
-    """The U-Net of Stable Diffusion, or with `cameras` of MVDream, on latents [B, 4, 8, 8]."""
+    """Make the U-Net of Stable Diffusion, or with `cameras` of MVDream, on latents [B, 4, 8, 8]."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         block_out_channels=(48, 96),
@@ -99,7 +99,7 @@ def make_unet(*, cameras: bool) -> UNet2DConditionModel:
 
 
 def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """The ControlNet of a U-Net on latents: a copy of its encoder, with ends that are zero before training.
+    """Make the ControlNet of a U-Net on latents: a copy of its encoder, with ends that are zero before training.
 
     Three widths of the embedding are two halvings: control images [B, 3, 32, 32] arrive at latents [B, 4, 8, 8].
     """
@@ -107,7 +107,7 @@ def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
 
 
 def make_normal_unet() -> UNet2DConditionModel:
-    """The U-Net of RichDreamer: normals and disparity [B, 4, 16, 16] in [-1, 1], with cameras."""
+    """Make the U-Net of RichDreamer: normals and disparity [B, 4, 16, 16] in [-1, 1], with cameras."""
     return UNet2DConditionModel(
         sample_size=NORMAL_SIZE,
         block_out_channels=(32, 64, 96),
@@ -130,7 +130,7 @@ def _camera_embedding(cameras: bool) -> dict:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with v-prediction (an epsilon loss leaves cameras unheeded at high noise)."""
+    """Make Stable Diffusion's noise schedule with v-prediction (epsilon leaves cameras unused at high noise)."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -37,7 +37,7 @@ SURFACE_POINTS = 768
 
 @dataclass(frozen=True)
 class Score:
-    """How one generated field compares with its caption's best form."""
+    """Comparison of one generated field with its caption's best form."""
 
     prompt: str
     recognised: bool  # its own caption scores highest
@@ -50,22 +50,22 @@ class Score:
     right_topology: bool  # as the exact form's, in as many pieces
 
     def figures(self) -> dict[str, float]:
-        """R@1, IoU and colour error, which a gallery shows and averages."""
+        """Return R@1, IoU and colour error, which a gallery shows and averages."""
         return {"r_at_1": self.recognised, "iou": self.iou, "color_error": self.color_error}
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return all of it as plain values."""
         return asdict(self)
 
 
 def grid_points(resolution: int = GRID) -> Tensor:
-    """Cell centres of the cube [-1, 1]^3, [R^3, 3], x slowest."""
+    """Return the cell centres of the cube [-1, 1]^3, [R^3, 3], x slowest."""
     axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
 
 
 def surface_points(scene: tuple[Part, ...], near: Tensor, count: int) -> Tensor:
-    """`count` points of the zero level of a scene, [count, 3], always the same: points near it [N, 3], projected."""
+    """Project points near the zero level of a scene [N, 3] onto it; returns [count, 3], always the same."""
     pick = torch.randperm(len(near), generator=torch.Generator().manual_seed(0))[: 2 * count]
     points = near[pick]
     for _ in range(8):
@@ -112,7 +112,7 @@ def _forms() -> dict[tuple, _Form]:
 
 
 def topology(occupancy: Tensor) -> tuple[int, int]:
-    """Euler characteristic of the surface of an occupied solid [R, R, R], and its number of pieces.
+    """Return the Euler characteristic of the surface of an occupied solid [R, R, R], and its number of pieces.
 
     2 for a ball, 0 for a solid torus; holes of one cell and specks below 0.5 % of the volume do not count.
     """
@@ -209,7 +209,7 @@ def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys:
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, float | dict[str, float]]:
-    """Means over scores: R@1, IoU, colour error, topology; by shape; the smallest orientation margin of a shape."""
+    """Return means over scores: R@1, IoU, colour error, topology; by shape: IoU and orientation margin."""
     if not scores:
         return {}
 

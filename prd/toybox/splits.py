@@ -1,4 +1,4 @@
-"""What is held out of training on the toy box: rules with a name, for `prompts.held_out`, and the splits to measure."""
+"""Rules with a name for what is held out of training on the toy box (`prompts.held_out`), and the splits to measure."""
 
 from __future__ import annotations
 

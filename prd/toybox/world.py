@@ -2,7 +2,7 @@
 
 "a {colour} {shape}" and "a {colour} {shape} on a {colour} {base}". Every part is a signed distance function in closed
 form; colour is albedo under a light that is fixed in the world, so that it is a function of position alone. Two words
-name a family of forms ("cone", "cylinder"): a generator may answer with any member.
+name a family of forms ("cone", "cylinder"): a model may answer with any member.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _cone(radial: Tensor, axial: Tensor, radius: float, height: float) -> Tensor
 
 
 def shape_sdf(shape: str, form: int, p: Tensor) -> Tensor:
-    """Signed distance [...] of one shape at points [..., 3], centred, about 0.9 in reach.
+    """Return the signed distance [...] of one shape at points [..., 3], centred, about 0.9 in reach.
 
     Exact, but for the cone, wedge, arrow and mug near their edges, where it is a lower bound.
     """
@@ -115,14 +115,14 @@ class Part:
     height: float = 0.0
 
     def sdf(self, points: Tensor) -> Tensor:
-        """Signed distance [...] at points [..., 3]."""
+        """Return the signed distance [...] at points [..., 3]."""
         local = (points - points.new_tensor([0.0, 0.0, self.height])) / self.scale
         return shape_sdf(self.shape, self.form, local) * self.scale
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence of the world and what it names: (colour, shape) from top to bottom."""
+    """Sentence of the world, and the (colour, shape) pairs that it names, from top to bottom."""
 
     text: str
     words: tuple[tuple[str, str], ...]
@@ -133,11 +133,11 @@ class Caption:
 
     @property
     def num_forms(self) -> int:
-        """Forms a generator may answer with; the parts of a stack have one each."""
+        """Number of forms that a model may answer with; the parts of a stack have one each."""
         return 1 if self.is_stack else FORMS.get(self.words[0][1], 1)
 
     def parts(self, form: int = 0) -> tuple[Part, ...]:
-        """The parts of one form of the caption, top first."""
+        """Return the parts of one form of the caption, top first."""
         if not 0 <= form < self.num_forms:
             raise ValueError(f"form={form}: {self.text!r} has the forms 0 to {self.num_forms - 1}")
         (color, shape), *rest = self.words
@@ -152,12 +152,12 @@ class Caption:
 
 
 def single_captions() -> list[Caption]:
-    """Every "a {colour} {shape}"."""
+    """Return every "a {colour} {shape}"."""
     return [Caption(f"a {c} {s}", ((c, s),)) for c in COLORS for s in SHAPES]
 
 
 def stack_captions() -> list[Caption]:
-    """Every "a {colour} {shape} on a {other colour} {base}"."""
+    """Return every "a {colour} {shape} on a {other colour} {base}"."""
     return [
         Caption(f"a {c} {s} on a {d} {b}", ((c, s), (d, b)))
         for c in COLORS
@@ -169,12 +169,12 @@ def stack_captions() -> list[Caption]:
 
 
 def all_captions() -> list[Caption]:
-    """The whole world, single objects first."""
+    """Return every caption of the world, single objects first."""
     return single_captions() + stack_captions()
 
 
 def parse_caption(text: str) -> Caption:
-    """The caption of a sentence; ValueError says what the world knows."""
+    """Return the caption of a sentence; ValueError says what the world knows."""
     words = text.split()
     picked = [(words[i], words[i + 1]) for i in range(1, len(words) - 1, 4)] if len(words) in (3, 7) else []
     caption = Caption(text, tuple(picked))
@@ -188,13 +188,13 @@ def parse_caption(text: str) -> Caption:
 
 
 def unknown_words(text: str) -> list[str]:
-    """Words of a prompt that no caption of the world contains."""
+    """Return the words of a prompt that no caption of the world contains."""
     known = {"a", "on", *COLORS, *SHAPES}
     return [word for word in text.lower().split() if word not in known]
 
 
 class ExactField(AutogradGradient):
-    """The exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`)."""
+    """Exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`)."""
 
     def __init__(self, captions: Sequence[Caption | str], forms: Sequence[int] | None = None) -> None:
         parsed = [c if isinstance(c, Caption) else parse_caption(c) for c in captions]
@@ -206,35 +206,35 @@ class ExactField(AutogradGradient):
         return torch.stack([evaluate(scene, p) for scene, p in zip(self.scenes, points, strict=True)])
 
     def sdf(self, points: Tensor) -> Tensor:
-        """Signed distance [B, N, 1]."""
+        """Return the signed distance [B, N, 1]."""
         return self._each(points, lambda scene, p: scene_sdf(scene, p)[:, None])
 
     def rgb(self, points: Tensor) -> Tensor:
-        """Lit colour of the nearest part [B, N, 3]."""
+        """Return the lit colour of the nearest part [B, N, 3]."""
         return self._each(points, scene_rgb)
 
 
 def scene_sdf(scene: tuple[Part, ...], points: Tensor) -> Tensor:
-    """Signed distance [N] of a union of parts at points [N, 3]."""
+    """Return the signed distance [N] of a union of parts at points [N, 3]."""
     return torch.stack([part.sdf(points) for part in scene]).amin(dim=0)
 
 
 def scene_normal(scene: tuple[Part, ...], points: Tensor, step: float = 1e-3) -> Tensor:
-    """Unit gradient [N, 3] of the scene's signed distance, by central differences."""
+    """Return the unit gradient [N, 3] of the scene's signed distance, by central differences."""
     offsets = torch.eye(3, device=points.device, dtype=points.dtype) * step
     differences = [scene_sdf(scene, points + o) - scene_sdf(scene, points - o) for o in offsets]
     return F.normalize(torch.stack(differences, dim=-1), dim=-1)
 
 
 def light(normal: Tensor) -> tuple[Tensor, Tensor]:
-    """What the world's light makes of a surface: shade [..., 1], times albedo, and tint [..., 3], added."""
+    """Return the effect of the world's light on a surface: shade [..., 1], times albedo, and tint [..., 3], added."""
     shade = AMBIENT + DIFFUSE * (normal @ F.normalize(normal.new_tensor(LIGHT), dim=0))
     tint = (normal @ normal.new_tensor(TINT_LIGHT)).clamp(min=0)
     return shade[..., None], tint[..., None] * normal.new_tensor(TINT)
 
 
 def scene_rgb(scene: tuple[Part, ...], points: Tensor) -> Tensor:
-    """Lit colour [N, 3] in [0, 1] at points [N, 3]: that of the nearest part."""
+    """Return the lit colour [N, 3] in [0, 1] at points [N, 3]: that of the nearest part."""
     nearest = torch.stack([part.sdf(points) for part in scene]).argmin(dim=0)
     albedo = points.new_tensor([COLORS[part.color] for part in scene])[nearest]
     shade, tint = light(scene_normal(scene, points))

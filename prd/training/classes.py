@@ -144,7 +144,7 @@ def config_class_of(part: Any, section: Section, key: str) -> type:
 
 def setting_names(config_class: type) -> list[str]:
     """The keys of a part's settings."""
-    return [f.name for f in fields(config_class) if f.name != "generator"]
+    return [f.name for f in fields(config_class)]
 
 
 def _choices(section: Section) -> str:
@@ -162,3 +162,18 @@ def class_name_of(config: Any, key: str) -> str:
     settings = getattr(config, name)
     found = [built_in for built_in, kind in section.built_in.items() if type(settings) is kind.config_class]
     return found[0] if found else section.default
+
+
+def split_given_parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config's plain values without parts that have no class, which a user gave to the trainer; and those.
+
+    What such a part is the config does not tell; its settings are compared as they are written.
+    """
+    kept, given = dict(values), dict[str, Any]()
+    for name, section in SECTIONS.items():
+        if section.default is None and isinstance(values.get(name), Mapping):
+            for part, own in values[name].items():
+                if part not in section.built_in and not (isinstance(own, Mapping) and "class" in own):
+                    given[f"{name}.{part}"] = own
+            kept[name] = {part: own for part, own in values[name].items() if f"{name}.{part}" not in given}
+    return kept, given

@@ -42,6 +42,7 @@ from prd.teachers.base import TeacherConfig, TeacherOptions
 from prd.teachers.mvdream import MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
+from prd.training.budget import Fit
 from prd.training.optimizers import OptimizerConfig
 from prd.training.validation import ValidationConfig
 from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, resolved
@@ -86,9 +87,10 @@ class TrainConfig:
 
     seed: int = 0  # of every random draw
     output_dir: str = "runs/prd"  # the run folder
-    max_train_steps: Count = 15000  # optimiser steps
+    max_train_steps: Count = 15000  # optimiser steps at most
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
-    max_train_minutes: Positive | None = None  # wall-clock limit of the run; null: none
+    max_train_minutes: Positive | None = None  # steps and schedules are fitted to these, in each process; null: none
+    fits: tuple[Fit, ...] = ()  # numbers of steps fitted to the minutes: written by the run, followed by its repetition
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the model's autocast
     train_batch_size: Count = 2  # prompts per process and micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches per optimiser step

@@ -41,7 +41,7 @@ class NonFiniteDiagnostics:
                 estimate["loss"] = loss.detach()
 
     def suspects(self, reason: str) -> list[dict[str, Any]]:
-        """What can be blamed, ready for JSON: estimates without a finite loss, or all if the gradient alone is not."""
+        """Return the suspects, ready for JSON: estimates without a finite loss, or all if the gradient alone is not."""
         blamed = [a for a in self.asked if a["loss"] is None or not bool(torch.isfinite(a["loss"]))] or self.asked
         return [
             {
@@ -84,7 +84,7 @@ def watched_prompts(config: TrainConfig, corpus: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def prompt_spread(shapes: Field, count: int, device: torch.device, resolution: int = 16) -> float:
-    """How far the shapes of `count` prompts, made from the same noise, differ: mean |sdf - mean sdf|, scene units."""
+    """Return how far the shapes of `count` prompts, from the same noise, differ: mean |sdf - mean sdf|, scene units."""
     axis = torch.linspace(-1, 1, resolution, device=device)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(1, -1, 3)
     sdf = shapes.sdf(points.expand(count, -1, -1)).float()

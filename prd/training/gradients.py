@@ -87,6 +87,6 @@ class SkippedSteps:
 
 
 def scale_is_high(accelerator: Accelerator) -> bool:
-    """Whether fp16's loss scale can still be lowered: until then a gradient that overflows is expected."""
+    """Return True if fp16's loss scale can still be lowered: until then a gradient that overflows is expected."""
     scaler = accelerator.scaler
     return scaler is not None and scaler.get_scale() > 1

@@ -151,7 +151,7 @@ class Objective:
         return at_step(renderer, estimates.step - self.stage.first, self.stage.config.total_steps, alpha)
 
     def backdrop(self, config: TrainConfig, cameras: Cameras, size: tuple[int, int], embeds: Tensor) -> float | Tensor:
-        """What training renders are composited over: a grey level, or [B, V, height, width, 3] made from the text.
+        """Return the background of training renders: a grey level, or [B, V, height, width, 3] made from the text.
 
         embeds [B, L, C]: the mean over its tokens stands for a prompt.
         """

@@ -141,3 +141,13 @@ def trainable_parameters(model: Any, trainable: Sequence[str] | None) -> list[to
     if unknown := sorted(set(trainable or ()) - parts.keys()):
         raise ConfigError(f"trainable={unknown[0]!r}: is no part of this model; it has {', '.join(parts)}")
     return [parameter for name, part in parts.items() if trainable is None or name in trainable for parameter in part]
+
+
+def train_only(model: Any, trainable: Sequence[str] | None) -> list[torch.nn.Parameter]:
+    """Let only the parameters of the parts named (None: of all) require a gradient; returns these."""
+    chosen = trainable_parameters(model, trainable)
+    for parameter in trainable_parameters(model, None):
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen

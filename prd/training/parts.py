@@ -38,7 +38,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Parts:
-    """What a run trains and what it is trained by.
+    """Parts of a training run: the model, and all that it is trained by.
 
     model         the network, of which some parts are trained
     text_encoder  makes the embeddings [B, L, Ct] that the model is given

@@ -13,6 +13,7 @@ A run may have stages, each the recipe with some of its values replaced:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -23,13 +24,15 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from prd.errors import ConfigError
-from prd.training.classes import SECTIONS, Entry, class_name_of, entries
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries, split_given_parts
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
 from prd.training.renamed import renamed
 from prd.utils.files import write_atomic
 from prd.utils.plain_yaml import parse_yaml
+
+logger = logging.getLogger(__name__)
 
 STAGED = (  # what a stage may change: keys and sections
     *("renderer_schedule", "background", "cameras", "renderers", "shading", "teachers", "distillation"),
@@ -110,7 +113,6 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def _plain_part(own: dict[str, Any], shorthand: str | None, class_name: str | None) -> Any:
-    own = {name: value for name, value in own.items() if name != "generator"}
     if class_name is None:
         return own[shorthand] if shorthand is not None and list(own) == [shorthand] else own
     return {"class": class_name, **own}
@@ -134,6 +136,9 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
 
     overrides  command-line words: ["--optimizer.lr", "1e-3", "--seed=1"]
 
+    `max_train_steps` among the overrides without `max_train_minutes` is a fixed number of steps: the minutes of the
+    recipe do not apply.
+
     Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
     one), a value of the wrong type or outside its range.
     """
@@ -142,6 +147,14 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     for name, section in SECTIONS.items():
         if section.default is None and name in changes and name not in values:
             values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
+    minutes = values.get("max_train_minutes")
+    if "max_train_steps" in changes and "max_train_minutes" not in changes and minutes is not None:
+        logger.warning(
+            "max_train_steps=%s: a fixed number of steps; the %s minutes of the recipe do not apply (give "
+            "--max_train_minutes as well to have both)",
+            *(changes["max_train_steps"], minutes),
+        )
+        changes["max_train_minutes"] = None
     return from_dict(merged(values, changes), str(config))
 
 
@@ -152,7 +165,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package, each accepted by `--config`."""
-    folder = resources.files("prd") / "configs"
+    folder = resources.files("prd.configs")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -161,7 +174,7 @@ def _find(config: str | Path) -> Path:
     if path.is_file():
         return path
     if str(config) in shipped_recipes():
-        return Path(str(resources.files("prd") / "configs" / f"{config}.yaml"))
+        return Path(str(resources.files("prd.configs") / f"{config}.yaml"))
     raise ConfigError(f"config={str(config)!r}: no such file; give a YAML file or one of {shipped_recipes()}")
 
 
@@ -204,7 +217,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any], prefix: str = 
 
 
 def _changes_class(place: str, name: str, old: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
-    """Whether values that are a part's settings name another class than those before."""
+    """Return True if values that are a part's settings name another class than those before."""
     section = SECTIONS.get(place.partition(".")[0])
     if section is None or "class" not in change or ("." in place) != (section.default is None):
         return False
@@ -243,18 +256,23 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """The config with the values of a stage in their place."""
     if unknown := sorted(values.keys() - set(STAGED)):
         raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-    before = to_dict(config)
+    before, given = split_given_parts(to_dict(config))
     fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
     if fixed:
         raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
     try:
-        return from_dict(merged({**before, "stages": []}, values))
+        own = from_dict(merged({**before, "stages": []}, values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    for key in given:  # of the user's own, which the trainer is given
+        section, _, name = key.partition(".")
+        changed: dict[str, Any] = {section: {**getattr(own, section), name: getattr(config, section)[name]}}
+        own = replace(own, **changed)
+    return own
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a stage gives a part of the run another class."""
+    """Return True if a stage gives a part of the run another class."""
     part, _, name = key.rpartition(".")
     if name != "class":
         return False

@@ -30,26 +30,34 @@ ALWAYS: dict[str, dict[str, Any]] = {
 
 
 def renamed(values: Mapping[str, Any], where: str, *, whole: bool = True) -> dict[str, Any]:
-    """Nested values of a config with today's keys; the same if they are already.
+    """Nested values of a config with today's keys, and one warning if they had others.
 
     where  what they were read from, for the warning
-    whole  whether they are a whole config, to which an old one's unmentioned parts belong, or changes of one
+    whole  as in `with_todays_keys`
+    """
+    new, found = with_todays_keys(values, whole=whole)
+    if found:
+        listed = ", ".join(f"{old} is {key}" for old, key in found.items())
+        warnings.warn(
+            f"{where}: written with names of before version 0.2, which are read for one release: {listed}",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return new
+
+
+def with_todays_keys(values: Mapping[str, Any], *, whole: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
+    """Nested values of a config with today's keys, and the names that were replaced with those they have now.
+
+    whole  whether the values are a whole config, to which an old one's unmentioned parts belong, or changes of one
     """
     found: dict[str, str] = {}
     new = _renamed(values, found)
-    if not found:
-        return new
-    if whole:
+    if found and whole:
         for section, parts in ALWAYS.items():
             given = new.get(section, {})
             new[section] = {**parts, **given}
-    listed = ", ".join(f"{old} is {key}" for old, key in found.items())
-    warnings.warn(
-        f"{where}: written with names of before version 0.2, which are read for one release: {listed}",
-        FutureWarning,
-        stacklevel=3,
-    )
-    return new
+    return new, found
 
 
 def _renamed(values: Mapping[str, Any], found: dict[str, str]) -> dict[str, Any]:

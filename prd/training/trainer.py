@@ -25,15 +25,16 @@ from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.ema import WeightAverage
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
-from prd.training.optimizers import build_optimizer, lr_factor, trainable_parameters
+from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
 from prd.training.parts import Parts, build_parts
-from prd.training.recipes import configured_parts, stages_of
+from prd.training.plan import StepPlan
+from prd.training.recipes import configured_parts, save_config
 from prd.training.run.clock import TIME_IS_UP, Clock
 from prd.training.run.folder import check_run, run_lock
 from prd.training.run.logbook import Logbook
 from prd.training.run.processes import StopRequest, begin_process
 from prd.training.run.resume import load_resumed, resumed_config
-from prd.training.run.session import begin_session, end_session, report_stop
+from prd.training.run.session import begin_session, end_session, full_disk_explained, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
 from prd.training.validation import Validation
 
@@ -62,10 +63,13 @@ class Trainer:
         dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
         self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
         self.background = TextBackground(width).to(self.device) if config.text_background else None
-        self.stages = stages_of(config)
+        self.background_parameters = [] if self.background is None else list(self.background.parameters())
+        self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
         self.enter(self.stages[0])
-        decay = config.ema_decay
-        self.average = None if decay is None else WeightAverage(self.every_parameter(), decay)
+        self.average: WeightAverage | None = None
+        if config.ema_decay is not None:
+            every = [*trainable_parameters(self.model, None), *self.background_parameters]
+            self.average = WeightAverage(every, config.ema_decay)
         self.validation = Validation(config, self.model, encoder, self.corpus.prompts, self.average, parts.benchmark)
         self.skipped = SkippedSteps(self.accelerator, self.folder)
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
@@ -92,39 +96,44 @@ class Trainer:
         """Prompts drawn before an optimiser step: where the corpus goes on."""
         return self.first_prompt + (step - self.first) * self.global_batch_size
 
-    def every_parameter(self) -> list[torch.nn.Parameter]:
-        """The parameters that any stage trains."""
-        own = () if self.background is None else self.background.parameters()
-        return [*trainable_parameters(self.model, None), *own]
-
     # -- a stage -----------------------------------------------------------------------------------------------------
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that an optimiser step belongs to."""
-        return next((stage for stage in self.stages if step < stage.last), self.stages[-1])
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the run, as planned now."""
+        return self.plan.stages
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the model are trained, by an optimiser of its own."""
-        self.stage = stage
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
         self.model.begin_stage(stage.config.trainable)
-        chosen = trainable_parameters(self.model, stage.config.trainable)
-        for parameter in trainable_parameters(self.model, None):
-            parameter.requires_grad_(False)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        self.parameters = [*chosen, *(() if self.background is None else self.background.parameters())]
+        self.parameters = [*train_only(self.model, stage.config.trainable), *self.background_parameters]
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(stage.config.optimizer, self.parameters))
-        self.objective = Objective(
-            stage, self.parts, self.device, configured=configured_parts(self.stages), background=self.background
-        )
+        self.follow(stage)
+
+    def follow(self, stage: Stage) -> None:
+        """Take the schedules and the objective of a stage, and leave what is trained as it is."""
+        self.stage, configured = stage, configured_parts(self.stages)
+        self.objective = Objective(stage, self.parts, self.device, configured=configured, background=self.background)
+
+    def follow_plan(self, done: int) -> None:
+        """Follow the schedules that hold after `done` steps; the stage is left when the next step is taken."""
+        if (stage := self.plan.follow(done, self.stage)) is not self.stage:
+            self.follow(stage)
+
+    def fit_steps(self, done: int) -> None:
+        """Fit the number of steps to the minutes where that is due after `done` steps, alike in all processes."""
+        if self.plan.fit(done, self.stage) and self.accelerator.is_main_process:
+            save_config(self.plan.config, self.folder / "config.yaml")
+        self.follow_plan(done)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimiser step; returns what is logged."""
         if not self.stage.first <= step < self.stage.last:
-            self.enter(self.stage_at(step))
+            self.enter(self.plan.stage_at(step))
+            self.plan.begin_stage(step)
             if self.average is not None:
                 self.average.restart(self.parameters)
         config, log, diagnostics, reason = self.stage.config, MeanMetrics(), NonFiniteDiagnostics(), NOT_FINITE
@@ -158,15 +167,12 @@ class Trainer:
 
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes."""
-        config = self.stage.config
         renders = sum(len(self.objective.renderers_of(step, k)) for k in range(self.model.num_estimates))
-        return self.global_batch_size * config.cameras.views * renders
+        return self.global_batch_size * self.stage.config.cameras.views * renders
 
     def wishes(self) -> dict[str, bool]:
         """Reasons to stop by name, and whether this process has each; time is up by the main process's clock."""
-        limit = self.config.max_train_minutes
-        over = limit is not None and self.accelerator.is_main_process and self.clock.minutes() > limit
-        return {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: over}
+        return {self.stop.name or "a signal": self.stop.name is not None, TIME_IS_UP: self.plan.out_of_time()}
 
     def accumulate(self, step: int, micro: int, log: MeanMetrics, diagnostics: NonFiniteDiagnostics) -> None:
         """Add the gradients of a micro-batch: the estimates of its prompts, rendered and judged."""
@@ -195,11 +201,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Continue from the checkpoint the config names; returns the steps done, 0 without one."""
-        checkpoint, self.resumed = self.resumed, None
-        if checkpoint is None:
-            return 0
-        restore_trainer(self, checkpoint)
-        return checkpoint.step
+        return 0 if self.resumed is None else restore_trainer(self, self.resumed)
 
     def train(self) -> Path:
         """Run all steps and what comes before and after them; returns the run folder."""
@@ -207,13 +209,8 @@ class Trainer:
         with run_lock(self.folder) if self.accelerator.is_main_process else nullcontext():
             first = begin_session(self)
             with self.stop:
-                try:
+                with full_disk_explained(self.folder):
                     done = self.loop(first)
-                except OSError as error:  # a full disk
-                    raise OSError(
-                        f"{error}: the run stopped; its checkpoints in {self.folder} are whole: make room, and "
-                        "continue with --resume_from_checkpoint latest"
-                    ) from error
                 if done > first and done % self.config.checkpointing_steps:
                     self.save(done)
                 report_stop(self, done)  # here, for launchers pass on a signal that the terminal has already sent
@@ -223,9 +220,10 @@ class Trainer:
     def loop(self, first: int) -> int:
         """Take the steps from `first` on, show, log and save them; returns how many the run has done."""
         config, main = self.config, self.accelerator.is_main_process
-        log = Logbook(self.folder, self.accelerator, first, config.max_train_steps)
+        log = Logbook(self.folder, self.accelerator, first, self.plan.max_train_steps)
         done = first
-        for step in log.steps():
+        while done < self.plan.max_train_steps:
+            step = done
             try:
                 values = self.train_step(step)
             except FloatingPointError as error:
@@ -235,7 +233,9 @@ class Trainer:
                 raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
             done = step + 1
             if main:
-                log.write(done, values | self.validation.validate_periodically(done))
+                log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
+            self.fit_steps(done)
+            log.advance(self.plan.max_train_steps)
             if done % config.checkpointing_steps == 0:
                 self.save(done)
                 if main:
@@ -243,6 +243,7 @@ class Trainer:
             if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
                 self.stopping = self.stopping or self.stop.name
             if self.stopping:
-                logger.warning("%s: stopping after %d steps", self.stopping, done)
+                self.plan.say_stopping(self.stopping, done)
                 break
+        log.close()
         return done

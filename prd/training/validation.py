@@ -1,9 +1,10 @@
-"""What is generated, drawn and measured before, during and after training."""
+"""Generate, draw and measure meshes before, during and after training."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+MESH_COST = 7  # seconds for a validation prompt's mesh and row of a sheet, per second for a caption's scores
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -79,8 +82,11 @@ class Validation:
         prompts = self.config.validation.prompts
         contact_sheet(self.model, self.text_encoder, prompts, self.config, self.folder / "before.png")
 
-    def validate_periodically(self, done: int) -> dict[str, float]:
-        """Measure after `done` steps what is due then, each quantity every so many steps; returns the values."""
+    def validate_periodically(self, done: int, schedule_steps: int) -> dict[str, float]:
+        """Measure after `done` steps what is due then, each quantity every so many steps; returns the values.
+
+        schedule_steps  the steps that the schedules of the run span
+        """
         config, values = self.config, {"peak_gigabytes": peak_memory(self.model.device)}
         every = config.validation.every_steps
         if every and done % every == 0 and self.benchmark is not None and config.validation.prompts:
@@ -91,14 +97,13 @@ class Validation:
         every = config.validation.spread_steps
         if every and done % every == 0 and len(self.watched) > 1:
             values["prompt_spread"] = self.spread()
-            assert config.schedule_steps is not None  # settled when the run began
-            if warning := self.watch.check(values["prompt_spread"], done / config.schedule_steps):
+            if warning := self.watch.check(values["prompt_spread"], done / schedule_steps):
                 logger.warning("step %d: %s", done, warning)
         return values
 
     @torch.no_grad()
     def spread(self) -> float:
-        """How far the shapes of the watched prompts differ, all from the same noise."""
+        """Return how far the shapes of the watched prompts differ, all from the same noise."""
         generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
         embeds = self.text_encoder(self.watched).to(self.model.device)
         shapes = make_fields(self.model, embeds, generators, self.config.validation.num_inference_steps)
@@ -124,10 +129,27 @@ class Validation:
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
         return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
-    def after(self, done: int, *, frames_per_prompt: float, minutes: float) -> None:
+    def seconds_after(self) -> float | None:
+        """Seconds that sheet, meshes and scores after the last step will take, by timing three captions.
+
+        None without a benchmark, whose captions are timed.
+        """
+        if self.benchmark is None:
+            return None
+        self.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
+        splits = self.benchmark.splits(held_out_prompts(self.config.prompts), self.config.validation.stacks)
+        captions = [caption for split in splits.values() for caption in split]
+        seconds = 0.0
+        for some in (captions[:1], captions[1:4]):  # the first one warms up
+            begun = time.monotonic()
+            self.measure(some)
+            seconds = (time.monotonic() - begun) / len(some)
+        return seconds * (len(captions) + MESH_COST * len(self.config.validation.prompts))
+
+    def after(self, done: int, cost: dict[str, Any]) -> None:
         """Save the model trained for `done` steps, then show and measure what it makes.
 
-        frames_per_prompt, minutes  what the run has cost, for the record beside the weights
+        cost  of the run, plain values for the record beside the weights
         """
         config, folder = self.config, self.folder
         with self.shown_weights():
@@ -135,14 +157,8 @@ class Validation:
             contact_sheet(self.model, self.text_encoder, config.validation.prompts, config, folder / "after.png")
             export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
             if self.benchmark is not None:
-                record = {
-                    "train_steps": done,
-                    "frames_per_prompt": round(frames_per_prompt, 1),
-                    "minutes": round(minutes, 1),
-                    "seed": config.seed,
-                    "held_out": list(held_out_prompts(config.prompts)),
-                }
-                self.score(record)
+                held_out = list(held_out_prompts(config.prompts))
+                self.score({"train_steps": done, **cost, "seed": config.seed, "held_out": held_out})
         write_report(folder)
 
     def score(self, record: dict[str, Any]) -> None:

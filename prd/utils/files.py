@@ -27,7 +27,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, absent: Any) -> Any:
-    """What a JSON file of a run holds; `absent` without one, and with a warning if it is damaged.
+    """Read a JSON file of a run; return `absent` without one, and with a warning if it is damaged.
 
     For what is shown of a run: training must not end because of it.
     """

@@ -58,10 +58,9 @@ def check_members(found: Any, protocol: type, where: str) -> None:
 
 
 def missing_members(found: Any, protocol: type) -> list[str]:
-    """The public members of a protocol that a class or an instance does not have.
+    """The public members of a protocol that a class or an instance does not have; of a class its methods alone.
 
-    Of a class only methods and class attributes that it must have before it is made; attributes that are annotated
-    without a value may be set by its `__init__`.
+    Properties and annotated attributes may be set by a class's `__init__`.
     """
     methods, attributes = protocol_members(protocol)
     needed = methods if isinstance(found, type) else [*methods, *attributes]
@@ -69,15 +68,16 @@ def missing_members(found: Any, protocol: type) -> list[str]:
 
 
 def protocol_members(protocol: type) -> tuple[list[str], list[str]]:
-    """The public methods of a protocol and those it derives from, and their attributes: annotated, or properties."""
+    """The public methods, and the other public members, of a protocol and those it derives from."""
     methods: dict[str, None] = {}
     attributes: dict[str, None] = {}
     for base in reversed(protocol.__mro__):
         if base in (object, Protocol) or not getattr(base, "_is_protocol", False):
             continue
-        own = {name: value for name, value in vars(base).items() if not name.startswith("_")}
-        methods |= dict.fromkeys(name for name, value in own.items() if not isinstance(value, property))
-        attributes |= dict.fromkeys(name for name, value in own.items() if isinstance(value, property))
+        for name, member in vars(base).items():
+            if not name.startswith("_"):
+                is_method = callable(member) or isinstance(member, classmethod | staticmethod)
+                (methods if is_method else attributes)[name] = None
         attributes |= dict.fromkeys(name for name in base.__annotations__ if not name.startswith("_"))
     return list(methods), [name for name in attributes if name not in methods]
 

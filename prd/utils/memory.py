@@ -1,4 +1,4 @@
-"""How the C library keeps the memory that large tensors on a CPU leave behind (glibc; elsewhere nothing is done).
+"""Keep the memory that large tensors on a CPU leave behind (glibc; elsewhere nothing is done).
 
 glibc gives every block past a threshold back to the system when it is freed, and the system hands out zeroed pages for
 the next one: at Stable Diffusion 2.1's size that is an eighth of the time of a denoising step.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.custom_generator import FilmConfig, FilmModel
 from prd.adapters import PetaConfig
 from prd.errors import ModelMismatch, PrdError
 from prd.fields.protocol import AutogradGradient, Field
@@ -93,6 +94,14 @@ def ball(seed: int) -> Ball:
     return Ball(BallConfig(text_length=LENGTH, text_width=WIDTH)).eval()
 
 
+FILM = FilmConfig(width=8, depth=2, frequencies=2)
+
+
+def film(seed: int) -> FilmModel:
+    torch.manual_seed(seed)
+    return FilmModel(replace(FILM, **TEXT)).eval()
+
+
 def load_single_pass(model: SinglePassModel, folder: Path) -> SinglePassModel:
     return type(model).from_pretrained(folder)
 
@@ -110,6 +119,7 @@ MEMBERS = {
         for kind, (_, config) in KINDS.items()
     },
     "own": Member(ball, LENGTH, load_single_pass, BallConfig()),
+    "custom": Member(film, LENGTH, load_single_pass, FILM),
 }
 each = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS.keys())
 
@@ -327,7 +337,7 @@ def test_it_is_built_from_its_config_and_starts_from_saved_weights(
     foreign.save_pretrained(tmp_path / "foreign")
     with pytest.raises((ModelMismatch, FileNotFoundError)):
         model_class.from_config(member.config, init_from=tmp_path / "foreign")
-    changed = "head_width" if hasattr(member.config, "head_width") else "radius"
+    changed = next(name for name in ("head_width", "width", "radius") if hasattr(member.config, name))
     value = getattr(member.config, changed) * 2
     with pytest.raises(ModelMismatch):
         model_class.from_config(replace(member.config, **{changed: value}), init_from=tmp_path)

@@ -3,72 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
-from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
+from examples.custom_renderer import SilhouetteConfig, SilhouetteRenderer
 from prd.cameras import Cameras, orbit_cameras
 from prd.distillation.regularizers import REGULARIZERS, applies, regularize
 from prd.fields.grid import GridField
-from prd.fields.protocol import AutogradGradient, Field
+from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.rendering.protocol import Draws, Rendered, Renderer, SampleDraws, SharedGrids, at_step, image_size
-from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
-from prd.utils.checked_types import CHECKS, PositiveSchedule, number
+from prd.rendering.views import Views
 from tests.rendering.made import patch_renderer, surface_renderer, volume_renderer
 
 SIZE = (20, 26)  # height and width
-
-
-@settings(frozen=True, kw_only=True, config=CHECKS)
-class OutlineConfig:
-    """Settings of `Outline`."""
-
-    height: int = 20  # pixels
-    width: int = 26  # pixels
-    softness: PositiveSchedule = 0.05  # scene units over which the outline fades
-
-
-@dataclass(frozen=True)
-class Outline(Renderer):
-    """A renderer of one's own: how near each ray comes to the object, told by the field at 24 points along it."""
-
-    config_class: ClassVar[type] = OutlineConfig
-    config: OutlineConfig
-
-    @classmethod
-    def from_config(cls, config: OutlineConfig) -> Outline:
-        return cls(config)
-
-    def render(
-        self,
-        field: Field,
-        cameras: Cameras,
-        size: tuple[int, int],
-        background: float | Tensor,
-        draws: Draws | None = None,
-    ) -> Rendered:
-        check_image_size(*size)
-        origins, directions = cameras.rays(*size)
-        t = cameras.distance[:, :, None, None, None] + torch.linspace(-1, 1, 24)
-        points = origins[..., None, :] + t[..., None] * directions[..., None, :]
-        sdf = field.sdf(points.flatten(1, 4)).view(t.shape[:2] + (*size, 24))
-        nearest, at = sdf.min(dim=-1)
-        opacity = torch.sigmoid(-nearest / number(self.config.softness))[..., None]
-        place = points.gather(-2, at[..., None, None].expand(*at.shape, 1, 3))[..., 0, :]
-        colour = field.rgb(place.flatten(1, 3)).view(*at.shape, 3)
-        depth = (
-            cameras.near_far[1][:, :, None, None, None] * (1 - opacity)
-            + opacity * cameras.distance[:, :, None, None, None]
-        )
-        back = background_like(background, opacity)
-        normal = torch.zeros_like(colour)
-        disparity = disparity_from_depth(depth, cameras)
-        return Rendered(Views(opacity * colour + (1 - opacity) * back, normal, depth, disparity, opacity, cameras))
 
 
 RENDERERS: dict[str, Renderer] = {
@@ -79,9 +31,9 @@ RENDERERS: dict[str, Renderer] = {
     "surface_cubes": surface_renderer(grid_resolution=20),
     "surface_tetrahedra": surface_renderer(grid_resolution=16, isosurface="tetrahedra"),
     "patch": patch_renderer(num_samples=32, patch=10, downsample=3, height=20, width=26),
-    "custom": Outline(OutlineConfig()),
+    "example": SilhouetteRenderer(SilhouetteConfig(sharpness=40.0)),
 }
-LIBRARY = {name: renderer for name, renderer in RENDERERS.items() if name != "custom"}
+LIBRARY = {name: renderer for name, renderer in RENDERERS.items() if name != "example"}
 
 every = pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
 own = pytest.mark.parametrize("renderer", LIBRARY.values(), ids=LIBRARY)  # of the library: errors are worded alike
@@ -146,7 +98,7 @@ def test_images_have_their_shapes_and_ranges(renderer: Renderer) -> None:
         assert image.shape == (2, 2, *SIZE, channels) and bool(torch.isfinite(image).all()), name
     views = rendered.views
     for image in (views.rgb, views.disparity, views.opacity):
-        assert float(image.min()) >= 0 and float(image.max()) <= 1
+        assert float(image.detach().min()) >= 0 and float(image.detach().max()) <= 1
     assert bool((views.normal.norm(dim=-1, keepdim=True) <= views.opacity + 1e-3).all())
     assert bool((views.z_variance >= 0).all())
     near, far = seen.near_far
@@ -216,7 +168,7 @@ def test_the_draws_decide_the_images(renderer: Renderer) -> None:
 @every
 def test_a_schedule_is_a_number_at_a_step(renderer: Renderer) -> None:
     moving = {
-        "OutlineConfig": ("softness", (0.02, 0.08), 0.05),
+        "SilhouetteConfig": ("sharpness", (30.0, 50.0), 40.0),
         "SurfaceConfig": ("sdf_gradient_scale", (0.5, 1.5), 1.0),
     }.get(type(renderer.config).__name__, ("inv_std", (50.0, 150.0), 100.0))
     name, between, middle = moving

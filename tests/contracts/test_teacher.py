@@ -12,6 +12,7 @@ import torch
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
+from examples.custom_teacher import ColourTeacher
 from prd.cameras import Cameras
 from prd.distillation.multi_teacher import MeanMetrics, leaf_views, multi_teacher_loss, rendering_gradient
 from prd.rendering.views import Views
@@ -32,7 +33,7 @@ from tests.distillation.stub import ask, config_of, weighted
 from tests.teachers.tiny import random_views, save_controlnet, save_deepfloyd, save_teacher
 
 B, V, T = 2, 4, 1000
-PROMPTS = ["a b", "c"]
+PROMPTS = ["a red b", "c blue"]
 RENDERINGS = ("rgb", "normal", "depth", "disparity", "opacity")
 
 
@@ -120,6 +121,7 @@ MEMBERS: dict[str, Member] = {
     ),
     "deepfloyd": Member(DeepFloydTeacher, lambda folder: {"path": str(save_deepfloyd(folder))}, bounded=True),
     "own": Member(GreyTeacher, lambda folder: {"brightness": 0.1}, bounded=True, cameras=True),
+    "custom": Member(ColourTeacher, lambda folder: {"spread": 0.2}, bounded=True),
 }
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from prd.data import prompt_files
 from prd.data.compositional import ACTIVITIES, PIG_THEMES, animal2400, pig64
-from prd.data.prompts import CorpusError, PromptsConfig, load_corpus
+from prd.data.prompts import CorpusError, PromptsConfig, held_out_prompts, load_corpus
 from prd.errors import ConfigError
 from prd.toybox import asset
 from prd.training.recipes import load_config
@@ -56,7 +56,7 @@ def test_held_out_prompts_are_never_drawn():
 def test_the_recipe_holds_out_whole_stacks_of_what_it_holds_out():
     config = load_config("toybox").prompts
     corpus = load_corpus(config)
-    singles = [p for p in config.held_out if " on " not in p]
+    singles = [p for p in held_out_prompts(config) if " on " not in p]
     assert len(singles) >= 5
     assert not [p for p in corpus.prompts for s in singles if p == s or p.startswith(f"{s} on ")]
     words = {w for p in corpus.prompts for w in p.split()}
@@ -291,8 +291,12 @@ def test_errors_name_the_key_and_the_value(tmp_path, monkeypatch):
 def test_a_file_that_may_not_be_read_is_a_corpus_error(tmp_path, monkeypatch):
     source = write(tmp_path, "a.json", THREE)
 
+    read_text = Path.read_text
+
     def denied(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
+        if str(self) == str(source):
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_text(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.raises(CorpusError, match="cannot be read .PermissionError"):
@@ -321,7 +325,7 @@ def test_processes_share_no_prompt_and_a_run_resumes_from_a_position():
 
 
 def test_places_of_a_prompt_are_spread_evenly_over_the_seeds():
-    from prd.data.prompts import shuffled
+    from prd.data.corpora import shuffled
 
     places = Counter(shuffled(0, 10, f"{seed} 0") for seed in range(4000))
     assert set(places) == set(range(10))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prd.cameras import CameraSampling
+from prd.cameras import CamerasConfig
 from prd.distillation.asd import AsdConfig, AsdResult
 from prd.distillation.distill import distill
 from prd.distillation.draws import draw_uniform, sample_generator
@@ -81,7 +81,7 @@ def sample_generators(*samples: int) -> list[torch.Generator]:
 
 def views_of(count: int) -> Views:
     """Random pictures of `count` prompts, the first ones the same for every count."""
-    cameras = CameraSampling(4, (-30, 60), (1.12, 1.12), 50).sample(
+    cameras = CamerasConfig(elevation=(-30, 60), relative_distance=(1.12, 1.12), fovy=50).sample(
         draw_uniform((count, 3), sample_generators(*range(count)))
     )
     channels = (3, 3, 1, 1, 1)

@@ -136,7 +136,7 @@ def test_what_only_another_generator_has_is_not_listed_of_a_run(tmp_path):
     make_run(tmp_path / "one")
     make_run(tmp_path / "two", "--model", "{class: atom, text_encoder: toybox}")
     first, second = differences(find_runs(tmp_path))
-    assert first["model.generator"] == "triplane_turbo" and second["model.generator"] == "atom"
+    assert first["model.class"] == "triplane_turbo" and second["model.class"] == "atom"
     assert "model.rank" in first and "model.num_blocks" in second and not first.keys() & {"model.num_blocks"}
 
 

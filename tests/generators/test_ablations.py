@@ -9,6 +9,7 @@ from prd.adapters.peta import PlaneLora
 from prd.generators import TriplaneTurboModel
 from prd.training.recipes import load_config
 from tests.adapters.tiny import tiny_base
+from tests.compare import ROUNDING, relative_difference
 
 
 class TinyBase:
@@ -64,7 +65,7 @@ def test_an_ablation_learns_and_is_saved(setting: dict, tmp_path) -> None:
     assert loaded.peta.full == model.peta.full and loaded.config == model.config
     k = model.config.num_inference_steps
     one, two = (m.generate(text, latents=latents, num_inference_steps=k).planes for m in (model, loaded))
-    assert torch.equal(one, two)
+    assert relative_difference(two, one) <= ROUNDING
 
 
 def test_basic_lora_of_six_times_the_rank_has_as_many_parameters() -> None:

@@ -17,12 +17,11 @@ from prd.adapters.convert import LAYERS
 from prd.cli import main
 from prd.generators.adapter_files import ADAPTER_FILES, read_configs
 from prd.generators.published import count_added
-from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity import NETWORK
+from tests.recordings import OFFICIAL
 
 RECORDED = OFFICIAL / "generator"
 CHECKPOINT = RECORDED / "triplane_turbo_tiny.pth"
-pytestmark = needs_fixtures
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from prd.adapters import PetaConfig
 from prd.errors import ModelMismatch
 from prd.generators import SavedConfig, TriplaneTurboModel
 from tests.adapters.tiny import tiny_base
+from tests.compare import ROUNDING, relative_difference
 
 
 def student(
@@ -67,7 +68,7 @@ def test_planes_and_decoder_channels() -> None:
         conv_out.bias[3:].zero_()
         silenced = model.decode(latents)
     assert field.planes.shape == (2, 6, 3, 8, 8)
-    assert torch.equal(silenced.planes[:, :3], field.planes[:, :3])
+    assert relative_difference(silenced.planes[:, :3], field.planes[:, :3]) <= ROUNDING
     assert not silenced.planes[:, 3:].any() and field.planes[:, 3:].any()
 
 
@@ -102,7 +103,7 @@ def test_another_base_is_refused(tmp_path) -> None:
         other.load_adapter(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.trained_state_dict().items())
     other.load_adapter(tmp_path, allow_other_base=True)
-    assert not torch.equal(other.heads.sdf[0].weight, before["heads.sdf.0.weight"])
+    assert relative_difference(other.heads.sdf[0].weight, before["heads.sdf.0.weight"]) > 100 * ROUNDING
 
 
 def test_one_changed_base_weight_is_noticed_and_half_precision_is_not(tmp_path) -> None:

@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from prd.cameras import Cameras
-from prd.fields.protocol import AutogradGradient
 from prd.rendering.views import Views
-from prd.toybox.world import ExactField
-from tests.golden.pictures import CAPTION, RENDERERS, load, render, scene_cameras, sheet
+from tests.golden.pictures import RENDERERS, Scene, load, render, scene_cameras, sheet
 
-TOLERANCE = 0.004  # mean difference of channels in [0, 1]: one step of 8 bits, for another kind of CPU
+TOLERANCE = 0.003  # mean difference of channels in [0, 1]; storing 8 bits alone makes up to 0.002
 
 every = pytest.mark.parametrize("name", RENDERERS)
 
@@ -31,27 +28,14 @@ def test_the_picture_is_the_stored_one(name: str) -> None:
     assert difference(render(name), name) < TOLERANCE
 
 
-class Turned(AutogradGradient):
-    """The scene with its points mapped by a matrix beforehand: axes exchanged, or one mirrored."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.exact, self.matrix = ExactField([CAPTION]), matrix
-
-    def sdf(self, points: Tensor) -> Tensor:
-        return self.exact.sdf(points @ self.matrix)
-
-    def rgb(self, points: Tensor) -> Tensor:
-        return self.exact.rgb(points @ self.matrix)
-
-
 AXES = torch.eye(3)
 WRONG: dict[str, Callable[[str], Views]] = {
-    "x mirrored": lambda name: render(name, Turned(torch.diag(torch.tensor([-1.0, 1, 1])))),
-    "y mirrored": lambda name: render(name, Turned(torch.diag(torch.tensor([1.0, -1, 1])))),
-    "z mirrored": lambda name: render(name, Turned(torch.diag(torch.tensor([1.0, 1, -1])))),
-    "x and y exchanged": lambda name: render(name, Turned(AXES[[1, 0, 2]])),
-    "x and z exchanged": lambda name: render(name, Turned(AXES[[2, 1, 0]])),
-    "y and z exchanged": lambda name: render(name, Turned(AXES[[0, 2, 1]])),
+    "x mirrored": lambda name: render(name, Scene(torch.diag(torch.tensor([-1.0, 1, 1])))),
+    "y mirrored": lambda name: render(name, Scene(torch.diag(torch.tensor([1.0, -1, 1])))),
+    "z mirrored": lambda name: render(name, Scene(torch.diag(torch.tensor([1.0, 1, -1])))),
+    "x and y exchanged": lambda name: render(name, Scene(AXES[[1, 0, 2]])),
+    "x and z exchanged": lambda name: render(name, Scene(AXES[[2, 1, 0]])),
+    "y and z exchanged": lambda name: render(name, Scene(AXES[[0, 2, 1]])),
     "normals inwards": lambda name: _changed(name, lambda views: replace(views, normal=-views.normal)),
     "one normal axis": lambda name: _changed(
         name, lambda views: replace(views, normal=views.normal * torch.tensor([1.0, -1, 1]))
@@ -78,7 +62,7 @@ def _changed(name: str, change: Callable[[Views], Views]) -> Views:
 
 
 def _wider(cameras: Cameras) -> Cameras:
-    return Cameras(cameras.camera_to_world, cameras.fovy * 1.03)
+    return Cameras(cameras.camera_to_world, cameras.fovy * 1.05)
 
 
 @every

@@ -21,6 +21,7 @@ from prd import TriplaneTurbo
 from prd.adapters import PetaConfig, SixPlaneBackbone
 from prd.generators.adapter_files import ADAPTER_FILES
 from prd.loading.stable_diffusion import load_base
+from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 from tests.hub.server import HubServer, Repository, hub_server
 
@@ -32,6 +33,7 @@ import prd.hub.shipped
 from pathlib import Path
 prd.hub.shipped.ASSETS = (Path({assets!r}),)
 from prd import TriplaneTurbo
+from tests.compare import ROUNDING, relative_difference
 
 def sdf(pipe):
     points = torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -75,7 +77,7 @@ def test_what_is_pushed_comes_back(
             pipe.model.heads.sdf[4].weight.mul_(2)
         pipe.push_to_hub("me/shapes", token={TOKEN!r}, revision="wider", commit_message="Twice the sdf")
         second = sdf(pipe)
-        assert not torch.equal(first, second)
+        assert relative_difference(second, first) > 100 * ROUNDING
 
         def load(**options):
             return TriplaneTurbo.from_pretrained("me/shapes", cache_dir={str(cache)!r}, **options)
@@ -91,10 +93,10 @@ def test_what_is_pushed_comes_back(
         refused("RepositoryNotFoundError")
         refused("local", local_files_only=True, token={TOKEN!r})
         refused("RevisionNotFoundError", token={TOKEN!r}, revision="absent")
-        assert torch.equal(sdf(load(token={TOKEN!r})), first)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision="wider")), second)
-        assert torch.equal(sdf(load(token={TOKEN!r}, revision=main)), first)
-        assert torch.equal(sdf(load(local_files_only=True, revision="wider")), second)
+        assert relative_difference(sdf(load(token={TOKEN!r})), first) <= ROUNDING
+        assert relative_difference(sdf(load(token={TOKEN!r}, revision="wider")), second) <= ROUNDING
+        assert relative_difference(sdf(load(token={TOKEN!r}, revision=main)), first) <= ROUNDING
+        assert relative_difference(sdf(load(local_files_only=True, revision="wider")), second) <= ROUNDING
         """,
         hub,
         tmp_path / "home",
@@ -163,7 +165,8 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
         expected = sdf(TriplaneTurbo.from_pretrained("toybox", base="some/base"))
         TriplaneTurbo.from_pretrained({str(adapter)!r}).push_to_hub("me/shapes", token={TOKEN!r})
         refused(lambda: TriplaneTurbo.from_pretrained("me/shapes"), ValueError, "pass base=")
-        assert torch.equal(sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base")), expected)
+        found = sdf(TriplaneTurbo.from_pretrained("me/shapes", base="some/base"))
+        assert relative_difference(found, expected) <= ROUNDING
         """,
         hub,
         tmp_path / "home",
@@ -270,5 +273,5 @@ def test_peft_opens_what_was_saved(toybox: Path, tmp_path: Path) -> None:
     own = pipe.model.backbone
     with torch.no_grad():
         t = torch.tensor(499)
-        assert torch.equal(opened.denoise(latents, t, text), own.denoise(latents, t, text))
-        assert torch.equal(opened.decode(latents), own.decode(latents))
+        assert relative_difference(opened.denoise(latents, t, text), own.denoise(latents, t, text)) <= ROUNDING
+        assert relative_difference(opened.decode(latents), own.decode(latents)) <= ROUNDING

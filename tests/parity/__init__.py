@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import pickle
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.recordings import original_layout
 
 NETWORK = 1e-5  # network outputs, planes, point queries: max abs error / max abs value
 CLOSED_FORM = 1e-5
@@ -65,15 +68,21 @@ class Recording:
         return 1 if self.failures else 0
 
 
-def compared(folder: Path, compare: Callable[[], int]) -> int:
-    """The exit status of `compare`; 2, and one sentence, if `folder` lacks or garbles what the comparison needs."""
+def compared(folder: Path, room: str, compare: Callable[[Path], int]) -> int:
+    """The exit status of `compare`, called with the folder `room` of `folder` in the original layout.
+
+    It is 2, after one sentence, if that folder lacks or garbles what the comparison needs. A compact set of recordings
+    is unpacked first.
+    """
     try:
-        return compare()
+        with original_layout(folder) as original:
+            return compare(original / room)
     except FileNotFoundError as error:
         reason = f"{error.filename}: no such file" if error.filename else str(error)
     except (
         OSError,
         SafetensorError,
+        lzma.LZMAError,
         pickle.UnpicklingError,
         LookupError,
         ValueError,
@@ -81,5 +90,5 @@ def compared(folder: Path, compare: Callable[[], int]) -> int:
         RuntimeError,
     ) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    print(f"{folder}: not a folder of reference data in the format of its README ({reason})", file=sys.stderr)
+    print(f"{folder / room}: not a folder of reference data in the format of its README ({reason})", file=sys.stderr)
     return 2

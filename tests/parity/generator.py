@@ -276,8 +276,8 @@ def samples(tensor: Tensor, count: int) -> Tensor:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
-    folder = parser.parse_args(arguments).folder / "generator"
-    return compared(folder, lambda: GeneratorParity(folder).run())
+    folder = parser.parse_args(arguments).folder
+    return compared(folder, "generator", lambda original: GeneratorParity(original).run())
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
     folder = parser.parse_args(arguments).folder
-    return compared(folder, lambda: GuidanceParity(folder).run())
+    return compared(folder, "", lambda original: GuidanceParity(original).run())
 
 
 if __name__ == "__main__":

@@ -390,8 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="samples a ray of the recorded patch render, which meta.json leaves out (the README: 32 + 16)",
     )
     options = parser.parse_args(arguments)
-    folder = options.folder / "render"
-    return compared(folder, lambda: RenderParity(folder, tuple(options.patch_samples)).run())
+    samples = tuple(options.patch_samples)
+    return compared(options.folder, "render", lambda original: RenderParity(original, samples).run())
 
 
 if __name__ == "__main__":

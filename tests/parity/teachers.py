@@ -93,8 +93,7 @@ def run(folder: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds generator/, guidance/, teachers/ and render/")
-    folder = parser.parse_args(arguments).folder / "teachers"
-    return compared(folder, lambda: run(folder))
+    return compared(parser.parse_args(arguments).folder, "teachers", run)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity.generator import main
+from tests.recordings import OFFICIAL
 
 
 def failures(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -18,7 +18,6 @@ def failures(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.split("/", 1)[1].split(":")[0] for line in lines if line.startswith("FAIL")]
 
 
-@needs_fixtures
 def test_every_recorded_quantity_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     status = main([str(OFFICIAL)])
     assert (status, failures(capsys)) == (0, [])
@@ -32,7 +31,6 @@ def copied(folder: Path) -> Path:
     return folder / "generator"
 
 
-@needs_fixtures
 def test_changed_and_unknown_records_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(tmp_path)
     tensors = load_file(folder / "io.safetensors")
@@ -71,7 +69,6 @@ def test_changed_and_unknown_records_fail(tmp_path: Path, capsys: pytest.Capture
     ]
 
 
-@needs_fixtures
 @pytest.mark.parametrize("fault", ["folder", "empty", "file", "truncated", "entry", "quantity", "width"])
 def test_a_folder_of_another_format_is_one_sentence(
     fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

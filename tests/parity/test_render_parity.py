@@ -10,10 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from prd.utils.checked_types import scheduled
-from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity.render import GROUPS, main
-
-pytestmark = needs_fixtures
+from tests.recordings import OFFICIAL
 
 
 def failed(printed: str) -> list[str]:

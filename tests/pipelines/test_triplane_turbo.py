@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prd import TriplaneTurbo
+from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 
 SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
@@ -89,7 +90,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
         output_type="planes",
         callback_on_step_end=lambda *call: {"latents": torch.zeros_like(call[3]["latents"])},
     ).planes
-    assert not torch.equal(other, plain)
+    assert relative_difference(other, plain) > 100 * ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_compiled_it_makes_the_same_planes(toybox):
 def test_xformers_is_asked_for_by_name(pipe, monkeypatch):
     """Without it an ImportError says what to do; with it, its function gets [B, L, heads, d]."""
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(ImportError, match="prd\\[cuda\\]"):
+    with pytest.raises(ImportError, match="pip install xformers"):
         pipe.enable_xformers_memory_efficient_attention()
     plain = pipe("a red cube", generator=seeds(1)[0], output_type="planes").planes
     calls = []

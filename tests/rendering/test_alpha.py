@@ -112,7 +112,7 @@ def test_a_learned_variance_has_its_gradient_and_sharpens() -> None:
     assert float(learned().detach()) == pytest.approx(math.exp(3), rel=1e-6)
 
     def render(inv_std: float | Tensor) -> Tensor:
-        renderer = volume_renderer(num_samples=48, inv_std=inv_std, cull_below=0)
+        renderer = volume_renderer(NeusAlpha(inv_std), num_samples=48, cull_below=0)
         return renderer(Sphere(), CAMERAS, height=6, width=6, background=0.0).rgb.square().sum()
 
     loss = render(learned())

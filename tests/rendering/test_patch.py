@@ -10,6 +10,7 @@ from prd.cameras import orbit_cameras
 from prd.fields.protocol import AutogradGradient
 from prd.rendering.patch import paste, resize
 from prd.rendering.protocol import SampleDraws
+from tests.compare import ROUNDING, relative_difference
 from tests.rendering.made import patch_renderer, volume_renderer
 
 CAMERAS = orbit_cameras(torch.tensor([[10.0, -20.0]]), torch.tensor([[0.0, 120.0]]), 2.4, 50.0)
@@ -80,7 +81,8 @@ def test_both_resolutions_carry_gradient_and_a_seed_repeats() -> None:
     image, slope, gradient = render(0)
     again, same_slope, _ = render(0)
     other, _, _ = render(1)
-    assert torch.equal(image, again) and torch.equal(slope, same_slope) and not torch.equal(image, other)
+    assert relative_difference(again, image) <= ROUNDING and relative_difference(same_slope, slope) <= ROUNDING
+    assert relative_difference(other, image) > 100 * ROUNDING
     assert slope > 10  # pixels of area gained a unit of radius
     torch.testing.assert_close(gradient.norm(dim=-1), torch.ones(len(gradient)))
 

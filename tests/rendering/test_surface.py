@@ -101,7 +101,7 @@ def test_background_can_be_an_image_and_supersampling_agrees():
     plain = surface_renderer(grid_resolution=40)(field, cams, height=24, width=24, background=background)
     fine = surface_renderer(grid_resolution=40, supersample=4)(field, cams, height=24, width=24, background=background)
     empty = (fine.opacity == 0)[..., 0]
-    assert torch.equal(fine.rgb[empty], background[empty])
+    torch.testing.assert_close(fine.rgb[empty], background[empty], rtol=0, atol=1e-6)
     assert (plain.opacity - fine.opacity).abs().max() < 0.25 and (plain.opacity - fine.opacity).abs().mean() < 5e-3
     assert (plain.rgb - fine.rgb).abs().mean() < 5e-3
     hard = surface_renderer(grid_resolution=40, antialias=False)(field, cams, height=24, width=24)
@@ -197,12 +197,12 @@ def test_what_a_sample_without_surface_becomes_is_an_argument(grad):
     field = Void(radius, torch.zeros(2, 3))
     with torch.set_grad_enabled(grad):
         renderer = surface_renderer(grid_resolution=16, on_empty="correct")
-        views, stats = renderer.render_with_stats(field, cams, height=64, width=64)
-        assert stats.corrected.all() and (views.opacity.amax(dim=(1, 2, 3, 4)) > 0).all()
-        flagged, stats = surface_renderer(grid_resolution=16, on_empty="flag").render_with_stats(
-            field, cams, height=8, width=8
-        )
-        assert stats.empty.all() and not stats.corrected.any() and (flagged.opacity == 0).all()
+        rendered = renderer.render(field, cams, (64, 64), 0.5)
+        views = rendered.views
+        assert rendered.stats["surfaces_corrected"].all() and (views.opacity.amax(dim=(1, 2, 3, 4)) > 0).all()
+        flagged = surface_renderer(grid_resolution=16, on_empty="flag").render(field, cams, (8, 8), 0.5)
+        assert flagged.stats["surfaces_empty"].all() and not flagged.stats["surfaces_corrected"].any()
+        assert (flagged.views.opacity == 0).all()
         with pytest.raises(EmptySurfaceError):
             surface_renderer(grid_resolution=16)(field, cams, height=8, width=8)
     if grad:

@@ -16,11 +16,10 @@ from prd.teachers.convert import (
     read_checkpoint,
     schedule_buffers,
 )
-from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity import teachers as parity
+from tests.recordings import OFFICIAL
 from tests.teachers.tiny import random_views, save_teacher
 
-pytestmark = needs_fixtures
 MV, ND = OFFICIAL / "teachers" / "mvdream_tiny.pt", OFFICIAL / "teachers" / "nd_mv_tiny_ema.ckpt"
 
 

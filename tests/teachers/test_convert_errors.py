@@ -15,9 +15,8 @@ from prd.teachers.convert import (
     main,
     read_checkpoint,
 )
-from tests.fixtures import OFFICIAL, needs_fixtures
+from tests.recordings import OFFICIAL
 
-pytestmark = needs_fixtures
 MV, ND = OFFICIAL / "teachers" / "mvdream_tiny.pt", OFFICIAL / "teachers" / "nd_mv_tiny_ema.ckpt"
 
 

@@ -1,4 +1,4 @@
-"""The example of docs/teachers.md runs as it is printed there."""
+"""The examples of docs/teachers.md, and the U-Net teacher of docs/extend.md, run as they are printed there."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,19 @@ from prd.training.trainer import Trainer
 from tests.teachers.tiny import random_views, save_teacher
 from tests.training.test_trainer import SMALL
 
-PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+def blocks(page: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def silhouette_teacher() -> type:
+    (code,) = [block for block in blocks("extend.md") if block.startswith("# my_module.py")]
+    names: dict = {}
+    exec(compile(code, "extend.md", "exec"), names)
+    return names["SilhouetteTeacher"]
 
 
 @pytest.fixture
@@ -32,38 +40,36 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def test_the_page_runs_from_top_to_bottom(folder, capsys):
+def test_the_page_runs_from_top_to_bottom(tmp_path, capsys):
     views = random_views(1, 4)
     tensors = {k: getattr(views, k).requires_grad_() for k in ("rgb", "normal", "depth", "disparity", "opacity")}
-    names = {"FOLDER": folder, "views": Views(**tensors, cameras=views.cameras)}
-    code = blocks()
-    assert len(code) == 3
+    save_teacher(tmp_path, "stable_diffusion")
+    names = {"FOLDER": str(tmp_path), "views": Views(**tensors, cameras=views.cameras)}
+    code = blocks("teachers.md")
+    assert len(code) == 2
     for block in code:
-        exec(compile(block, str(PAGE), "exec"), names)
-    assert sorted(names["gradient"]) == ["disparity", "opacity"]
+        exec(compile(block, "teachers.md", "exec"), names)
+    assert sorted(names["gradient"]) == ["rgb"]
     pulled = [k for k, tensor in tensors.items() if tensor.grad is not None and bool(tensor.grad.abs().max() > 0)]
-    assert pulled == ["disparity", "opacity"]
-    assert "gradient_norm/silhouette/volume" in capsys.readouterr().out
-    teacher = names["teacher"]
-    assert isinstance(teacher, torch.nn.Module) and teacher.encode.__doc__
-
-
-def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
-    names: dict = {}
-    exec(compile(blocks()[0], str(PAGE), "exec"), names)
-    kind = names["SilhouetteTeacher"]
-    settings = kind.config_class(path=folder)
-    teacher = kind.from_config(settings, options=TeacherOptions(), dtype=torch.bfloat16)
-    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
+    assert pulled == ["rgb"]
+    assert "gradient_norm/stable_diffusion/volume" in capsys.readouterr().out
 
 
 def test_a_teacher_of_ones_own_joins_a_run(folder, toybox, tmp_path):
     """As the page says: among the parts of the run."""
-    names: dict = {}
-    exec(compile(blocks()[0], str(PAGE), "exec"), names)
     words = [*SMALL, "--renderer_schedule", "volume", "--output_dir", str(tmp_path / "run")]
     config = load_config("toybox", words)
     parts = build_parts(config)
-    parts.teachers["silhouette"] = names["SilhouetteTeacher"].from_pretrained(folder)
+    parts.teachers["silhouette"] = silhouette_teacher().from_pretrained(folder)
     row = Trainer(config, parts).train_step(0)
     assert row["gradient_norm/silhouette/volume"] > 0
+
+
+def test_a_teacher_of_ones_own_is_made_from_a_recipes_settings(folder):
+    kind = silhouette_teacher()
+    teacher = kind.from_config(kind.config_class(path=folder), options=TeacherOptions(), dtype=torch.bfloat16)
+    assert teacher.unet.dtype == torch.bfloat16 and teacher.input_shape == (2, 8, 8)
+    leaves = {k: getattr(random_views(1, 1), k).requires_grad_() for k in ("rgb", "opacity", "disparity")}
+    views = random_views(1, 1)
+    teacher.encode(Views(**{**vars(views), **leaves})).sum().backward()
+    assert leaves["rgb"].grad is None and leaves["opacity"].grad.min() > 0 and leaves["disparity"].grad.min() > 0

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.fixtures import OFFICIAL, needs_fixtures
 from tests.parity import guidance, teachers
+from tests.recordings import OFFICIAL
 
 
 @pytest.mark.parametrize("command", [guidance, teachers])
@@ -14,7 +14,6 @@ def test_a_missing_folder(command, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@needs_fixtures
 def test_a_damaged_folder(tmp_path, capsys):
     shutil.copytree(OFFICIAL / "teachers", tmp_path / "teachers")
     (tmp_path / "teachers" / "mvdream_tiny.pt").write_bytes(b"no pickle")

@@ -12,6 +12,7 @@ from prd.toybox import asset
 from prd.toybox.data import BACKGROUND, ViewPool
 from prd.toybox.models import IMAGE_SIZE, NORMAL_SIZE
 from prd.toybox.world import ExactField
+from tests.compare import ROUNDING, relative_difference
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_stacks_are_drawn_as_often_as_asked_in_two_colours(pool):
 
 def test_the_same_generator_draws_the_same_batch(pool):
     one, two = (pool.draw(3, torch.Generator().manual_seed(4)) for _ in range(2))
-    assert one.captions == two.captions and torch.equal(one.rgb, two.rgb)
-    assert torch.equal(one.disparity, two.disparity)
+    assert one.captions == two.captions
+    assert relative_difference(two.rgb, one.rgb) <= ROUNDING
+    assert relative_difference(two.disparity, one.disparity) <= ROUNDING
     assert torch.equal(one.cameras.camera_to_world, two.cameras.camera_to_world)

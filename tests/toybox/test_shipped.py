@@ -139,7 +139,7 @@ def test_a_config_names_the_shipped_controlnet() -> None:
 
 
 def test_the_record_of_the_adapter_is_complete() -> None:
-    record = json.loads(Path(asset("adapter"), "record.json").read_text())
+    record = json.loads(Path(asset("adapter"), "record.json").read_text(encoding="utf-8"))
     assert record["train_steps"] > 0 and set(record["measured"]) >= {"single_seen", "single_held_out"}
     recipe = load_config("toybox")
     assert set(record["held_out"]) == set(held_out_prompts(recipe.prompts))
@@ -161,7 +161,7 @@ def test_the_adapter_makes_what_it_is_asked(split: str, r_at_1: float, iou: floa
     pipe = TriplaneTurbo.from_pretrained("toybox")
     scores = measure(pipe.model, pipe.encoder, prompts, ToyBox(), seed=7, num_inference_steps=4)
     summary = summarise(scores)
-    record = json.loads(Path(asset("adapter"), "record.json").read_text())["measured"][split]
+    record = json.loads(Path(asset("adapter"), "record.json").read_text(encoding="utf-8"))["measured"][split]
     assert record["r_at_1"] >= r_at_1 and record["iou"] >= iou
     assert summary["r_at_1"] >= max(r_at_1 - 0.1, record["r_at_1"] - 0.3), summary
     assert summary["iou"] >= max(iou - 0.03, record["iou"] - 0.08), summary

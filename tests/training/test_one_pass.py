@@ -14,6 +14,7 @@ from prd.errors import ModelMismatch
 from prd.evaluation.comparison import Measured, at_frames, markdown_table, measure_run, side_by_side, write_comparison
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from tests.compare import ROUNDING, relative_difference
 
 QUICK = [
     *("--num_threads", "1", "--train_batch_size", "1", "--optimizer.warmup_steps", "1", "--report_to", "null"),
@@ -96,7 +97,8 @@ def test_a_batch_and_its_accumulation_are_one_step(recipe: str) -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).double())
         states.append([b for n, b in trainer.model.named_buffers() if n.endswith(("_u", "_v"))])
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm() > 0
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert bool(states[0]) is (recipe == "att3d_toybox")  # whose maps have spectral norms
+    assert all(relative_difference(a, b) <= ROUNDING for a, b in zip(*states, strict=True))
 
 
 def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:

@@ -9,10 +9,9 @@ from torch import nn
 
 from prd.training.optimizers import Adan
 from prd.training.run.checkpoints import load_optimizer_state, optimizer_state
-from tests.fixtures import OFFICIAL, needs_fixtures
+from tests.recordings import OFFICIAL
 
 
-@needs_fixtures
 def test_steps_equal_the_recorded_ones():
     recorded = load_file(OFFICIAL / "render" / "io.safetensors")
     parameters = {name: nn.Parameter(recorded[f"adan.{name}0"].clone()) for name in "pq"}

@@ -7,12 +7,14 @@ import json
 import logging
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.teachers import DepthControlTeacher
 from prd.training import objective
@@ -278,13 +280,13 @@ def test_gradient_checkpointing_changes_no_number(toybox):
 
 def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monkeypatch, caplog):
     trainer = make("--validation.spread_steps", "2", "--schedule_steps", "4", "--validation.prompts", "[]")
-    held_out = trainer.config.prompts.held_out
+    held_out = held_out_prompts(trainer.config.prompts)
     assert len(trainer.validation.watched) == 4 and set(trainer.validation.watched) <= set(held_out)
     assert trainer.validation.spread() == trainer.validation.spread() > 0
     spreads = iter([0.05, 0.04, 0.001])
     monkeypatch.setattr(trainer.validation, "spread", lambda: next(spreads))
     with caplog.at_level(logging.WARNING):
-        look = trainer.validation.validate_periodically
+        look = partial(trainer.validation.validate_periodically, schedule_steps=4)
         assert "prompt_spread" not in look(1)
         assert look(2)["prompt_spread"] == 0.05 and look(4)["prompt_spread"] == 0.04
         assert "depending" not in caplog.text

@@ -15,9 +15,10 @@ from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
+from prd.toybox.benchmark import ToyBox
+from prd.training.galleries import mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
-from prd.training.validation import mesh_names, save_gallery
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
@@ -33,9 +34,9 @@ def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
     prompts = ["a red cube", "a blue mug", "a red torus"]
     config = load_config("toybox", [*SMALL, "--validation.prompts", f"[{', '.join(prompts)}]"])
     torch.manual_seed(1)
-    means = save_gallery(*student_and_encoder, config, tmp_path / "a")
+    means = save_gallery(*student_and_encoder, config, tmp_path / "a", ToyBox())
     torch.manual_seed(2)  # nothing of the gallery comes from the global generator
-    assert save_gallery(*student_and_encoder, config, tmp_path / "b") == means
+    assert save_gallery(*student_and_encoder, config, tmp_path / "b", ToyBox()) == means
     for name in ("sheet.png", "metrics.json", "a_red_cube.glb"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     # RGB and normals, four views each
@@ -52,11 +53,11 @@ def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
 
     # what a prompt gives does not depend on its company, and other noise gives another shape
     alone = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]"])
-    save_gallery(*student_and_encoder, alone, tmp_path / "c")
+    save_gallery(*student_and_encoder, alone, tmp_path / "c", ToyBox())
     (row,) = json.loads((tmp_path / "c" / "metrics.json").read_text())
     assert row["iou"] == pytest.approx(rows[0]["iou"], abs=1e-3)
     other = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--seed", "1"])
-    save_gallery(*student_and_encoder, other, tmp_path / "d")
+    save_gallery(*student_and_encoder, other, tmp_path / "d", ToyBox())
     assert (tmp_path / "d" / "sheet.png").read_bytes() != (tmp_path / "c" / "sheet.png").read_bytes()
 
 
@@ -71,7 +72,7 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
 
     monkeypatch.setattr(student, "generate", vanished)
     config = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--background", "0.25"])
-    means = save_gallery(student, encoder, config, tmp_path)
+    means = save_gallery(student, encoder, config, tmp_path, ToyBox())
     assert means["empty"] == 1 and means["coverage"] == 0 and not list(tmp_path.glob("*.glb"))
     assert json.loads((tmp_path / "metrics.json").read_text())[0]["mesh"] is None
     picture = Image.open(tmp_path / "sheet.png").crop((0, LABEL_HEIGHT, 24, LABEL_HEIGHT + 24))

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from prd.distillation.asd import AsdConfig
 from prd.training.recipes import load_config
 from prd.utils.checked_types import CHECKS, PositiveSchedule, Schedule, number, resolved, scheduled
-from tests.fixtures import OFFICIAL, needs_fixtures
+from tests.recordings import OFFICIAL
 
 
 def test_linear_up_to_its_end_and_constant_after_it() -> None:
@@ -61,7 +61,6 @@ def test_the_smallest_timestep_of_the_loss_moves() -> None:
     assert resolved(AsdConfig(), 5_000, 20_000) == AsdConfig(t_min=380.0)
 
 
-@needs_fixtures
 def test_the_released_recipe_comes_to_the_recorded_values() -> None:
     config = load_config("triplane_turbo_sd21")
     recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]

@@ -17,7 +17,7 @@ def killed(monkeypatch):
     """Text files are cut in the middle, and their writer is killed."""
 
     def half(path: Path, text: str, *_, **__) -> int:
-        with path.open("w") as stream:
+        with path.open("w", encoding="utf-8") as stream:
             stream.write(text[: len(text) // 2])
         raise KeyboardInterrupt
 

@@ -37,7 +37,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds."""
+    """Contents of a checkpoint folder."""
 
     step: int  # optimiser steps done
     tensors: dict[str, dict[str, Tensor]]  # by group, on the CPU

@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from prd.errors import ConfigError
 from prd.training.run.checkpoints import named_checkpoint
+from prd.training.run.places import check_places
+from prd.utils.environment import in_force
 from prd.utils.files import read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -32,15 +34,19 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 PACKAGES = (
-    *("prd", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
+    *("prd-3d", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
     *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
 )
 
 
 def check_run(config: TrainConfig) -> None:
-    """What is wrong with where a run writes and reports, as `ConfigError`; loads no model."""
-    check_output_folder(config)
+    """Raise for what a run reads, writes or reports to that cannot be used; loads no model.
+
+    What the user named comes first: the output folder may be the recipe's. Raises ConfigError and CorpusError.
+    """
+    check_places(config)
     check_tracker(config)
+    check_output_folder(config)
     folder = Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
         with run_lock(folder):
@@ -63,7 +69,7 @@ def check_output_folder(config: TrainConfig) -> None:
 
 
 def _traces_of_a_run(folder: Path) -> str:
-    """What a run has left in a folder, in words; empty if it has not taken a step there."""
+    """Describe in words the files that a run has left in a folder; empty if it has not taken a step there."""
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size:
         return metrics.name
@@ -108,7 +114,7 @@ def check_tracker(config: TrainConfig) -> None:
 
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
-    """Package versions, git revision, hardware and command of this process, as JSON can hold them."""
+    """Package versions, git revision, hardware, variables and command of this process, as JSON can hold them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
@@ -127,6 +133,7 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
         },
         "processes": num_processes,
         "threads": torch.get_num_threads(),
+        "variables": in_force(),
     }
 
 
@@ -149,7 +156,7 @@ def open_metrics(path: Path, steps: int) -> TextIO:
 
 
 def metrics_line(steps: int, values: Mapping[str, float]) -> str:
-    """What was measured after `steps`, to five digits, as a line of metrics.jsonl; null is what is no finite number."""
+    """Return the measures after `steps`, to five digits, as a line of metrics.jsonl; null if not a finite number."""
     rounded = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": steps, **rounded}, allow_nan=False) + "\n"
 

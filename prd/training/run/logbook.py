@@ -1,8 +1,8 @@
-"""What a run says of its steps: the progress bar, `metrics.jsonl` and the tracker."""
+"""Reports of a run about its steps: the progress bar, `metrics.jsonl` and the tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,20 +12,14 @@ from prd.training.run.folder import metrics_line, open_metrics
 
 
 class Logbook:
-    """The steps from `first` to `total`, written and shown by the main process alone."""
+    """Writes and shows the steps after `first` in the main process; `total` is how many the run has in all."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, first: int, total: int) -> None:
         main = accelerator.is_main_process
         self.accelerator = accelerator
         self.metrics = open_metrics(folder / "metrics.jsonl", first) if main else None
-        self.bar = tqdm(
-            range(first, total), initial=first, total=total, disable=not main, desc="train", mininterval=1.0
-        )
+        self.bar = tqdm(initial=first, total=total, disable=not main, desc="train", mininterval=1.0)
         self.shown: dict[str, str] = {}
-
-    def steps(self) -> Iterator[int]:
-        """The steps, counted by the progress bar."""
-        yield from self.bar
 
     def write(self, done: int, values: Mapping[str, float]) -> None:
         """Log what was measured after `done` steps: a line of metrics.jsonl, the tracker, the progress bar."""
@@ -37,4 +31,15 @@ class Logbook:
         self.accelerator.log(dict(values), step=done)
         self.metrics.write(metrics_line(done, values))
         self.metrics.flush()
-        self.bar.set_postfix(self.shown)
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def advance(self, total: int) -> None:
+        """Show that one more of `total` steps is done."""
+        self.bar.total = total
+        self.bar.update()
+
+    def close(self) -> None:
+        """Leave the progress bar as it is, and close the files."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()

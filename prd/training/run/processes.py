@@ -1,4 +1,4 @@
-"""What a training process owes its machine: its share of the cores, an answer to signals, an end with its launcher."""
+"""Process settings of a training run: its share of the cores, its answer to signals, its end with the launcher."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def end_with_launcher() -> bool:
 
 
 def launched_by(environment: Mapping[str, str], parent: Path) -> bool:
-    """Whether the parent, a folder in /proc, is the launcher: it set variables that it had not itself."""
+    """Return True if the parent, a folder in /proc, is the launcher: it set variables that it had not itself."""
     try:
         theirs = (parent / "environ").read_bytes().split(b"\0")
     except OSError:

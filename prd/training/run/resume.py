@@ -1,4 +1,4 @@
-"""What a run continues from: the checkpoint its config names, and whether that was trained with the same config."""
+"""Find the checkpoint that a run continues from, and check that it was trained with the same config."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
+from prd.training.classes import split_given_parts
 from prd.training.config import TrainConfig
 from prd.training.recipes import from_dict, to_dict
+from prd.training.renamed import renamed
 from prd.training.run.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -23,7 +25,7 @@ from prd.training.run.checkpoints import (
 logger = logging.getLogger(__name__)
 
 FREE = frozenset(  # keys and sections that change no number of the training
-    ("output_dir", "max_train_steps", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit")
+    ("output_dir", "max_train_steps", "max_train_minutes", "fits", "checkpointing_steps", "checkpoints_total_limit")
     + ("resume_from_checkpoint", "start_afresh", "allow_config_change", "report_to", "num_threads", "validation")
 )
 SPLIT = frozenset(("train_batch_size", "gradient_accumulation_steps"))  # compared with the processes, as their product
@@ -55,6 +57,8 @@ def load_resumed(config: TrainConfig) -> Checkpoint | None:
 def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_batch_size: int) -> TrainConfig:
     """The config with `schedule_steps` settled: as given, else the checkpoint's, else `max_train_steps`.
 
+    The numbers of steps that the checkpoint's run was fitted to (`fits`) go with the checkpoint's `schedule_steps`.
+
     global_batch_size  prompts per step over all processes and batches; how they are shared out is free to change
 
     Raises ConfigError listing the keys in which the checkpoint was trained otherwise, unless `allow_config_change`;
@@ -64,20 +68,25 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
         return replace(config, schedule_steps=config.schedule_steps or config.max_train_steps)
     if "config" not in checkpoint.state:
         raise CheckpointError(f"checkpoint-{checkpoint.step} does not say how it was trained: not one of a run")
+    written, given = split_given_parts(renamed(checkpoint.state["config"], f"checkpoint-{checkpoint.step}"))
     try:
-        saved = from_dict(checkpoint.state["config"], f"checkpoint-{checkpoint.step}")
+        saved = from_dict(written)
     except ConfigError as error:
         raise CheckpointError(
             f"checkpoint-{checkpoint.step}: the config it was trained with is not one of today's ({error}); resume it "
             "with the version of prd that wrote it"
         ) from error
-    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps)
+    fits = config.fits
+    if config.schedule_steps in (None, saved.schedule_steps):
+        fits = config.fits or saved.fits
+    config = replace(config, schedule_steps=config.schedule_steps or saved.schedule_steps, fits=fits)
     if config.optimizer.name != saved.optimizer.name:
         raise ConfigError(
             f"optimizer.name={config.optimizer.name!r}: checkpoint-{checkpoint.step} holds the state of "
             f"{saved.optimizer.name!r}; resume with that, or start another run"
         )
-    found = differing_keys(comparable(saved), comparable(config))
+    ours, ours_given = split_given_parts(comparable(config))
+    found = differing_keys({**comparable(saved), **given}, {**ours, **ours_given})
     before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
     if before != global_batch_size:
         found.append(f"prompts per step: {before} -> {global_batch_size}")

@@ -1,8 +1,11 @@
-"""What surrounds the steps of a run in one process: its folder before the first, the model after the last."""
+"""Session of a run in one process, around its steps: its folder before the first, the model after the last."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prd.evaluation.report import write_report
@@ -31,8 +34,22 @@ def begin_session(trainer: Trainer) -> int:
         logger.warning("renamed %d checkpoints newer than step %d: %s", len(later), first, names)
     if main and first == 0:
         trainer.validation.before()
+    if main and trainer.plan.budget is not None and (seconds := trainer.validation.seconds_after()) is not None:
+        trainer.plan.end_seconds = seconds
     trainer.accelerator.init_trackers("prd", config=plain(to_dict(config)))
     return first
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Say of an OSError, mostly a full disk, that nothing is lost and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{error}: the run stopped; its checkpoints in {folder} are whole: make room, and continue with "
+            "--resume_from_checkpoint latest"
+        ) from error
 
 
 def report_stop(trainer: Trainer, done: int) -> None:
@@ -45,13 +62,17 @@ def report_stop(trainer: Trainer, done: int) -> None:
 def end_session(trainer: Trainer, done: int) -> None:
     """Save, show and measure the model of a run that has ended."""
     if trainer.accelerator.is_main_process and not was_stopped(trainer):
-        minutes = trainer.clock.minutes_of_run()
-        trainer.validation.after(done, frames_per_prompt=trainer.frames_per_prompt, minutes=minutes)
+        cost = {
+            "fits": to_dict(trainer.plan.config)["fits"],
+            "frames_per_prompt": round(trainer.frames_per_prompt, 1),
+            "minutes": round(trainer.clock.minutes_of_run(), 1),
+        }
+        trainer.validation.after(done, cost)
         print(f"run folder: {trainer.folder}  ({trainer.clock.minutes():.1f} minutes)")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 def was_stopped(trainer: Trainer) -> bool:
-    """Whether a signal ended the steps, rather than their number or the minutes."""
+    """Return True if a signal ended the steps, rather than their number or the minutes."""
     return trainer.stopping not in (None, TIME_IS_UP)

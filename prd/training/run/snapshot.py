@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: all that the next optimiser step depends on."""
+"""Snapshot of a run, which its checkpoints hold: all that the next optimiser step depends on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save_trainer(trainer: Trainer, step: int) -> Path:
     values = {
         "optimizer": plain,
         "scaler": None if scaler is None else scaler.state_dict(),
-        "config": to_dict(trainer.config),
+        "config": to_dict(trainer.plan.config),
         "global_batch_size": trainer.global_batch_size,
         "prompts_drawn": trainer.prompts_drawn(step),  # the position in the corpus
         "skipped_total": trainer.skipped.total,
@@ -49,14 +49,14 @@ def save_trainer(trainer: Trainer, step: int) -> Path:
     return trainer.folder / f"checkpoint-{step}"
 
 
-def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a trainer of the same config where it was when the checkpoint was written.
+def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> int:
+    """Put a trainer of the same config where it was when the checkpoint was written; returns the steps done.
 
     Raises CheckpointError if the checkpoint lacks what the config asks for.
     """
     tensors, state = checkpoint.tensors, checkpoint.state
     trainer.model.load_trained_state_dict(tensors[trainer.model.folder_name])
-    trainer.enter(trainer.stage_at(max(0, checkpoint.step - 1)))  # whose optimiser was saved
+    trainer.enter(trainer.plan.stage_at(max(0, checkpoint.step - 1)))  # whose optimiser was saved
     if trainer.background is not None:
         if "background" not in tensors:
             raise CheckpointError("the checkpoint holds no background; resume without text_background")
@@ -73,3 +73,6 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.first, trainer.first_prompt = checkpoint.step, state["prompts_drawn"]
     trainer.skipped.total, trainer.frames = state["skipped_total"], state["frames"]
     trainer.validation.watch.best, trainer.clock.minutes_before = state["best_spread"], state["minutes"]
+    trainer.follow_plan(checkpoint.step)
+    trainer.resumed = None  # its tensors are no longer needed
+    return checkpoint.step

@@ -1,0 +1,1 @@
+"""Recipes as YAML files, found by their names: `prd.training.config.load_config("toybox")`."""

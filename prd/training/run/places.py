@@ -1,0 +1,55 @@
+"""Check that what a config names is on this machine, before anything is loaded or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prd.data.prompts import check_source
+from prd.errors import ConfigError
+from prd.hub.shipped import is_shipped
+from prd.training.run.checkpoints import named_checkpoint
+
+if TYPE_CHECKING:
+    from prd.training.config import TrainConfig
+
+
+def check_places(config: TrainConfig) -> None:
+    """Raise for a file or folder named in the config that does not exist.
+
+    What may be a Hub id ("owner/name") is left to the function that loads it. Raises CorpusError for the corpus and
+    ConfigError for every other place.
+    """
+    check_source(config.prompts)
+    for key, folder in (("prompts.embeddings", config.prompts.embeddings), ("library.source", config.library.source)):
+        if folder is not None and not is_shipped(folder) and not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"{key}={folder!r}: no such folder; correct it or leave it out")
+    for key, place in _models(config).items():
+        if not _is_known(place):
+            raise ConfigError(f"{key}={place!r}: no such file or folder; correct it or give a Hub id 'owner/name'")
+    name = config.resume_from_checkpoint
+    if name not in (None, "latest") and not named_checkpoint(name, config.output_dir).exists():
+        raise ConfigError(
+            f"resume_from_checkpoint={name!r}: neither a folder nor a checkpoint in {config.output_dir}; give one of "
+            "these or 'latest'"
+        )
+
+
+def _models(config: TrainConfig) -> dict[str, str]:
+    """The models that the run loads, by the keys of the config that name them."""
+    places = {
+        "init_from": config.init_from,
+        "model.base": getattr(config.model, "base", None),
+        "model.text_encoder": getattr(config.model, "text_encoder", None),
+    }
+    for name, teacher in config.teachers.items():
+        if getattr(teacher, "enabled", False):
+            places |= {f"teachers.{name}.{key}": getattr(teacher, key, None) for key in ("path", "controlnet")}
+    return {key: place for key, place in places.items() if place is not None}
+
+
+def _is_known(place: str) -> bool:
+    """Return True if a model is shipped, on this disk, or named by what may be a Hub id."""
+    path = Path(place).expanduser()
+    may_be_hub_id = place.count("/") == 1 and not path.is_absolute() and not place.startswith((".", "~"))
+    return is_shipped(place) or path.exists() or may_be_hub_id

@@ -1,0 +1,92 @@
+"""Classes named by import paths: found, or refused in one sentence."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import pytest
+
+from prd.errors import ConfigError
+from prd.utils.imports import check_members, load_class, missing_members
+
+
+class Wanted(Protocol):
+    name: str
+    size: int = 3
+
+    def make(self) -> int: ...
+
+    @abstractmethod
+    def must(self) -> int: ...
+
+    def may(self) -> int:
+        return 1
+
+
+class Whole:
+    def __init__(self) -> None:
+        self.name = "whole"
+        self.size = 1
+
+    def make(self) -> int:
+        return 1
+
+    must = may = make
+
+
+class Derived(Wanted):
+    def __init__(self) -> None:
+        self.name = "derived"
+
+    def make(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_class_is_found_by_its_path_also_in_the_current_directory(folder):
+    assert load_class("tests.utils.test_imports.Whole") is Whole
+    (folder / "module_of_mine_1.py").write_text("class Mine: pass\ndef loss(x): return x\nNUMBER = 3\n")
+    assert load_class("module_of_mine_1.Mine").__name__ == "Mine"
+    assert load_class("module_of_mine_1.loss")(3) == 3
+    with pytest.raises(ConfigError, match=r"x.class='module_of_mine_1.NUMBER': 'module_of_mine_1' has no class or fun"):
+        load_class("module_of_mine_1.NUMBER", key="x.class")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("Mine", "must be an import path, as my_module.MyClass"),
+        ("my module.Mine", "must be an import path"),
+        ("module_that_is_not.Mine", "there is no module 'module_that_is_not'"),
+        ("prd.nowhere.Mine", "there is no module 'prd.nowhere'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(path, message):
+    with pytest.raises(ConfigError, match=rf"class='{path}': .*{message}"):
+        load_class(path)
+
+
+def test_a_module_that_fails_to_import_says_why(folder):
+    (folder / "module_of_mine_2.py").write_text("import module_that_is_not\n")
+    with pytest.raises(ConfigError, match="importing 'module_of_mine_2' failed: No module named 'module_that_is_not'"):
+        load_class("module_of_mine_2.Mine")
+    (folder / "module_of_mine_3.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match="importing 'module_of_mine_3' failed: ZeroDivisionError: division by zero"):
+        load_class("module_of_mine_3.Mine")
+
+
+def test_what_a_class_lacks_is_named():
+    assert missing_members(Whole(), Wanted) == []
+    assert missing_members(Whole, Wanted) == []  # its __init__ may set the rest
+    assert missing_members(Derived, Wanted) == ["must"]
+    assert missing_members(object, Wanted) == ["make", "must", "may"]
+    with pytest.raises(ConfigError, match=r"teachers.mine: is no Wanted: it lacks make, must, may, size, name"):
+        check_members(object(), Wanted, "teachers.mine")
+    with pytest.raises(ConfigError, match=r"class='tests.utils.test_imports.Derived': is no Wanted: it lacks must"):
+        load_class("tests.utils.test_imports.Derived", Wanted)
