@@ -56,4 +56,4 @@ class DeepFloydTeacher(UNetTeacher):
     def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         """Pixels [B*V, 3, h, w] in [-1, 1]; deterministic, `noise` is ignored."""
         self.check_views(views.cameras.views)
-        return to_images(views.rgb, self.image_size, "area") * 2 - 1
+        return to_images(views.rgb.float(), self.image_size, "area") * 2 - 1

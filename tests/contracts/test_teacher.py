@@ -64,7 +64,7 @@ class GreyTeacher:
     def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         if views.cameras.views != 1:
             raise ValueError(f"views={views.cameras.views}: grey sees 1 view of a prompt; select it")
-        return to_images(views.rgb, 4) * 2 - 1
+        return to_images(views.rgb.float(), 4) * 2 - 1
 
     def condition(self, prompts: Sequence[str], cameras: Cameras, negative_prompt: str = "") -> Condition:
         text = torch.tensor([[[self.brightness * len(prompt)]] for prompt in [*prompts, negative_prompt]])
