@@ -36,7 +36,8 @@ class FilmConfig:
 class FilmModel(SinglePassModel):
     """Text embeddings [B, L, Ct] to the scale and shift of every hidden layer, and the layers that they modulate."""
 
-    class_name, config_class = "FiLM", FilmConfig
+    class_name = "FiLM"
+    config_class = FilmConfig
 
     def __init__(self, config: FilmConfig) -> None:
         super().__init__(config)
@@ -49,15 +50,14 @@ class FilmModel(SinglePassModel):
         self, prompt_embeds: Tensor, generator: object = None, *, num_inference_steps: int | None = None
     ) -> "FilmField":
         self.check_embeds(prompt_embeds)
-        film = self.film(prompt_embeds.to(self.dtype).mean(dim=1))  # [B, depth * 2 * width]
-        return FilmField(self, film.view(len(film), self.config.depth, 2, 1, self.config.width))
+        return FilmField(self, self.film(prompt_embeds.to(self.dtype).mean(dim=1)))
 
 
 class FilmField(AutogradGradient):
-    """B shapes: modulations film [B, depth, 2, 1, width] of the model's layers."""
+    """B shapes: modulations film [B, depth * 2 * width] of the model's layers."""
 
     def __init__(self, model: FilmModel, film: Tensor) -> None:
-        self.model, self.film = model, film
+        self.model, self.film = model, film.unflatten(1, (model.config.depth, 2, 1, model.config.width))
 
     def _values(self, points: Tensor) -> Tensor:  # [B, N, 3] -> [B, N, 4]
         angles = torch.cat([points * torch.pi * 2**i for i in range(self.model.config.frequencies)], dim=-1)

@@ -7,10 +7,9 @@ PYTHONPATH=examples prd train --distillation "{class: custom_loss.RegressionLoss
 
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic.dataclasses import dataclass as settings
 
 from prd.distillation.asd import AsdResult
@@ -35,7 +34,7 @@ class RegressionConfig:
 class RegressionLoss:
     """Huber loss between the encoded renderings and the teacher's guided estimate of the clean image."""
 
-    config_class: ClassVar[Any] = RegressionConfig
+    config_class: ClassVar[type] = RegressionConfig
 
     @classmethod
     def from_config(cls, config: RegressionConfig) -> "RegressionLoss":
@@ -69,8 +68,8 @@ class RegressionLoss:
             text, empty = teacher.predict_noise(*both).chunk(2)
             target = (x_t - (1 - a).sqrt() * torch.lerp(empty, text, number(settings.guidance_scale))) / a.sqrt()
             gradient = (x - target).clamp(-config.delta, config.delta) / views_each
-        loss = F.huber_loss(x, target, reduction="none", delta=config.delta).reshape(count, -1).sum(1) / views_each
-        return AsdResult(loss, gradient, weight=(x - target).detach().abs().flatten(1).mean(1))
+        loss = torch.nn.functional.huber_loss(x, target, reduction="none", delta=config.delta).flatten(1).sum(1)  # [n]
+        return AsdResult(loss.view(count, -1).mean(1), gradient, weight=(x - target).detach().abs().flatten(1).mean(1))
 
 
 if __name__ == "__main__":

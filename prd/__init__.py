@@ -70,7 +70,7 @@ _RENAMED = {"TriplaneTurboOutput": "TextTo3DOutput"}  # read for one release
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for (PEP 562): torch and diffusers take seconds to load."""
     if name in _RENAMED:
-        warnings.warn(f"prd.{name} is now called prd.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"prd.{name} is now called prd.{_RENAMED[name]}", FutureWarning, stacklevel=2)
         return __getattr__(_RENAMED[name])
     if name not in _MODULES:
         raise AttributeError(f"module 'prd' has no attribute {name!r}")

@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
     """Return what had another name before, with a warning."""
     if name not in _RENAMED:
         raise AttributeError(f"module 'prd.generators' has no attribute {name!r}")
-    warnings.warn(f"{name} is now called {_RENAMED[name].__name__}", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{name} is now called {_RENAMED[name].__name__}", FutureWarning, stacklevel=2)
     return _RENAMED[name]

@@ -132,4 +132,3 @@ class Model(Protocol):
         ...
 
 
-Generator = Model

@@ -44,7 +44,7 @@ class SinglePassPipeline(TextTo3DPipeline):
     @property
     def generator(self) -> SinglePassModel:
         """`model`, by the name that it had before."""
-        warnings.warn("pipe.generator is now called pipe.model", DeprecationWarning, stacklevel=2)
+        warnings.warn("pipe.generator is now called pipe.model", FutureWarning, stacklevel=2)
         return self.model
 
     @classmethod

@@ -107,7 +107,7 @@ class TriplaneTurbo(TextTo3DPipeline):
     @property
     def student(self) -> TriplaneTurboModel:
         """`model`, by the name that it had before."""
-        warnings.warn("pipe.student is now called pipe.model", DeprecationWarning, stacklevel=2)
+        warnings.warn("pipe.student is now called pipe.model", FutureWarning, stacklevel=2)
         return self.model
 
     def to(

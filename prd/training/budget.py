@@ -8,7 +8,7 @@
 
 The number is fitted once the pace is known: from `MEASURED` steps after `WARM_UP` steps that compile and fill caches
 and are not counted. It is fitted again where the pace may have changed: after the first steps of a stage, and at
-`CHECKS` of the run, if the predicted end departs from the minutes by more than `TOLERANCE`. Every fit is recorded in
+`CHECK_SHARES` of the run, if the predicted end departs from the minutes by more than `TOLERANCE`. Every fit is recorded in
 the config (`fits`); a run that begins with recorded fits follows them and fits no more.
 """
 
@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
-from prd.utils.checked_types import CHECKS as CHECKED
-from prd.utils.checked_types import Count
+from prd.utils.checked_types import CHECKS, Count
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -34,13 +33,13 @@ logger = logging.getLogger(__name__)
 WARM_UP = 2  # steps of a process or of a stage whose time is not counted
 MEASURED = 8  # steps that a pace is measured over
 MEASURED_SHARE = 0.05  # of the minutes: steps that take longer than this in all are measured over fewer
-CHECKS = (0.25, 0.5, 0.75)  # of the steps, where the pace is compared again
+CHECK_SHARES = (0.25, 0.5, 0.75)  # of the steps, where the pace is compared again
 TOLERANCE = 0.1  # of the minutes: how far the predicted end may be from them without another fit
 END_SHARE = 0.05  # of the minutes: what follows the last step, where it cannot be measured beforehand
 HARD_LIMIT = 1.25  # of the minutes: where training stops in the middle of its schedule
 
 
-@dataclass(frozen=True, kw_only=True, config=CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class Fit:
     """Numbers of steps that hold from the step `step` on, until the next fit."""
 
@@ -63,7 +62,7 @@ class Budget:
         self.clock = clock or (lambda: time.monotonic() - started)
         self.seconds, self.most, self.steps = 60 * minutes, steps, steps
         self.fitted = False  # whether a number has been fitted
-        self.checks = list(CHECKS)
+        self.checks = list(CHECK_SHARES)
         self.begin(done)
 
     def begin(self, done: int) -> None:

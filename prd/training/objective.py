@@ -164,7 +164,8 @@ class Objective:
         metrics, count = estimates.metrics, estimates.cameras.batch
         for name, value in rendered.stats.items():
             metrics.add(name, value.mean(), count)
-        opacity = float(rendered.stats["opacity"].mean()) if "opacity" in rendered.stats else 1.0
+        sampled = rendered.samples is not None and "opacity" in rendered.stats  # of a volume, which can vanish
+        opacity = float(rendered.stats["opacity"].mean()) if sampled else 1.0
         if estimates.step < COLLAPSE_WATCH and opacity < COLLAPSED_OPACITY:
             raise CollapseError(
                 f"step {estimates.step}: mean opacity {opacity:.3f}: the object has vanished; lower optimizer.lr or "

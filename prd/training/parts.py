@@ -141,8 +141,12 @@ def build_regularizers(config: TrainConfig, stages: Sequence[TrainConfig]) -> di
         for name, settings in stage.regularizers.items():
             if name not in found:
                 kind: Any = _class_of(config, f"regularizers.{name}", stages)
-                is_class = isinstance(kind, type)
-                found[name] = kind.from_config(settings) if is_class else kind
+                if isinstance(kind, type) and not hasattr(kind, "from_config"):
+                    raise ConfigError(
+                        f"regularizers.{name}.class: {kind.__name__} has no from_config(config); write one, or name a "
+                        "function of what was rendered"
+                    )
+                found[name] = kind.from_config(settings) if isinstance(kind, type) else kind
     return found
 
 
@@ -218,7 +222,7 @@ def _as_loaded(name: str, stages: Sequence[TrainConfig]) -> TeacherConfig | None
 
 def _placed(kind: Any, settings: Any) -> Any:
     """A teacher's settings with folders in the place of the names of what ships with the package."""
-    places = {"path": shipped(settings.path, kind.name)}
+    places = {"path": shipped(settings.path, getattr(kind, "name", ""))}
     if getattr(settings, "controlnet", None) is not None:
         places["controlnet"] = shipped(settings.controlnet, "controlnet")
     return replace(settings, **{key: str(place) for key, place in places.items() if place is not None})

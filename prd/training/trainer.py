@@ -26,7 +26,7 @@ from prd.training.ema import WeightAverage
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
-from prd.training.parts import Parts, build_parts
+from prd.training.parts import Parts, build_parts, check_parts
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts, save_config
 from prd.training.run.clock import TIME_IS_UP, Clock
@@ -54,8 +54,9 @@ class Trainer:
         self.resumed = load_resumed(self.config)
         self.config = config = resumed_config(self.config, self.resumed, self.global_batch_size)
         torch.manual_seed(config.seed)
-        parts = parts or build_parts(config, self.device)
-        self.parts = parts.to(self.device, offload=config.teacher_options.offload)
+        if parts is not None:
+            check_parts(parts.to(self.device, offload=config.teacher_options.offload), config)
+        self.parts = parts = build_parts(config, self.device) if parts is None else parts
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
         if self.accelerator.is_main_process:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
