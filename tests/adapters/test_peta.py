@@ -1,5 +1,7 @@
 """PETA on a tiny base: what is adapted, what it computes, and peft's own way of opening it."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,7 +13,7 @@ from prd.adapters.planes import PlaneConvOut, PlaneLinear
 from tests.adapters.tiny import tiny_base
 from tests.compare import ROUNDING, relative_difference
 
-CONFIG = {"r": 2, "plane_channels": 3}
+CONFIG: dict[str, Any] = {"r": 2, "plane_channels": 3}
 
 
 def adapted(**options: object) -> tuple[SixPlaneBackbone, PeftModel]:
