@@ -65,7 +65,7 @@ def test_a_prompt_has_its_captions_shape_or_the_nearest(tmp_path: Path) -> None:
 def test_glb_files_are_turned_upright(tmp_path: Path) -> None:
     from prd.meshes.mesh import extract_mesh
 
-    (mesh,) = extract_mesh(ExactField(["a red arrow"]), 40, texture_size=None)
+    (mesh,) = extract_mesh(ExactField(["a red arrow"]), isosurface_resolution=40, texture_size=None)
     mesh.export(tmp_path / "arrow.glb")
     vertices, _ = read_mesh(tmp_path / "arrow.glb")
     size = 2 * 0.9 / float(np.ptp(mesh.vertices, axis=0).max())
