@@ -62,8 +62,8 @@ class FilmField(AutogradGradient):
     def _values(self, points: Tensor) -> Tensor:  # [B, N, 3] -> [B, N, 4]
         angles = torch.cat([points * torch.pi * 2**i for i in range(self.model.config.frequencies)], dim=-1)
         x = torch.cat([points, angles.sin(), angles.cos()], dim=-1).to(self.film.dtype)
-        for layer, (scale, shift) in zip(self.model.layers, self.film.unbind(1), strict=True):
-            x = nn.functional.silu((1 + scale) * layer(x) + shift)
+        for layer, film in zip(self.model.layers, self.film.unbind(1), strict=True):
+            x = nn.functional.silu((1 + film[:, 0]) * layer(x) + film[:, 1])  # scale and shift [B, 1, width]
         return self.model.out(x).float()
 
     def sdf(self, points: Tensor) -> Tensor:  # [B, N, 1], scene units, positive outside

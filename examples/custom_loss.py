@@ -1,13 +1,13 @@
 """Write a distillation loss of your own: regression to the image that the teacher would rather see.
 
-    python examples/custom_loss.py                          # three steps on the toy box
-    PYTHONPATH=examples prd train --distillation "{class: custom_loss.RegressionLoss, delta: 0.5}"
-
-The last line names it by its import path, as `distillation: {class: ...}` of a recipe does.
+python examples/custom_loss.py                          # three steps on the toy box
+PYTHONPATH=examples prd train --distillation "{class: custom_loss.RegressionLoss, delta: 0.5}"
+# the last line names it by its import path, as `distillation: {class: ...}` of a recipe does
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class RegressionConfig:
 class RegressionLoss:
     """Huber loss between the encoded renderings and the teacher's guided estimate of the clean image."""
 
-    config_class = RegressionConfig
+    config_class: ClassVar[Any] = RegressionConfig
 
     @classmethod
     def from_config(cls, config: RegressionConfig) -> "RegressionLoss":
@@ -69,7 +69,7 @@ class RegressionLoss:
             text, empty = teacher.predict_noise(*both).chunk(2)
             target = (x_t - (1 - a).sqrt() * torch.lerp(empty, text, number(settings.guidance_scale))) / a.sqrt()
             gradient = (x - target).clamp(-config.delta, config.delta) / views_each
-        loss = F.huber_loss(x, target, reduction="none", delta=config.delta).view(count, -1).sum(1) / views_each
+        loss = F.huber_loss(x, target, reduction="none", delta=config.delta).reshape(count, -1).sum(1) / views_each
         return AsdResult(loss, gradient, weight=(x - target).detach().abs().flatten(1).mean(1))
 
 

@@ -32,11 +32,12 @@ def test_generate_works(random_toybox, tmp_path, options, variables):
 def test_kernels_compile_where_no_folder_can_be_written(tmp_path):
     """Without a cache, with one warning that says what to set."""
     copy = tmp_path / "prd"
-    for name in ("__init__.py", "rendering/_jit.py", "rendering/_threads.py", "rendering/_grid_numba.py"):
+    for name in ("__init__.py", "fields/__init__.py", "fields/_grid_numba.py", "utils/__init__.py", "utils/jit.py"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "prd" / name, copy / name)
-    (copy / "rendering" / "__init__.py").touch()
-    (copy / "rendering" / "__pycache__").touch()  # a file in the place of the folder: root could write into any other
+    for name in ("environment.py", "threads.py"):
+        shutil.copyfile(ROOT / "prd" / "utils" / name, copy / "utils" / name)
+    (copy / "fields" / "__pycache__").touch()  # a file in the place of the folder: root could write into any other
     code = (
         "import numpy as np\nfrom prd.fields._grid_numba import _look_up\nout = np.zeros((1, 1), np.float32)\n"
         "volume = np.ones((2, 2, 2, 1), np.float32)\n_look_up(volume, np.zeros((1, 3), np.float32), (0, 1), out)\n"

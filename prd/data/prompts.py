@@ -46,6 +46,7 @@ def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
     if world is None and config.texts:
         return ()  # texts stand in the place of a source and of what is held out of it
     if world is None:
+        check_source(config)  # what is wrong with the source comes first
         raise CorpusError(
             f"prompts.held_out={config.held_out!r}: {config.source} has no such rule; give a list of texts, [] for none"
         )

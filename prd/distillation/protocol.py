@@ -20,7 +20,7 @@ class DistillationLoss(Protocol):
     config_class  a dataclass of its settings (pydantic or standard); fields annotated `Schedule` move with the step
     """
 
-    config_class: ClassVar[type[Any]]
+    config_class: ClassVar[Any]
 
     @classmethod
     def from_config(cls, config: Any) -> Self:

@@ -58,6 +58,8 @@ class MeshKeywords(TypedDict, total=False):
 
 def mesh_options(options: MeshOptions | None, keywords: Mapping[str, Any]) -> MeshOptions:
     """Return `options` (None: the defaults) with some of them replaced; TypeError for an option that there is not."""
+    if not isinstance(options, MeshOptions | None):
+        raise TypeError(f"options={options!r}: must be MeshOptions; give one by its name, as target_faces=1000")
     names = [field.name for field in fields(MeshOptions)]
     if unknown := [name for name in keywords if name not in names]:
         raise TypeError(f"{unknown[0]}=: is no option of a mesh; there are {', '.join(names)}")

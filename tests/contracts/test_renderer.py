@@ -31,9 +31,9 @@ RENDERERS: dict[str, Renderer] = {
     "surface_cubes": surface_renderer(grid_resolution=20),
     "surface_tetrahedra": surface_renderer(grid_resolution=16, isosurface="tetrahedra"),
     "patch": patch_renderer(num_samples=32, patch=10, downsample=3, height=20, width=26),
-    "custom": SilhouetteRenderer(SilhouetteConfig(height=20, width=26, sharpness=20.0)),
+    "example": SilhouetteRenderer(SilhouetteConfig(sharpness=40.0)),
 }
-LIBRARY = {name: renderer for name, renderer in RENDERERS.items() if name != "custom"}
+LIBRARY = {name: renderer for name, renderer in RENDERERS.items() if name != "example"}
 
 every = pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
 own = pytest.mark.parametrize("renderer", LIBRARY.values(), ids=LIBRARY)  # of the library: errors are worded alike
@@ -168,7 +168,7 @@ def test_the_draws_decide_the_images(renderer: Renderer) -> None:
 @every
 def test_a_schedule_is_a_number_at_a_step(renderer: Renderer) -> None:
     moving = {
-        "SilhouetteConfig": ("sharpness", (10.0, 40.0), 25.0),
+        "SilhouetteConfig": ("sharpness", (30.0, 50.0), 40.0),
         "SurfaceConfig": ("sdf_gradient_scale", (0.5, 1.5), 1.0),
     }.get(type(renderer.config).__name__, ("inv_std", (50.0, 150.0), 100.0))
     name, between, middle = moving

@@ -199,9 +199,9 @@ def test_training_looks_its_prompts_up(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_with_other_embeddings_ends_before_a_model_is_loaded(tmp_path, encoder, monkeypatch):
-    from prd.training import trainer
+    from prd.training import parts
 
-    monkeypatch.setattr(trainer, "build_generator", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(parts, "build_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     embed(TEXTS, encoder, tmp_path, name="toy")
     for settings, message in (
         (["--prompts.embeddings", str(tmp_path)], "of prompts.source is not among those of toy"),

@@ -291,8 +291,12 @@ def test_errors_name_the_key_and_the_value(tmp_path, monkeypatch):
 def test_a_file_that_may_not_be_read_is_a_corpus_error(tmp_path, monkeypatch):
     source = write(tmp_path, "a.json", THREE)
 
+    read_text = Path.read_text
+
     def denied(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
+        if str(self) == str(source):
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_text(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.raises(CorpusError, match="cannot be read .PermissionError"):

@@ -6,14 +6,18 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from prd.cli import main
+from prd.distillation.asd import AsdResult
 from prd.errors import ConfigError
+from prd.toybox.world import COLORS
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 
@@ -148,6 +152,40 @@ def test_a_prompt_that_names_no_colour_is_refused(toybox: Path, tmp_path: Path) 
 
     with pytest.raises(ValueError, match="prompt='a dragon': names no colour; name one of red, "):
         ColourTeacher().condition(["a red cube", "a dragon"], random_views(2, 1).cameras)
+
+
+def test_the_loss_pulls_towards_the_estimate_of_the_teacher() -> None:
+    """Its gradient is the one that it reports, bounded, and smaller the nearer the picture is to what is asked for."""
+    from examples.custom_loss import RegressionConfig, RegressionLoss
+    from examples.custom_teacher import ColourTeacher, ColourTeacherConfig
+    from tests.teachers.tiny import random_views
+
+    teacher, loss, prompts = ColourTeacher(spread=0.05), RegressionLoss(), ["a red cube", "a blue cone"]
+    given = {"settings": ColourTeacherConfig(guidance_scale=1.0), "config": RegressionConfig(t_min=500, delta=0.4)}
+    views = random_views(2, 4)
+
+    def ask(rgb: torch.Tensor) -> tuple[AsdResult, torch.Tensor]:
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        leaf = rgb.detach().requires_grad_()
+        result = loss(teacher, replace(views, rgb=leaf), prompts, generator=generators, **given)
+        result.loss.sum().backward()
+        assert leaf.grad is not None
+        return result, leaf.grad
+
+    result, gradient = ask(views.rgb)
+    assert result.loss.shape == (2,) and result.weight.shape == (2,) and result.gradient.shape == (2, 3, 8, 8)
+    assert float(result.gradient.abs().max()) < 0.4001 and torch.equal(ask(views.rgb)[1], gradient)
+    seen = gradient.abs().flatten(2).amax(2) > 0
+    assert seen.sum(1).tolist() == [1, 1]  # one view of each prompt
+    pooled = (
+        gradient[seen].unflatten(1, (8, 2)).unflatten(3, (8, 2)).sum(dim=(2, 4))
+    )  # of 2 x 2 pixels: d loss / d x * 2
+    torch.testing.assert_close(pooled.permute(0, 3, 1, 2), 2 * result.gradient)
+    right = torch.tensor([COLORS["red"], COLORS["blue"]])[:, None, None, None].expand_as(views.rgb)
+    assert bool((ask(right)[0].loss < 0.01 * result.loss).all())
+    with pytest.raises(ValueError, match="eta=0.1: must be 0"):
+        given["settings"] = ColourTeacherConfig(eta=0.1)
+        ask(views.rgb)
 
 
 @each

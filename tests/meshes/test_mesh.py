@@ -274,6 +274,8 @@ def test_options_out_of_range_are_named_before_anything_is_computed(name: str, v
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: must be ")) as error:
             make(**{name: value})
         assert allowed in str(error.value)
+    with pytest.raises(TypeError, match="options=32: must be MeshOptions; give one by its name"):
+        extract_mesh(Halves(0), 32)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="resolution=: is no option of a mesh; there are isosurface_resolution, "):
         extract_mesh(Halves(0), resolution=32)  # type: ignore[call-arg]
 
