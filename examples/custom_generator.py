@@ -3,8 +3,7 @@
     python examples/custom_generator.py                     # three steps on the toy box
     PYTHONPATH=examples prd train --model "{class: custom_generator.FilmModel, width: 96}"
 
-The last line names it by its import path, as `model: {class: ...}` of a recipe does.
-"""
+The last line names it by its import path, as `model: {class: ...}` of a recipe does."""
 
 import sys
 
@@ -36,7 +35,8 @@ class FilmConfig:
 class FilmModel(SinglePassModel):
     """Text embeddings [B, L, Ct] to the scale and shift of every hidden layer, and the layers that they modulate."""
 
-    class_name, config_class = "FiLM", FilmConfig
+    class_name = "FiLM"
+    config_class = FilmConfig
 
     def __init__(self, config: FilmConfig) -> None:
         super().__init__(config)
