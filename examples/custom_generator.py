@@ -3,8 +3,7 @@
     python examples/custom_generator.py                     # three steps on the toy box
     PYTHONPATH=examples prd train --model "{class: custom_generator.FilmModel, width: 96}"
 
-The last line names it by its import path, as `model: {class: ...}` of a recipe does.
-"""
+The last line names it by its import path, as `model: {class: ...}` of a recipe does."""
 
 import sys
 

@@ -1,6 +1,7 @@
 """The published layout: order, ranks, the folded to_out, and strictness."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +36,14 @@ def published_state(backbone: SixPlaneBackbone) -> dict[str, Tensor]:
     torch.manual_seed(3)
     state: dict[str, Tensor] = {}
 
-    def pair(prefix: str, layer: torch.nn.Module, rank: int) -> None:
+    def pair(prefix: str, layer: Any, rank: int) -> None:
         out, inputs, *kernel = layer.weight.shape
         state[f"{prefix}.down.weight"] = torch.randn(rank, inputs, *kernel)
         state[f"{prefix}.up.weight"] = torch.randn(out, rank, *(1 for _ in kernel))
 
     for index, (group, module) in enumerate(published_layers(backbone)):
-        layer, prefix = backbone.get_submodule(module), f"{LAYERS}{index}"
+        layer: Any = backbone.get_submodule(module)
+        prefix = f"{LAYERS}{index}"
         if group == "conv_out":
             state[f"{prefix}.weight"], state[f"{prefix}.bias"] = layer.weight.detach(), layer.bias.detach()
         elif group.endswith("convolutions"):
@@ -50,14 +52,14 @@ def published_state(backbone: SixPlaneBackbone) -> dict[str, Tensor]:
             suffixes = PLANE_NAMES if group == "self_attention" else ("lora",)
             for old, new in PROJECTIONS.items():
                 for suffix in suffixes:
-                    linear = backbone.get_submodule(f"{module}.{new}")
+                    linear: Any = backbone.get_submodule(f"{module}.{new}")
                     pair(f"{prefix}.{old}_{suffix}", linear, RANKS[group])
                     if old == "to_out" and group == "self_attention":  # acts on the output
                         down = f"{prefix}.{old}_{suffix}.down.weight"
                         state[down] = torch.randn(RANKS[group], linear.out_features)
     for old, out, inputs in zip(HEADS, (1, 3, 3), (CHANNELS, CHANNELS, 3 * CHANNELS), strict=True):
-        for layer, shape in ((0, (8, inputs)), (2, (8, 8)), (4, (out, 8))):
-            state[f"geometry.{old}.layers.{layer}.weight"] = torch.randn(shape)
+        for number, shape in ((0, (8, inputs)), (2, (8, 8)), (4, (out, 8))):
+            state[f"geometry.{old}.layers.{number}.weight"] = torch.randn(shape)
     state["geometry.bbox"] = torch.tensor([[-1.0] * 3, [1.0] * 3])
     return state
 
@@ -72,6 +74,7 @@ def test_names_and_shapes_are_those_of_the_native_adapter(linear: bool) -> None:
     backbone = plain_backbone(linear)
     state = published_state(backbone)
     config = published_config(state, backbone)
+    assert config.rank_pattern is not None
     assert (config.r, config.plane_channels, sorted(config.rank_pattern.values())) == (2, CHANNELS, [3, 3, 4, 5])
     converted = convert_published(state, backbone)
     adapted = attach_peta(backbone, config)

@@ -1,5 +1,7 @@
 """PETA on a tiny base: what is adapted, what it computes, and peft's own way of opening it."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,7 +13,7 @@ from prd.adapters.planes import PlaneConvOut, PlaneLinear
 from tests.adapters.tiny import tiny_base
 from tests.compare import ROUNDING, relative_difference
 
-CONFIG = {"r": 2, "plane_channels": 3}
+CONFIG: dict[str, Any] = {"r": 2, "plane_channels": 3}
 
 
 def adapted(**options: object) -> tuple[SixPlaneBackbone, PeftModel]:
@@ -72,6 +74,7 @@ def test_text_once_a_sample_equals_text_once_a_plane() -> None:
 
 def test_batched_plane_weights_equal_six_layers() -> None:
     layer = PlaneLinear(6, 3, 5, bias=True)
+    assert layer.bias is not None
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(12, 4, 3)
@@ -91,7 +94,7 @@ def test_scale_is_one_and_b_starts_at_zero() -> None:
     config = PetaConfig(**CONFIG, rank_pattern={r".*\.conv1": 4})
     backbone = SixPlaneBackbone(unet, vae, config)
     attach_peta(backbone, config)
-    layers = [m for m in backbone.modules() if hasattr(m, "lora_A")]
+    layers: list[Any] = [m for m in backbone.modules() if hasattr(m, "lora_A")]
     assert {layer.scaling["default"] for layer in layers} == {1.0}
     assert {layer.r["default"] for layer in layers} == {2, 4}
     assert all(not layer.lora_B["default"].weight.any() for layer in layers)
@@ -150,7 +153,7 @@ def test_bad_configs_and_bases_are_named() -> None:
         PetaConfig(r=0)
     unet, vae, _ = tiny_base()
     with pytest.raises(TypeError, match="Linear"):
-        SixPlaneBackbone(torch.nn.Linear(1, 1), vae, PetaConfig(**CONFIG))  # type: ignore[arg-type]
+        SixPlaneBackbone(torch.nn.Linear(1, 1), vae, PetaConfig(**CONFIG))
     plain = UNet2DConditionModel(
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D",) * 2,

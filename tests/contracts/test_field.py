@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_a_grid_is_the_answers_at_its_nodes(member: Member) -> None:
     points = nodes(RESOLUTION, torch.float32)
     shape = (BATCH, *(RESOLUTION,) * 3)
     wanted_sdf, wanted_deformation = field.sdf_and_deformation(points)
-    alike = {"rtol": 1e-4, "atol": 1e-4}
+    alike: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
             sdf, rgb, deformation = evaluate_nodes(field, RESOLUTION, BATCH)

@@ -304,7 +304,7 @@ def test_a_loss_pulls_the_views_that_it_sees_and_repeats_itself(made: Made) -> N
 def test_it_joins_others_at_a_rendering(made: Made) -> None:
     leaves, metrics = leaf_views(random_views(B, V)), MeanMetrics()
     teachers = [weighted(GreyTeacher(0.2), 0.5), weighted(made.teacher, 2.0)]
-    given = {"generator": torch.Generator().manual_seed(0), "metrics": metrics, "renderer": "volume"}
+    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "metrics": metrics, "renderer": "volume"}
     multi_teacher_loss(leaves, teachers, PROMPTS, config=config_of(), **given).backward()
     for name in ("rgb", *made.member.pulls):
         assert getattr(leaves, name).grad.abs().max() > 0

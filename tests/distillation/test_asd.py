@@ -1,6 +1,7 @@
 """Asynchronous score distillation: the gradient is the formula, and every setting of it."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ ARGUMENTS = ("guidance_scale", "t_plus", "other")
 
 def call(case, **settings):
     """`asd_loss` with arguments and settings in one; a reference by name is a setting, any other an argument."""
-    settings = {"guidance_scale": 7.5, "t_plus": case.t_plus, **settings}
+    settings: dict[str, Any] = {"guidance_scale": 7.5, "t_plus": case.t_plus, **settings}
     given = {k: settings.pop(k) for k in ARGUMENTS if k in settings}
     if not isinstance(settings.get("reference", ""), str):
         given["reference"] = settings.pop("reference")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from tests.distillation.stub import THREE, StubTeacher, ask, config_of, sample_g
 from tests.teachers.tiny import random_views
 
 PROMPTS = ["a red cube", "a mug"]
-BASE = {"t_min": 100, "t_max": 900}
+BASE: dict[str, Any] = {"t_min": 100, "t_max": 900}
 
 
 class Draws:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ class CurvedTeacher(StubTeacher):
         return x_t * text.square() + 0.3 * text
 
 
-SETTINGS = {"t_min": 100, "t_max": 900, "weighting": "sds", "reference": "noise"}
+SETTINGS: dict[str, Any] = {"t_min": 100, "t_max": 900, "weighting": "sds", "reference": "noise"}
 
 
 def judged(teacher, prompts, interpolation=None, **changes):
@@ -48,7 +50,7 @@ def test_the_ends_are_the_prompts_themselves(over: str, views: int) -> None:
 def test_guidance_interpolates_the_predictions_and_embeddings_the_text(eta: float) -> None:
     teacher, share = CurvedTeacher(4), torch.tensor([0.25, 0.75])
     reference = "shifted" if eta else "noise"
-    changes = {"eta": eta, "reference": reference}
+    changes: dict[str, Any] = {"eta": eta, "reference": reference}
     rows = share.repeat_interleave(4).view(-1, 1, 1, 1)
     between = judged(teacher, FIRST, PromptInterpolation(SECOND, share, "guidance"), **changes).gradient
     one, two = (judged(teacher, prompts, **changes).gradient for prompts in (FIRST, SECOND))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def loss_of(views, teachers, prompts, generator, metrics, **given) -> torch.Tens
     """`multi_teacher_loss` of a volume rendering; generator: an int seeds one for the batch."""
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
-    given = {"config": config_of(), "renderer": "volume"} | given
+    given: dict[str, Any] = {"config": config_of(), "renderer": "volume"} | given
     return multi_teacher_loss(views, teachers, prompts, generator=generator, metrics=metrics, **given)
 
 
@@ -174,7 +175,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_asd():
     views, teacher, loss = leaf_views(random_views(2, 4, size=8)), weighted(StubTeacher(4), 0.5, eta=0.2), Pull()
     assert isinstance(loss, DistillationLoss)
     generators = [torch.Generator(), torch.Generator()]
-    given = {"config": PullConfig(3.0), "loss": loss}
+    given: dict[str, Any] = {"config": PullConfig(3.0), "loss": loss}
     loss_of(views, [teacher], PROMPTS, generators, MeanMetrics(), **given).backward()
     torch.testing.assert_close(views.rgb.grad, 0.5 * 3.0 * (views.rgb.detach() - 0.5) / 2)
     expected = {"prompts": PROMPTS, "settings": teacher.settings, "generator": generators, "other": None}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -203,7 +205,7 @@ def test_the_compiled_lookup_is_grid_sample(channels, dtype, points_per_job, mon
     points[0, :3] = torch.tensor([[1.0, -1.0, 0.5], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], dtype=dtype)
     wanted = sample_grid(volume[..., channels], points)
     found = interpolate(volume, points, channels)
-    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
+    tolerance: dict[str, Any] = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
     torch.testing.assert_close(found, wanted, **tolerance)
     weights = torch.rand(found.shape, generator=draw, dtype=dtype)
     gradients = [torch.autograd.grad((values * weights).sum(), volume)[0] for values in (found, wanted)]

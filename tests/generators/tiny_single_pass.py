@@ -16,7 +16,7 @@ from prd.generators.single_pass import SinglePassModel
 from prd.text.loading import encoder_hashes, load_encoder
 
 LENGTH, WIDTH = 5, 12
-TEXT = {"text_length": LENGTH, "text_width": WIDTH}
+TEXT: dict[str, Any] = {"text_length": LENGTH, "text_width": WIDTH}
 ATOM = AtomConfig(
     **TEXT, plane_channels=4, plane_size=6, num_blocks=2, attention_heads=2, head_width=8, frequencies=2, inv_std=30.0
 )

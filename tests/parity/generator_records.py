@@ -52,7 +52,7 @@ GEOMETRY: dict[str, Any] = {
     "isosurface_deformable_grid": True,
     "n_feature_dims": 3,
 }
-MLP = {"otype": "VanillaMLP", "activation": "ReLU", "output_activation": "none", "n_hidden_layers": 2}
+MLP: dict[str, Any] = {"otype": "VanillaMLP", "activation": "ReLU", "output_activation": "none", "n_hidden_layers": 2}
 BASE: dict[
     str, dict[str, Any]
 ] = {  # settings of Stable Diffusion which the published generator, and the student, do without

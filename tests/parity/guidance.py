@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -31,7 +32,7 @@ from tests.parity import CLOSED_FORM, GRADIENT, Recording, compared
 from tests.parity.teachers import RecordedTeachers
 
 GUIDANCE = 1e-4
-WEIGHTINGS = {  # published name -> ours
+WEIGHTINGS: dict[str, Any] = {  # published name -> ours
     "dmd": {"weighting": "dmd", "average_over": "image"},
     "dmd_mv": {"weighting": "dmd", "average_over": "prompt"},
     "uniform": {"weighting": "uniform"},

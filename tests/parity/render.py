@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ GROUPS = (  # of tensors that the README lists, by what their names begin with
     *("patch", "mesh", "bg", "loss", "adan"),
 )
 PATCH_IMAGES = ("comp_normal", "comp_normal_cam_vis", "comp_rgb", "depth", "disparity", "opacity")
-ADAN = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
+ADAN: dict[str, Any] = {"lr": 2e-4, "betas": (0.98, 0.92, 0.99), "eps": 1e-15}
 
 
 class RenderParity:

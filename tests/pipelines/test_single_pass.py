@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from prd.toybox import asset
 from tests.compare import ROUNDING, relative_difference
 from tests.generators.tiny_single_pass import save_run
 
-SMALL = {"isosurface_resolution": 20, "target_faces": 200, "texture_size": 32}
+SMALL: dict[str, Any] = {"isosurface_resolution": 20, "target_faces": 200, "texture_size": 32}
 
 
 def test_the_command_line_knows_the_model_by_its_files(tmp_path: Path, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from prd import TriplaneTurbo
 from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 
-SMALL = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
+SMALL: dict[str, Any] = {"isosurface_resolution": 24, "target_faces": 400, "texture_size": None}
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:

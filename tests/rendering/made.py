@@ -28,7 +28,7 @@ def patch_renderer(**settings: Any) -> PatchRenderer:
 
 def surface_renderer(*, on_empty: Any = "raise", **settings: Any) -> SurfaceRenderer:
     """With the whole gradient, where the recipe takes a thousandth."""
-    whole = {"sdf_gradient_scale": 1.0, "deformation_gradient_scale": 1.0}
+    whole: dict[str, Any] = {"sdf_gradient_scale": 1.0, "deformation_gradient_scale": 1.0}
     return SurfaceRenderer(SurfaceConfig(**{**whole, **settings}), on_empty=on_empty)
 
 

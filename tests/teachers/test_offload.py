@@ -1,5 +1,7 @@
 """Offloaded teachers predict the same, and return to main memory whatever happens."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,11 @@ def pull(teacher, device="cpu"):
         },
         cameras=views.cameras.to(device),
     )
-    given = {"generator": torch.Generator().manual_seed(0), "metrics": MeanMetrics(), "renderer": "volume"}
+    given: dict[str, Any] = {
+        "generator": torch.Generator().manual_seed(0),
+        "metrics": MeanMetrics(),
+        "renderer": "volume",
+    }
     multi_teacher_loss(views, [weighted(teacher, eta=0.1)], ["a"], config=config_of(), **given).backward()
     return {k: g for k in ("rgb", "normal") if (g := getattr(views, k).grad) is not None}
 

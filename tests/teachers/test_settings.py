@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_a_resize_is_checked_whatever_the_size():
 
 
 def test_schedules_of_betas_are_taken_whatever_their_sampler(tmp_path):
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     found = []
     for i, kind in enumerate((PNDMScheduler, EulerDiscreteScheduler)):
         kind(**betas).save_pretrained(tmp_path / str(i) / "scheduler")

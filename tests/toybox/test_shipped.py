@@ -185,8 +185,10 @@ def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
     measured = record["measured"]
     assert measured["single_seen"]["r_at_1"] >= seen and measured["single_held_out"]["r_at_1"] >= unseen
     splits = ToyBox().splits(held_out_prompts(recipe.prompts), 1)
-    some = summarise(measure(pipe.model, pipe.encoder, splits["single_seen"][::4], seed=7, num_inference_steps=1))
-    rest = summarise(measure(pipe.model, pipe.encoder, splits["single_held_out"], seed=7, num_inference_steps=1))
+    some, rest = (
+        summarise(measure(pipe.model, pipe.encoder, prompts, ToyBox(), seed=7, num_inference_steps=1))
+        for prompts in (splits["single_seen"][::4], splits["single_held_out"])
+    )
     assert some["r_at_1"] >= seen - 0.1 and rest["r_at_1"] >= unseen - 0.1, (some, rest)
     for figure in ("iou", "color_error"):  # what is shipped is what was measured, but for float16
         assert rest[figure] == pytest.approx(measured["single_held_out"][figure], abs=0.01), figure
