@@ -130,5 +130,3 @@ class Model(Protocol):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the weights and their config to `folder`; dtype: of the tensors on disk, None: as they are."""
         ...
-
-

@@ -48,7 +48,16 @@ from prd.training.validation import ValidationConfig
 from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, resolved
 
 __all__ = ["ConfigError", "Stage", "TrainConfig"]
-_MOVED = ("dump_config", "from_dict", "load_config", "parse_args", "save_config", "shipped_recipes", "stages_of", "to_dict")
+_MOVED = (
+    "dump_config",
+    "from_dict",
+    "load_config",
+    "parse_args",
+    "save_config",
+    "shipped_recipes",
+    "stages_of",
+    "to_dict",
+)
 
 
 def paper_teachers() -> dict[str, Any]:
