@@ -8,8 +8,8 @@
 
 The number is fitted once the pace is known: from `MEASURED` steps after `WARM_UP` steps that compile and fill caches
 and are not counted. It is fitted again where the pace may have changed: after the first steps of a stage, and at
-`CHECK_SHARES` of the run, if the predicted end departs from the minutes by more than `TOLERANCE`. Every fit is recorded in
-the config (`fits`); a run that begins with recorded fits follows them and fits no more.
+`CHECK_SHARES` of the run, if the predicted end departs from the minutes by more than `TOLERANCE`. Every fit is recorded
+in the config (`fits`); a run that begins with recorded fits follows them and fits no more.
 """
 
 from __future__ import annotations

@@ -156,9 +156,7 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
         )
         changes["max_train_minutes"] = None
     if values.get("fits") and {"max_train_steps", "max_train_minutes"} & changes.keys():
-        logger.warning(
-            "%s: the numbers of steps that its run was fitted to do not apply to other steps or minutes", config
-        )
+        logger.warning("%s: the steps that its run was fitted to do not apply to other steps or minutes", config)
         values["fits"] = []
     return from_dict(merged(values, changes), str(config))
 

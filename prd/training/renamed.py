@@ -38,13 +38,9 @@ def renamed(values: Mapping[str, Any], where: str, *, whole: bool = True) -> dic
     new, found = with_todays_keys(values, whole=whole)
     if found:
         listed = ", ".join(f"{old} is {key}" for old, key in found.items())
-        before = {
-            f"{section}.{part}" for section in ALWAYS for part in values.get(section) or () if section != "renderers"
-        }
-        added = [
-            f"{section}.{part}" for section in ALWAYS for part in ALWAYS[section] if f"{section}.{part}" not in before
-        ]
-        added = [part for part in added if whole and part.partition(".")[2] not in values]  # `volume`, `surface`
+        named, _ = with_todays_keys(values, whole=False)
+        pairs = [(section, part) for section in ALWAYS for part in new.get(section, {})]
+        added = [f"{section}.{part}" for section, part in pairs if part not in named.get(section, {})]
         also = f"; parts that were there without being named are added: {', '.join(added)}" if added else ""
         warnings.warn(
             f"{where}: written with names of before version 0.2, which are read for one release: {listed}{also}",

@@ -240,9 +240,9 @@ def test_unknown_words_and_cut_prompts_are_reported(pipe: Any, caplog: pytest.Lo
 
 def test_old_names_are_read_with_a_warning(pipe: Any) -> None:
     old = "student" if isinstance(pipe, TriplaneTurbo) else "generator"
-    with pytest.warns(DeprecationWarning, match=f"pipe.{old} is now called pipe.model"):
+    with pytest.warns(FutureWarning, match=f"pipe.{old} is now called pipe.model"):
         assert getattr(pipe, old) is pipe.model
-    with pytest.warns(DeprecationWarning, match="prd.TriplaneTurboOutput is now called prd.TextTo3DOutput"):
+    with pytest.warns(FutureWarning, match="prd.TriplaneTurboOutput is now called prd.TextTo3DOutput"):
         assert prd.TriplaneTurboOutput is TextTo3DOutput
 
 
