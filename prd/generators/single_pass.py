@@ -36,7 +36,7 @@ class SinglePassModel(nn.Module):
             embeddings come from, and their shape [B, text_length, text_width]
     """
 
-    folder_name = "generator"  # in a run folder
+    folder_name: ClassVar[str] = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
     takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
