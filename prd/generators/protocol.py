@@ -28,7 +28,7 @@ class Model(Protocol):
                   False where that is the frozen base's own
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[Any]]
     folder_name: ClassVar[str]
     takes_shapes: ClassVar[bool]
     shares_text_encoder: ClassVar[bool]
