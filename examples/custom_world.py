@@ -55,6 +55,7 @@ class BallsAndBoxes(Benchmark):
             self.check_prompt(prompt)
         return Exact(prompts)
 
+    @torch.no_grad()
     def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[ShapeScore]:
         points, known = GRID.to(device).expand(len(prompts), -1, -1), self.captions()
         exact = self.exact_field(known)

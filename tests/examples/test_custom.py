@@ -112,7 +112,7 @@ def test_it_trains_by_its_import_path(
     assert kept["class"].startswith(f"{name}.")
     setting, wrong, message, other, change = SETTINGS[name]
     assert setting in kept
-    assert load_config(tmp_path / "run" / "config.yaml") == load_config("toybox", run)
+    assert load_config(tmp_path / "run" / "config.yaml") == replace(load_config("toybox", run), schedule_steps=2)
 
     with pytest.raises(ConfigError, match=message):
         load_config("toybox", [*run, f"--{section}.{setting}", wrong])
