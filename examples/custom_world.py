@@ -55,12 +55,11 @@ class BallsAndBoxes(Benchmark):
             self.check_prompt(prompt)
         return Exact(prompts)
 
-    @torch.no_grad()
     def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[ShapeScore]:
         points, known = GRID.to(device).expand(len(prompts), -1, -1), self.captions()
         exact = self.exact_field(known)
         truth = exact.sdf(GRID.expand(len(known), -1, -1))[..., 0]  # [captions, N]
-        inside, rgb = field.sdf(points)[..., 0].cpu() < 0, field.rgb(points).cpu()  # [B, N], [B, N, 3]
+        inside, rgb = field.sdf(points)[..., 0].cpu() < 0, field.rgb(points).detach().cpu()  # [B, N], ...
         both, either = inside[:, None] & (truth < 0), inside[:, None] | (truth < 0)  # [B, captions, N]
         iou, shell = both.sum(-1) / either.sum(-1), truth.abs() < 0.05
         errors = (rgb[:, None] - exact.rgb(GRID.expand(len(known), -1, -1))).abs().mean(dim=-1)  # [B, captions, N]
