@@ -119,7 +119,7 @@ def make_trainer(folder: Path, batch: int, renderers: str, threads: int) -> Any:
     from prd.training.recipes import load_config
     from prd.training.trainer import Trainer
 
-    words = ["--output_dir", str(folder / "run"), "--train_batch_size", str(batch), "--renderers", renderers]
+    words = ["--output_dir", str(folder / "run"), "--train_batch_size", str(batch), "--renderer_schedule", renderers]
     return Trainer(load_config("toybox", [*words, "--num_threads", str(threads), "--report_to", "null"]))
 
 
