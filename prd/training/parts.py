@@ -146,7 +146,8 @@ def build_regularizers(config: TrainConfig, stages: Sequence[TrainConfig]) -> di
                         f"regularizers.{name}.class: {kind.__name__} has no from_config(config); write one, or name a "
                         "function of what was rendered"
                     )
-                found[name] = kind.from_config(settings) if isinstance(kind, type) else kind
+                is_class = isinstance(kind, type)
+                found[name] = kind.from_config(settings) if is_class else kind
     return found
 
 

@@ -161,7 +161,10 @@ def test_the_loss_pulls_towards_the_estimate_of_the_teacher() -> None:
     from tests.teachers.tiny import random_views
 
     teacher, loss, prompts = ColourTeacher(spread=0.05), RegressionLoss(), ["a red cube", "a blue cone"]
-    given = {"settings": ColourTeacherConfig(guidance_scale=1.0), "config": RegressionConfig(t_min=500, delta=0.4)}
+    given: dict[str, Any] = {
+        "settings": ColourTeacherConfig(guidance_scale=1.0),
+        "config": RegressionConfig(t_min=500, delta=0.4),
+    }
     views = random_views(2, 4)
 
     def ask(rgb: torch.Tensor) -> tuple[AsdResult, torch.Tensor]:
