@@ -222,8 +222,13 @@ def _as_loaded(name: str, stages: Sequence[TrainConfig]) -> TeacherConfig | None
 
 
 def _placed(kind: Any, settings: Any) -> Any:
-    """A teacher's settings with folders in the place of the names of what ships with the package."""
-    places = {"path": shipped(settings.path, getattr(kind, "name", ""))}
+    """A teacher's settings with folders in the place of the names of what ships with the package.
+
+    A class of the user's own has the folder of the library's class that it derives from.
+    """
+    names = [vars(base).get("name") for base in getattr(kind, "__mro__", ())]
+    folders = (shipped(settings.path, name) for name in names if isinstance(name, str))
+    places = {"path": next((folder for folder in folders if folder is not None), None)}
     if getattr(settings, "controlnet", None) is not None:
         places["controlnet"] = shipped(settings.controlnet, "controlnet")
     return replace(settings, **{key: str(place) for key, place in places.items() if place is not None})

@@ -128,7 +128,7 @@ def test_a_part_given_in_python_has_its_settings_from_the_config(toybox, tmp_pat
     [
         (
             own("teachers.mine", "Half"),
-            r"teachers.mine.class='tests.training.own_parts.Half': is no Teacher: it lacks condition, predict_noise",
+            r"teachers.mine.class='tests.training.own_parts.Half': is no ConfigurableTeacher: it lacks condition, predict_noise",
         ),
         (own("teachers.mine", "Missing"), r"'tests.training.own_parts' has no class or function 'Missing'"),
         (

@@ -86,6 +86,7 @@ def resumed_config(config: TrainConfig, checkpoint: Checkpoint | None, global_ba
             f"{saved.optimizer.name!r}; resume with that, or start another run"
         )
     ours, ours_given = split_given_parts(comparable(config))
+    given = {key: own for key, own in given.items() if not _is_disabled(key, own)}
     found = differing_keys({**comparable(saved), **given}, {**ours, **ours_given})
     before = checkpoint.state.get("global_batch_size", checkpoint.state.get("prompts_a_step"))  # its name until 0.2
     if before != global_batch_size:
@@ -112,6 +113,11 @@ def comparable(config: TrainConfig) -> dict[str, Any]:
         name: own for name, own in values["teachers"].items() if name in config.enabled_teachers or name in staged
     }
     return values
+
+
+def _is_disabled(key: str, settings: Any) -> bool:
+    """Whether a part's settings are those of a teacher that is not asked."""
+    return key.startswith("teachers.") and isinstance(settings, Mapping) and settings.get("enabled") is False
 
 
 def differing_keys(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
