@@ -71,7 +71,7 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_main_job_reaches_its_figures(tmp_path: Path) -> None:
-    """The README's command in twelve minutes: on most machines all 265 steps, on slow ones a shorter, whole schedule."""
+    """The README's command in twelve minutes: on most machines all 265 steps, on slow ones a shorter whole schedule."""
     launch(tmp_path / "run", "--max_train_minutes", "12")
     report = json.loads((tmp_path / "run" / "scores.json").read_text())
     record = json.loads((tmp_path / "run" / "adapter" / "record.json").read_text())
