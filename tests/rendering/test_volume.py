@@ -367,10 +367,9 @@ MEMORY = """
 import resource, torch
 from prd.cameras import CamerasConfig
 from prd.distillation.regularizers import eikonal_loss, sparsity_loss
-from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha
-from prd.fields.grid import GridField
 from prd.fields.triplane import TriplaneField, TriplaneHeads
-from tests.rendering.made import changed, volume_renderer
+from prd.rendering.protocol import SampleDraws
+from prd.rendering.volume import VolumeConfig, VolumeRenderer
 torch.manual_seed(0)
 planes = (0.1 * torch.randn(1, 6, 32, 256, 256)).requires_grad_()
 planes.grad = torch.zeros_like(planes)

@@ -334,11 +334,11 @@ def test_nothing_to_resume_from_is_said(toybox, tmp_path):
         make("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest").resume()
 
 
-def test_settings_that_would_do_nothing_are_refused():
+def test_settings_that_would_do_nothing_are_refused(toybox):
     with pytest.raises(ConfigError, match="eta"):
         load_config("toybox", ["--teachers.richdreamer.eta", "0.1"])
     with pytest.raises(ConfigError, match="cameras.views=3"):
-        load_config("toybox", ["--cameras.views", "3"])
+        make("--cameras.views", "3")
 
 
 def test_validation_prompts_are_checked_before_training(toybox):
