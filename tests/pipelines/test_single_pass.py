@@ -105,7 +105,8 @@ def test_the_continuum_becomes_an_animation(tmp_path: Path, monkeypatch, capsys)
     words = ["a red cube", "a blue sphere", "--model", run, "--frames", "3", "--size", "16"]
     monkeypatch.setattr("sys.argv", ["interpolate.py", *words, "-o", str(output)])
     runpy.run_path(str(script), run_name="__main__")
-    assert Image.open(output.with_suffix(".png")).size == (3 * 16, 16)  # the last shape is in it
+    with Image.open(output.with_suffix(".png")) as picture:
+        assert picture.size == (3 * 16, 16)  # the last shape is in it
     for extra, message in (
         (["--model", str(save_run("atom", tmp_path / "atom"))], "is a AToM, not ATT3D"),
         (["-o", str(tmp_path / "no" / "x.gif")], "the folder .*no is not there; make it first"),

@@ -56,7 +56,8 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
         for renderer in ("volume", "surface"):
             assert steps[0][f"gradient_norm/{teacher}/{renderer}"] > 0
     for name in ("before.png", "after.png"):
-        assert Image.open(run / name).size == (8 * 49, 2 * (49 + LABEL_HEIGHT))
+        with Image.open(run / name) as picture:
+            assert picture.size == (8 * 49, 2 * (49 + LABEL_HEIGHT))
     meshes = sorted((run / "meshes").iterdir())
     assert [path.name for path in meshes] == ["a_red_cube.glb", "a_red_torus.glb"]
     assert trimesh.load(meshes[0], force="mesh").volume > 0

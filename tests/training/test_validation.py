@@ -40,7 +40,8 @@ def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
     for name in ("sheet.png", "metrics.json", "a_red_cube.glb"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     # RGB and normals, four views each
-    assert Image.open(tmp_path / "a" / "sheet.png").size == (8 * 25, 3 * (25 + LABEL_HEIGHT))
+    with Image.open(tmp_path / "a" / "sheet.png") as picture:
+        assert picture.size == (8 * 25, 3 * (25 + LABEL_HEIGHT))
 
     rows = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert [row["prompt"] for row in rows] == prompts
