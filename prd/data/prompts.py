@@ -36,15 +36,15 @@ class PromptsConfig:
 
 
 def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
-    """Return the texts that a config holds out, those of a rule in the rule's order.
+    """Return the texts that a config holds out, those of a rule in the rule's order; none of `texts`.
 
     Raises CorpusError for a rule that the source does not have.
     """
+    if config.texts:
+        return ()  # they stand in the place of a source and of what is held out of it
     if not isinstance(config.held_out, str):
         return config.held_out
     world = find_world(config.source, "prompts.source")
-    if world is None and config.texts:
-        return ()  # texts stand in the place of a source and of what is held out of it
     if world is None:
         check_source(config)  # what is wrong with the source comes first
         raise CorpusError(

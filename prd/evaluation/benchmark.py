@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from prd.data.prompts import PromptsConfig, held_out_prompts
 from prd.data.worlds import World, find_world
 from prd.errors import ConfigError
 from prd.fields.protocol import Field
@@ -107,13 +108,16 @@ def find_benchmark(name: str | None, key: str = "benchmark") -> Benchmark | None
     return find_world(name, key, Benchmark)
 
 
-def resolve_benchmark(name: str | None, source: str | None) -> Benchmark | None:
+def resolve_benchmark(name: str | None, source: str | None, texts: Sequence[str] = ()) -> Benchmark | None:
     """Return the benchmark that a run is measured by; "auto": that of its source of prompts, if this is one.
+
+    texts  prompts in the place of those of the source: "auto" finds a benchmark if each of them is a caption of it
 
     Raises ConfigError for another name that is no benchmark.
     """
     if name == "auto":
-        return find_benchmark(source, "prompts.source")
+        world = find_benchmark(source, "prompts.source")
+        return None if world is None or not set(texts) <= set(world.captions()) else world
     world = find_benchmark(name)
     if world is None and name is not None:
         raise ConfigError(
@@ -121,6 +125,17 @@ def resolve_benchmark(name: str | None, source: str | None) -> Benchmark | None:
             "as my_module.MyWorld, or null for none"
         )
     return world
+
+
+def measured_splits(benchmark: Benchmark, prompts: PromptsConfig, limit: int | None = None) -> dict[str, list[str]]:
+    """Return the captions by which a run with these prompts is measured, by split: "seen" are those it trains on.
+
+    limit  as for `Benchmark.splits`
+    """
+    held_out: Sequence[str] = held_out_prompts(prompts)
+    if prompts.texts:
+        held_out = [text for text in benchmark.captions() if text not in prompts.texts]
+    return benchmark.splits(held_out, limit)
 
 
 def spread(texts: Sequence[str], limit: int | None) -> list[str]:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prd.data.prompts import held_out_prompts, load_corpus
+from prd.data.prompts import load_corpus
 from prd.errors import ConfigError
-from prd.evaluation.benchmark import Benchmark, resolve_benchmark
+from prd.evaluation.benchmark import Benchmark, measured_splits, resolve_benchmark
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
 from prd.fields.fast import one_sample
@@ -59,7 +59,7 @@ def measure_run(folder: str | Path, name: str | None = None, *, last: int | None
     """
     folder = Path(folder)
     config = load_config(folder / "config.yaml")
-    benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
+    benchmark = resolve_benchmark(config.benchmark, config.prompts.source, config.prompts.texts)
     if benchmark is None:
         raise ConfigError(f"{folder}: it has no benchmark that measures it; give a run whose benchmark is not null")
     generator, encoder = build_model(config)
@@ -81,7 +81,7 @@ def score_splits(
     seed, steps = config.seed, config.validation.num_inference_steps
     return {
         split: benchmark.summary(measure(generator, encoder, prompts, benchmark, seed=seed, num_inference_steps=steps))
-        for split, prompts in benchmark.splits(held_out_prompts(config.prompts), 0).items()
+        for split, prompts in measured_splits(benchmark, config.prompts, 0).items()
     }
 
 

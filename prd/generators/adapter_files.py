@@ -1,7 +1,7 @@
 """The files of a saved adapter: what is written, what is checked before anything is loaded.
 
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
-heads.safetensors                                 the three MLPs
+heads.safetensors                                 the three MLPs, and the learned s of NeuS if there is one
 config.json                                       what the model is besides, its base, and hashes
 
 The base is known by its weights, its kind of prediction and its noise schedule, and by its text encoder's weights if it
@@ -29,8 +29,10 @@ from prd.loading.saved_model import (
     ADAPTER_WEIGHTS,
     CONFIG,
     HEADS_WEIGHTS,
+    OWN_CLASS,
     check_hash,
     misfits,
+    own_class_record,
     read_json,
     read_weights,
     save_model,
@@ -59,17 +61,18 @@ class SavedConfig:
     bias_radius: float = 0.5  # sdf = MLP + |p| - bias_radius, scene units
     sdf_init_scale: float = 1.0  # of the sdf head's last layer at initialisation; 0.3 starts near the sphere
     num_inference_steps: int = 4  # K of the training rollout
+    inv_std: float | None = None  # s of NeuS that training began with, and learnt on; None: s is not the model's
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "head_width", "num_inference_steps"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
-        for name in ("latent_scale", "bias_radius", "sdf_init_scale"):
-            value = getattr(self, name)
-            if value is None and name == "latent_scale":
+        for name in ("latent_scale", "inv_std", "bias_radius", "sdf_init_scale"):
+            value, may_be_none = getattr(self, name), name in ("latent_scale", "inv_std")  # and are positive
+            if value is None and may_be_none:
                 continue
-            if type(value) not in (int, float) or not math.isfinite(value) or (name == "latent_scale" and value <= 0):
+            if type(value) not in (int, float) or not math.isfinite(value) or (may_be_none and value <= 0):
                 raise ValueError(f"{name}={value!r}: must be a finite number")
         for name in ("base", "base_revision"):
             value = getattr(self, name)
@@ -146,8 +149,9 @@ def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype 
     def record(hashes: dict[str, str]) -> dict[str, Any]:
         return {
             "_class_name": CLASS_NAME,
+            **own_class_record(type(model)),
             "_prd_version": prd.__version__,
-            **asdict(model.config),
+            **{name: value for name, value in asdict(model.config).items() if (name, value) != ("inv_std", None)},
             "prediction_type": model.prediction_type,
             "base_hash": model.base_hash(),
             "noise_schedule": noise_schedule(model),
@@ -235,13 +239,14 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     or unknown, or a value out of range.
     """
     path = folder / CONFIG
-    record = read_json(path, WHOLE)
+    record = {"inv_std": None, **read_json(path, WHOLE)}
     if (found := record.get("_class_name")) != CLASS_NAME:
         raise ModelMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
     known = {field.name for field in fields(SavedConfig)} | {
-        *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash", "noise_schedule")
+        *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
     }
-    missing, extra = known - record.keys() - {"noise_schedule"}, record.keys() - known  # the first ones have none
+    optional = {"noise_schedule", OWN_CLASS, "inv_std"}  # the first is not in the first ones
+    missing, extra = known - record.keys() - optional, record.keys() - known - optional
     if missing or extra:
         raise ModelMismatch(
             f"{path}: missing {sorted(missing)}, extra {sorted(extra)}; saved by prd "

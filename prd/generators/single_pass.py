@@ -20,13 +20,23 @@ import prd
 from prd.errors import ModelMismatch
 from prd.fields.protocol import Field
 from prd.hub.find import find_model
-from prd.loading.saved_model import CONFIG, WEIGHTS, check_hash, misfits, read_record, read_weights, save_model
+from prd.loading.saved_model import (
+    CONFIG,
+    OWN_CLASS,
+    WEIGHTS,
+    check_hash,
+    misfits,
+    own_class_record,
+    read_record,
+    read_weights,
+    save_model,
+)
 from prd.loading.weight_hashes import TEXT, same_weights
 from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
 
-RECORDS = ("_class_name", "_prd_version", "generator", "weights_hash", "text_hash")  # in config.json beside settings
+RECORDS = ("_class_name", OWN_CLASS, "_prd_version", "generator", "weights_hash", "text_hash")  # beside the settings
 
 
 class SinglePassModel(nn.Module):
@@ -198,6 +208,7 @@ class SinglePassModel(nn.Module):
         def record(hashes: dict[str, str]) -> dict[str, Any]:
             return {
                 "_class_name": self.class_name,
+                **own_class_record(type(self)),
                 "_prd_version": prd.__version__,
                 "generator": self.class_name.lower(),  # for version 0.1, which asks for it
                 **asdict(self.config),

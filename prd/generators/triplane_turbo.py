@@ -25,6 +25,7 @@ from prd.generators import adapter_files, sampling
 from prd.generators.adapter_files import SavedConfig
 from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
+from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
 from prd.text.encoders import PromptEncoder
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
 from prd.utils.dtypes import HALF_PRECISIONS
@@ -52,6 +53,7 @@ class TriplaneTurboConfig:
     latent_size: Count = 32  # height and width of each plane's latents
     sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
+    inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
     gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
 
 
@@ -91,6 +93,8 @@ class TriplaneTurboModel(nn.Module):
         backbone.__dict__["name_or_path"] = self.config.base  # where peft looks for the name it records
         self.peft = attach_peta(backbone, self.peta)
         self.heads = TriplaneHeads(self.peta.plane_channels, self.config.head_width, self.config.sdf_init_scale)
+        if self.config.inv_std is not None:
+            self.heads.add_module("inv_std", LearnedInvStd.of(self.config.inv_std))  # saved and kept exact as they are
         self.heads.to(self.device)
         alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
         self.register_buffer("alphas_cumprod", alphas.to(self.device), persistent=False)
@@ -136,8 +140,9 @@ class TriplaneTurboModel(nn.Module):
     def begin_stage(self, trainable: Sequence[str] | None) -> None:
         """Do nothing: the one part is trained in every stage."""
 
-    def alpha(self) -> None:
-        """Return None: the volume renderer reads the fields as its own config says."""
+    def alpha(self) -> AlphaModel | None:
+        """Return NeuS's density of the learned s; None without one: as the volume renderer's own config says."""
+        return NeusAlpha(self.heads.get_submodule("inv_std")()) if self.config.inv_std is not None else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return LoRA factors, the new conv_out and the heads. ValueError for a fused model, which has none."""
@@ -362,13 +367,8 @@ class TriplaneTurboModel(nn.Module):
     def from_base(cls, base: Base, config: TriplaneTurboConfig, num_denoising_steps: int = 4) -> Self:
         """Attach PETA and heads of the config's sizes to a base; K = num_denoising_steps."""
         ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
-        adapted = {group: getattr(config, group) for group in GROUPS}
-        kinds: dict[str, Any] = {
-            "plane_wise": config.plane_wise,
-            "plane_channels": config.plane_channels,
-            "full": config.full,
-        }
-        peta = PetaConfig(r=config.rank, rank_pattern=ranks, **kinds, **adapted)
+        same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
+        peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
         sizes = SavedConfig(
             base=base.name,
             base_revision=base.revision,
@@ -377,6 +377,7 @@ class TriplaneTurboModel(nn.Module):
             bias_radius=config.sphere_radius,
             sdf_init_scale=config.sdf_init_scale,
             num_inference_steps=num_denoising_steps,
+            inv_std=config.inv_std,
         )
         parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, sizes), config.gradient_checkpointing
         return cls(*parts, gradient_checkpointing=checkpointing, base_hash=base.hashes)

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from prd.generators.adapter_files import read_configs
+from prd.generators.adapter_files import CLASS_NAME, read_configs
 from prd.hub.find import HUB_ID, METRICS
 from prd.hub.shipped import about
-from prd.loading.saved_model import read_record
+from prd.loading.saved_model import OWN_CLASS, read_record
 
 LIBRARY = "prd"
 PROMPT = "a wooden chair with a red cushion"
@@ -39,7 +39,7 @@ def on_hub(base: str) -> bool:
 
 def model_card(folder: Path, name: str, license: str | None, training_metadata: dict[str, Any]) -> ModelCard:
     """Return the card of the model in `folder`; it names no path of this machine."""
-    if read_record(folder)["_class_name"] in PAPERS:
+    if read_record(folder)["_class_name"] != CLASS_NAME:
         return _single_pass_card(folder, name, license, training_metadata)
     peta, record = read_configs(folder)
     base, shared = record["base"], on_hub(record["base"])
@@ -85,13 +85,29 @@ def _single_pass_card(folder: Path, name: str, license: str | None, training_met
     shipped_encoder = f"the text encoder of {known.get('title')} that `prd` ships"
     words = {
         "kind": kind,
-        "paper": PAPERS[kind],
+        **_origin(kind, record.get(OWN_CLASS)),
         "encoder": _link(encoder) if shared else shipped_encoder if "title" in known else ENCODER,
         "place": "" if shared or known else ', text_encoder="FOLDER_OF_ITS_TEXT_ENCODER"',
         "prompt": known.get("single_pass_prompt", PROMPT),
         "license": known.get("license_text", TEACHERS_LICENSE),
     }
     return _card("single_pass", data, {**words, **_common(name, known, training_metadata)})
+
+
+def _origin(kind: str, own_class: str | None) -> dict[str, str]:
+    """The words of where a single-pass model's class comes from, and how it is loaded."""
+    if kind in PAPERS and own_class is None:
+        return {
+            "origin": f"after {PAPERS[kind]}",
+            "imports": f"from prd import {kind}",
+            "load": f"{kind}.from_pretrained(",
+        }
+    module, _, name = (own_class or "MODULE_OF_ITS_MAKER.CLASS").rpartition(".")
+    return {
+        "origin": f"of its maker's own class `{module}.{name}`",
+        "imports": f"from {module} import {name}\nfrom prd import load_pipeline",
+        "load": f"load_pipeline(model_class={name}, name_or_path=",
+    }
 
 
 def _link(repository: str) -> str:

@@ -1,6 +1,6 @@
 """The folder of a saved model: one writer and one strict reader, whatever the model.
 
-config.json          the model's class and settings, and the SHA-256 of each file of weights
+config.json          the model's class (its import path too, of one's own) and settings, and the SHA-256 of its weights
 *.safetensors        its weights
 
 Files are written aside, hashed and renamed, so that each appears whole or not at all, config.json last. Reading checks
@@ -24,8 +24,10 @@ from torch import Tensor
 
 from prd.errors import ModelMismatch
 from prd.utils.dtypes import check_dtype
+from prd.utils.imports import import_path
 
 CONFIG = "config.json"
+OWN_CLASS = "_class_path"  # in config.json: the import path of a class that is not the library's
 WEIGHTS = "model.safetensors"  # of a single-pass model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS_WEIGHTS = (
     "adapter_config.json",
@@ -80,6 +82,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     if "_class_name" not in record:
         raise ModelMismatch(f"{folder / CONFIG}: does not say which class it is of; give a folder of a saved model")
     return record
+
+
+def own_class_record(kind: type) -> dict[str, str]:
+    """Return what config.json says of a class of one's own: its import path; {} for the library's and without one."""
+    path = None if kind.__module__.partition(".")[0] == "prd" else import_path(kind)
+    return {} if path is None else {OWN_CLASS: path}
+
+
+def loader_of(record: Mapping[str, Any]) -> str:
+    """Return the call that loads the model of a config.json, for messages."""
+    return "prd.load_pipeline" if OWN_CLASS in record else f"prd.{record['_class_name']}.from_pretrained"
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from prd.generators.atom import AtomModel
 from prd.generators.att3d import Att3dModel
 from prd.generators.single_pass import SinglePassModel
 from prd.hub.find import find_model, read_training_metadata
-from prd.loading.saved_model import read_record
+from prd.loading.saved_model import OWN_CLASS, loader_of, own_class_record, read_record
 from prd.meshes.options import MeshKeywords
 from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device
 from prd.pipelines.output import TextTo3DOutput
@@ -34,7 +34,7 @@ OF_NOISE = ("generator", "latents", "num_inference_steps", "num_meshes_per_promp
 class SinglePassPipeline(TextTo3DPipeline):
     """A model that answers in one pass, with its text encoder: base class of `AToM`, `ATT3D` and `LATTE3D`."""
 
-    model_class: ClassVar[type[SinglePassModel]]
+    model_class: ClassVar[type[SinglePassModel]] = SinglePassModel
     draws_noise = False
 
     def __init__(self, model: SinglePassModel, encoder: PromptEncoder | None = None) -> None:
@@ -78,11 +78,11 @@ class SinglePassPipeline(TextTo3DPipeline):
         check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_model(name_or_path, revision, **hub)
-        found = read_record(folder)["_class_name"]
-        if found != cls.model_class.class_name:
-            raise ModelMismatch(
-                f"{name_or_path}: is a {found}, not {cls.model_class.class_name}; use prd.{found}.from_pretrained"
-            )
+        record, expected = read_record(folder), cls.model_class.class_name
+        found = record["_class_name"]
+        if found != expected or (OWN_CLASS in record and not own_class_record(cls.model_class)):
+            found = record.get(OWN_CLASS, found)
+            raise ModelMismatch(f"{name_or_path}: is a {found}, not {expected}; use {loader_of(record)}")
         model = cls.model_class.from_pretrained(folder)
         encoder = None
         if text:

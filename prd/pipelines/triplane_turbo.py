@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from prd.fields.triplane import TriplaneField
 from prd.generators.adapter_files import read_configs
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.hub.find import find_model, read_training_metadata
-from prd.loading.saved_model import ADAPTER_CONFIG, WEIGHTS, read_record
+from prd.loading.saved_model import ADAPTER_CONFIG, OWN_CLASS, WEIGHTS, loader_of, own_class_record, read_record
 from prd.loading.stable_diffusion import Base, load_base
 from prd.meshes.options import MeshKeywords
 from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_at_least, check_device, check_floating
@@ -43,6 +43,7 @@ class TriplaneTurbo(TextTo3DPipeline):
     """
 
     draws_noise = True
+    model_class: ClassVar[type[TriplaneTurboModel]] = TriplaneTurboModel
 
     def __init__(self, model: TriplaneTurboModel, encoder: PromptEncoder | None = None, base: str = "") -> None:
         """encoder: of prompts, None if they are given as embeddings; base: the name of the model's base."""
@@ -88,8 +89,9 @@ class TriplaneTurbo(TextTo3DPipeline):
         check_device(device)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = find_model(name_or_path, revision, **hub)
+        _check_class(cls.model_class, folder, str(name_or_path))
         parts = _load_base(folder, str(name_or_path), base, dtype, device, text, hub)
-        model = TriplaneTurboModel.from_adapter(
+        model = cls.model_class.from_adapter(
             folder,
             parts.unet,
             parts.vae,
@@ -233,6 +235,15 @@ class TriplaneTurbo(TextTo3DPipeline):
         return field
 
 
+def _check_class(model_class: type[TriplaneTurboModel], folder: Path, name: str) -> None:
+    """ModelMismatch for a single-pass model, and for a class of one's own where the library's is to be loaded."""
+    single_pass = (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+    record = read_record(folder) if single_pass else read_configs(folder)[1]
+    if single_pass or (OWN_CLASS in record and not own_class_record(model_class)):
+        found = record.get(OWN_CLASS, record["_class_name"])
+        raise ModelMismatch(f"{name}: is a {found}, not TriplaneTurbo; use {loader_of(record)}")
+
+
 def _load_base(
     folder: Path,
     name: str,
@@ -243,9 +254,6 @@ def _load_base(
     hub: dict[str, Any],
 ) -> Base:
     """Load the base that the adapter in `folder` records, from `base` if that is given; arguments as for the caller."""
-    if (folder / WEIGHTS).is_file() and not (folder / ADAPTER_CONFIG).is_file():
-        found = read_record(folder)["_class_name"]
-        raise ModelMismatch(f"{name}: is a {found}, not TriplaneTurbo; use prd.{found}.from_pretrained")
     _, record = read_configs(folder)
     if not base and not record["base"]:
         raise ValueError(f"base=None: {name} was trained on a folder of its maker's; pass base=")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from inspect import isfunction
 from typing import Any
 
 from prd.distillation.distill import AsdLoss
@@ -24,7 +25,7 @@ from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
-from prd.utils.imports import load_class
+from prd.utils.imports import import_path, load_class
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ class Entry:
     key: str  # dotted: "model", "teachers.mine"
     section: Section
     values: dict[str, Any]  # without `class`
-    class_name: str  # a built-in's name or an import path
-    named: bool  # whether the config names the class, rather than the part's name telling it
+    class_name: str | None  # a built-in's name or an import path; None: of a part that the trainer is given
+    named: bool  # whether the config has a key `class`, rather than the part's name telling it
 
     @property
     def config_class(self) -> type:
-        """The class of its settings."""
+        """The class of its settings; ConfigError where its class has none that the section takes."""
+        if self.class_name is None and self.section.config is not None:
+            return self.section.config
         return config_class_of(part_class(self.section, self.class_name, self.key), self.section, self.key)
 
 
@@ -110,17 +113,25 @@ def _entry(key: str, section: Section, given: Any, default: str) -> Entry:
             raise ConfigError(f"{key}={given!r}: must be a mapping of settings")
         given = {section.shorthand: given}
     values = {str(name): value for name, value in given.items()}
+    if section.config is not None and default not in section.built_in and values.get("class", "") is None:
+        del values["class"]
+        return Entry(key, section, values, None, True)
     named = values.pop("class", None)
     if named is not None and not isinstance(named, str):
         raise ConfigError(f"{key}.class={named!r}: must be {_choices(section)}")
     return Entry(key, section, values, named or default, named is not None)
 
 
-def part_class(section: Section, name: str, key: str) -> Any:
+def part_class(section: Section, name: str | None, key: str) -> Any:
     """The class (or the function) of a name or an import path.
 
     Raises ConfigError if there is none, or if a class of the user's own lacks a method of the section's protocol.
     """
+    if name is None:
+        raise ConfigError(
+            f"{key}.class=null: its run was given the part in Python; give it to Trainer(config, parts) again, or name "
+            "its class, as class: my_module.MyClass"
+        )
     if name in section.built_in:
         return section.built_in[name]
     if "." not in name:
@@ -151,17 +162,51 @@ def _choices(section: Section) -> str:
     return f"one of {', '.join(section.built_in)}, or the import path of a class, as class: my_module.MyClass"
 
 
-def class_name_of(config: Any, key: str) -> str:
-    """The name of the class of a part of a `TrainConfig`: a built-in's or an import path."""
-    if key in config.classes:
-        return config.classes[key]
+def settings_by_key(config: Any) -> dict[str, Any]:
+    """The settings of every part of a `TrainConfig` by dotted key: "model", "teachers.mine"."""
+    found = dict[str, Any]()
+    for name, section in SECTIONS.items():
+        own = getattr(config, name)
+        found |= {name: own} if section.default is not None else {f"{name}.{part}": own[part] for part in own}
+    return found
+
+
+def class_name_of(config: Any, key: str) -> str | None:
+    """The name of the class of a part of a `TrainConfig`: a built-in's or an import path.
+
+    None for settings that no class owns (`TeacherConfig`, `RegularizerConfig`), of a part that the trainer is given.
+    Raises ConfigError for settings of a class that the config does not name.
+    """
     name, _, part = key.partition(".")
-    section = SECTIONS[name]
-    if section.default is None:
-        return part
-    settings = getattr(config, name)
-    found = [built_in for built_in, kind in section.built_in.items() if type(settings) is kind.config_class]
-    return found[0] if found else section.default
+    section, kind = SECTIONS[name], type(settings_by_key(config)[key])
+    named = config.classes.get(key)
+    if named is not None and config_class_of(part_class(section, named, key), section, key) is kind:
+        return named
+    own = section.default or part
+    found = [built_in for built_in, its in section.built_in.items() if config_class_of(its, section, key) is kind]
+    if own in found or (own in section.built_in and kind is section.config):
+        return own
+    if kind is section.config:
+        return None
+    if not found:
+        raise ConfigError(
+            f"{key}: {kind.__name__} are the settings of a class that the config does not name; give the part to "
+            "Trainer(config, parts), of a class that a module or a script holds, or name the class by "
+            f"replace(config, classes={{{key!r}: 'my_module.MyClass'}})"
+        )
+    return found[0]
+
+
+def given_class(section: Section, settings: Any, part: Any) -> str | None:
+    """The name of the class (or the function) of a part given in Python: a built-in's or an import path.
+
+    None where it is no class of these settings (or, of a section of functions, no function), or no path leads to it.
+    """
+    kind = part if isfunction(part) else type(part)
+    is_function = section.protocol is None and kind is part and type(settings) is section.config
+    if not is_function and getattr(kind, "config_class", None) is not type(settings):
+        return None
+    return next((name for name, its in section.built_in.items() if its is kind), import_path(kind))
 
 
 def split_given_parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,7 +218,9 @@ def split_given_parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     for name, section in SECTIONS.items():
         if section.default is None and isinstance(values.get(name), Mapping):
             for part, own in values[name].items():
-                if part not in section.built_in and not (isinstance(own, Mapping) and "class" in own):
-                    given[f"{name}.{part}"] = own
+                named = isinstance(own, Mapping) and own.get("class") is not None
+                if part not in section.built_in and not named:
+                    plain = isinstance(own, Mapping)
+                    given[f"{name}.{part}"] = {k: v for k, v in own.items() if k != "class"} if plain else own
             kept[name] = {part: own for part, own in values[name].items() if f"{name}.{part}" not in given}
     return kept, given

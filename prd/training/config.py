@@ -11,6 +11,8 @@ name (`volume`, `mvdream`), or by a key `class` beside its settings, which may b
       mvdream: {path: toybox, guidance_scale: 2.5}
       mine: {class: my_module.MyTeacher, strength: 2.0}
 
+`class: null` stands for a part that only `Trainer(config, parts)` is given, weighed by the config.
+
 A `Schedule` is a number, or [start, end]: linear from the first training step to step `schedule_steps`, constant after
 it; in a run of several stages, from the first to the last step of a stage. `resolved(config.part, step, total)` gives
 the same class with the numbers of a step.
@@ -111,7 +113,7 @@ class TrainConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
     interpolation: InterpolationConfig = field(default_factory=InterpolationConfig)  # between two prompts
     library: LibraryConfig = field(default_factory=LibraryConfig)  # of 3D shapes
-    benchmark: str | None = "auto"  # what measures; "auto": the toy box for its prompts; null: none; an import path
+    benchmark: str | None = "auto"  # what measures; "auto": the world of the prompts; null: none; an import path
     cameras: CamerasConfig = field(default_factory=CamerasConfig)  # where it is seen from
     renderers: dict[str, Any] = field(default_factory=paper_renderers)  # by name
     renderer_schedule: Literal["all", "alternate"] | tuple[str, ...] = "all"  # of each estimate; alternate: in turn
@@ -122,7 +124,7 @@ class TrainConfig:
     regularizers: dict[str, Any] = field(default_factory=paper_regularizers)  # by name, of the geometry
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # of what is trained
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # what is measured
-    classes: dict[str, str] = field(default_factory=dict)  # of the parts that have a key `class`, by dotted key
+    classes: dict[str, str | None] = field(default_factory=dict)  # of parts with a key `class`, by dotted key
 
     @field_validator("renderer_schedule", mode="before")
     @classmethod

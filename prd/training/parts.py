@@ -27,9 +27,9 @@ from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
 from prd.teachers.offload import set_offload
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
-from prd.training.classes import SECTIONS, class_name_of, part_class
+from prd.training.classes import SECTIONS, class_name_of, given_class, part_class, settings_by_key
 from prd.training.config import TrainConfig
-from prd.training.recipes import stages_of
+from prd.training.recipes import from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
 
 PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name != "path")  # settings of a teacher that load nothing
@@ -87,6 +87,8 @@ def build_parts(
 
     Raises ConfigError for a part that is not what its section asks for, and what loading a part raises.
     """
+    given: dict[str, Any] = {"renderers": renderers, "teachers": teachers, "regularizers": regularizers}
+    config = with_classes(config, {"model": model and model[0], "distillation": loss, **given})
     device, stages = torch.device(device), [stage.config for stage in stages_of(config)]
     corpus = load_corpus(config.prompts, config.seed)
     embeddings = None if config.prompts.embeddings is None else Embeddings(config.prompts.embeddings)
@@ -112,7 +114,7 @@ def build_parts(
         for teacher in loaded.values():
             if isinstance(teacher, UNetTeacher):
                 teacher.prompt_encoder = embeddings.encoder(teacher.prompt_encoder, teacher.name)
-    parts.benchmark = resolve_benchmark(config.benchmark, config.prompts.source)
+    parts.benchmark = resolve_benchmark(config.benchmark, config.prompts.source, config.prompts.texts)
     parts.library = open_library(config.library, parts.text_encoder, network)
     return parts
 
@@ -167,6 +169,29 @@ def teachers_dtype(config: TrainConfig) -> torch.dtype:
     """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model."""
     given = config.teacher_options.dtype
     return getattr(torch, given) if given else DTYPES[config.mixed_precision]
+
+
+def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """The config with the class of every part whose name does not tell it, so that it can be written and read again.
+
+    given  parts, or None, by section: of a section by names a mapping
+
+    Raises ConfigError for settings of a class that is neither the library's nor that of a given part, or that no import
+    path leads to.
+    """
+    found = dict[str, str | None]()
+    for key, settings in settings_by_key(config).items():
+        section, _, name = key.partition(".")
+        part = (given.get(section) or {}).get(name) if name else given.get(section)
+        own = None if part is None else given_class(SECTIONS[section], settings, part)
+        class_name = own or class_name_of(config, key)
+        if class_name != config.classes.get(key, name or SECTIONS[section].default):
+            found[key] = class_name
+    if not found:
+        return config
+    config = replace(config, classes={**config.classes, **found})
+    from_dict(to_dict(config))
+    return config
 
 
 def check_parts(parts: Parts, config: TrainConfig) -> None:

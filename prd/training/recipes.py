@@ -24,7 +24,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from prd.errors import ConfigError
-from prd.training.classes import SECTIONS, Entry, class_name_of, entries, split_given_parts
+from prd.training.classes import SECTIONS, Entry, class_name_of, entries, settings_by_key
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
@@ -98,24 +98,26 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as nested plain values, ready for YAML or JSON."""
+    """The config as nested plain values, ready for YAML or JSON.
+
+    Raises ConfigError for a part whose settings are of a class that the config does not name: they could not be read
+    again.
+    """
     values = _ADAPTER.dump_python(config, mode="json")
-    named = {"model": class_name_of(config, "model"), **values.pop("classes")}
-    for name, section in SECTIONS.items():
-        if section.default is not None:
-            values[name] = _plain_part(values[name], section.shorthand, named.get(name))
-        else:
-            values[name] = {
-                part: _plain_part(own, section.shorthand, named.get(f"{name}.{part}"))
-                for part, own in values[name].items()
-            }
+    values.pop("classes")
+    for key in settings_by_key(config):
+        name, _, part = key.partition(".")
+        place, own_key = (values[name], part) if part else (values, name)
+        place[own_key] = _plain_part(config, key, place[own_key])
     return values
 
 
-def _plain_part(own: dict[str, Any], shorthand: str | None, class_name: str | None) -> Any:
-    if class_name is None:
-        return own[shorthand] if shorthand is not None and list(own) == [shorthand] else own
-    return {"class": class_name, **own}
+def _plain_part(config: TrainConfig, key: str, own: dict[str, Any]) -> Any:
+    name, _, part = key.partition(".")
+    section, class_name = SECTIONS[name], class_name_of(config, key)
+    if key in config.classes or key == "model" or class_name != (section.default or part):
+        return {"class": class_name, **own}
+    return own[section.shorthand] if section.shorthand is not None and list(own) == [section.shorthand] else own
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
@@ -259,19 +261,14 @@ def _staged(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """The config with the values of a stage in their place."""
     if unknown := sorted(values.keys() - set(STAGED)):
         raise ConfigError(f"{where}: {unknown[0]!r} is no value of a stage; allowed: {', '.join(STAGED)}")
-    before, given = split_given_parts(to_dict(config))
+    before = to_dict(config)
     fixed = [key for key in leaves(values) if key in ONCE or _renames_class(config, key, values)]
     if fixed:
         raise ConfigError(f"{where}.{fixed[0]}: holds for the whole run; give it outside of the stages")
     try:
-        own = from_dict(merged({**before, "stages": []}, values))
+        return from_dict(merged({**before, "stages": []}, values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    for key in given:  # of the user's own, which the trainer is given
-        section, _, name = key.partition(".")
-        changed: dict[str, Any] = {section: {**getattr(own, section), name: getattr(config, section)[name]}}
-        own = replace(own, **changed)
-    return own
 
 
 def _renames_class(config: TrainConfig, key: str, values: Mapping[str, Any]) -> bool:

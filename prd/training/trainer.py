@@ -26,7 +26,7 @@ from prd.training.ema import WeightAverage
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
-from prd.training.parts import Parts, build_parts, check_parts
+from prd.training.parts import Parts, build_parts, check_parts, with_classes
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts, save_config
 from prd.training.run.clock import TIME_IS_UP, Clock
@@ -49,6 +49,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, parts: Parts | None = None) -> None:
         self.clock = Clock()
+        config = with_classes(config, {} if parts is None else {**vars(parts), "distillation": parts.loss})
         self.accelerator, self.config = begin_process(config)
         self.folder = Path(config.output_dir)
         self.resumed = load_resumed(self.config)

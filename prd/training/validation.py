@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
-from prd.evaluation.benchmark import Benchmark, Score
+from prd.evaluation.benchmark import Benchmark, Score, measured_splits
 from prd.evaluation.report import write_report
 from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
@@ -137,7 +137,7 @@ class Validation:
         if self.benchmark is None:
             return None
         self.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
-        splits = self.benchmark.splits(held_out_prompts(self.config.prompts), self.config.validation.stacks)
+        splits = measured_splits(self.benchmark, self.config.prompts, self.config.validation.stacks)
         captions = [caption for split in splits.values() for caption in split]
         seconds = 0.0
         for some in (captions[:1], captions[1:4]):  # the first one warms up
@@ -164,9 +164,10 @@ class Validation:
     def score(self, record: dict[str, Any]) -> None:
         """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
         assert self.benchmark is not None
-        held_out = held_out_prompts(self.config.prompts)
         report: dict[str, Any] = {}
-        for name, prompts in self.benchmark.splits(held_out, self.config.validation.stacks).items():
+        for name, prompts in measured_splits(
+            self.benchmark, self.config.prompts, self.config.validation.stacks
+        ).items():
             scores = self.measure(prompts)
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
         summaries = {name: part["summary"] for name, part in report.items()}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from examples.custom_world import BallsAndBoxes
 from prd.data.prompts import CorpusError, PromptsConfig, held_out_prompts, load_corpus
 from prd.errors import ConfigError
-from prd.evaluation.benchmark import Benchmark, Score, find_benchmark, resolve_benchmark
+from prd.evaluation.benchmark import Benchmark, Score, find_benchmark, measured_splits, resolve_benchmark
 from prd.fields.protocol import AutogradGradient, Field
 from prd.hub import shipped
 from prd.hub.shipped import shipped_benchmarks
@@ -177,6 +177,20 @@ def test_rules_hold_out_some_captions_and_a_config_names_them(world: Benchmark) 
         load_corpus(PromptsConfig(source=source, held_out="tenth"))
 
 
+def test_texts_are_what_a_run_has_seen(world: Benchmark) -> None:
+    """A run of a few texts is measured by them and by what it was not trained on, whatever the config holds out."""
+    texts = tuple(some(world)[:2])
+    name = world.name if world.name in shipped_benchmarks() else CUSTOM
+    for held_out in ((), (texts[0],), *world.held_out_rules()):
+        config = PromptsConfig(source=name, texts=texts, held_out=held_out)
+        assert held_out_prompts(config) == ()
+        splits = measured_splits(world, config)
+        seen = {text for split, captions in splits.items() if split.endswith("seen") for text in captions}
+        unseen = {text for split, captions in splits.items() if split.endswith("held_out") for text in captions}
+        assert seen == set(texts) and unseen and unseen <= set(world.captions()) - seen
+    assert measured_splits(world, PromptsConfig(source=name)) == world.splits()
+
+
 @torch.no_grad()
 def test_the_mesh_lies_on_the_exact_surface(world: Benchmark) -> None:
     for prompt in some(world)[:2]:
@@ -190,6 +204,10 @@ def test_a_config_finds_it(world: Benchmark) -> None:
     assert type(resolve_benchmark("auto", name)) is type(world)
     assert resolve_benchmark(None, name) is None
     assert resolve_benchmark("auto", "pig64") is None and find_benchmark("prompts.jsonl") is None
+    texts = some(world)[:2]  # in the place of the source's prompts
+    assert type(resolve_benchmark("auto", name, texts)) is type(world)
+    assert resolve_benchmark("auto", name, [*texts, "a dragon"]) is None
+    assert type(resolve_benchmark(name, "pig64", ["a dragon"])) is type(world)  # as asked
     with pytest.raises(ConfigError, match="benchmark='toybax': is no benchmark; give toybox, the import path"):
         resolve_benchmark("toybax", name)
     with pytest.raises(ConfigError, match="'examples.custom_world' has no class or function 'Ball'"):

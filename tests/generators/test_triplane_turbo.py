@@ -1,6 +1,7 @@
 """What TriplaneTurbo's model has besides the contract of models: parametrisations, planes, bases, precision."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from prd.adapters import PetaConfig
 from prd.errors import ModelMismatch
 from prd.generators import SavedConfig, TriplaneTurboModel
+from prd.pipelines.triplane_turbo import TriplaneTurbo
+from prd.training.recipes import load_config
+from prd.training.trainer import Trainer
 from tests.adapters.tiny import tiny_base
 from tests.compare import ROUNDING, relative_difference
 
@@ -159,3 +163,51 @@ def test_bad_inputs_are_named() -> None:
         model.generate(TEXT, [torch.Generator()])
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         student(prediction_type="sample")
+
+
+def test_a_learnt_width_reaches_the_renderer_and_comes_back(tmp_path) -> None:
+    """`inv_std`: s of NeuS is trained with the heads, saved and loaded with them; without it nothing is there."""
+    model = student(inv_std=30.0)
+    (variance,) = [p for name, p in model.named_parameters() if name.endswith("inv_std.variance")]
+    assert any(p is variance for p in model.trainable_parameters())
+    alpha = model.alpha()
+    assert float(alpha.inv_std.detach()) == pytest.approx(30.0, rel=1e-4)
+    alpha(torch.zeros(1), -torch.ones(1), torch.full((1,), 0.1)).sum().backward()
+    assert variance.grad != 0
+    with torch.no_grad():
+        variance.add_(0.05)
+    assert model.half().alpha().inv_std.dtype == torch.float32  # as the heads
+    model.save_pretrained(tmp_path)
+    again = TriplaneTurboModel.from_adapter(tmp_path, *tiny_base(0))
+    assert again.config.inv_std == 30.0
+    assert float(again.alpha().inv_std.detach()) == pytest.approx(30.0 * math.exp(0.5), rel=1e-4)
+
+    plain = student()
+    assert plain.alpha() is None
+    assert set(model.trained_state_dict()) - set(plain.trained_state_dict()) == {"heads.inv_std.variance"}
+    plain.save_pretrained(tmp_path / "plain")
+    assert "inv_std" not in json.loads((tmp_path / "plain" / "config.json").read_text(encoding="utf-8"))
+    with pytest.raises(ModelMismatch, match=r"missing \['heads.inv_std.variance'\]"):
+        student(inv_std=30.0).load_adapter(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), "30"])
+def test_a_learnt_width_out_of_range_is_named(value: object) -> None:
+    with pytest.raises(ValueError, match="inv_std="):
+        SavedConfig(inv_std=value)  # type: ignore[arg-type]
+
+
+def test_a_recipe_trains_the_width(toybox, tmp_path) -> None:
+    """`model.inv_std` of a recipe: a step of training moves it, and the run folder's adapter holds it."""
+    words = ["--model.inv_std", "20", "--renderer_schedule", "volume", "--optimizer.warmup_steps", "1"]
+    words += ["--train_batch_size", "1", "--num_denoising_steps", "1", "--validation.prompts", "[]"]
+    words += ["--teachers.stable_diffusion.enabled", "false", "--teachers.richdreamer.enabled", "false"]
+    words += ["--renderers.volume.height", "8", "--renderers.volume.width", "8", "--max_train_steps", "2"]
+    trainer = Trainer(load_config("toybox", [*words, "--output_dir", str(tmp_path / "run")]))
+    before = float(trainer.model.alpha().inv_std.detach())
+    trainer.train_step(0)
+    trainer.train_step(1)
+    after = float(trainer.model.alpha().inv_std.detach())
+    assert before == pytest.approx(20, rel=1e-4) and 0 < abs(after - before) < 10
+    trainer.model.save_pretrained(tmp_path / "run" / "adapter")
+    assert float(TriplaneTurbo.from_pretrained(tmp_path / "run").model.alpha().inv_std.detach()) == after

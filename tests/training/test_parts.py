@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import yaml
 
+from prd.distillation.regularizers import RegularizerConfig
 from prd.errors import ConfigError
+from prd.generators.atom import AtomConfig
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import TeacherConfig
-from prd.training.parts import build_parts
+from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
+from prd.training.parts import build_parts, build_teachers, with_classes
 from prd.training.recipes import from_dict, load_config, save_config, to_dict
 from prd.training.trainer import Trainer
-from tests.training.own_parts import FlatConfig, FlatRenderer, OwnTeacher, brightest
+from tests.training.own_parts import (
+    FlatConfig,
+    FlatRenderer,
+    OwnLoss,
+    OwnLossConfig,
+    OwnModel,
+    OwnTeacher,
+    OwnTeacherConfig,
+    Towards,
+    TowardsConfig,
+    brightest,
+)
 
 OWN = "tests.training.own_parts"
 SMALL = [
@@ -168,3 +182,104 @@ def test_the_class_of_a_part_holds_for_the_whole_run():
 def test_teachers_that_see_another_number_of_views_are_refused(toybox):
     with pytest.raises(ConfigError, match="cameras.views=3: must be 4, which mvdream see"):
         build_parts(settings("--cameras.views", "3"))
+
+
+def given_parts() -> dict[str, tuple[dict, dict]]:
+    """By section: settings by name, and the parts of one's own that are given with them."""
+    teacher = OwnTeacher.__new__(OwnTeacher)  # its networks do not matter
+    return {
+        "teachers": ({"mine": OwnTeacherConfig(path="toybox", strength=0.5)}, {"mine": teacher}),
+        "renderers": ({"flat": FlatConfig(brightness=(0.0, 4.0))}, {"flat": FlatRenderer(FlatConfig())}),
+        "regularizers": (
+            {"near": TowardsConfig(opacity=0.1), "bright": RegularizerConfig(weight=2.0)},
+            {"near": Towards(0.1), "bright": brightest},
+        ),
+    }
+
+
+@pytest.mark.parametrize("section", ["teachers", "renderers", "regularizers", "model", "distillation"])
+def test_settings_given_in_python_are_written_with_the_class_of_the_given_part(section, tmp_path):
+    base = settings("--renderer_schedule", "all")
+    if section == "model":
+        model = type("Anything", (), {})
+        own, part = AtomConfig(plane_size=6), OwnModel.__new__(OwnModel)
+        assert with_classes(replace(base, model=own), {"model": model}).classes["model"] == "atom"  # its settings tell
+        expected = {"model": f"{OWN}.OwnModel"}
+    elif section == "distillation":
+        own, part, expected = OwnLossConfig(factor=(1.0, 2.0)), OwnLoss(), {"distillation": f"{OWN}.OwnLoss"}
+    else:
+        own, part = given_parts()[section]
+        names = {"mine": "OwnTeacher", "flat": "FlatRenderer", "near": "Towards", "bright": "brightest"}
+        expected = {f"{section}.{name}": f"{OWN}.{names[name]}" for name in own}
+        own = {**getattr(base, section), **own}
+    config = with_classes(replace(base, **{section: own}), {section: part})
+    assert config.classes == {**base.classes, **expected}
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_settings_of_the_librarys_classes_by_other_names_need_no_class(tmp_path):
+    base = settings()
+    second = StableDiffusionTeacherConfig(path="toybox", guidance_scale=3.0)
+    config = replace(
+        base,
+        teachers={**base.teachers, "second": second},
+        renderers={**base.renderers, "coarse": VolumeConfig(num_samples=4)},
+    )
+    assert to_dict(config)["teachers"]["second"]["class"] == "stable_diffusion"
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again.teachers == config.teachers and again == with_classes(config, {})
+
+
+def test_a_run_with_settings_given_in_python_is_read_again_and_resumed(toybox, tmp_path):
+    """Of a whole trainer: what stands in its run folder is its config, by the command line too."""
+    base = settings("--output_dir", str(tmp_path / "run"), "--stages", "[{until: 0.5}, {until: 1, background: 0.1}]")
+    own = OwnTeacherConfig(path=str(toybox / "stable_diffusion"), strength=0.5, weight=2.0)
+    config = replace(base, teachers={**base.teachers, "mine": own})
+    mine = OwnTeacher.from_pretrained(own.path)
+    mine.strength = 0.5
+    parts = build_parts(config, teachers={**build_parts(base).teachers, "mine": mine})
+    trainer = Trainer(config, parts)
+    (tmp_path / "run").mkdir()
+    save_config(trainer.config, tmp_path / "run" / "config.yaml")
+    trainer.train_step(0)
+    trainer.save(1)
+    again = load_config(tmp_path / "run" / "config.yaml", ["--resume_from_checkpoint", "latest"])
+    assert again.teachers["mine"] == own and again.classes["teachers.mine"] == f"{OWN}.OwnTeacher"
+    resumed = Trainer(again)
+    assert resumed.resume() == 1 and resumed.parts.teachers["mine"].strength == 0.5
+
+
+def test_settings_that_weigh_a_given_part_alone_are_read_again(tmp_path):
+    """Those of no class: `class: null`; building the part needs it again."""
+    base = settings()
+    config = with_classes(replace(base, teachers={**base.teachers, "mine": TeacherConfig(weight=2.0)}), {})
+    save_config(config, tmp_path / "config.yaml")
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["teachers"]["mine"]
+    assert stored["class"] is None and stored["weight"] == 2.0
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config and load_config(tmp_path / "config.yaml", ["--teachers.mine.weight", "3"])
+    with pytest.raises(ConfigError, match=r"teachers.mine.class=null: .*Trainer\(config, parts\)"):
+        build_teachers(again, [again])
+
+
+@pytest.mark.parametrize("key", ["teachers.mine", "teachers.mvdream", "renderers.mine", "model", "distillation"])
+def test_settings_of_a_class_that_nothing_names_are_refused_at_the_start(key, tmp_path):
+    @dataclass(frozen=True)
+    class MineConfig(TeacherConfig):
+        reference: str = "text"
+
+    class Mine(OwnTeacher):  # inside a function: no import path leads to it
+        config_class = MineConfig
+
+    base = settings("--output_dir", str(tmp_path / "run"))
+    section, _, name = key.partition(".")
+    own = {**getattr(base, section), name: MineConfig()} if name else MineConfig()
+    config = replace(base, **{section: own})
+    for given in ({}, {section: {name: Mine.__new__(Mine)} if name else Mine.__new__(Mine)}):
+        with pytest.raises(ConfigError, match=rf"{key}: MineConfig .*Trainer\(config, parts\).*classes={{'{key}': '"):
+            with_classes(config, given)
+    with pytest.raises(ConfigError, match=f"{key}: MineConfig"):
+        Trainer(config)
+    assert not (tmp_path / "run").exists()
