@@ -27,7 +27,7 @@ from prd.cameras import Cameras
 from prd.data.worlds import World, find_world
 from prd.errors import ConfigError
 from prd.fields.protocol import AutogradGradient
-from prd.isosurface.marching_cubes import Mesh
+from prd.isosurface.marching_cubes import Surface
 from prd.meshes.read import read_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
@@ -65,7 +65,7 @@ class LibraryError(ConfigError):
 class ShapeLibrary(Protocol):
     """3D shapes by prompt."""
 
-    def mesh(self, prompt: str) -> Mesh:
+    def mesh(self, prompt: str) -> Surface:
         """Return the shape for a prompt, (vertices [V, 3] in scene units, faces [F, 3]), on the CPU."""
         ...
 
@@ -76,7 +76,7 @@ class WorldLibrary:
 
     world: World
 
-    def mesh(self, prompt: str) -> Mesh:
+    def mesh(self, prompt: str) -> Surface:
         """See `ShapeLibrary.mesh`; ValueError for a prompt that is no caption."""
         return self.world.mesh(prompt)
 
@@ -118,7 +118,7 @@ class MeshLibrary:
             raise LibraryError(f"{where}: {path} is not there")
         self.files.update(dict.fromkeys(captions, path))
 
-    def mesh(self, prompt: str) -> Mesh:
+    def mesh(self, prompt: str) -> Surface:
         """See `ShapeLibrary.mesh`."""
         return self._read(self.files[prompt if prompt in self.files else self.nearest(prompt)])
 
@@ -139,7 +139,7 @@ class Shapes:
     meshes  [B]; clouds [B, N, 3] points on their surfaces, scene units
     """
 
-    meshes: list[Mesh]
+    meshes: list[Surface]
     clouds: Tensor
 
     def repeat(self, count: int) -> Shapes:

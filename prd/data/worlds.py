@@ -23,7 +23,7 @@ from prd.data.prompt_files import SUFFIXES, CorpusError
 from prd.fields.protocol import Field
 from prd.hub.shipped import shipped_benchmark
 from prd.isosurface.extract import extract_isosurface
-from prd.isosurface.marching_cubes import Mesh
+from prd.isosurface.marching_cubes import Surface
 from prd.utils.imports import check_members, load_class
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -80,7 +80,7 @@ class World(Protocol):
         return [word for word in prompt.lower().split() if word not in known]
 
     @torch.no_grad()
-    def mesh(self, prompt: str) -> Mesh:
+    def mesh(self, prompt: str) -> Surface:
         """Return the exact surface of a caption, (vertices [V, 3] in scene units, faces [F, 3]), on the CPU."""
         (mesh,) = extract_isosurface(self.exact_field([prompt]), MESH_RESOLUTION)
         return mesh

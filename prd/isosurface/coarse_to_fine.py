@@ -17,7 +17,7 @@ from torch import Tensor
 from prd.fields.fast import Geometry, values_at
 from prd.fields.protocol import Field
 from prd.isosurface.extract import OnEmpty, meshes_from_slabs
-from prd.isosurface.marching_cubes import Marching, Mesh, marching_cubes
+from prd.isosurface.marching_cubes import Marching, Surface, marching_cubes
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def extract_coarse_to_fine(
     marching: Marching = marching_cubes,
     max_nodes: int = 1 << 23,
     on_empty: OnEmpty = "raise",
-) -> list[Mesh]:
+) -> list[Surface]:
     """`extract_isosurface` from a grid that is evaluated only near the surface.
 
     factor     fine cells along the side of a coarse cell

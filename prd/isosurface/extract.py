@@ -16,9 +16,9 @@ from torch import Tensor
 from prd.errors import PrdError
 from prd.fields.fast import Geometry, grid_slabs
 from prd.fields.protocol import Field
-from prd.isosurface.marching_cubes import TINY, Marching, Mesh, Stitcher, marching_cubes, pad_border
+from prd.isosurface.marching_cubes import TINY, Marching, Stitcher, Surface, marching_cubes, pad_border
 
-Isosurface = Callable[[Tensor, Tensor | None, float], Mesh]  # as `Marching.__call__`
+Isosurface = Callable[[Tensor, Tensor | None, float], Surface]  # as `Marching.__call__`
 OnEmpty = Literal["raise", "flag"]
 
 
@@ -75,7 +75,7 @@ def grid_to_meshes(
     *,
     isosurface: Isosurface = marching_cubes,
     on_empty: OnEmpty = "raise",
-) -> list[Mesh]:
+) -> list[Surface]:
     """One closed mesh per sample from grids over the scene's cube: sdf [B, R, R, R], deformation [B, R, R, R, 3].
 
     Vertices in scene units. The border is padded where the surface would leave the cube. A sample without a sign
@@ -131,7 +131,7 @@ def meshes_from_slabs(
     *,
     marching: Marching = marching_cubes,
     on_empty: OnEmpty = "raise",
-) -> list[Mesh]:
+) -> list[Surface]:
     """`grid_to_meshes` of grids that never exist as a whole; the same meshes, vertex by vertex.
 
     slabs()  begins a new pass over the grids' slabs along x, sdf [B, n, R, R] and deformation [B, n, R, R, 3] or None,
@@ -200,7 +200,7 @@ def extract_isosurface(
     marching: Marching = marching_cubes,
     max_nodes: int = 1 << 23,
     on_empty: OnEmpty = "raise",
-) -> list[Mesh]:
+) -> list[Surface]:
     """The surfaces of a field's B samples: [(vertices [V, 3] in scene units, faces [F, 3]), ...], closed, outward.
 
     resolution  R, the nodes per axis, at least 2; `batch`, `device` and `chunk` as in `evaluate_grid`

@@ -20,7 +20,7 @@ MAX_DEFORMATION = 0.5  # cells; up to here neighbouring nodes cannot pass each o
 NUMBER_BITS = 40  # of a vertex's number among those of its direction, while a surface is made from slabs
 TINY = 1e-12  # keeps the interpolation's derivative finite in float32 where both ends of an edge are almost zero
 
-Mesh = tuple[Tensor, Tensor]  # vertices [V, 3], faces [F, 3] int64
+Surface = tuple[Tensor, Tensor]  # vertices [V, 3] scene units, faces [F, 3] int64
 
 
 @lru_cache(maxsize=16)
@@ -72,7 +72,7 @@ class Marching:
     def directions(self) -> tuple[Corner, ...]:
         return tuple(dict.fromkeys(direction for direction, _ in self.edges))
 
-    def __call__(self, sdf: Tensor, deformation: Tensor | None = None, level: float = 0.0) -> Mesh:
+    def __call__(self, sdf: Tensor, deformation: Tensor | None = None, level: float = 0.0) -> Surface:
         """The surface sdf = level of one grid, inside where sdf < level.
 
         sdf          [X, Y, Z]     any unit, at least 2 nodes per axis
@@ -197,7 +197,7 @@ class Stitcher:
         self.shared = [part[count:] for part, count in zip(parts, own, strict=True)]
         self.planes += len(sdf) - 1
 
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Surface:
         """Vertices [V, 3] in cells and faces [F, 3]."""
         parts = [torch.cat([*known, last]) for known, last in zip(self.vertices, self.shared, strict=True)]
         counts = torch.tensor([0, *map(len, parts[:-1])], device=parts[0].device).cumsum(0)

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import trimesh
 from numpy.typing import NDArray
-from torch import Tensor
 
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
+from prd.isosurface.marching_cubes import Surface
 from prd.meshes.export import SUFFIXES, export_mesh, to_trimesh, visual_of
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
 from prd.meshes.simplify import clean, decimate, vertex_normals, weld
@@ -32,8 +32,6 @@ from prd.meshes.texture import paint, texel_points, unwrap
 __all__ = ["SUFFIXES", "Mesh", "MeshOptions", "build_mesh", "extract_mesh", "extract_surfaces"]
 
 QUERY = 1 << 18  # points in one call of field.rgb
-
-Surface = tuple[Tensor, Tensor]  # vertices [V, 3] scene units, faces [F, 3]
 
 
 @dataclass(frozen=True)

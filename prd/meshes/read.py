@@ -11,7 +11,7 @@ import trimesh
 from torch import Tensor
 
 from prd.errors import PrdError
-from prd.isosurface.marching_cubes import Mesh
+from prd.isosurface.marching_cubes import Surface
 
 REACH = 0.9  # half the longest side of a shape that was read from a file, scene units
 
@@ -20,7 +20,7 @@ class UnreadableMesh(PrdError, ValueError):
     """A file that is not there or holds no mesh, or one without area or not finite."""
 
 
-def read_mesh(path: Path) -> Mesh:
+def read_mesh(path: Path) -> Surface:
     """A mesh file's triangles, +Y up turned to +Z, centred and scaled into the cube; UnreadableMesh without any."""
     if not path.is_file():
         raise UnreadableMesh(f"{path}: no such file; give a mesh that trimesh reads, as .ply, .obj or .glb")
@@ -38,7 +38,7 @@ def read_mesh(path: Path) -> Mesh:
     return torch.from_numpy(vertices), torch.from_numpy(faces)
 
 
-def sample_points(mesh: Mesh, count: int, generator: torch.Generator) -> Tensor:
+def sample_points(mesh: Surface, count: int, generator: torch.Generator) -> Tensor:
     """Points [N, 3] spread evenly over a mesh's surface."""
     vertices, faces = mesh
     a, b, c = (vertices[corner] for corner in faces.unbind(1))

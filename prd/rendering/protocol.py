@@ -19,7 +19,7 @@ from torch import Tensor
 from prd.cameras import Cameras
 from prd.fields.grid import GridField
 from prd.fields.protocol import Field
-from prd.isosurface.marching_cubes import Mesh
+from prd.isosurface.marching_cubes import Surface
 from prd.rendering.alpha import AlphaModel
 from prd.rendering.views import Views
 from prd.utils.checked_types import resolved
@@ -49,7 +49,7 @@ class Rendered:
 
     views: Views
     samples: GradientSamples | None = None
-    meshes: list[Mesh] | None = None
+    meshes: list[Surface] | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 

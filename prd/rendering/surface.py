@@ -17,7 +17,7 @@ from prd.fields.checks import expect
 from prd.fields.fast import evaluate_grid
 from prd.fields.protocol import Field
 from prd.isosurface.extract import OnEmpty, ensure_surface, grid_to_meshes
-from prd.isosurface.marching_cubes import Mesh, marching_cubes
+from prd.isosurface.marching_cubes import Surface, marching_cubes
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
 from prd.rendering.alpha import AlphaModel
 from prd.rendering.antialias import antialias
@@ -41,7 +41,7 @@ class PackedMeshes:
     sizes: list[int]
 
     @classmethod
-    def pack(cls, meshes: list[Mesh]) -> PackedMeshes:
+    def pack(cls, meshes: list[Surface]) -> PackedMeshes:
         faces, ranges, offset, first = [], [], 0, 0
         for vertices, triangles in meshes:
             faces.append(triangles + offset)
@@ -76,7 +76,7 @@ class MeshError(PrdError, ValueError):
     """A mesh that cannot be drawn: of a wrong shape or type, not finite, with faces out of range or without area."""
 
 
-def check_meshes(meshes: list[Mesh], cameras: Cameras) -> None:
+def check_meshes(meshes: list[Surface], cameras: Cameras) -> None:
     if len(meshes) != cameras.batch:
         raise MeshError(f"meshes: {len(meshes)} for the cameras of {cameras.batch} samples")
     for index, (vertices, faces) in enumerate(meshes):
@@ -188,7 +188,7 @@ class SurfaceRenderer(Renderer):
     def draw_views(
         self,
         field: Field,
-        meshes: list[Mesh],
+        meshes: list[Surface],
         cameras: Cameras,
         *,
         height: int,
@@ -201,13 +201,13 @@ class SurfaceRenderer(Renderer):
         return self._views(field, meshes, cameras, (height, width), background)
 
     def _views(
-        self, field: Field, meshes: list[Mesh], cameras: Cameras, size: tuple[int, int], background: float | Tensor
+        self, field: Field, meshes: list[Surface], cameras: Cameras, size: tuple[int, int], background: float | Tensor
     ) -> Views:
         factor = self.config.supersample
         images = self._draw(field, meshes, cameras, size[0] * factor, size[1] * factor)
         return composite(_average(images, factor), cameras, background)
 
-    def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Mesh], Tensor]:
+    def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Surface], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""
         config = self.config
         sdf, deformation = evaluate_grid(field, config.grid_resolution, cameras.batch, cameras.fovy.device)
@@ -225,7 +225,7 @@ class SurfaceRenderer(Renderer):
         isosurface = marching_tetrahedra if config.isosurface == "tetrahedra" else marching_cubes
         return grid_to_meshes(sdf, deformation, isosurface=isosurface, on_empty=missing), corrected
 
-    def draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
+    def draw(self, field: Field, meshes: list[Surface], cameras: Cameras, height: int, width: int) -> Tensor:
         """Images [B, V, H, W, 8] of any B meshes: rgb, normal, far - depth and opacity, all 0 where nothing is seen.
 
         A mesh without faces is seen nowhere. Raises MeshError for one that is malformed or has no area.
@@ -233,7 +233,7 @@ class SurfaceRenderer(Renderer):
         check_meshes(meshes, cameras)
         return self._draw(field, meshes, cameras, height, width)
 
-    def _draw(self, field: Field, meshes: list[Mesh], cameras: Cameras, height: int, width: int) -> Tensor:
+    def _draw(self, field: Field, meshes: list[Surface], cameras: Cameras, height: int, width: int) -> Tensor:
         packed = PackedMeshes.pack(meshes)
         clip = packed.clip(cameras, width / height)
         fragments = rasterize(clip, packed.faces, height, width, ranges=packed.ranges)

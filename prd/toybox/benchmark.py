@@ -14,9 +14,9 @@ from prd.data.worlds import MESH_RESOLUTION
 from prd.evaluation.benchmark import Benchmark
 from prd.fields.protocol import Field
 from prd.isosurface.extract import extract_isosurface
-from prd.isosurface.marching_cubes import Mesh
+from prd.isosurface.marching_cubes import Surface
 from prd.toybox import splits, world
-from prd.toybox.score import Score, score_field, summarise
+from prd.toybox.score import ToyBoxScore, score_field, summarise
 from prd.toybox.world import ExactField, all_captions, parse_caption
 
 
@@ -33,11 +33,11 @@ class ToyBox(Benchmark):
         """Return the exact shapes of captions; of a family of forms the first."""
         return ExactField(prompts)
 
-    def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[Score]:
+    def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[ToyBoxScore]:
         """Compare generated shapes with the exact ones: R@1, IoU, colour, topology, orientation; see `score_field`."""
         return score_field(field, prompts, device=device)
 
-    def summary(self, scores: Sequence[Score]) -> dict[str, Any]:
+    def summary(self, scores: Sequence[ToyBoxScore]) -> dict[str, Any]:
         """Return means over scores, and IoU and the orientation margin by shape; see `summarise`."""
         return summarise(scores)
 
@@ -83,13 +83,13 @@ class ToyBox(Benchmark):
         """Return the words of a prompt that no caption contains."""
         return world.unknown_words(prompt)
 
-    def mesh(self, prompt: str) -> Mesh:
+    def mesh(self, prompt: str) -> Surface:
         """Return the exact surface of a caption, of a family of forms the first; colours do not matter."""
         return _mesh(tuple(shape for _, shape in parse_caption(prompt).words))
 
 
 @lru_cache(maxsize=64)
-def _mesh(shapes: tuple[str, ...]) -> Mesh:
+def _mesh(shapes: tuple[str, ...]) -> Surface:
     colours = ("red", "blue")
     text = " on ".join(f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=False))
     with torch.no_grad():

@@ -36,7 +36,7 @@ SURFACE_POINTS = 768
 
 
 @dataclass(frozen=True)
-class Score:
+class ToyBoxScore:
     """Comparison of one generated field with its caption's best form."""
 
     prompt: str
@@ -148,7 +148,7 @@ def topology(occupancy: Tensor) -> tuple[int, int]:
 @torch.no_grad()
 def score_field(
     field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu", query_chunk: int = 1 << 17
-) -> list[Score]:
+) -> list[ToyBoxScore]:
     """Compare each of the B shapes of a field with every caption of the world; prompts [B] are captions of it.
 
     device  where the field lives; the comparison is made on the CPU
@@ -169,7 +169,7 @@ def score_field(
     return [_score(prompts[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
 
 
-def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> Score:
+def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
     forms = _forms()
     albedo = {name: torch.tensor(value) for name, value in COLORS.items()}
     # mean |rgb - exact| of every part and colour, so that a caption's error is a sum over its parts
@@ -205,10 +205,10 @@ def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys:
         wrong_turns = [float((t & truth.occupancy).sum() / (t | truth.occupancy).sum().clamp(min=1)) for t in turned]
         margin = overlap - max(wrong_turns)
     right = euler == truth.euler and pieces == truth.pieces
-    return Score(prompt, best == prompt, best, value, overlap, wrong, margin, euler, right)
+    return ToyBoxScore(prompt, best == prompt, best, value, overlap, wrong, margin, euler, right)
 
 
-def summarise(scores: Sequence[Score]) -> dict[str, float | dict[str, float]]:
+def summarise(scores: Sequence[ToyBoxScore]) -> dict[str, float | dict[str, float]]:
     """Return means over scores: R@1, IoU, colour error, topology; by shape: IoU and orientation margin."""
     if not scores:
         return {}

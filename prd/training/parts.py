@@ -33,7 +33,7 @@ from prd.training.recipes import from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
 
 PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name != "path")  # settings of a teacher that load nothing
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -168,7 +168,7 @@ def build_teachers(config: TrainConfig, stages: Sequence[TrainConfig]) -> dict[s
 def teachers_dtype(config: TrainConfig) -> torch.dtype:
     """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model."""
     given = config.teacher_options.dtype
-    return getattr(torch, given) if given else DTYPES[config.mixed_precision]
+    return getattr(torch, given) if given else PRECISIONS[config.mixed_precision]
 
 
 def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:

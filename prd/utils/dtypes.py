@@ -12,13 +12,13 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtype(dtype: object, name: str = "dtype") -> None:
     """Raise ValueError unless `dtype` is one that weights may have, or None."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, DTYPES))} or None")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, FLOAT_DTYPES))} or None")
 
 
 def accepts_torch_dtype(function: F) -> F:
