@@ -126,7 +126,7 @@ class Payload:
 def test_only_tensors_are_read_from_a_pth(tmp_path) -> None:
     path = tmp_path / "adapter.pth"
     torch.save({"epoch": 1, "state_dict": {"a": torch.ones(2)}}, path)
-    assert torch.equal(read_published(path)["a"], torch.ones(2))
+    assert read_published(path)["a"].tolist() == [1, 1]
     torch.save({"a": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match="expected a checkpoint with a 'state_dict'"):
         read_published(path)

@@ -20,6 +20,7 @@ from prd.generators.protocol import Model
 from prd.generators.single_pass import SinglePassModel
 from prd.generators.triplane_turbo import TriplaneTurboConfig
 from tests.adapters.tiny import tiny_base
+from tests.compare import ROUNDING, relative_difference
 from tests.generators.tiny_single_pass import KINDS, LENGTH, TEXT, WIDTH, make
 
 K = 4
@@ -228,7 +229,8 @@ def test_generating_is_deterministic_and_every_prompt_is_its_own(member: Member)
             torch.testing.assert_close(alone, together[i], rtol=1e-4, atol=1e-4)
         assert (together[0] - together[1]).abs().max() > 1e-4  # prompts matter
         trained = model.generate(embeds, generators(1, 2, 3), num_inference_steps=model.num_estimates)
-        assert torch.equal(values(trained, 3), together)  # None: as many steps as it was trained for
+        # None: as many steps as it was trained for
+        assert relative_difference(values(trained, 3), together) <= ROUNDING
         values(model.generate(embeds[:1], num_inference_steps=2), 1)  # all take the argument
 
 
@@ -252,7 +254,7 @@ def test_its_state_comes_back_and_another_is_refused_before_anything_changes(mem
     embeds = member.embeds(2)
     with torch.no_grad():
         expected = values(model.generate(embeds, generators(1, 2)), 2)
-        assert torch.equal(values(other.generate(embeds, generators(1, 2)), 2), expected)
+        assert relative_difference(values(other.generate(embeds, generators(1, 2)), 2), expected) <= ROUNDING
 
 
 @each

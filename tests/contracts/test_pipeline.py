@@ -19,6 +19,7 @@ from prd import EmptySurfaceError, Mesh, TextTo3DOutput, TriplaneTurbo
 from prd.errors import ModelMismatch
 from prd.pipelines.auto import PIPELINES, load_pipeline
 from prd.pipelines.base import TextTo3DPipeline
+from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 from tests.generators.tiny_single_pass import KINDS, save_run
 
@@ -78,10 +79,10 @@ def test_how_far_to_go_and_the_tuple(pipe: Any) -> None:
     found = {kind: call(pipe, PROMPTS[0], output_type=kind, return_dict=False, **SMALL) for kind in allowed}
     assert all(isinstance(answer, tuple) and len(answer) == 1 for answer in found.values())
     output = call(pipe, PROMPTS[0], output_type="field")
-    assert output.meshes == [] and torch.equal(values(output.field), values(found["field"][0]))
+    assert output.meshes == [] and relative_difference(values(output.field), values(found["field"][0])) <= ROUNDING
     assert same(found["mesh"][0][0], call(pipe, PROMPTS[0], **SMALL).meshes[0])
     if "planes" in found:
-        assert torch.equal(found["planes"][0], output.planes)
+        assert relative_difference(found["planes"][0], output.planes) <= ROUNDING
     with pytest.raises(ValueError, match=f"output_type='glb': must be one of {', '.join(map(repr, allowed))}"):
         call(pipe, PROMPTS[0], output_type="glb")
 
@@ -143,7 +144,7 @@ def test_embeddings_stand_for_a_prompt(pipe: Any) -> None:
     bare = type(pipe)(pipe.model)  # no text encoder at all
     draws: Any = {"generator": [torch.Generator().manual_seed(5 + i) for i in range(2)]} if pipe.draws_noise else {}
     found = bare(prompt_embeds=embeds, output_type="field", **draws)
-    assert torch.equal(values(found.field, 2), values(expected, 2)) and found.prompts == ["", ""]
+    assert relative_difference(values(found.field, 2), values(expected, 2)) <= ROUNDING and found.prompts == ["", ""]
     with pytest.raises(ValueError, match="without a text encoder; give prompt_embeds= instead"):
         bare("a red cube")
     with pytest.raises(ValueError, match="not both"):
@@ -181,12 +182,12 @@ def test_an_empty_field_raises_or_is_flagged(pipe: Any, monkeypatch: Any) -> Non
 def test_copies_make_the_same_and_share_nothing(pipe: Any, duplicate: Any) -> None:
     expected = values(call(pipe, PROMPTS[0], output_type="field").field)
     other = duplicate(pipe)
-    assert torch.equal(values(call(other, PROMPTS[0], output_type="field").field), expected)
+    assert relative_difference(values(call(other, PROMPTS[0], output_type="field").field), expected) <= ROUNDING
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.mul_(1.5)
-    assert not torch.equal(values(call(other, PROMPTS[0], output_type="field").field), expected)
-    assert torch.equal(values(call(pipe, PROMPTS[0], output_type="field").field), expected)
+    assert relative_difference(values(call(other, PROMPTS[0], output_type="field").field), expected) > 10 * ROUNDING
+    assert relative_difference(values(call(pipe, PROMPTS[0], output_type="field").field), expected) <= ROUNDING
 
 
 def test_what_is_saved_loads_as_the_same_mesh_with_a_card(pipe: Any, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from prd.teachers import (
 from prd.teachers.base import to_images
 from prd.teachers.offload import resident, set_offload
 from prd.utils.checked_types import CHECKS, Positive
+from tests.compare import ROUNDING, relative_difference
 from tests.distillation.stub import ask, config_of, weighted
 from tests.teachers.tiny import random_views, save_controlnet, save_deepfloyd, save_teacher
 
@@ -224,7 +225,7 @@ def test_noise_moves_a_random_encoding_about_its_mean(made: Made) -> None:
     torch.testing.assert_close(made.teacher.encode(views), mean, atol=0, rtol=0)
     one, two = (made.teacher.encode(views, noise=sign * noise) for sign in (1, -1))
     torch.testing.assert_close((one + two) / 2, mean, atol=1e-5, rtol=1e-5)
-    assert torch.equal(one, mean) == (made.member.kind not in (StableDiffusionTeacher, MVDreamTeacher))
+    assert torch.allclose(one, mean, atol=1e-5) == (made.member.kind not in (StableDiffusionTeacher, MVDreamTeacher))
 
 
 def test_a_condition_has_a_row_per_image(made: Made) -> None:
@@ -256,7 +257,8 @@ def test_prompt_and_timestep_move_the_prediction(made: Made) -> None:
     expected = predict(condition)
     assert not torch.allclose(predict(condition.negative()), expected, atol=1e-6)
     assert not torch.allclose(predict(condition, 900), expected, atol=1e-6)
-    assert torch.equal(predict(made.condition(views, negative="e")), expected)  # the negative prompt is another pass's
+    other = predict(made.condition(views, negative="e"))  # the negative prompt is another pass's
+    assert relative_difference(other, expected) <= ROUNDING
 
 
 def test_cameras_move_the_prediction_of_those_that_take_them(made: Made) -> None:
@@ -296,7 +298,7 @@ def test_a_loss_pulls_the_views_that_it_sees_and_repeats_itself(made: Made) -> N
         found.append(rendering_gradient(result.loss.sum(), leaves))
     assert tuple(sorted(found[0])) == made.member.pulls
     for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name]) and gradient.isfinite().all()
+        assert relative_difference(gradient, found[1][name]) <= ROUNDING and gradient.isfinite().all()
         seen = (gradient.abs().flatten(2).amax(2) > 0).sum(1)  # views of each prompt that are pulled
         assert seen.tolist() == [made.teacher.num_views] * B
 
@@ -318,7 +320,8 @@ def test_offloading_changes_nothing(made: Made) -> None:
     if isinstance(teacher, torch.nn.Module):
         set_offload(teacher)
     with resident(teacher, torch.device("cpu")):
-        assert torch.equal(teacher.predict_noise(x_t, at(len(x_t)), made.condition(views)), expected)
+        found = teacher.predict_noise(x_t, at(len(x_t)), made.condition(views))
+    assert relative_difference(found, expected) <= ROUNDING
 
 
 def test_recomputing_the_encoder_changes_nothing(made: Made) -> None:

@@ -20,6 +20,7 @@ from prd.errors import ConfigError
 from prd.toybox.world import COLORS
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from tests.compare import ROUNDING, relative_difference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = [
@@ -177,7 +178,7 @@ def test_the_loss_pulls_towards_the_estimate_of_the_teacher() -> None:
 
     result, gradient = ask(views.rgb)
     assert result.loss.shape == (2,) and result.weight.shape == (2,) and result.gradient.shape == (2, 3, 8, 8)
-    assert float(result.gradient.abs().max()) < 0.4001 and torch.equal(ask(views.rgb)[1], gradient)
+    assert float(result.gradient.abs().max()) < 0.4001 and relative_difference(ask(views.rgb)[1], gradient) <= ROUNDING
     seen = gradient.abs().flatten(2).amax(2) > 0
     assert seen.sum(1).tolist() == [1, 1]  # one view of each prompt
     pooled = (

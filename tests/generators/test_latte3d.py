@@ -15,8 +15,8 @@ from tests.generators.tiny_single_pass import LATTE3D, embeddings, make, some_po
 
 def test_annealing_leads_from_the_shape_to_the_dummy() -> None:
     dummy, shape = dummy_cloud(40), some_points(2, 40)
-    assert torch.equal(anneal_cloud(shape, dummy, 0.0), shape)
-    assert torch.equal(anneal_cloud(shape, dummy, 1.0), dummy.expand(2, -1, -1))
+    assert relative_difference(anneal_cloud(shape, dummy, 0.0), shape) <= ROUNDING
+    assert relative_difference(anneal_cloud(shape, dummy, 1.0), dummy.expand(2, -1, -1)) <= ROUNDING
     half = anneal_cloud(shape, dummy, 0.5)
     kept = (half == shape).all(dim=-1).sum(dim=1)
     taken = (half == dummy).all(dim=-1).sum(dim=1)

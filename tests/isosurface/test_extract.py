@@ -16,6 +16,7 @@ from prd.isosurface.extract import (
 )
 from prd.isosurface.marching_cubes import marching_cubes, pad_border
 from prd.isosurface.marching_tetrahedra import marching_tetrahedra
+from tests.compare import ROUNDING, relative_difference
 
 WAYS = [pytest.param(marching_cubes, id="cubes"), pytest.param(marching_tetrahedra, id="tetrahedra")]
 
@@ -44,7 +45,7 @@ def assert_closed(faces):
     count = int(faces.max()) + 1
     forward = (edges[:, 0] * count + edges[:, 1]).sort()[0]
     backward = (edges[:, 1] * count + edges[:, 0]).sort()[0]
-    assert torch.equal(forward, backward)
+    assert forward.tolist() == backward.tolist()
     assert len(forward.unique()) == len(forward)
 
 
@@ -74,7 +75,7 @@ def test_random_fields_give_closed_surfaces(kind, marching):
             sdf = blobs(generator, 12).abs() - 0.01
         vertices, faces = marching(pad_border(sdf)[0])
         assert_closed(faces)
-        assert torch.equal(faces.unique(), torch.arange(len(vertices)))  # welded: no vertex without a face
+        assert faces.unique().tolist() == list(range(len(vertices)))  # welded: no vertex without a face
         assert volume(vertices, faces) > 0
 
 
@@ -232,7 +233,7 @@ def test_ensure_surface_corrects_only_what_has_none(resolution):
     sdf.requires_grad_()
     fixed, corrected = ensure_surface(sdf)
     assert corrected.tolist() == [True, False, True]
-    assert torch.equal(fixed[1], sdf[1])
+    assert relative_difference(fixed[1], sdf[1]) <= ROUNDING
     meshes = grid_to_meshes(fixed, None)
     assert meshes[0][0].abs().max() < 2.1 / (resolution - 1)  # a small body around the centre
     assert meshes[2][0].abs().max() > 1 - 1.1 / (resolution - 1) and volume(*meshes[2]) > 4  # almost the whole cube

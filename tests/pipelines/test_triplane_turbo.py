@@ -68,7 +68,7 @@ def test_latents_replace_the_draw(pipe):
     prompts = ["a red cube", "a blue mug"]
     latents = pipe.model.draw_latents(2, seeds(1)[0])
     expected = pipe(prompts, generator=seeds(1)[0], output_type="planes")
-    assert torch.equal(pipe(prompts, latents=latents, output_type="planes").planes, expected.planes)
+    assert relative_difference(pipe(prompts, latents=latents, output_type="planes").planes, expected.planes) <= ROUNDING
     assert list(expected.seconds) == ["text", "denoise", "decode"] and expected.planes.shape[:2] == (2, 6)
     for wrong in (latents[:1], latents[:, :5], latents[0], latents[..., :0]):
         with pytest.raises(ValueError, match=r"latents=\("):

@@ -18,6 +18,7 @@ from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha, neus_alpha, render_weights
 from prd.rendering.rays import cube_near_far
 from prd.rendering.volume import VolumeRenderer
+from tests.compare import ROUNDING, relative_difference
 from tests.rendering.made import changed, volume_renderer
 
 SHARP = volume_renderer(num_samples=256, inv_std=400.0)
@@ -231,8 +232,8 @@ def test_chunks_and_seeds_do_not_change_the_image() -> None:
         return renderer(field, cameras, height=6, width=6, generator=generator).rgb
 
     torch.testing.assert_close(draw(renderer, 1), draw(changed(renderer, max_rays=7), 1), rtol=0, atol=1e-6)
-    assert torch.equal(draw(renderer, 1), draw(renderer, 1))
-    assert not torch.equal(draw(renderer, 1), draw(renderer, 2))
+    assert relative_difference(draw(renderer, 1), draw(renderer, 1)) <= ROUNDING
+    assert relative_difference(draw(renderer, 1), draw(renderer, 2)) > 10 * ROUNDING
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_the_side_of_a_view_is_told_to_the_teacher_alone(monkeypatch: pytest.Mon
     (prompt,), plain, given = trainer.draw(0, 0).prompts, trainer.model.generate, []
     monkeypatch.setattr(trainer.model, "generate", lambda embeds: plain(given.append(embeds) or embeds))
     trainer.train_step(0)
-    assert len(given) == 1 and torch.equal(given[0], trainer.parts.text_encoder([prompt]))
+    assert len(given) == 1 and relative_difference(given[0], trainer.parts.text_encoder([prompt])) <= ROUNDING
     told = [
         text for text in trainer.parts.text_encoder.encoded if text.endswith("view")
     ]  # the teacher's encoder is the same
@@ -168,11 +168,12 @@ def test_clouds_are_annealed_and_keyed_by_sample() -> None:
     trainer.enter(geometry)
     batch = trainer.draw(geometry.first, 0)
     alone = trainer.batches.draw(geometry, geometry.first, [1], trainer.prompts_drawn(geometry.first))
-    assert torch.equal(batch.shapes.clouds[1], alone.shapes.clouds[0])
-    assert torch.equal(batch.inputs["points"], batch.shapes.clouds)  # the stage begins with the shapes
+    assert relative_difference(batch.shapes.clouds[1], alone.shapes.clouds[0]) <= ROUNDING
+    # the stage begins with the shapes
+    assert relative_difference(batch.inputs["points"], batch.shapes.clouds) <= ROUNDING
     trainer.enter(trainer.stages[2])
     batch = trainer.draw(trainer.stages[2].first, 0)
-    assert torch.equal(batch.inputs["points"], trainer.model.dummy.expand(2, -1, -1))
+    assert relative_difference(batch.inputs["points"], trainer.model.dummy.expand(2, -1, -1)) <= ROUNDING
 
 
 def test_shading_reaches_the_teachers_and_what_is_drawn() -> None:
