@@ -74,7 +74,7 @@ def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         unet.half().save_pretrained(folder / name / "unet")
         scheduler.save_pretrained(folder / name / "scheduler")
-        (folder / name / "teacher_config.json").write_text(json.dumps({**views, **settings}))
+        (folder / name / "teacher_config.json").write_text(json.dumps({**views, **settings}), encoding="utf-8")
     models.make_text_encoder(tokenizer).half().save_pretrained(folder / "richdreamer" / "text_encoder")
     tokenizer.save_pretrained(folder / "richdreamer" / "tokenizer")
     shutil.copy(Path(prd.__file__).parent / "toybox/assets/index.json", folder)

@@ -49,7 +49,7 @@ def restored(path: Path) -> dict[str, Tensor]:
 
 def unpack(compact: Path, folder: Path) -> None:
     """Write a compact set of recordings in their original layout; ValueError if a file is not the recorded one."""
-    index: dict[str, Any] = json.loads((compact / INDEX).read_text())
+    index: dict[str, Any] = json.loads((compact / INDEX).read_text(encoding="utf-8"))
     for path in compact.rglob("*.json"):
         if path.name != INDEX:
             target = folder / path.relative_to(compact)

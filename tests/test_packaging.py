@@ -193,9 +193,13 @@ def test_the_version_is_that_of_the_metadata(monkeypatch):
 def test_the_constraints_satisfy_the_ranges():
     packaging = pytest.importorskip("packaging.requirements")
     pins = dict(
-        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+        line.lower().split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
     )
-    lines = (ROOT / "setup.cfg").read_text().split("install_requires =\n")[1].split("\n\n")[0].splitlines()
+    lines = (
+        (ROOT / "setup.cfg").read_text(encoding="utf-8").split("install_requires =\n")[1].split("\n\n")[0].splitlines()
+    )
     requirements = [packaging.Requirement(line) for line in lines if not line.strip().startswith("#")]
     assert len(requirements) > 10
     for requirement in requirements:

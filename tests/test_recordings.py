@@ -40,16 +40,16 @@ def test_a_folder_comes_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2])}
     save_file(tensors, folder / "room" / "io.safetensors")
     torch.save({"epoch": 3, "state_dict": tensors}, folder / "room" / "model.pth")
-    (folder / "room" / "meta.json").write_text("{}")
+    (folder / "room" / "meta.json").write_text("{}", encoding="utf-8")
     compact(folder, out)
     assert len(list(out.rglob("*.xz"))) == 1  # the same tensors are stored once
     unpack(out, back)
     assert load_file(back / "room" / "io.safetensors").keys() == tensors.keys()
     checkpoint = torch.load(back / "room" / "model.pth", weights_only=True)
     assert checkpoint["epoch"] == 3 and list(checkpoint["state_dict"]) == ["b", "a"]
-    index = json.loads((out / "compact.json").read_text())
+    index = json.loads((out / "compact.json").read_text(encoding="utf-8"))
     index["room/model.pth"]["sha256"] = index["room/io.safetensors"]["sha256"] = "0"
-    (out / "compact.json").write_text(json.dumps(index))
+    (out / "compact.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match="io.safetensors.xz: does not give the recorded tensors"):
         unpack(out, tmp_path / "bad")
 

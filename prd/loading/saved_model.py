@@ -66,7 +66,7 @@ def save_model(
             state = {key: t.detach().cpu().to(dtype or t.dtype).contiguous() for key, t in tensors.items()}
             save_file(state, new / name, metadata={"format": "pt"})
         contents = record({name: file_hash(new / name) for name in weights})
-        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
+        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
         mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for path in sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name)):
             path.chmod(mode)

@@ -206,9 +206,12 @@ def test_what_is_saved_loads_as_the_same_mesh_with_a_card(pipe: Any, tmp_path: P
         assert same(found.meshes[0], expected.meshes[0])
         assert torch.equal(values(found.field), values(expected.field))
     assert type(load_pipeline(tmp_path)) is type(pipe)
-    card = (tmp_path / "adapter" / "README.md").read_text()
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert f"{type(pipe).__name__}.from_pretrained" in card and "| single seen | 3 | 0.50 |" in card
-    assert str(tmp_path) not in card and json.loads((tmp_path / "adapter/record.json").read_text())["train_steps"] == 5
+    assert (
+        str(tmp_path) not in card
+        and json.loads((tmp_path / "adapter/record.json").read_text(encoding="utf-8"))["train_steps"] == 5
+    )
 
 
 def test_another_class_and_a_missing_model_are_named(pipe: Any, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_run_with_other_embeddings_ends_before_a_model_is_loaded(tmp_path, enc
 
 def test_the_manifest_says_what_is_stored(encoder, tmp_path):
     folder = embed(TEXTS[:3], encoder, tmp_path, name="toy")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["texts"] == 3 and manifest["dtype"] == "float32" and manifest["encoder"].startswith(folder.name)
     assert manifest["shape"] == list(encoder.encode(["a"]).shape[1:])
     assert len(load_corpus(load_config("toybox").prompts).prompts) > 3

@@ -87,12 +87,14 @@ def write(folder: Path, name: str, prompts: list[str]) -> str:
     if path.suffix == ".txt":
         path.write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
     elif path.suffix == ".json":
-        path.write_text(json.dumps({"train": rows, "val": ["a cow"]}))
+        path.write_text(json.dumps({"train": rows, "val": ["a cow"]}), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"n": i, "prompt": row or None}) + "\n" for i, row in enumerate(rows)))
+        path.write_text(
+            "".join(json.dumps({"n": i, "prompt": row or None}) + "\n" for i, row in enumerate(rows)), encoding="utf-8"
+        )
     elif path.suffix == ".csv":
         quoted = ['"{}"'.format(row.replace('"', '""')) for row in rows]
-        path.write_text("n,prompt\n" + "".join(f"{i},{row}\n" for i, row in enumerate(quoted)))
+        path.write_text("n,prompt\n" + "".join(f"{i},{row}\n" for i, row in enumerate(quoted)), encoding="utf-8")
     else:
         pq.write_table(pa.table({"n": range(len(rows)), "prompt": rows}), path)
     return str(path)
@@ -110,7 +112,7 @@ def test_every_format_gives_the_same_prompts_without_doubles_and_blanks(tmp_path
 
 
 def test_numbers_and_words_for_nothing_stay_the_text_they_are_in_a_table(tmp_path):
-    (tmp_path / "a.csv").write_text("caption\n007\nNone\nNA\n1.50\n")
+    (tmp_path / "a.csv").write_text("caption\n007\nNone\nNA\n1.50\n", encoding="utf-8")
     config = PromptsConfig(source=str(tmp_path / "a.csv"), column="caption")
     assert list(load_corpus(config).prompts) == ["007", "None", "NA", "1.50"]
 
@@ -118,7 +120,7 @@ def test_numbers_and_words_for_nothing_stay_the_text_they_are_in_a_table(tmp_pat
 def test_a_library_has_its_splits(tmp_path):
     source = write(tmp_path, "a.json", THREE)
     assert list(load_corpus(PromptsConfig(source=source, split="val")).prompts) == ["a cow"]
-    (tmp_path / "list.json").write_text(json.dumps(THREE))
+    (tmp_path / "list.json").write_text(json.dumps(THREE), encoding="utf-8")
     assert list(load_corpus(PromptsConfig(source=str(tmp_path / "list.json"))).prompts) == THREE
 
 
@@ -136,7 +138,7 @@ def test_a_source_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "a batch short", "no counts", "half the counts"])
 def test_what_was_prepared_and_is_damaged_is_prepared_again(tmp_path, damage, caplog):
     path = tmp_path / "a.txt"
-    path.write_text("".join(f"a thing of kind {i}\n" for i in range(2 * prompt_files.BATCH)))
+    path.write_text("".join(f"a thing of kind {i}\n" for i in range(2 * prompt_files.BATCH)), encoding="utf-8")
     folder = load_corpus(PromptsConfig(source=str(path))).prompts.folder
     arrow, counts = folder / "prompts.arrow", folder / "counts.json"
     if damage == "cut":
@@ -149,7 +151,7 @@ def test_what_was_prepared_and_is_damaged_is_prepared_again(tmp_path, damage, ca
     elif damage == "no counts":
         counts.unlink()
     else:
-        counts.write_text(counts.read_text()[:9])
+        counts.write_text(counts.read_text(encoding="utf-8")[:9], encoding="utf-8")
     corpus = load_corpus(PromptsConfig(source=str(path)))
     assert len(corpus.prompts) == 2 * prompt_files.BATCH and "damaged; preparing them again" in caplog.text
     caplog.clear()
@@ -185,7 +187,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch)
     assert not [path for path in cache.iterdir() if path.is_dir()]
     (lock,) = cache.glob("*.lock")
     lock.with_suffix(".part").mkdir()  # what a killed one leaves
-    (lock.with_suffix(".part") / "all.arrow").write_text("half")
+    (lock.with_suffix(".part") / "all.arrow").write_text("half", encoding="utf-8")
     assert list(load_corpus(config).prompts) == THREE
     assert not lock.with_suffix(".part").exists()
 
@@ -243,7 +245,7 @@ def test_what_is_left_out_or_cut_is_reported_with_counts(tmp_path, monkeypatch):
 
 def test_nothing_is_reported_of_a_clean_corpus(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(asset("stable_diffusion"), subfolder="tokenizer")
-    (tmp_path / "a.txt").write_text("a red cube\na blue mug\n")
+    (tmp_path / "a.txt").write_text("a red cube\na blue mug\n", encoding="utf-8")
     assert load_corpus(PromptsConfig(source=str(tmp_path / "a.txt"))).report(tokenizer, 77) is None
 
 

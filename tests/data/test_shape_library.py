@@ -30,7 +30,7 @@ def write(folder: Path, *rows: dict) -> Path:
     trimesh.creation.box((2.0, 1.0, 1.0)).export(folder / "box.ply")
     trimesh.creation.icosphere(subdivisions=2).export(folder / "ball.glb")
     default = [{"file": "box.ply", "captions": ["a box", "a chest"]}, {"file": "ball.glb", "captions": ["a ball"]}]
-    (folder / "library.jsonl").write_text("\n".join(json.dumps(row) for row in rows or default))
+    (folder / "library.jsonl").write_text("\n".join(json.dumps(row) for row in rows or default), encoding="utf-8")
     return folder
 
 
@@ -107,10 +107,10 @@ def test_a_wrong_index_names_its_line(tmp_path: Path, rows, message: str) -> Non
 def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="holds no library.jsonl"):
         MeshLibrary(tmp_path, embed)
-    (tmp_path / "library.jsonl").write_text("\n")
+    (tmp_path / "library.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(LibraryError, match="lists no shape"):
         MeshLibrary(tmp_path, embed)
-    (tmp_path / "a.ply").write_text("not a mesh")
+    (tmp_path / "a.ply").write_text("not a mesh", encoding="utf-8")
     with pytest.raises(UnreadableMesh, match=r"a\.ply: cannot be read as a mesh|a\.ply: holds no triangles"):
         read_mesh(tmp_path / "a.ply")
     trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], process=False).export(tmp_path / "line.ply")

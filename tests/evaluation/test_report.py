@@ -56,10 +56,12 @@ def make_run(folder: Path, *words: str, steps: int = 3, scores: bool = False) ->
         }
         for i in range(steps)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if scores:
         summary = {"count": 4, "r_at_1": 0.75, "iou": 0.5, "iou_by_shape": {"cube": 0.5}}
-        (folder / "scores.json").write_text(json.dumps({"single_seen": {"summary": summary, "scores": []}}))
+        (folder / "scores.json").write_text(
+            json.dumps({"single_seen": {"summary": summary, "scores": []}}), encoding="utf-8"
+        )
     return folder
 
 
@@ -71,7 +73,9 @@ def test_the_page_shows_the_run_and_refers_to_its_folder_alone(tmp_path):
         gallery.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(gallery / "sheet.png")
         (gallery / "a #1 猫.glb").touch()
-        (gallery / "metrics.json").write_text(json.dumps([{"prompt": prompt, "mesh": "a #1 猫.glb", "iou": 0.31251}]))
+        (gallery / "metrics.json").write_text(
+            json.dumps([{"prompt": prompt, "mesh": "a #1 猫.glb", "iou": 0.31251}]), encoding="utf-8"
+        )
     Image.new("RGB", (8, 8)).save(run / "after.png")
     (run / "meshes").mkdir()
     (run / "meshes" / "a_cat.glb").touch()
@@ -83,7 +87,7 @@ def test_the_page_shows_the_run_and_refers_to_its_folder_alone(tmp_path):
     assert len(page.addresses) == 2 * 2 + 2  # sheet and mesh of two galleries, the last sheet, a mesh
     assert "script" not in page.tags and "b" in page.tags and prompt in page.text and "a <b>" in page.text
     assert page.text.index("After 10 steps") < page.text.index("After 2 steps")
-    packages = json.loads((run / "environment.json").read_text())[0]["packages"]
+    packages = json.loads((run / "environment.json").read_text(encoding="utf-8"))[0]["packages"]
     for text in ("0.3125", "3 of 265 steps, 1 min 30 s", "optimizer.lr", packages["torch"], "single_seen", "commit"):
         assert text in page.text
 
@@ -103,7 +107,7 @@ def test_curves_hold_every_finite_metric():
 
 def test_a_half_written_line_and_nan_do_not_hide_the_run(tmp_path):
     run = make_run(tmp_path / "a")
-    with (run / "metrics.jsonl").open("a") as stream:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"step": 4, "gradient_norm": NaN, "seconds": 30.0}\n{"step": 5, "gra')
     assert read_run(run).steps == 4
     page = Links(write_report(run))
@@ -146,16 +150,16 @@ def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, c
     gallery = run / "gallery" / "step-000002"
     gallery.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(gallery / "sheet.png")
-    (gallery / "metrics.json").write_text('[{"pro')
-    (run / "environment.json").write_text('[{"comm')
-    (run / "scores.json").write_text('{"sing')
-    page = write_report(run).read_text()
+    (gallery / "metrics.json").write_text('[{"pro', encoding="utf-8")
+    (run / "environment.json").write_text('[{"comm', encoding="utf-8")
+    (run / "scores.json").write_text('{"sing', encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
     assert "After 2 steps" in page and "3 of 265 steps" in page
     for name in ("metrics.json", "environment.json", "scores.json"):
         assert re.search(rf"{name} is damaged .* left out", caplog.text)
     write_environment(run)
     assert len(read_run(run).sessions) == 1
-    (tmp_path / "two" / "config.yaml").write_text("")  # as a full disk leaves it
+    (tmp_path / "two" / "config.yaml").write_text("", encoding="utf-8")  # as a full disk leaves it
     assert main(["runs", str(tmp_path)]) == 0
     assert "one" in capsys.readouterr().out and "two: its config.yaml is no mapping" in caplog.text
 

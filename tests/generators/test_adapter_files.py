@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown field": (lambda f: edit(f / "config.json", sphere=1), "extra ['sphere']"),
     "unknown peft field": (lambda f: edit(f / "adapter_config.json", planar=True), "extra ['planar']"),
     "wrong type": (lambda f: edit(f / "config.json", latent_size="8"), "latent_size='8': must be a positive integer"),
-    "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is no JSON"),
+    "no json": (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), "config.json: is no JSON"),
     "no hash": (lambda f: edit(f / "config.json", base_hash={}), "base_hash={}: must hold hashes by name"),
     "planes": (lambda f: edit(f / "adapter_config.json", num_planes=5), "num_planes=5: must be even"),
     "prediction": (lambda f: edit(f / "config.json", prediction_type="epsilon"), "trained on a base that predicts"),

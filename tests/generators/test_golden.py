@@ -127,7 +127,7 @@ def published(latents: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 def test_numbers_are_those_recorded() -> None:
-    recorded, now = json.loads(GOLDEN.read_text()), numbers()
+    recorded, now = json.loads(GOLDEN.read_text(encoding="utf-8")), numbers()
     assert recorded.keys() == now.keys()
     for name, values in recorded.items():
         expected, found = torch.tensor(values), torch.tensor(now[name])
@@ -137,4 +137,4 @@ def test_numbers_are_those_recorded() -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(numbers(), indent=1) + "\n")
+    GOLDEN.write_text(json.dumps(numbers(), indent=1) + "\n", encoding="utf-8")

@@ -31,8 +31,11 @@ def base(tmp_path: Path) -> Path:
     for part, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
         (folder / part).mkdir(parents=True)
         shutil.copy(RECORDED / f"base_{part}.safetensors", folder / part / "diffusion_pytorch_model.safetensors")
-        config = {"_class_name": kind, **json.loads((RECORDED / f"base_{part}_config.json").read_text())}
-        (folder / part / "config.json").write_text(json.dumps(config))
+        config = {
+            "_class_name": kind,
+            **json.loads((RECORDED / f"base_{part}_config.json").read_text(encoding="utf-8")),
+        }
+        (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "scheduler").mkdir()
     shutil.copy(RECORDED / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json")
     return folder
@@ -43,14 +46,17 @@ def test_a_converted_checkpoint_gives_the_recorded_planes(
 ) -> None:
     out = tmp_path / "adapter"
     assert main(["convert", str(CHECKPOINT), str(out), "--base", str(base)]) == 0
-    meta = json.loads((RECORDED / "meta.json").read_text())
+    meta = json.loads((RECORDED / "meta.json").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
     assert f"{len(meta['peft_layer_index_to_module'])} layers" in printed and "the paper says 2.5 %" in printed
     assert {path.name for path in out.iterdir()} == {*ADAPTER_FILES, "README.md"}
-    assert str(base) not in (out / "README.md").read_text()
+    assert str(base) not in (out / "README.md").read_text(encoding="utf-8")
     _, record = read_configs(out)
     assert (record["bias_radius"], record["num_inference_steps"], record["base"]) == (0.5, 4, str(base))
-    assert record["latent_size"] == json.loads((RECORDED / "base_unet_config.json").read_text())["sample_size"]
+    assert (
+        record["latent_size"]
+        == json.loads((RECORDED / "base_unet_config.json").read_text(encoding="utf-8"))["sample_size"]
+    )
     student = TriplaneTurbo.from_pretrained(out, base=str(base)).model
     io = load_file(RECORDED / "io.safetensors")
     latents = io["latents_T"].unflatten(0, (-1, 6))
@@ -66,7 +72,7 @@ def test_another_latent_size_on_request(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_share_of_added_parameters_at_full_size() -> None:
-    record = json.loads((RECORDED / "sd21_base_full_size_keys.json").read_text())
+    record = json.loads((RECORDED / "sd21_base_full_size_keys.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=64,
@@ -128,12 +134,15 @@ def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(
         torch.save(checkpoint, path)
     if fault in ("width", "depth"):
         changes = {"width": {"block_out_channels": [16, 32]}, "depth": {"layers_per_block": 1}}[fault]
-        config = json.loads((base / "unet" / "config.json").read_text())
+        config = json.loads((base / "unet" / "config.json").read_text(encoding="utf-8"))
         UNet2DConditionModel.from_config({**config, **changes}).save_pretrained(base / "unet")
     options: list[str] = []
     if fault == "velocity":
         scheduler = base / "scheduler" / "scheduler_config.json"
-        scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "v_prediction"}))
+        scheduler.write_text(
+            json.dumps({**json.loads(scheduler.read_text(encoding="utf-8")), "prediction_type": "v_prediction"}),
+            encoding="utf-8",
+        )
         message = "predicts v_prediction, and the published adapter was trained on a base that predicts epsilon"
     if fault == "size":
         options, message = ["--latent-size", "7"], "latent_size=7: must be a positive multiple of"

@@ -99,7 +99,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     model = make("atom")
     model.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    record = json.loads(config.read_text())
+    record = json.loads(config.read_text(encoding="utf-8"))
     for changes, message in (
         ({"_class_name": "ATT3D"}, "_class_name is 'ATT3D', expected 'AToM'"),
         ({"plane_sise": 3}, r"missing \[\], extra \['plane_sise'\]; saved by prd"),
@@ -107,10 +107,10 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         ({"attention_heads": 3}, "attention_heads=3: must divide plane_channels=4"),
         ({"weights_hash": "0"}, "is not the file that config.json records"),
     ):
-        config.write_text(json.dumps({**record, **changes}))
+        config.write_text(json.dumps({**record, **changes}), encoding="utf-8")
         with pytest.raises(ModelMismatch, match=message):
             type(model).from_pretrained(tmp_path)
-    config.write_text("{")
+    config.write_text("{", encoding="utf-8")
     with pytest.raises(ModelMismatch, match="is no JSON"):
         type(model).from_pretrained(tmp_path)
     config.unlink()

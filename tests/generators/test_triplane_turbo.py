@@ -144,9 +144,9 @@ def test_an_adapter_is_four_files_and_a_missing_setting_is_named(tmp_path) -> No
     ]
     fresh = student()
     before = {name: tensor.clone() for name, tensor in fresh.trained_state_dict().items()}
-    record = json.loads((tmp_path / "config.json").read_text())
+    record = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del record["bias_radius"]
-    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ModelMismatch, match=r"missing \['bias_radius'\]"):
         fresh.load_adapter(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.trained_state_dict().items())

@@ -120,9 +120,9 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
     A base on disk is forgotten when the adapter is uploaded.
     """
     adapter = Path(shutil.copytree(random_toybox / "adapter", tmp_path / "adapter"))
-    record = json.loads((adapter / "config.json").read_text())
+    record = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
     local = str(random_toybox / "stable_diffusion")
-    (adapter / "config.json").write_text(json.dumps({**record, "base": local}))
+    (adapter / "config.json").write_text(json.dumps({**record, "base": local}), encoding="utf-8")
 
     def publish(name: str, folder: Path, skip: str = " ") -> str:
         repository = hub.repositories[name] = Repository(private=False)
@@ -136,11 +136,13 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
     for weights in list(half.rglob("*model.safetensors")):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     (half / "safety_checker").mkdir()
-    (half / "safety_checker" / "config.json").write_text("{}")
+    (half / "safety_checker" / "config.json").write_text("{}", encoding="utf-8")
     publish("some/half", half)
     other = Path(shutil.copytree(whole, tmp_path / "xl"))
-    config = json.loads((other / "unet/config.json").read_text())
-    (other / "unet/config.json").write_text(json.dumps({**config, "addition_embed_type": "text_time"}))
+    config = json.loads((other / "unet/config.json").read_text(encoding="utf-8"))
+    (other / "unet/config.json").write_text(
+        json.dumps({**config, "addition_embed_type": "text_time"}), encoding="utf-8"
+    )
     publish("some/xl", other)
     done = client(
         f"""
@@ -186,7 +188,9 @@ def test_the_card_runs_as_printed_and_names_no_path(
 ) -> None:
     run = Path(shutil.copytree(toybox / "adapter", tmp_path / "run" / "adapter"))
     summary = {"count": 3, "r_at_1": 0.5, "iou": 0.25}
-    (tmp_path / "run" / "scores.json").write_text(json.dumps({"single_seen": {"summary": summary, "scores": []}}))
+    (tmp_path / "run" / "scores.json").write_text(
+        json.dumps({"single_seen": {"summary": summary, "scores": []}}), encoding="utf-8"
+    )
     pipe = TriplaneTurbo.from_pretrained(run.parent)
     folder = tmp_path / "shared"
     pipe.save_pretrained(folder, license="mit")
@@ -207,9 +211,9 @@ def test_only_a_card_of_ours_is_written_over(toybox: Path, tmp_path: Path, caplo
     pipe = TriplaneTurbo.from_pretrained("toybox")
     card = tmp_path / "README.md"
     for mine in ("# Mine\n", "---\nlicense: mit\n---\n\nlibrary_name: prd\n"):
-        card.write_text(mine)
+        card.write_text(mine, encoding="utf-8")
         pipe.save_pretrained(tmp_path)
-        assert card.read_text() == mine and f"{card}: is kept" in caplog.text
+        assert card.read_text(encoding="utf-8") == mine and f"{card}: is kept" in caplog.text
     card.unlink()
     pipe.save_pretrained(tmp_path)
     pipe.save_pretrained(tmp_path, license="mit")
@@ -243,12 +247,14 @@ def test_a_base_of_the_hub_is_named_and_one_on_disk_is_not(toybox: Path, tmp_pat
     from prd.hub.repositories import push_model
 
     folder = Path(shutil.copytree(toybox / "adapter", tmp_path / "adapter"))
-    record = json.loads((folder / "config.json").read_text())
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
     def card(base: str, revision: str | None) -> ModelCard:
         from prd.hub.repositories import write_card
 
-        (folder / "config.json").write_text(json.dumps({**record, "base": base, "base_revision": revision}))
+        (folder / "config.json").write_text(
+            json.dumps({**record, "base": base, "base_revision": revision}), encoding="utf-8"
+        )
         write_card(folder, name="me/shapes")
         return ModelCard.load(folder / "README.md")
 

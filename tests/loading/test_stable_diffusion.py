@@ -99,13 +99,13 @@ def test_a_base_is_known_in_every_precision(dtype: torch.dtype, original: Path, 
 
 def test_another_schedule_or_text_encoder_is_another_base(original: Path, adapter: Path) -> None:
     path = original / "scheduler" / "scheduler_config.json"
-    known = path.read_text()
+    known = path.read_text(encoding="utf-8")
     for change in ({"beta_end": 0.0121}, {"num_train_timesteps": 500}, {"rescale_betas_zero_snr": True}):
         edit(path, **change)
         with pytest.raises(ModelMismatch, match="trained on the noise schedule"):
             TriplaneTurbo.from_pretrained(adapter)
         TriplaneTurbo.from_pretrained(adapter, allow_other_base=True)
-        path.write_text(known)
+        path.write_text(known, encoding="utf-8")
     store(original, torch.float32, 1.02, ("text_encoder",))
     with pytest.raises(ModelMismatch, match="whose text encoder's weights differ"):
         TriplaneTurbo.from_pretrained(adapter)
@@ -171,9 +171,9 @@ def test_weights_that_do_not_belong_are_refused(folder: Path) -> None:
     refused("I8 tensors; give weights in", {**state, first: state[first].to(torch.int8)})
     save_file(state, path, metadata={"format": "pt"})
     config = folder / "unet/config.json"
-    known = json.loads(config.read_text())
+    known = json.loads(config.read_text(encoding="utf-8"))
     for lost, match in (("block_out_channels", "unet block_out_channels None"), ("_class_name", "without _class_name")):
-        config.write_text(json.dumps({k: v for k, v in known.items() if k != lost}))
+        config.write_text(json.dumps({k: v for k, v in known.items() if k != lost}), encoding="utf-8")
         with pytest.raises(UnsupportedBase, match=match):
             load_base(str(folder))
 
@@ -207,7 +207,7 @@ def test_another_backbone_is_refused_before_a_weight_is_read(
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
     if found is None:
-        (folder / file).write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
+        (folder / file).write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}), encoding="utf-8")
         found = "FlowMatchEulerDiscreteScheduler, without betas"
     else:
         edit(folder / file, **changes)
@@ -217,7 +217,7 @@ def test_another_backbone_is_refused_before_a_weight_is_read(
 
 def test_a_transformer_is_named_by_its_pipeline(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UnsupportedBase, match="found StableDiffusion3Pipeline of transformer: no unet/config.json"):
         load_base(str(tmp_path))
     (tmp_path / "model_index.json").unlink()

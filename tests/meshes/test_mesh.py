@@ -178,8 +178,8 @@ def test_ply_of_a_textured_mesh_is_welded(textured: Mesh, tmp_path: Path) -> Non
 def test_obj_brings_its_picture(textured: Mesh, tmp_path: Path) -> None:
     textured.export(tmp_path / "ball.obj")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mtl", "ball.obj", "ball.png"]  # nothing left aside
-    assert "map_Kd ball.png" in (tmp_path / "ball.mtl").read_text()
-    assert "Kd 1.0" in (tmp_path / "ball.mtl").read_text()
+    assert "map_Kd ball.png" in (tmp_path / "ball.mtl").read_text(encoding="utf-8")
+    assert "Kd 1.0" in (tmp_path / "ball.mtl").read_text(encoding="utf-8")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "ball.png").convert("RGB")), textured.texture)
 
 

@@ -36,7 +36,7 @@ class GeneratorParity:
             raise FileNotFoundError(f"{folder}: no such folder; give the one that holds generator/")
         self.folder = folder
         self.files = {"io.safetensors"}  # of tensors, that were read
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.io = Recording("generator", folder / "io.safetensors")
         self.unet = UNet2DConditionModel.from_config(self._json("base_unet_config.json"))
         self.unet.load_state_dict(self._tensors("base_unet.safetensors"), strict=True)
@@ -63,7 +63,7 @@ class GeneratorParity:
         self.batch = len(self.text)
 
     def _json(self, name: str) -> dict:
-        return json.loads((self.folder / name).read_text())
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         self.files.add(name)

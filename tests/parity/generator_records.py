@@ -65,7 +65,7 @@ def compare_records(parity: GeneratorParity) -> None:
     """Report every record besides the tensors of io.safetensors."""
     _meta(parity)
     for name, settings in BASE.items():
-        config = json.loads((parity.folder / name).read_text())
+        config = json.loads((parity.folder / name).read_text(encoding="utf-8"))
         _equal(parity, name, {key: config.get(key, value) for key, value in settings.items()}, settings)
     checkpoints = sorted(parity.folder.glob("*.pth"))
     if not checkpoints:
@@ -78,7 +78,7 @@ def compare_records(parity: GeneratorParity) -> None:
         parity.io.report(path.name, f"{len(state)} tensors as in adapter_state_dict.safetensors", ok=same)
     for path in sorted(parity.folder.glob("*full_size_keys.json")):
         try:
-            text, agree = _full_size(json.loads(path.read_text()))
+            text, agree = _full_size(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             text, agree = str(error), False
         parity.io.report(path.name, text, ok=agree)

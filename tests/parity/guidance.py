@@ -69,7 +69,7 @@ class GuidanceParity:
     """The recorded renderings, cameras and texts, and the three teachers."""
 
     def __init__(self, folder: Path) -> None:
-        self.meta = json.loads((folder / "guidance" / "meta.json").read_text())
+        self.meta = json.loads((folder / "guidance" / "meta.json").read_text(encoding="utf-8"))
         self.io = io = Recording("guidance", folder / "guidance" / "io.safetensors")
         self.views, batch = self.meta["n_view"], self.meta["n_prompt"]
         self.prompts = [f"prompt {i}" for i in range(batch)]
@@ -82,9 +82,11 @@ class GuidanceParity:
         base, case = folder / "generator", next(iter(self.meta["cases"]))
         sizes = [io.tensors[f"{case}.{name}.latents"].shape[-1] for name in ("mv", "rd")]
         parts = RecordedTeachers(folder / "teachers", *sizes)  # each case then says its own
-        unet = UNet2DConditionModel.from_config(json.loads((base / "base_unet_config.json").read_text()))
+        unet = UNet2DConditionModel.from_config(
+            json.loads((base / "base_unet_config.json").read_text(encoding="utf-8"))
+        )
         unet.load_state_dict(load_file(base / "base_unet.safetensors"), strict=True)
-        vae = AutoencoderKL.from_config(json.loads((base / "base_vae_config.json").read_text()))
+        vae = AutoencoderKL.from_config(json.loads((base / "base_vae_config.json").read_text(encoding="utf-8")))
         vae.load_state_dict(load_file(base / "base_vae.safetensors"), strict=True)
         schedule, text = stable_diffusion_scheduler(), recorded_text(unet.config.cross_attention_dim)
         own_text = recorded_text(parts.rd_unet.config.cross_attention_dim)

@@ -63,7 +63,7 @@ class RenderParity:
     """One recorded folder and the comparisons."""
 
     def __init__(self, folder: Path, patch_samples: tuple[int, int]) -> None:
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.config = self.meta["renderer_config"]
         self.io = Recording("render", folder / "io.safetensors")
         self.patch_samples = patch_samples

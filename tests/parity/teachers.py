@@ -36,7 +36,7 @@ class RecordedTeachers:
     """The tiny checkpoints of a recorded folder as diffusers models."""
 
     def __init__(self, folder: Path, mv_size: int, rd_size: int) -> None:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.views = meta["num_frames"]
         self.mv_state = read_checkpoint(folder / "mvdream_tiny.pt")
         self.rd_state = read_checkpoint(folder / "nd_mv_tiny_ema.ckpt")
@@ -50,7 +50,7 @@ class RecordedTeachers:
 def full_size(folder: Path, name: str, io: Recording) -> None:
     """Every key of a released checkpoint has its place in a full-size model, without its memory."""
     heads, has_vae = FULL_SIZE[name]
-    keys = json.loads((folder / name).read_text())["keys"]
+    keys = json.loads((folder / name).read_text(encoding="utf-8"))["keys"]
     state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
     schedule = {key: value for key, value in schedule_buffers().items() if keys.get(key) == list(value.shape)}
     account_for(state | schedule, "model.diffusion_model.", *(["first_stage_model."] if has_vae else []))

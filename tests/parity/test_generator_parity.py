@@ -39,16 +39,16 @@ def test_changed_and_unknown_records_fail(tmp_path: Path, capsys: pytest.Capture
     tensors["surplus"] = tensors["eik.loss"].clone()
     save_file(tensors, folder / "io.safetensors")
     save_file({"x": torch.ones(1)}, folder / "surplus.safetensors")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     meta["geometry_config"]["normal_type"] = "finite_difference"
     meta["geometry_config"]["space_generator_config"]["training_type"] += "0"
-    (folder / "meta.json").write_text(json.dumps(meta))
-    scheduler = json.loads((folder / "scheduler_config.json").read_text())
-    (folder / "scheduler_config.json").write_text(json.dumps({**scheduler, "set_alpha_to_one": True}))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    scheduler = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    (folder / "scheduler_config.json").write_text(json.dumps({**scheduler, "set_alpha_to_one": True}), encoding="utf-8")
     (full,) = folder.glob("*full_size_keys.json")
-    record = json.loads(full.read_text())
+    record = json.loads(full.read_text(encoding="utf-8"))
     record["state_dict"]["geometry.feature_network.layers.4.weight"][0] += 1
-    full.write_text(json.dumps(record))
+    full.write_text(json.dumps(record), encoding="utf-8")
     (published,) = folder.glob("*.pth")
     checkpoint = torch.load(published, weights_only=True)
     checkpoint["state_dict"]["geometry.sdf_network.layers.4.weight"][0, 0] += 1e-2
@@ -85,16 +85,16 @@ def test_a_folder_of_another_format_is_one_sentence(
         data = (folder / "io.safetensors").read_bytes()
         (folder / "io.safetensors").write_bytes(data[:-1000])
     if fault == "entry":
-        (folder / "meta.json").write_text(json.dumps({"tensors": {}}))
+        (folder / "meta.json").write_text(json.dumps({"tensors": {}}), encoding="utf-8")
     if fault == "quantity":
         tensors = load_file(folder / "io.safetensors")
         tensors.pop("base.text")
         save_file(tensors, folder / "io.safetensors")
         named = "base.text is not recorded"
     if fault == "width":
-        config = json.loads((folder / "base_unet_config.json").read_text())
+        config = json.loads((folder / "base_unet_config.json").read_text(encoding="utf-8"))
         config["cross_attention_dim"] += 1
-        (folder / "base_unet_config.json").write_text(json.dumps(config))
+        (folder / "base_unet_config.json").write_text(json.dumps(config), encoding="utf-8")
         named = "size mismatch"
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -31,9 +31,9 @@ def test_changed_and_unknown_records_fail(tmp_path: Path, capsys: pytest.Capture
         tensors[name].view(-1)[0] += 1e-2 * tensors[name].abs().max()
     tensors["surplus"] = tensors["loss.eikonal"].clone()
     save_file(tensors, folder / "io.safetensors")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     meta["renderer_config"]["rgb_grad_shrink"][2] *= 1.01
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert main([str(tmp_path)]) == 1
     noticed = set(failed(capsys.readouterr().out))
     assert noticed >= {
@@ -53,9 +53,9 @@ def without(folder: Path, *prefixes: str) -> None:
     (folder / "render").mkdir(parents=True)
     tensors = load_file(OFFICIAL / "render" / "io.safetensors")
     save_file({k: v for k, v in tensors.items() if not k.startswith(prefixes)}, folder / "render" / "io.safetensors")
-    meta = json.loads((OFFICIAL / "render" / "meta.json").read_text())
+    meta = json.loads((OFFICIAL / "render" / "meta.json").read_text(encoding="utf-8"))
     meta["tensors"] = {k: v for k, v in meta["tensors"].items() if not k.startswith(prefixes)}
-    (folder / "render" / "meta.json").write_text(json.dumps(meta))
+    (folder / "render" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def test_groups_that_are_gone_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_schedules() -> None:
-    table = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
+    table = json.loads((OFFICIAL / "guidance" / "meta.json").read_text(encoding="utf-8"))["schedules"]
     assert len(table) > 5
     for step, want in table.items():
         assert int(scheduled((500, 20), int(step), 20_000)) == want["mv_min_step"]

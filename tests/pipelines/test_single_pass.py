@@ -68,11 +68,11 @@ def test_what_cannot_be_loaded_or_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch, match="is a LATTE3D, not AToM; use prd.LATTE3D.from_pretrained"):
         prd.AToM.from_pretrained(folder)
     config = folder / "generator" / "config.json"
-    record = json.loads(config.read_text())
-    config.write_text(json.dumps({**record, "_class_name": "Shap-E"}))
+    record = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**record, "_class_name": "Shap-E"}), encoding="utf-8")
     with pytest.raises(ModelMismatch, match="_class_name is 'Shap-E', expected 'TriplaneTurbo', 'AToM'"):
         load_pipeline(folder)
-    config.write_text(json.dumps({**record, "text_encoder": ""}))
+    config.write_text(json.dumps({**record, "text_encoder": ""}), encoding="utf-8")
     with pytest.raises(ValueError, match="text_encoder=None: .* pass text_encoder="):
         prd.LATTE3D.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="no such folder; give one of toybox, toybox-atom"):
@@ -151,7 +151,7 @@ def test_latte3d_follows_a_shape_that_is_given(tmp_path: Path) -> None:
     for points in (torch.zeros(0, 3), torch.full((4, 3), float("nan")), torch.full((4, 3), 1.5)):
         with pytest.raises(ValueError, match="shape: its points must be at least one, finite and in the cube"):
             pipe("a red cube", shape=points)
-    (tmp_path / "line.obj").write_text("v 0 0 0\nv 0 1 0\nv 0 2 0\nf 1 2 3\n")
+    (tmp_path / "line.obj").write_text("v 0 0 0\nv 0 1 0\nv 0 2 0\nf 1 2 3\n", encoding="utf-8")
     for name, message in (("line.obj", "no triangles with an area"), ("nowhere.ply", "no such file")):
         with pytest.raises(UnreadableMesh, match=message):
             pipe("a red cube", shape=tmp_path / name)

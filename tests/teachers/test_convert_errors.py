@@ -43,9 +43,15 @@ def test_heads_of_other_widths_are_never_guessed(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     status, out, _ = command(capsys, "richdreamer", ND, tmp_path / "rd", "--base", "../sd", "--heads", 4)
     assert status == 0 and out.count("\n") == 1 and "richdreamer converted" in out
-    assert json.loads((tmp_path / "rd" / "unet" / "config.json").read_text())["attention_head_dim"] == [4, 4]
+    assert json.loads((tmp_path / "rd" / "unet" / "config.json").read_text(encoding="utf-8"))["attention_head_dim"] == [
+        4,
+        4,
+    ]
     assert command(capsys, "mvdream", MV, tmp_path / "mv", "--base", "../sd", "--head-channels", 16)[0] == 0
-    assert json.loads((tmp_path / "mv" / "unet" / "config.json").read_text())["attention_head_dim"] == [2, 4]
+    assert json.loads((tmp_path / "mv" / "unet" / "config.json").read_text(encoding="utf-8"))["attention_head_dim"] == [
+        2,
+        4,
+    ]
     with pytest.raises(ValueError, match="must divide the widths"):
         convert_richdreamer(ND, tmp_path / "rd", "../sd", heads=7)
     with pytest.raises(ValueError, match="exactly one"):
@@ -54,7 +60,7 @@ def test_heads_of_other_widths_are_never_guessed(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, given", [("mvdream", {"head_channels": 64}), ("nd", {"heads": 8})])
 def test_released_widths_are_those_of_the_full_size_models(name, given):
-    keys = json.loads((OFFICIAL / "teachers" / f"{name}_full_size_keys.json").read_text())["keys"]
+    keys = json.loads((OFFICIAL / "teachers" / f"{name}_full_size_keys.json").read_text(encoding="utf-8"))["keys"]
     state = {k.removeprefix(UNET): torch.empty(v, device="meta") for k, v in keys.items() if k.startswith(UNET)}
     config = unet_config(state, **{"heads": None, "head_channels": None, **given})
     assert config["block_out_channels"] == WIDTHS
@@ -134,7 +140,7 @@ def test_files_that_are_no_checkpoint_end_in_one_sentence(tmp_path, capsys, nd):
 
 def test_other_peoples_folders_are_not_written_to(tmp_path, capsys):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    (tmp_path / "home" / "thesis.txt").write_text("mine", encoding="utf-8")
     words = ("--base", "../sd", "--heads", 4)
     status, _, err = command(capsys, "richdreamer", ND, tmp_path / "home", *words)
     assert status == 2 and "holds other files than a teacher's" in err

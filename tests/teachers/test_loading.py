@@ -43,7 +43,10 @@ def test_another_shape_is_named(folder):
 
 def test_another_class_is_named_with_the_remedy(folder):
     path = folder / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "MultiViewUNetModel"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"_class_name": "MultiViewUNetModel"}),
+        encoding="utf-8",
+    )
     with pytest.raises(CheckpointError, match="holds a MultiViewUNetModel.*prd.teachers.convert"):
         MVDreamTeacher.from_pretrained(str(folder), config=MVDreamConfig())
 

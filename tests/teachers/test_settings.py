@@ -32,7 +32,7 @@ from tests.teachers.tiny import save_teacher, tiny_teacher
 )
 @pytest.mark.parametrize("settings", [MVDreamConfig, RichDreamerConfig])
 def test_a_setting_no_model_can_have(tmp_path, settings, setting):
-    (tmp_path / "teacher_config.json").write_text(json.dumps(setting))
+    (tmp_path / "teacher_config.json").write_text(json.dumps(setting), encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"teacher_config.json: {next(iter(setting))}="):
         read_config(str(tmp_path), settings)
 
@@ -51,7 +51,7 @@ def test_a_setting_no_model_can_have(tmp_path, settings, setting):
     ],
 )
 def test_richdreamers_own_settings(tmp_path, setting):
-    (tmp_path / "teacher_config.json").write_text(json.dumps(setting))
+    (tmp_path / "teacher_config.json").write_text(json.dumps(setting), encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"{next(iter(setting))}="):
         read_config(str(tmp_path), RichDreamerConfig)
 
@@ -65,7 +65,7 @@ def test_mvdreams_own_settings():
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '"mvdream"', '{"num_views": 4,}'])
 def test_settings_that_are_no_json_object(tmp_path, text):
-    (tmp_path / "teacher_config.json").write_text(text)
+    (tmp_path / "teacher_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="teacher_config.json: (is no JSON|must hold an object)"):
         read_config(str(tmp_path), MVDreamConfig)
 
@@ -102,7 +102,7 @@ def test_other_schedules_are_refused_at_load(tmp_path, change, message):
         FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     else:
         path = folder / "scheduler" / "scheduler_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         StableDiffusionTeacher.from_pretrained(folder)
 
@@ -133,8 +133,8 @@ def test_the_decoder_is_not_kept(tmp_path):
 
 
 def test_the_published_negative_prompt_is_the_recipes():
-    teachers = yaml.safe_load((Path(__file__).parents[2] / "configs" / "triplane_turbo_sd21.yaml").read_text())[
-        "teachers"
-    ]
+    teachers = yaml.safe_load(
+        (Path(__file__).parents[2] / "configs" / "triplane_turbo_sd21.yaml").read_text(encoding="utf-8")
+    )["teachers"]
     for name in ("mvdream", "richdreamer"):
         assert teachers[name]["negative_prompt"].strip() == NEGATIVE_PROMPT

@@ -121,7 +121,7 @@ def test_text_encoder_shared_with_stable_diffusion(tmp_path):
     for part in ("tokenizer", "text_encoder", "vae"):
         (folder / part).rename(folder / f"unused_{part}")
     (folder / "teacher_config.json").write_text(
-        json.dumps({"camera_encoding": "fourier", "base": "../sd", "shares_vae": True})
+        json.dumps({"camera_encoding": "fourier", "base": "../sd", "shares_vae": True}), encoding="utf-8"
     )
     teacher = MVDreamTeacher.from_pretrained(folder)
     sd = TEACHERS["stable_diffusion"].from_pretrained(tmp_path / "sd")
@@ -156,7 +156,7 @@ def test_bad_settings_and_noise_are_named(tmp_path):
     teacher = tiny_teacher(tmp_path, "mvdream")
     with pytest.raises(ValueError, match="noise="):
         teacher.encode(random_views(2, 4), noise=torch.zeros(1))
-    (tmp_path / "teacher_config.json").write_text(json.dumps({"camera_encodng": "fourier"}))
+    (tmp_path / "teacher_config.json").write_text(json.dumps({"camera_encodng": "fourier"}), encoding="utf-8")
     with pytest.raises(ValueError, match="camera_encodng is no setting"):
         MVDreamTeacher.from_pretrained(tmp_path)
     (tmp_path / "teacher_config.json").unlink()

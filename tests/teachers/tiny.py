@@ -60,10 +60,12 @@ def save_teacher(folder: Path, kind: str, prediction_type: str = "epsilon", seed
     vocabulary = {token: i for i, token in enumerate([*"abcde", *(f"{c}</w>" for c in "abcde"), "<s>", "</s>"])}
     tokenizer_folder = folder / "tokenizer"
     tokenizer_folder.mkdir()
-    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
-    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
+    (tokenizer_folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", **special}), encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -86,7 +88,7 @@ def save_teacher(folder: Path, kind: str, prediction_type: str = "epsilon", seed
             sample_size=16,
         ).save_pretrained(folder / "vae")
     if cameras:
-        (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier"}))
+        (folder / "teacher_config.json").write_text(json.dumps({"camera_encoding": "fourier"}), encoding="utf-8")
     return folder
 
 

@@ -177,7 +177,7 @@ def test_the_generators_of_one_pass_make_what_they_are_asked(name: str) -> None:
     pipe: Any = load_pipeline(name)
     folder = find_model(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3 * 2**20
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     recipe = load_config(f"{name.removeprefix('toybox-')}_toybox")
     assert record["train_steps"] == recipe.max_train_steps
     assert record["held_out"] == [prompt for prompt in held_out_prompts(recipe.prompts) if " on " not in prompt]

@@ -14,7 +14,7 @@ from prd.training.recipes import dump_config, from_dict, load_config, parse_args
 @pytest.fixture
 def empty(tmp_path):
     path = tmp_path / "empty.yaml"
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     return path
 
 
@@ -79,7 +79,7 @@ def test_a_negative_number_is_a_value(empty):
 
 def test_command_line_beats_the_file(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("seed: 1\noptimizer: {lr: 0.5, warmup_steps: 3}\n")
+    path.write_text("seed: 1\noptimizer: {lr: 0.5, warmup_steps: 3}\n", encoding="utf-8")
     config = parse_args(["--optimizer.lr", "0.25", "--config", str(path)])
     assert (config.seed, config.optimizer.lr, config.optimizer.warmup_steps) == (1, 0.25, 3)
 
@@ -132,7 +132,7 @@ def test_wrong_words_name_the_key(words, message, empty):
 )
 def test_wrong_files_name_the_key(text, message, tmp_path):
     path = tmp_path / "wrong.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
 

@@ -35,17 +35,17 @@ SMALL = [
 
 def check(folder: Path, splits: set[str]) -> None:
     """The run is measured by the world: its splits, galleries and record."""
-    scores = json.loads((folder / "scores.json").read_text())
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     assert set(scores) == splits
     captions = [row["prompt"] for part in scores.values() for row in part["scores"]]
     assert sorted(captions) == sorted(BallsAndBoxes().captions())
     for part in scores.values():
         assert set(part["summary"]) == {"count", "r_at_1", "iou", "color_error"}
-    (row,) = json.loads((folder / "gallery" / "step-000001" / "metrics.json").read_text())
+    (row,) = json.loads((folder / "gallery" / "step-000001" / "metrics.json").read_text(encoding="utf-8"))
     assert 0 <= row["iou"] <= 1 and "color_error" in row
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "gallery/iou" in metrics[0] and metrics[1]["r_at_1"] in (0, 1)
-    assert json.loads((folder / "adapter" / "record.json").read_text())["measured"].keys() == splits
+    assert json.loads((folder / "adapter" / "record.json").read_text(encoding="utf-8"))["measured"].keys() == splits
 
 
 def test_the_trainer_takes_a_benchmark_among_its_parts(toybox, tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_suspects_are_the_estimates_without_a_finite_loss_or_all(tmp_path):
     assert suspect["prompts"] == ["a cone"] and suspect["k"] == 1
     said = record_skipped(tmp_path, 9, 1, [suspect])
     assert "'a cone'" in said and "elevation 20.0, azimuth 30.0, distance 2.40" in said
-    row = json.loads((tmp_path / "skipped.jsonl").read_text())
+    row = json.loads((tmp_path / "skipped.jsonl").read_text(encoding="utf-8"))
     assert (row["step"], row["process"], row["reason"], row["loss"]) == (9, 1, "why", "nan")
     assert [camera["azimuth"] for camera in row["cameras"][0]] == [30.0, 120.0]
     witness.asked.pop(1)

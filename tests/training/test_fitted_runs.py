@@ -54,7 +54,7 @@ def clocked(run: Path, seconds: float, *words: str, recipe: str = "toybox") -> T
 
 
 def rows(run: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in row.items() if name not in ("seconds", "peak_gigabytes")} for row in found]
 
 

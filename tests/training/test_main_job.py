@@ -50,7 +50,7 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = launch(run, *SHORT, "--max_train_steps", "2")
     assert "single_held_out" in output
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in steps] == [1, 2]
     for teacher in ("stable_diffusion", "mvdream", "richdreamer"):
         for renderer in ("volume", "surface"):
@@ -62,11 +62,11 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
     assert [path.name for path in meshes] == ["a_red_cube.glb", "a_red_torus.glb"]
     assert trimesh.load(meshes[0], force="mesh").volume > 0
     assert (run / "adapter" / "adapter_model.safetensors").is_file() and (run / "config.yaml").is_file()
-    assert json.loads((run / "scores.json").read_text())["single_seen"]["summary"]["count"] == 38
+    assert json.loads((run / "scores.json").read_text(encoding="utf-8"))["single_seen"]["summary"]["count"] == 38
 
     # a third step after a resume leaves the first two lines as they were
     launch(run, *SHORT, "--max_train_steps", "3", "--schedule_steps", "2", "--resume_from_checkpoint", "latest")
-    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert again[:2] == steps and again[2]["step"] == 3
 
 
@@ -74,8 +74,8 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
 def test_the_main_job_reaches_its_figures(tmp_path: Path) -> None:
     """The README's command in twelve minutes: on most machines all 265 steps, on slow ones a shorter whole schedule."""
     launch(tmp_path / "run", "--max_train_minutes", "12")
-    report = json.loads((tmp_path / "run" / "scores.json").read_text())
-    record = json.loads((tmp_path / "run" / "adapter" / "record.json").read_text())
+    report = json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "run" / "adapter" / "record.json").read_text(encoding="utf-8"))
     assert len(list((tmp_path / "run" / "meshes").glob("*.glb"))) == 12
     steps, fits = record["train_steps"], record["fits"]
     assert fits and fits[-1]["max_train_steps"] == steps == fits[-1]["schedule_steps"], record

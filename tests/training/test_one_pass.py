@@ -247,8 +247,8 @@ def test_runs_are_compared_at_equal_frames(tmp_path: Path, monkeypatch: pytest.M
     assert [(row.run, row.step) for row in chosen] == [("atom_toybox", 2), ("att3d_toybox", 2)]
     table = write_comparison(rows, tmp_path / "out", 16 / 38)
     assert table == markdown_table(chosen) and "| atom_toybox | 0 | 2 |" in table
-    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == 6
-    assert "frames per prompt" in (tmp_path / "out" / "curves.html").read_text()
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))) == 6
+    assert "frames per prompt" in (tmp_path / "out" / "curves.html").read_text(encoding="utf-8")
     side_by_side(folders, ["a red cube", "a blue mug"], tmp_path / "out" / "sheet.png", ["AToM", "ATT3D"])
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 500
 

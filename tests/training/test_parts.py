@@ -71,7 +71,7 @@ def test_every_kind_of_part_may_be_the_users_own(toybox, tmp_path):
 
     # stored as it was given, and read again
     save_config(config, tmp_path / "config.yaml")
-    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert stored["teachers"]["mine"]["class"] == f"{OWN}.OwnTeacher" and stored["teachers"]["mine"]["strength"] == 0.5
     assert "class" not in stored["teachers"]["mvdream"] and stored["distillation"]["class"] == f"{OWN}.OwnLoss"
     assert stored["regularizers"]["bright"] == {"class": f"{OWN}.brightest", "weight": [1.0, 0.0]}

@@ -35,7 +35,7 @@ def test_an_old_recipe_is_todays(name):
 
 
 def test_a_stored_config_of_an_old_run_is_read_and_resumed():
-    values = yaml.safe_load((OLD / "run_config.yaml").read_text())
+    values = yaml.safe_load((OLD / "run_config.yaml").read_text(encoding="utf-8"))
     config, said = read(OLD / "run_config.yaml")
     assert len(said) == 1
     for key in ("rollout_batch_size", "renderers.volume", "teacher_options.dtype", "model.class", "trainable"):
@@ -62,11 +62,13 @@ def test_old_words_of_a_command_line_and_old_stages_are_read():
 
 def test_parts_that_an_old_recipe_did_not_mention_are_there(tmp_path):
     path = tmp_path / "old.yaml"
-    path.write_text("renderers: alternate\nteachers: {mvdream: {weight: 2}}\n")
+    path.write_text("renderers: alternate\nteachers: {mvdream: {weight: 2}}\n", encoding="utf-8")
     config, _ = read(path)
     assert list(config.enabled_teachers) == ["stable_diffusion", "mvdream", "richdreamer"]
     assert list(config.renderers) == ["volume", "surface"] and config.renderer_schedule == "alternate"
-    path.write_text("renderer_schedule: alternate\nteachers: {mvdream: {weight: 2}}\n")  # today's: those named
+    path.write_text(
+        "renderer_schedule: alternate\nteachers: {mvdream: {weight: 2}}\n", encoding="utf-8"
+    )  # today's: those named
     config, said = read(path)
     assert list(config.teachers) == ["mvdream"] and not said
 
@@ -85,12 +87,12 @@ def test_todays_keys_stay_as_they_are():
 
 def test_the_table_of_runs_compares_an_old_run_with_one_of_today(tmp_path):
     for name, values in (
-        ("old", yaml.safe_load((OLD / "run_config.yaml").read_text())),
+        ("old", yaml.safe_load((OLD / "run_config.yaml").read_text(encoding="utf-8"))),
         ("new", to_dict(read(OLD / "run_config.yaml", ["--renderers.volume.height", "16"])[0])),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
-        (tmp_path / name / "metrics.jsonl").write_text("")
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        (tmp_path / name / "metrics.jsonl").write_text("", encoding="utf-8")
     new, old = differences(find_runs(tmp_path))
     assert (old["renderers.volume.height"], new["renderers.volume.height"]) == (32, 16)
     assert not {"estimates_at_once", "model.generator", "volume.height"} & (old.keys() | new.keys())

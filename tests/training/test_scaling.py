@@ -70,10 +70,9 @@ def test_accelerate_reads_every_shipped_launch_config():
         kind, processes, machines = LAUNCH[path.stem]
         assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, machines)
         assert config.mixed_precision == "no"
-        assert (
-            f"--config_file configs/accelerate/{path.name}" in path.read_text()
-            and path.name in (ROOT / "docs" / "scaling.md").read_text()
-        )
+        assert f"--config_file configs/accelerate/{path.name}" in path.read_text(encoding="utf-8") and path.name in (
+            ROOT / "docs" / "scaling.md"
+        ).read_text(encoding="utf-8")
     assert load_config_from_file(str(ROOT / "configs/accelerate/deepspeed_zero2_8gpu.yaml")).deepspeed_config == {
         "zero_stage": 2,
         "gradient_accumulation_steps": 1,

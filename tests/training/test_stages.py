@@ -35,7 +35,7 @@ SMALL = [
 def staged(tmp_path, *words: str):
     """A tiny AToM on the toy box."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"extends: toybox\nmodel: {TINY}\n")
+    recipe.write_text(f"extends: toybox\nmodel: {TINY}\n", encoding="utf-8")
     return load_config(recipe, [*SMALL, "--output_dir", str(tmp_path / "run"), *words])
 
 
@@ -164,12 +164,14 @@ def test_a_recipe_extends_another(tmp_path) -> None:
     base, toybox = staged(tmp_path), load_config("toybox")
     assert base.prompts == toybox.prompts and base.optimizer.betas == toybox.optimizer.betas
     assert to_dict(base)["model"]["class"] == "atom" and base.model.plane_size == 6
-    (tmp_path / "next.yaml").write_text("extends: recipe.yaml\nmodel: {plane_size: 8, class: atom}\nseed: 3\n")
+    (tmp_path / "next.yaml").write_text(
+        "extends: recipe.yaml\nmodel: {plane_size: 8, class: atom}\nseed: 3\n", encoding="utf-8"
+    )
     again = load_config(tmp_path / "next.yaml")
     assert (again.model.plane_size, again.model.plane_channels, again.seed) == (8, 4, 3)
-    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="loop.yaml: extends='loop.yaml': extends itself"):
         load_config(tmp_path / "loop.yaml")
-    (tmp_path / "lost.yaml").write_text("extends: absent\n")
+    (tmp_path / "lost.yaml").write_text("extends: absent\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="config='absent': no such file"):
         load_config(tmp_path / "lost.yaml")

@@ -50,9 +50,9 @@ class Runs:
 
     def __init__(self, assets: Path, folder: Path) -> None:
         self.folder = folder
-        self.log = (folder / "stderr.txt").open("w")
+        self.log = (folder / "stderr.txt").open("w", encoding="utf-8")
         (folder / "prompts.txt").write_text(
-            "".join(f"a {c} cube\n" for c in ("red", "green", "blue", "cyan", "purple"))
+            "".join(f"a {c} cube\n" for c in ("red", "green", "blue", "cyan", "purple")), encoding="utf-8"
         )
         self.server = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/training/survivor.py"), str(assets)],
@@ -83,7 +83,7 @@ class Runs:
         return int(self.server.stdout.readline())
 
     def said(self) -> str:
-        return (self.folder / "stderr.txt").read_text()
+        return (self.folder / "stderr.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def runs(random_toybox: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def logged(run: Path) -> list[int]:
     """The steps in metrics.jsonl; a line that was cut short does not count."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
@@ -209,19 +209,19 @@ def test_a_run_that_goes_back_is_not_led_to_what_it_left(runs, tmp_path):
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     """A signal to one of them; then one process with twice the batch, which is the same step."""
     prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
-    prompts.write_text("a red cube\na blue cone\na green mug\n")
+    prompts.write_text("a red cube\na blue cone\na green mug\n", encoding="utf-8")
     script = str(ROOT / "examples/train_prd.py")
     words = [*OPTIONS, "--prompts.source", str(prompts), "--output_dir", str(run), "--checkpointing_steps", "400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     two = [*launcher, "--mixed_precision", "no", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    with (tmp_path / "two.txt").open("w") as log:
+    with (tmp_path / "two.txt").open("w", encoding="utf-8") as log:
         started = subprocess.Popen([*two, script, *words], env=environment, stdout=log, stderr=log)
         wait(lambda: (logged(run) or [0])[-1] > 2)
         worker = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()[-1]
         os.kill(int(worker), signal.SIGTERM)
-        assert started.wait(300) == 0, (tmp_path / "two.txt").read_text()[-3000:]
+        assert started.wait(300) == 0, (tmp_path / "two.txt").read_text(encoding="utf-8")[-3000:]
     last = latest_checkpoint(run)
     assert last is not None and verify_checkpoint(last) == logged(run)[-1]
     assert {f"rng-{i}" for i in range(2)} <= load_checkpoint(last).tensors.keys()

@@ -174,7 +174,7 @@ def test_a_teacher_that_predicts_nan_is_named_and_the_step_is_skipped(toybox, mo
     assert re.search(
         r"step 0: teacher=richdreamer: non-finite noise prediction for prompts \[0\] \('a .*'\)", caplog.text
     )
-    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     suspect = json.loads(line)
     assert suspect["step"] == suspect["k"] == suspect["process"] == 0 and suspect["prompts"][0] in caplog.text
     cameras = suspect["cameras"][0]
@@ -213,7 +213,7 @@ def test_too_many_steps_without_a_gradient_end_the_run_with_the_way_to_resume(to
     with pytest.raises(FloatingPointError, match=way):
         trainer.train()
     assert steps == list(range(limit + 1))
-    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [step for step in range(1, limit + 1) for _ in range(2)]  # K = 2 each
     assert load_config(tmp_path / "config.yaml").num_threads == 1
     again = make("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest", *words)

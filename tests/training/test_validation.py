@@ -43,7 +43,7 @@ def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
     with Image.open(tmp_path / "a" / "sheet.png") as picture:
         assert picture.size == (8 * 25, 3 * (25 + LABEL_HEIGHT))
 
-    rows = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    rows = json.loads((tmp_path / "a" / "metrics.json").read_text(encoding="utf-8"))
     assert [row["prompt"] for row in rows] == prompts
     assert {row["mesh"] for row in rows} == {path.name for path in (tmp_path / "a").glob("*.glb")}
     mesh = trimesh.load(tmp_path / "a" / rows[0]["mesh"], force="mesh")
@@ -55,7 +55,7 @@ def test_a_gallery_is_drawn_measured_and_repeats(student_and_encoder, tmp_path):
     # what a prompt gives does not depend on its company, and other noise gives another shape
     alone = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]"])
     save_gallery(*student_and_encoder, alone, tmp_path / "c", ToyBox())
-    (row,) = json.loads((tmp_path / "c" / "metrics.json").read_text())
+    (row,) = json.loads((tmp_path / "c" / "metrics.json").read_text(encoding="utf-8"))
     assert row["iou"] == pytest.approx(rows[0]["iou"], abs=1e-3)
     other = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--seed", "1"])
     save_gallery(*student_and_encoder, other, tmp_path / "d", ToyBox())
@@ -75,7 +75,7 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     config = load_config("toybox", [*SMALL, "--validation.prompts", "[a red cube]", "--background", "0.25"])
     means = save_gallery(student, encoder, config, tmp_path, ToyBox())
     assert means["empty"] == 1 and means["coverage"] == 0 and not list(tmp_path.glob("*.glb"))
-    assert json.loads((tmp_path / "metrics.json").read_text())[0]["mesh"] is None
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))[0]["mesh"] is None
     picture = Image.open(tmp_path / "sheet.png").crop((0, LABEL_HEIGHT, 24, LABEL_HEIGHT + 24))
     assert picture.getextrema() == ((64, 64),) * 3
 
@@ -95,7 +95,7 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n")
+    (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n", encoding="utf-8")
     run = tmp_path / "run"
     words = ["--output_dir", str(run), "--prompts.source", str(tmp_path / "prompts.txt"), "--max_train_steps", "2"]
     words += ["--prompts.held_out", "[]", "--prompts.stack_fraction", "0", "--validation.prompts", "[a red cube]"]
@@ -111,7 +111,7 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
     ]
     Trainer(load_config("toybox", [*SMALL, *words])).train()
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     (events,) = (path for path in run.rglob("events.out.tfevents.*") if path.parent.name == "prd")
     recorded = EventAccumulator(str(events)).Reload()
     for teacher in ("stable_diffusion", "mvdream", "richdreamer"):
@@ -126,7 +126,7 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
     assert rows[1]["peak_gigabytes"] >= rows[0]["peak_gigabytes"] > 0.05
 
     assert sorted(path.name for path in (run / "gallery").iterdir()) == ["step-000002"]
-    page = (run / "index.html").read_text()
+    page = (run / "index.html").read_text(encoding="utf-8")
     assert "2 of 2 steps" in page and "gallery/step-000002/sheet.png" in page and "meshes/a_red_cube.glb" in page
     bar = capfd.readouterr().err
     assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d, .*(s/it|it/s).*peak=\d", bar), bar[-500:]

@@ -63,7 +63,7 @@ def test_the_smallest_timestep_of_the_loss_moves() -> None:
 
 def test_the_released_recipe_comes_to_the_recorded_values() -> None:
     config = load_config("triplane_turbo_sd21")
-    recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text())["schedules"]
+    recorded = json.loads((OFFICIAL / "guidance" / "meta.json").read_text(encoding="utf-8"))["schedules"]
     assert {"0", "1", "20000"} <= recorded.keys()
     for step, values in recorded.items():
         now = resolved(config, int(step), config.total_steps)

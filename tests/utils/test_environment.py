@@ -65,7 +65,7 @@ def test_importing_the_library_sets_them_without_importing_torch() -> None:
 def test_a_run_records_what_is_in_force(tmp_path: Path) -> None:
     assert all(entry["set_by"] in ("user", "prd") for entry in in_force().values()), "torch was imported before prd"
     write_environment(tmp_path)
-    (row,) = json.loads((tmp_path / "environment.json").read_text())
+    (row,) = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
     assert row["variables"] == in_force() and row["variables"]["MKL_CBWR"]["value"]
 
 

@@ -34,13 +34,13 @@ def test_a_kill_while_a_file_of_the_run_is_written_leaves_the_one_before(tmp_pat
     write_environment(tmp_path)
     with open_metrics(tmp_path / "metrics.jsonl", 0) as stream:
         stream.write('{"step": 1}\n')
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     killed(write_environment, tmp_path)
     killed(save_config, load_config("toybox", ["--seed", "1"]), tmp_path / "config.yaml")
     killed(write_report, tmp_path)
     killed(open_metrics, tmp_path / "metrics.jsonl", 1)
-    assert (tmp_path / "index.html").read_text() == page
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == page
     run = read_run(tmp_path)
     assert (run.steps, run.config["seed"], len(run.sessions)) == (1, 0, 1)
     write_environment(tmp_path)
-    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))) == 2

@@ -51,7 +51,9 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_class_is_found_by_its_path_also_in_the_current_directory(folder):
     assert load_class("tests.utils.test_imports.Whole") is Whole
-    (folder / "module_of_mine_1.py").write_text("class Mine: pass\ndef loss(x): return x\nNUMBER = 3\n")
+    (folder / "module_of_mine_1.py").write_text(
+        "class Mine: pass\ndef loss(x): return x\nNUMBER = 3\n", encoding="utf-8"
+    )
     assert load_class("module_of_mine_1.Mine").__name__ == "Mine"
     assert load_class("module_of_mine_1.loss")(3) == 3
     with pytest.raises(ConfigError, match=r"x.class='module_of_mine_1.NUMBER': 'module_of_mine_1' has no class or fun"):
@@ -73,10 +75,10 @@ def test_a_path_that_leads_nowhere_is_named(path, message):
 
 
 def test_a_module_that_fails_to_import_says_why(folder):
-    (folder / "module_of_mine_2.py").write_text("import module_that_is_not\n")
+    (folder / "module_of_mine_2.py").write_text("import module_that_is_not\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="importing 'module_of_mine_2' failed: No module named 'module_that_is_not'"):
         load_class("module_of_mine_2.Mine")
-    (folder / "module_of_mine_3.py").write_text("1 / 0\n")
+    (folder / "module_of_mine_3.py").write_text("1 / 0\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="importing 'module_of_mine_3' failed: ZeroDivisionError: division by zero"):
         load_class("module_of_mine_3.Mine")
 

@@ -64,7 +64,7 @@ def _flip(folder):
 
 
 def _spoil_manifest(folder):
-    (folder / "manifest.json").write_text('{"step": 9, "fil')
+    (folder / "manifest.json").write_text('{"step": 9, "fil', encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_the_state_is_json(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder = save_checkpoint(tmp_path, 1, TENSORS, {"betas": (0.9, 0.99)})
-    assert json.loads((folder / "state.json").read_text()) == {"betas": [0.9, 0.99]}
+    assert json.loads((folder / "state.json").read_text(encoding="utf-8")) == {"betas": [0.9, 0.99]}
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, 2, TENSORS, {"object": object()})
     assert latest_checkpoint(tmp_path) == folder

@@ -32,10 +32,12 @@ def config(folder: Path, *words: str):
 def test_a_folder_that_holds_another_run_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", lambda *a, **k: pytest.fail("loaded a model"))
     monkeypatch.setattr("prd.training.trainer.build_parts", lambda *a, **k: pytest.fail("loaded a model"))
-    (tmp_path / "config.yaml").write_text("seed: 0\n")  # a run that died before its first step is no loss
+    (tmp_path / "config.yaml").write_text(
+        "seed: 0\n", encoding="utf-8"
+    )  # a run that died before its first step is no loss
     (tmp_path / "metrics.jsonl").touch()
     check_output_folder(config(tmp_path))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
     assert main(["train", "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"output_dir='{tmp_path}': holds another run (metrics.jsonl)" in error and "latest" in error
@@ -98,16 +100,16 @@ def test_a_line_of_the_metrics_is_json_for_every_reader_and_ends_what_a_resume_r
         "lr": 0.33333,
     }
     path = tmp_path / "metrics.jsonl"
-    path.write_text(metrics_line(1, {}) + metrics_line(2, {}) + line + '{"step": 4, "l')
+    path.write_text(metrics_line(1, {}) + metrics_line(2, {}) + line + '{"step": 4, "l', encoding="utf-8")
     with open_metrics(path, 2) as stream:
         stream.write(line)
-    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(row)["step"] for row in path.read_text(encoding="utf-8").splitlines()] == [1, 2, 3]
 
 
 def test_the_environment_names_packages_revision_and_hardware(tmp_path):
     write_environment(tmp_path, 2)
     write_environment(tmp_path, 1)
-    first, second = json.loads((tmp_path / "environment.json").read_text())
+    first, second = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
     assert (first["processes"], second["processes"]) == (2, 1)
     assert first["packages"]["torch"] == torch.__version__
     assert first["hardware"]["cores"] >= 1 and first["hardware"]["memory_gigabytes"] > 0

@@ -81,7 +81,7 @@ def test_where_a_checkpoint_is_looked_for(tmp_path, caplog):
         assert found is not None and found.step == step
     with pytest.raises(CheckpointError, match="checkpoint-3"):
         load("checkpoint-3")
-    (folder / "state.json").write_text("{")
+    (folder / "state.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match="passing over a damaged checkpoint.*checkpoint-2"):
         found = load("latest")
     assert found is not None and found.step == 1
