@@ -27,12 +27,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prd.cameras import orbit_cameras
 from prd.evaluation.pictures import save_sheet
-from prd.teachers.depth_control import control_images, run_controlled
+from prd.teachers.depth_control import control_images
 from prd.teachers.multiview import camera_vector, set_joint_attention
 from prd.toybox.check import REQUIRED_DEPTH_RATIO, REQUIRED_RATIO, camera_ratios, depth_ratios, silhouette_iou
 from prd.toybox.data import ViewPool, ViewSets
+from prd.toybox.diffusion import (
+    SHOWN,
+    controlled,
+    decode_images,
+    diffusion_loss,
+    encode_images,
+    plain,
+    sample,
+    sample_views,
+)
 from prd.toybox.models import (
     make_controlnet,
     make_normal_unet,
@@ -46,8 +55,6 @@ from prd.toybox.models import (
 STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500, "controlnet": 2000}
 STAGES = tuple(STEPS)  # a stage's place seeds its draws
 HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # v [n, C, h, w] of x_t, t and text [n, L, Ct]
 
 
 class Run:
@@ -154,57 +161,9 @@ def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
     return unet.to(args.device).eval().requires_grad_(False)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str], device: str) -> Tensor:
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-
-
-def plain(unet: UNet2DConditionModel, cameras: Tensor | None = None) -> Predict:
-    """The U-Net, told its cameras [n, D] if it knows any."""
-    return lambda x_t, t, text: unet(x_t, t, text, class_labels=cameras).sample
-
-
-def controlled(unet: UNet2DConditionModel, controlnet: ControlNetModel, disparity: Tensor) -> Predict:
-    """The U-Net held to the depth in disparities [n, 1, H, W]."""
-    control = control_images(disparity)
-    return lambda x_t, t, text: run_controlled(unet, controlnet, x_t, t, text, control)
-
-
-def diffusion_loss(
-    run: Run,
-    predict: Predict,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    x: Tensor,
-    captions: list[str],
-    views: int = 1,
-) -> Tensor:
-    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x; timesteps lean to high noise, a tenth has no caption."""
-    sets = x.shape[0] // views
-    draw, device = run.generator, x.device
-    captions = ["" if float(torch.rand((), generator=draw)) < 0.1 else caption for caption in captions]
-    text = text_encoder(tokenize(tokenizer, captions, run.device)).last_hidden_state.repeat_interleave(views, dim=0)
-    t = (1000 * torch.rand(sets, generator=draw) ** 0.75).long().repeat_interleave(views).to(device)
-    noise = torch.randn(x.shape, generator=draw).to(device)
-    a = make_scheduler().alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
-    noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-    return F.mse_loss(predict(noisy, t, text), a.sqrt() * noise - (1 - a).sqrt() * x)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
-    posterior = vae.encode(images * 2 - 1).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-
-
 def encode_views(run: Run, vae: AutoencoderKL, batch: ViewSets) -> Tensor:
     """Latents [4 * n, 4, h, w] of n four-view sets."""
     return encode_images(vae, batch.rgb.flatten(0, 1).to(run.device), run.generator)
-
-
-@torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    return vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
 
 
 def train_stable_diffusion(args: argparse.Namespace) -> None:
@@ -215,7 +174,7 @@ def train_stable_diffusion(args: argparse.Namespace) -> None:
     for step in run.each_step():
         images, _, captions = draw_images(run, 32 * args.batch_scale)
         x = encode_images(vae, images, run.generator)
-        run.update(step, diffusion_loss(run, plain(unet), text_encoder, tokenizer, x, captions))
+        run.update(step, diffusion_loss(plain(unet), text_encoder, tokenizer, x, captions, run.generator))
     run.finish()
     samples = sample(plain(unet), text_encoder, tokenizer, SHOWN * 4, size=unet.config.sample_size, seed=args.seed)
     save_sheet(decode_images(vae, samples), args.assets / "stable_diffusion.png", columns=8)
@@ -251,7 +210,7 @@ def train_mvdream(args: argparse.Namespace) -> None:
         batch = run.pool.draw(8 * args.batch_scale, run.generator)
         x = encode_views(run, vae, batch)
         predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
-        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, batch.captions, views=4))
+        run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, batch.captions, run.generator, views=4))
     run.finish()
     samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed)
     save_sheet(decode_images(vae, samples), args.assets / "mvdream.png", columns=8)
@@ -272,7 +231,7 @@ def train_richdreamer(args: argparse.Namespace) -> None:
         batch = run.pool.draw(8 * args.batch_scale, run.generator)
         x = batch.normal_disparity.flatten(0, 1).to(args.device)
         predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
-        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, batch.captions, views=4))
+        run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, batch.captions, run.generator, views=4))
     run.finish()
     samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed) / 2 + 0.5
     images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
@@ -308,7 +267,7 @@ def train_controlnet(args: argparse.Namespace) -> None:
         images, disparity, captions = draw_images(run, 32 * args.batch_scale)
         x = encode_images(vae, images, run.generator)
         predict = controlled(unet, controlnet, disparity)
-        run.update(step, diffusion_loss(run, predict, text_encoder, tokenizer, x, captions))
+        run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, captions, run.generator))
     run.finish()
     held_out = ViewPool(4, torch.Generator().manual_seed(args.seed + HELD_OUT_SEED))
     measure_silhouettes(run, unet, controlnet, text_encoder, tokenizer, vae, held_out, seed=args.seed)
@@ -373,46 +332,6 @@ def require(run: Run, kind: str, ratios: dict[str, dict[str, float]], least: flo
     worst = min(ratio for by_time in ratios.values() for ratio in by_time.values())
     if worst < least:
         raise SystemExit(f"{run.stage}: {kind}: {worst} is below {least}; train longer (--steps_scale)")
-
-
-SHOWN = [
-    "a red cube", "a green cone", "a blue torus", "a yellow wedge", "a purple arrow", "a cyan mug",
-    "a red cube on a blue cylinder", "a yellow mug on a green cube",
-]  # fmt: skip
-
-
-def sample_views(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, seed: int
-) -> Tensor:
-    """Samples of the shown captions from four cameras, [4 * n, 4, h, w]."""
-    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]]).expand(len(SHOWN), -1)
-    orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
-    predict = plain(unet, camera_vector(orbit, "fourier").to(unet.device))
-    captions = [caption for caption in SHOWN for _ in range(4)]
-    return sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
-
-
-@torch.no_grad()
-def sample(
-    predict: Predict,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    captions: list[str],
-    *,
-    size: int,
-    seed: int,
-    scale: float = 2.5,
-) -> Tensor:
-    """DDIM samples with classifier-free guidance, [len(captions), 4, size, size]."""
-    device = text_encoder.device
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(25)
-    x = torch.randn(len(captions), 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
-    texts = [text_encoder(tokenize(tokenizer, c, device)).last_hidden_state for c in (captions, [""] * len(captions))]
-    for t in scheduler.timesteps:
-        v, v_empty = (predict(x, t, text) for text in texts)
-        x = scheduler.step(v_empty + scale * (v - v_empty), t, x).prev_sample
-    return x
 
 
 TRAINERS = {
