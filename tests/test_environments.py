@@ -1,4 +1,7 @@
-"""`prd generate` in environments that a user may have: optimised, without a locale, a home or a folder to write in."""
+"""`prd generate` in environments that a user may have: optimised, without a locale, a home or a folder to write in.
+
+And with warnings as errors: neither it nor a library of the tested versions that it calls warns.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ NO_HOME = {"HOME": "/proc/absent", "XDG_CACHE_HOME": "/proc/absent", "HF_HOME": 
 
 
 @pytest.mark.parametrize(
-    "options, variables", [(["-O"], {}), ([], NO_LOCALE), ([], NO_HOME)], ids=["optimised", "no locale", "no home"]
+    "options, variables",
+    [(["-O"], {}), ([], NO_LOCALE), ([], NO_HOME), ([], {"PYTHONWARNINGS": "error"})],
+    ids=["optimised", "no locale", "no home", "warnings are errors"],
 )
 def test_generate_works(random_toybox, tmp_path, options, variables):
     places = ["--adapter", str(random_toybox / "adapter"), "--base", str(random_toybox / "stable_diffusion")]
