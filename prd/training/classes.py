@@ -129,8 +129,8 @@ def part_class(section: Section, name: str | None, key: str) -> Any:
     """
     if name is None:
         raise ConfigError(
-            f"{key}.class=null: its run was given the part in Python; give it to Trainer(config, parts) again, or name "
-            "its class, as class: my_module.MyClass"
+            f"{key}.class=null: names no class; give the part in Python, to build_parts or Trainer(config, parts), or "
+            "name its class, as class: my_module.MyClass"
         )
     if name in section.built_in:
         return section.built_in[name]

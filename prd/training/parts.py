@@ -177,7 +177,7 @@ def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     given  parts, or None, by section: of a section by names a mapping
 
     Raises ConfigError for settings of a class that is neither the library's nor that of a given part, or that no import
-    path leads to.
+    path leads to, and for all else that could not be read again.
     """
     found = dict[str, str | None]()
     for key, settings in settings_by_key(config).items():
@@ -187,9 +187,8 @@ def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
         class_name = own or class_name_of(config, key)
         if class_name != config.classes.get(key, name or SECTIONS[section].default):
             found[key] = class_name
-    if not found:
-        return config
-    config = replace(config, classes={**config.classes, **found})
+    if found:
+        config = replace(config, classes={**config.classes, **found})
     from_dict(to_dict(config))
     return config
 

@@ -283,3 +283,10 @@ def test_settings_of_a_class_that_nothing_names_are_refused_at_the_start(key, tm
     with pytest.raises(ConfigError, match=f"{key}: MineConfig"):
         Trainer(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_could_not_be_read_again_is_refused_at_the_start(tmp_path):
+    """A renderer that is scheduled and has no settings in the config, whatever the trainer is given."""
+    config = replace(settings("--output_dir", str(tmp_path / "run")), renderer_schedule=("flat",))
+    with pytest.raises(ConfigError, match="renderer_schedule='flat': must be 'all', 'alternate' or a list of volume"):
+        with_classes(config, {"renderers": {"flat": FlatRenderer(FlatConfig())}})

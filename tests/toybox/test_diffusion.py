@@ -1,0 +1,39 @@
+"""The diffusion of the toy box's teachers: a loss that the exact prediction brings to zero, and samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prd.toybox.diffusion import decode_images, diffusion_loss, encode_images, plain, sample
+from prd.toybox.models import IMAGE_SIZE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
+from tests.compare import ROUNDING
+
+
+def test_the_exact_prediction_has_no_loss() -> None:
+    tokenizer = make_tokenizer()
+    text_encoder, x = make_text_encoder(tokenizer).eval(), torch.randn(4, 4, 8, 8)
+    alphas = make_scheduler().alphas_cumprod
+    seen: list[Tensor] = []
+
+    def exact(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        assert text.shape == (4, 16, 64) and t[0] == t[1] and t[2] == t[3]  # the views of a set share t and text
+        torch.testing.assert_close(text[0], text[1])
+        seen.append(t)
+        a = alphas[t].view(-1, 1, 1, 1)
+        return a.sqrt() * (x_t - a.sqrt() * x) / (1 - a).sqrt() - (1 - a).sqrt() * x
+
+    given = text_encoder, tokenizer, x, ["a red cube", "a blue mug"]
+    loss = diffusion_loss(exact, *given, torch.Generator().manual_seed(0), views=2)
+    assert float(loss) < 100 * ROUNDING and len(seen) == 1
+    assert float(diffusion_loss(lambda x_t, t, text: x_t, *given, torch.Generator().manual_seed(0), views=2)) > 0.1
+
+
+def test_images_become_latents_and_captions_samples() -> None:
+    tokenizer, vae = make_tokenizer(), make_vae().eval()
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    latents = encode_images(vae, images, torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, 8, 8) and decode_images(vae, latents).shape == images.shape
+    unet, text_encoder = make_unet(cameras=False).eval(), make_text_encoder(tokenizer).eval()
+    found = sample(plain(unet), text_encoder, tokenizer, ["a red cube"] * 2, size=8, seed=3)
+    assert found.shape == (2, 4, 8, 8) and found.isfinite().all()
