@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from prd.errors import ModelMismatch
 from prd.utils.dtypes import check_dtype
+from prd.utils.files import move
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"  # of a single-pass model
@@ -64,11 +64,11 @@ def save_model(
             state = {key: t.detach().cpu().to(dtype or t.dtype).contiguous() for key, t in tensors.items()}
             save_file(state, new / name, metadata={"format": "pt"})
         contents = record({name: file_hash(new / name) for name in weights})
-        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
+        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
         mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for path in sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name)):
             path.chmod(mode)
-            os.replace(path, folder / path.name)
+            move(path, folder / path.name)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
