@@ -370,7 +370,7 @@ class TriplaneTurboModel(nn.Module):
         }
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **kinds, **adapted)
         sizes = SavedConfig(
-            base=base.name,
+            base=base.public_name,
             base_revision=base.revision,
             latent_size=config.latent_size,
             head_width=config.head_width,

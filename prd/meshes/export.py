@@ -93,12 +93,14 @@ def obj(mesh: Mesh, stem: str, owner: str) -> tuple[bytes, dict[str, bytes]]:
 
 def _free_stem(path: Path) -> str:
     """Return the stem of what lies beside an OBJ file: no file there that was not written for it has that name."""
-    stem = path.stem if PLAIN.fullmatch(path.stem) else file_stem(path.stem.encode("ascii", "ignore").decode(), "mesh")
-    for stem in itertools.chain((stem,), (f"{stem}_{number}" for number in itertools.count(2))):
+    own = path.stem if PLAIN.fullmatch(path.stem) else file_stem(path.stem.encode("ascii", "ignore").decode(), "mesh")
+
+    def is_free(stem: str) -> bool:
         beside = [path.with_name(f"{stem}{suffix}") for suffix in (".mtl", ".png")]
-        if all(not os.path.lexists(file) or _belongs_to(file, path.name) for file in beside):
-            break
-    return stem
+        return all(not os.path.lexists(file) or _belongs_to(file, path.name) for file in beside)
+
+    tries = itertools.chain((own,), (f"{own}_{number}" for number in itertools.count(2)))
+    return next(stem for stem in tries if is_free(stem))
 
 
 def _mark(owner: str) -> str:

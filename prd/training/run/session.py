@@ -13,6 +13,7 @@ from prd.training.recipes import dump_config, save_config, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
 from prd.training.run.clock import TIME_IS_UP
 from prd.training.run.folder import write_environment
+from prd.training.run.places import without_places
 from prd.training.run.resume import plain
 from prd.utils.files import only_shown
 
@@ -37,7 +38,7 @@ def begin_session(trainer: Trainer) -> int:
         trainer.validation.before()
     if main and trainer.plan.budget is not None and (seconds := trainer.validation.seconds_after()) is not None:
         trainer.plan.end_seconds = seconds
-    trainer.accelerator.init_trackers("prd", config=plain(to_dict(config)))
+    trainer.accelerator.init_trackers("prd", config=plain(without_places(to_dict(config))))
     return first
 
 
