@@ -233,8 +233,7 @@ def test_nothing_uploaded_names_a_place_and_a_hub_id_stays(hub: HubServer, here:
     assert re.search(r"base_model: some/base", saved["README.md"])
 
 
-def test_the_weights_are_what_decides(here: Path, toybox: Path, tmp_path: Path) -> None:
-    """Another base at the recorded place of a run is refused by its hash."""
+def test_the_config_of_a_run_leads_to_its_base(here: Path, toybox: Path, tmp_path: Path) -> None:
     TriplaneTurbo.from_pretrained("toybox").save_pretrained(tmp_path / "run" / "adapter")
     record = tmp_path / "run" / "adapter" / "config.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "base": ""}), encoding="utf-8")

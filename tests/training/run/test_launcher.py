@@ -197,7 +197,7 @@ def results(folder: Path, launcher: list[str], *words: str, **variables: str) ->
 
 
 def test_torchrun_trains_with_all_its_processes_without_a_gpu(tmp_path: Path) -> None:
-    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found, _ = results(tmp_path / "run", words, "toybox")
     assert [row["processes"] for row in found] == [2, 2]
 
