@@ -84,7 +84,7 @@ def public_base(name: str, revision: str | None) -> str:
 
 def public_encoder(name: str) -> str:
     """Return the name of a text encoder as saved models and cards have it, "" for a place on this disk by its form."""
-    return name if is_shipped(name) or (HUB_ID.fullmatch(name) and not name.endswith(".safetensors")) else ""
+    return name if is_shipped(name) or (HUB_ID.fullmatch(name) and not name.lower().endswith(".safetensors")) else ""
 
 
 def about(name: str) -> dict[str, Any]:

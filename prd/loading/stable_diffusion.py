@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel
 
-from prd.hub.shipped import HUB_ID, public_base, shipped
+from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shipped
 from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder
@@ -140,7 +140,7 @@ def _checked_place(name: str, revision: str | None) -> Path:
 
 def _is_of_hub(name: str, revision: str | None) -> bool:
     """Return True if a name with a revision means a repository, whatever folders are here."""
-    return revision is not None and HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+    return revision is not None and public_encoder(name) != "" and not is_shipped(name)
 
 
 def _finish(base: Base, dtype: torch.dtype, expected: Mapping[str, str] | None) -> Base:
