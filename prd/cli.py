@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     from prd.meshes.export import SUFFIXES
 
-    if not args.output.endswith(SUFFIXES):
+    if Path(args.output).suffix.lower() not in SUFFIXES:
         raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
     if not Path(args.output).absolute().parent.is_dir():
         raise ValueError(f"output={args.output!r}: the folder {Path(args.output).parent} is not there; make it first")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -193,7 +194,7 @@ def convert_mvdream(
     _check_kind(unet, "MVDream", 1024, linear=True)
     unet.save_pretrained(Path(folder) / "unet")
     vae.save_pretrained(Path(folder) / "vae")
-    _save_settings(Path(folder), MVDreamConfig(base=base))
+    _save_settings(Path(folder), MVDreamConfig(base=_from_folder(base, Path(folder))))
 
 
 def _read_copied_vae(path: str) -> AutoencoderKL:
@@ -221,7 +222,14 @@ def convert_richdreamer(
     unet = convert_unet(state, sample_size=32, **_heads(state, {"heads": 8}, heads, head_channels))
     _check_kind(unet, "RichDreamer", 768, linear=False)
     unet.save_pretrained(Path(folder) / "unet")
-    _save_settings(Path(folder), RichDreamerConfig(base=base))
+    _save_settings(Path(folder), RichDreamerConfig(base=_from_folder(base, Path(folder))))
+
+
+def _from_folder(base: str, folder: Path) -> str:
+    """Return `base` as a teacher's settings name it: a folder that is here, as models/sd, is no Hub id."""
+    if base.startswith(".") or Path(base).is_absolute() or not Path(base).is_dir():
+        return base
+    return Path(os.path.relpath(base, folder)).as_posix()
 
 
 def _save_settings(folder: Path, config: MVDreamConfig | RichDreamerConfig) -> None:

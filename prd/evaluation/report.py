@@ -24,7 +24,7 @@ from rich.text import Text
 
 from prd.errors import PrdError
 from prd.training.renamed import with_todays_keys
-from prd.utils.files import read_json, write_atomic
+from prd.utils.files import only_shown, read_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,12 @@ def write_report(folder: str | Path) -> Path:
     path = run.folder / PAGE
     write_atomic(path, "\n".join(part for part in parts if part))
     return path
+
+
+def update_report(folder: Path) -> None:
+    """Write the page of a run that goes on, with a warning where it cannot be written or what it shows is damaged."""
+    with only_shown(folder / PAGE, ValueError, TypeError, LookupError, AttributeError):
+        write_report(folder)
 
 
 def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import prd
 from prd.adapters.peta import PetaConfig
 from prd.errors import ModelMismatch
+from prd.hub.shipped import public_base
 from prd.loading.saved_model import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -53,7 +54,7 @@ SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 class SavedConfig:
     """Settings of a model besides its adapter, saved in config.json. ValueError for a value out of range."""
 
-    base: str = ""  # id or path of the Stable Diffusion it is built on
+    base: str = ""  # the Stable Diffusion it is built on: a shipped name or a Hub id; "" for one on its maker's disk
     base_revision: str | None = None  # commit of that base on the Hub, if it came from there
     latent_size: int = 32  # h = w of the latents that `generate` draws
     latent_scale: float | None = None  # divide latents by this before the decoder; None: as published, taken raw
@@ -140,10 +141,12 @@ def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype 
     if dtype is None:
         state = {name: _as_loaded(tensor, model.loaded_state.get(name)) for name, tensor in state.items()}
     heads = {name.removeprefix("heads."): state.pop(name) for name in list(state) if name.startswith("heads.")}
+    base = public_base(model.config.base, model.config.base_revision)
 
     def write_peta(new: Path) -> None:
         if not isinstance(model.peta.target_modules, str):  # peft keeps names in a set
             model.peta.target_modules = sorted(model.peta.target_modules or ())
+        model.peta.base_model_name_or_path = base or None
         model.peta.save_pretrained(str(new))
 
     def record(hashes: dict[str, str]) -> dict[str, Any]:
@@ -152,6 +155,7 @@ def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype 
             **own_class_record(type(model)),
             "_prd_version": prd.__version__,
             **{name: value for name, value in asdict(model.config).items() if (name, value) != ("inv_std", None)},
+            "base": base,
             "prediction_type": model.prediction_type,
             "base_hash": model.base_hash(),
             "noise_schedule": noise_schedule(model),
@@ -199,13 +203,12 @@ def _check_base(model: TriplaneTurboModel, folder: Path, record: dict[str, Any])
     remedy = "load that base, or pass allow_other_base=True"
     if not same_weights(recorded, own):
         raise ModelMismatch(
-            f"{folder}: trained on the base {record['base']!r}, whose weights differ from those loaded; {remedy}"
+            f"{folder}: trained on {_name_of(record)}, whose weights differ from those loaded; {remedy}"
         )
     both_have_text = all(any(name in hashes for name in hash_names(TEXT)) for hashes in (recorded, own))
     if both_have_text and not same_weights(recorded, own, TEXT):
         raise ModelMismatch(
-            f"{folder}: trained on the base {record['base']!r}, whose text encoder's weights differ from those loaded; "
-            f"{remedy}"
+            f"{folder}: trained on {_name_of(record)}, whose text encoder's weights differ from those loaded; {remedy}"
         )
     if "noise_schedule" in record and not _same_schedule(record["noise_schedule"], noise_schedule(model)):
         raise ModelMismatch(
@@ -217,6 +220,10 @@ def _check_base(model: TriplaneTurboModel, folder: Path, record: dict[str, Any])
             f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
             f"loaded says {model.prediction_type}; {remedy}"
         )
+
+
+def _name_of(record: Mapping[str, Any]) -> str:
+    return f"the base {record['base']!r}" if record["base"] else "a base of its maker's disk"
 
 
 def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

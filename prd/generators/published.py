@@ -98,7 +98,7 @@ def model_from_published(
         peta = published_config(state, backbone)
         converted = convert_published(state, backbone)
         config = SavedConfig(
-            base=base.name,
+            base=base.public_name,
             base_revision=base.revision,
             latent_size=min(LATENT_SIZE, base.unet.config["sample_size"]) if latent_size is None else latent_size,
             head_width=0 if width is None else width.shape[0],

@@ -20,6 +20,7 @@ import prd
 from prd.errors import ModelMismatch
 from prd.fields.protocol import Field
 from prd.hub.find import find_model
+from prd.hub.shipped import is_shipped, public_encoder
 from prd.loading.saved_model import (
     CONFIG,
     OWN_CLASS,
@@ -67,7 +68,9 @@ class SinglePassModel(nn.Module):
     def for_encoder(cls, config: Any, encoder: PromptEncoder) -> Self:
         """Build a fresh model for the embeddings of this `PromptEncoder`."""
         _, length, width = encoder([""]).shape
-        return cls(replace(config, text_length=length, text_width=width))
+        on_disk = not is_shipped(config.text_encoder) and Path(config.text_encoder).expanduser().exists()
+        name = "" if on_disk else public_encoder(config.text_encoder)  # as it is saved and shared
+        return cls(replace(config, text_encoder=name, text_length=length, text_width=width))
 
     @classmethod
     def from_config(
@@ -180,7 +183,7 @@ class SinglePassModel(nn.Module):
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != expected or not len(prompt_embeds):
             raise ValueError(
                 f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [B, {expected[0]}, {expected[1]}], of the text "
-                f"encoder of {self.config.text_encoder}"
+                "encoder that it was trained with"
             )
 
     def fits_encoder(self, hashes: Mapping[str, str]) -> bool:
@@ -212,6 +215,7 @@ class SinglePassModel(nn.Module):
                 "_prd_version": prd.__version__,
                 "generator": self.class_name.lower(),  # for version 0.1, which asks for it
                 **asdict(self.config),
+                "text_encoder": public_encoder(self.config.text_encoder),
                 "weights_hash": hashes[WEIGHTS],
                 "text_hash": self.text_hash,
             }

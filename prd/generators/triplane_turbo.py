@@ -370,7 +370,7 @@ class TriplaneTurboModel(nn.Module):
         same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
         sizes = SavedConfig(
-            base=base.name,
+            base=base.public_name,
             base_revision=base.revision,
             latent_size=config.latent_size,
             head_width=config.head_width,

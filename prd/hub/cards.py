@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from prd.generators.adapter_files import CLASS_NAME, read_configs
-from prd.hub.find import HUB_ID, METRICS
-from prd.hub.shipped import about
+from prd.hub.find import METRICS
+from prd.hub.shipped import about, is_shipped, public_base, public_encoder
 from prd.loading.saved_model import OWN_CLASS, read_record
 
 LIBRARY = "prd"
@@ -32,18 +32,13 @@ PAPERS = {
 }
 
 
-def on_hub(base: str) -> bool:
-    """Return True if a base's name is a Hub id, and neither a shipped one nor a path on this machine."""
-    return HUB_ID.fullmatch(base) is not None and not Path(base).exists() and Path(base).suffix != ".safetensors"
-
-
 def model_card(folder: Path, name: str, license: str | None, training_metadata: dict[str, Any]) -> ModelCard:
     """Return the card of the model in `folder`; it names no path of this machine."""
     if read_record(folder)["_class_name"] != CLASS_NAME:
         return _single_pass_card(folder, name, license, training_metadata)
     peta, record = read_configs(folder)
-    base, shared = record["base"], on_hub(record["base"])
-    known = about(base)
+    base = public_base(record["base"], record["base_revision"])
+    known, shared = about(base), base != "" and not is_shipped(base)
     data: dict[str, Any] = {
         "library_name": LIBRARY,
         "pipeline_tag": "text-to-3d",
@@ -72,8 +67,8 @@ def model_card(folder: Path, name: str, license: str | None, training_metadata: 
 
 def _single_pass_card(folder: Path, name: str, license: str | None, training_metadata: dict[str, Any]) -> ModelCard:
     record = read_record(folder)
-    kind, encoder = record["_class_name"], record["text_encoder"]
-    known, shared = about(encoder), on_hub(encoder)
+    kind, encoder = record["_class_name"], public_encoder(record["text_encoder"])
+    known, shared = about(encoder), encoder != "" and not is_shipped(encoder)
     data: dict[str, Any] = {
         "library_name": LIBRARY,
         "pipeline_tag": "text-to-3d",

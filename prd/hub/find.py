@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import snapshot_download
 
+from prd.hub.shipped import HUB_ID as HUB_ID
 from prd.hub.shipped import shipped, shipped_names
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CARD, TRAINING_METADATA = "README.md", "record.json"
 IN_RUNS = ("adapter", "generator")  # what a run saves its model as
 METRICS = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
@@ -69,6 +69,20 @@ def find_model(
         raise FileNotFoundError(
             f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
         ) from error
+
+
+def place_in_run(folder: Path, key: str) -> str | None:
+    """Return what `model.{key}` of the run that a model lies in names on this disk; None if it names nothing here.
+
+    A run folder stays on the machine and knows its places (config.yaml); the model in it may be shared and names none.
+    """
+    if folder.name not in IN_RUNS:
+        return None
+    try:
+        place = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["model"][key]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return place if isinstance(place, str) and Path(place).expanduser().exists() else None
 
 
 def read_training_metadata(folder: Path) -> dict[str, Any]:

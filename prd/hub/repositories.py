@@ -14,10 +14,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
-from prd.hub.cards import LIBRARY, model_card, on_hub
+from prd.hub.cards import LIBRARY, model_card
 from prd.hub.find import CARD, HUB_ID, TRAINING_METADATA
-from prd.hub.shipped import is_shipped
-from prd.loading.saved_model import ADAPTER_CONFIG, CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +65,8 @@ def push_model(
     private         of a repository that is made now; None: as the account's default
     revision        branch, made if it is missing; None: main
 
-    A base that is a path on this machine is not named in what is uploaded, and a README.md on the Hub that was not
-    written here stays as it is. Raises ValueError for a repo_id that is no
+    Nothing that is uploaded names a place on this machine: a saved model knows a base of this disk by its hash alone. A
+    README.md on the Hub that was not written here stays as it is. Raises ValueError for a repo_id that is no
     'owner/name', and the Hub's own errors (OSError).
     """
     if not HUB_ID.fullmatch(repo_id):
@@ -76,7 +74,6 @@ def push_model(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save(folder)
-        _forget_local_base(folder)
         write_card(folder, name=repo_id, license=license, training_metadata=training_metadata)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -92,20 +89,3 @@ def push_model(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
     return str(commit.commit_url)
-
-
-def _forget_local_base(folder: Path) -> None:
-    """Leave out of what is uploaded where on this machine the base, or the text encoder, is."""
-    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    key = "base" if "base" in record else "text_encoder"
-    if is_shipped(record[key]) or on_hub(record[key]):
-        return
-    changes: list[tuple[str, dict[str, Any]]] = [(CONFIG, {key: ""})]
-    if key == "base":
-        changes = [
-            (CONFIG, {key: "", "base_revision": None}),
-            (ADAPTER_CONFIG, {"base_model_name_or_path": None}),
-        ]
-    for name, values in changes:
-        written = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps({**written, **values}, indent=2) + "\n", encoding="utf-8")

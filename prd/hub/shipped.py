@@ -19,6 +19,7 @@ optional, is the import path of a `prd.evaluation.benchmark.Benchmark`: the worl
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import prd
 
 ASSETS: tuple[Path, ...] = tuple(sorted(Path(prd.__file__).parent.glob("*/assets")))
 INDEX = "index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def shipped(name: str | Path, part: str) -> Path | None:
@@ -69,6 +71,20 @@ def shipped_encoders(name: str) -> list[Path]:
 def is_shipped(name: str | Path) -> bool:
     """Return True if something of that name ships with the package."""
     return any(str(name) in index for _, index in _indices())
+
+
+def public_base(name: str, revision: str | None) -> str:
+    """Return the name of a base as saved models and cards have it: of what ships, or came from the Hub at a commit.
+
+    A place on this disk is named nowhere: the hash of the weights says which base it is. Returns "" for it, also where
+    it looks like a Hub id, as the folder models/sd does.
+    """
+    return name if is_shipped(name) or revision is not None else ""
+
+
+def public_encoder(name: str) -> str:
+    """Return the name of a text encoder as saved models and cards have it, "" for a place on this disk by its form."""
+    return name if is_shipped(name) or (HUB_ID.fullmatch(name) and not name.lower().endswith(".safetensors")) else ""
 
 
 def about(name: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from prd.errors import ModelMismatch
 from prd.utils.dtypes import check_dtype
+from prd.utils.files import move
 from prd.utils.imports import import_path
 
 CONFIG = "config.json"
@@ -70,7 +70,7 @@ def save_model(
         mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for path in sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name)):
             path.chmod(mode)
-            os.replace(path, folder / path.name)
+            move(path, folder / path.name)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel
 
-from prd.hub.shipped import shipped
+from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shipped
 from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder
@@ -43,6 +43,7 @@ TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts
 class Base:
     """A Stable Diffusion taken apart.
 
+    name      as it was given: what ships with the package, a Hub id, or a place on this disk
     encoder   None if it has no text encoder, or none was wanted: prompts are then given as embeddings
     revision  the commit on the Hub it came from, None for files on disk
     hashes    of the weights as they were stored (`prd.loading.weight_hashes`), of the text encoder's too if it is there
@@ -55,6 +56,11 @@ class Base:
     encoder: PromptEncoder | None
     revision: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def public_name(self) -> str:
+        """The name by which others find it; "" for what lies on this disk."""
+        return public_base(self.name, self.revision)
 
 
 def load_base(
@@ -80,6 +86,7 @@ def load_base(
     Of a Hub id only what is used is fetched. Where weights are there in a half precision alone (`*.fp16.safetensors`),
     these are read.
     The tokenizer of a single file is taken from a folder `tokenizer` beside it, else from the Hub.
+    A name is that of a folder if there is one, else a Hub id; with a revision 'owner/name' is always a Hub id.
 
     Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if a part is missing, and
     UnsupportedBase: before any weight is read for SDXL, SD3, Flux, inpainting and other backbones, and for pickled,
@@ -93,7 +100,7 @@ def load_base(
         parts = _from_file(path, name, text, prediction_type, hub)
         width = parts.unet.config["block_out_channels"][0]
         return _finish(parts, inference_dtype(width, device) if dtype is None else dtype, expected)
-    if not path.is_dir():
+    if not path.is_dir() or _is_of_hub(name, revision):
         path = _download_configs(name, text, hub)
         commit = path.name
     check_backbone(name, path)
@@ -118,15 +125,22 @@ def _checked_place(name: str, revision: str | None) -> Path:
     path = shipped(name, "base") or Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
+    if _is_of_hub(name, revision):
+        return path
     if revision is not None and (path.exists() or path.suffix == ".safetensors"):
         raise ValueError(f"revision={revision!r}: {name} is on this disk and has no revisions; leave it out")
     if path.suffix == ".safetensors":
         return path
     if path.is_file():
         raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+    if not path.is_dir() and not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
     return path
+
+
+def _is_of_hub(name: str, revision: str | None) -> bool:
+    """Return True if a name with a revision means a repository, whatever folders are here."""
+    return revision is not None and public_encoder(name) != "" and not is_shipped(name)
 
 
 def _finish(base: Base, dtype: torch.dtype, expected: Mapping[str, str] | None) -> Base:

@@ -97,9 +97,13 @@ class Mesh:
         """Write the mesh; the suffix names the format. Returns the path.
 
         .glb  glTF 2.0 binary: +Y up, front +Z; base colour texture in a PBR material (metallic 0, roughness 1), or
-              without a texture linear COLOR_0
+              without a texture linear COLOR_0 in float32
         .obj  +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
         .ply  the scene's own axes (+Z up, front +X); welded, with vertex colours
+
+        The file that `path` names is replaced. NAME.mtl and NAME.png are replaced only where they say that they were
+        written for this .obj; else they are called NAME_2, NAME_3, ... NAME is the .obj's own, with other characters
+        than ASCII letters, digits and "._-" left out, for not every reader takes them.
 
         Each file is written aside and renamed, so that a reader never sees half of one. Raises ValueError for another
         suffix and OSError where the folder cannot be written.

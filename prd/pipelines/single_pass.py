@@ -20,7 +20,8 @@ from prd.fields.protocol import Field
 from prd.generators.atom import AtomModel
 from prd.generators.att3d import Att3dModel
 from prd.generators.single_pass import SinglePassModel
-from prd.hub.find import find_model, read_training_metadata
+from prd.hub.find import find_model, place_in_run, read_training_metadata
+from prd.hub.shipped import public_encoder
 from prd.loading.saved_model import OWN_CLASS, loader_of, own_class_record, read_record
 from prd.meshes.options import MeshKeywords
 from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device
@@ -86,17 +87,12 @@ class SinglePassPipeline(TextTo3DPipeline):
         model = cls.model_class.from_pretrained(folder)
         encoder = None
         if text:
-            place = text_encoder or model.config.text_encoder
-            if not place:
-                raise ValueError(
-                    f"text_encoder=None: {name_or_path} was trained with one of a folder of its maker's; pass "
-                    "text_encoder="
-                )
+            place = text_encoder or _recorded_encoder(folder, str(name_or_path), model.config.text_encoder)
             encoder = load_encoder(place, **hub)
             if not allow_other_encoder and not model.fits_encoder(encoder_hashes(encoder)):
                 raise ModelMismatch(
-                    f"{name_or_path}: trained with the text encoder {model.config.text_encoder!r}, whose weights "
-                    f"differ from those of {place}; load that one, or pass allow_other_encoder=True"
+                    f"{name_or_path}: trained with the text encoder {model.config.text_encoder or 'of its maker'!r}, "
+                    f"whose weights differ from those of {place}; load that one, or pass allow_other_encoder=True"
                 )
         pipe = cls(model, encoder).to(device)
         pipe.training_metadata = read_training_metadata(folder)
@@ -192,6 +188,19 @@ class ATT3D(SinglePassPipeline):
             )
         _, (first, second) = self._encode([prompt_a, prompt_b], None, self.model.config.text_width)
         return self.model.interpolate(first, second, shares)
+
+
+def _recorded_encoder(folder: Path, name: str, recorded: str) -> str:
+    """Return where the text encoder of a saved model is; ValueError if that was its maker's disk and it is not here."""
+    if known := public_encoder(recorded):
+        return known
+    for place in (recorded, place_in_run(folder, "text_encoder")):  # the first: of version 0.1, which recorded places
+        if place and Path(place).expanduser().exists():
+            return place
+    raise ValueError(
+        f"text_encoder=None: {name} was trained with one of its maker's disk, which is not here; pass text_encoder= "
+        "(prd generate: --text-encoder)"
+    )
 
 
 def _shares(alphas: Sequence[float] | Tensor) -> Tensor:

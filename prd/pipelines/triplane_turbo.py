@@ -20,7 +20,8 @@ from prd.errors import ModelMismatch
 from prd.fields.triplane import TriplaneField
 from prd.generators.adapter_files import read_configs
 from prd.generators.triplane_turbo import TriplaneTurboModel
-from prd.hub.find import find_model, read_training_metadata
+from prd.hub.find import find_model, place_in_run, read_training_metadata
+from prd.hub.shipped import public_base
 from prd.loading.saved_model import ADAPTER_CONFIG, OWN_CLASS, WEIGHTS, loader_of, own_class_record, read_record
 from prd.loading.stable_diffusion import Base, load_base
 from prd.meshes.options import MeshKeywords
@@ -69,7 +70,8 @@ class TriplaneTurbo(TextTo3DPipeline):
         """Load an adapter and the base it was trained on.
 
         name_or_path      "toybox" (shipped, needs no network), a run folder, an adapter folder, or a Hub id
-        base              another place of the same Stable Diffusion, in any of float32 and its half precision copies;
+        base              another place of the same Stable Diffusion, in any of float32 and its half precision copies
+                          (needed for one that lay on its maker's disk: a saved adapter names no place);
                           the hash of its weights (and of its text encoder's, where recorded) must be the recorded one
         device, dtype     where and in what to compute; dtype=None: bfloat16 where the device computes in it (float16 on
                           older CUDA devices, float32 on older CPUs and for models as small as the toy box's);
@@ -255,10 +257,8 @@ def _load_base(
 ) -> Base:
     """Load the base that the adapter in `folder` records, from `base` if that is given; arguments as for the caller."""
     _, record = read_configs(folder)
-    if not base and not record["base"]:
-        raise ValueError(f"base=None: {name} was trained on a folder of its maker's; pass base=")
     return load_base(
-        base or record["base"],
+        base or _recorded_base(folder, name, record),
         dtype=dtype,
         device=device,
         revision=None if base else record["base_revision"],
@@ -266,6 +266,19 @@ def _load_base(
         prediction_type=record["prediction_type"],
         expected=record["base_hash"],
         **hub,
+    )
+
+
+def _recorded_base(folder: Path, name: str, record: dict[str, Any]) -> str:
+    """Return where the base of a saved adapter is; ValueError if that was its maker's disk and nothing is there."""
+    if known := public_base(record["base"], record["base_revision"]):
+        return known
+    for place in (record["base"], place_in_run(folder, "base")):  # the first: of version 0.1, which recorded places
+        if place and Path(place).expanduser().exists():
+            return place
+    raise ValueError(
+        f"base=None: {name} was trained on a base of its maker's disk, which is not here; pass base= (prd generate: "
+        "--base), a folder, a .safetensors file or a Hub id of the same Stable Diffusion"
     )
 
 

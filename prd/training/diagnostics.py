@@ -14,6 +14,7 @@ from torch import Tensor
 from prd.cameras import Cameras
 from prd.data.prompts import held_out_prompts
 from prd.fields.protocol import Field
+from prd.utils.files import only_shown
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -64,9 +65,10 @@ def _describe(cameras: Cameras, sample: int) -> list[dict[str, float]]:
 
 def record_skipped(folder: Path, step: int, process: int, suspects: Sequence[dict[str, Any]]) -> str:
     """Append suspects to `skipped.jsonl`; returns them in words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / SKIPPED).open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"step": step, "process": process, **s}) + "\n" for s in suspects)
+    with only_shown(folder / SKIPPED):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / SKIPPED).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"step": step, "process": process, **s}) + "\n" for s in suspects)
     texts = list(dict.fromkeys(f"{p!r}" for s in suspects for p in s["prompts"]))
     first, *_ = suspects[0]["cameras"][0]
     return (

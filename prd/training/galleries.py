@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
-from prd.utils.files import write_atomic
+from prd.utils.files import file_stem, write_atomic
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -129,10 +128,10 @@ def _save_rows(pictures: Tensor, prompts: Sequence[str], config: TrainConfig, pa
 
 
 def mesh_names(prompts: Sequence[str]) -> list[str]:
-    """A file name for each prompt: its letters and digits, numbered where two would be the same."""
+    """A file name for each prompt: its letters and digits (`file_stem`), numbered where two would be the same."""
     names: list[str] = []
     for prompt in prompts:
-        stem = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
+        stem = file_stem(prompt, "prompt")
         tries = (f"{stem}.glb", *(f"{stem}_{number}.glb" for number in range(2, len(prompts) + 2)))
         names.append(next(name for name in tries if name not in names))
     return names

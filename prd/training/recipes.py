@@ -29,6 +29,7 @@ from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
 from prd.training.keys import check_keys, explain, known_keys, leaves
 from prd.training.renamed import renamed
+from prd.training.run.launcher import read_launch, with_launcher
 from prd.utils.files import write_atomic
 from prd.utils.plain_yaml import parse_yaml
 
@@ -139,7 +140,8 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     overrides  command-line words: ["--optimizer.lr", "1e-3", "--seed=1"]
 
     `max_train_steps` among the overrides without `max_train_minutes` is a fixed number of steps: the minutes of the
-    recipe do not apply.
+    recipe do not apply. `mixed_precision` and `gradient_accumulation_steps` that neither sets are those that the
+    launcher of this process was told (`prd.training.run.launcher`).
 
     Raises `ConfigError` for a file that does not exist or is no mapping, an unknown key (naming the nearest known
     one), a value of the wrong type or outside its range.
@@ -160,7 +162,7 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     if values.get("fits") and {"max_train_steps", "max_train_minutes"} & changes.keys():
         logger.warning("%s: the steps that its run was fitted to do not apply to other steps or minutes", config)
         values["fits"] = []
-    return from_dict(merged(values, changes), str(config))
+    return from_dict(with_launcher(merged(values, changes), read_launch()), str(config))
 
 
 def parse_args(argv: Sequence[str]) -> TrainConfig:

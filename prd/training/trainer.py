@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from prd.data.batches import NOISE, Batch, Batches, dummy_of
 from prd.distillation.asd import NonFinitePrediction
 from prd.distillation.multi_teacher import MeanMetrics
-from prd.evaluation.report import write_report
+from prd.evaluation.report import update_report
 from prd.rendering.background import TextBackground
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
@@ -37,6 +37,7 @@ from prd.training.run.resume import load_resumed, resumed_config
 from prd.training.run.session import begin_session, end_session, full_disk_explained, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
 from prd.training.validation import Validation
+from prd.utils.files import only_shown
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,9 @@ class Trainer:
     def fit_steps(self, done: int) -> None:
         """Fit the number of steps to the minutes where that is due after `done` steps, alike in all processes."""
         if self.plan.fit(done, self.stage) and self.accelerator.is_main_process:
-            save_config(self.plan.config, self.folder / "config.yaml")
+            path = self.folder / "config.yaml"
+            with only_shown(path):  # the checkpoints hold it too
+                save_config(self.plan.config, path)
         self.follow_plan(done)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -222,30 +225,29 @@ class Trainer:
     def loop(self, first: int) -> int:
         """Take the steps from `first` on, show, log and save them; returns how many the run has done."""
         config, main = self.config, self.accelerator.is_main_process
-        log = Logbook(self.folder, self.accelerator, first, self.plan.max_train_steps)
         done = first
-        while done < self.plan.max_train_steps:
-            step = done
-            try:
-                values = self.train_step(step)
-            except FloatingPointError as error:
-                path = self.folder / f"checkpoint-{step}"
-                if step % config.checkpointing_steps:
-                    self.save(step)  # the weights are those of the last good step
-                raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
-            done = step + 1
-            if main:
-                log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
-            self.fit_steps(done)
-            log.advance(self.plan.max_train_steps)
-            if done % config.checkpointing_steps == 0:
-                self.save(done)
+        with closing(Logbook(self.folder, self.accelerator, first, self.plan.max_train_steps)) as log:
+            while done < self.plan.max_train_steps:
+                step = done
+                try:
+                    values = self.train_step(step)
+                except FloatingPointError as error:
+                    path = self.folder / f"checkpoint-{step}"
+                    if step % config.checkpointing_steps:
+                        self.save(step)  # the weights are those of the last good step
+                    raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
+                done = step + 1
                 if main:
-                    write_report(self.folder)
-            if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
-                self.stopping = self.stopping or self.stop.name
-            if self.stopping:
-                self.plan.say_stopping(self.stopping, done)
-                break
-        log.close()
+                    log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
+                self.fit_steps(done)
+                log.advance(self.plan.max_train_steps)
+                if done % config.checkpointing_steps == 0:
+                    self.save(done)
+                    if main:
+                        update_report(self.folder)
+                if self.accelerator.num_processes == 1:  # nobody to agree with: a signal of this very moment counts
+                    self.stopping = self.stopping or self.stop.name
+                if self.stopping:
+                    self.plan.say_stopping(self.stopping, done)
+                    break
         return done

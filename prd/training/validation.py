@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.benchmark import Benchmark, Score, measured_splits
-from prd.evaluation.report import write_report
+from prd.evaluation.report import update_report
 from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
 from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
@@ -24,7 +24,7 @@ from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
 from prd.utils.checked_types import CHECKS, Count, Size
-from prd.utils.files import write_atomic
+from prd.utils.files import only_shown, write_atomic
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -79,8 +79,13 @@ class Validation:
 
     def before(self) -> None:
         """Draw the validation prompts as they are before the first step."""
-        prompts = self.config.validation.prompts
-        contact_sheet(self.model, self.text_encoder, prompts, self.config, self.folder / "before.png")
+        self.sheet("before.png")
+
+    def sheet(self, name: str) -> None:
+        """Draw the validation prompts as they are now."""
+        path = self.folder / name
+        with only_shown(path):
+            contact_sheet(self.model, self.text_encoder, self.config.validation.prompts, self.config, path)
 
     def validate_periodically(self, done: int, schedule_steps: int) -> dict[str, float]:
         """Measure after `done` steps what is due then, each quantity every so many steps; returns the values.
@@ -111,10 +116,10 @@ class Validation:
 
     def gallery(self, done: int) -> dict[str, float]:
         """Draw, measure and export the validation prompts as they are after `done` steps; returns the means."""
-        with self.shown_weights():
-            folder = self.folder / "gallery" / f"step-{done:06d}"
+        folder, means = self.folder / "gallery" / f"step-{done:06d}", dict[str, float]()
+        with self.shown_weights(), only_shown(folder):
             means = save_gallery(self.model, self.text_encoder, self.config, folder, self.benchmark)
-        write_report(self.folder)
+        update_report(self.folder)
         return {f"gallery/{name}": value for name, value in means.items()}
 
     def quick_recognition(self) -> float:
@@ -154,12 +159,13 @@ class Validation:
         config, folder = self.config, self.folder
         with self.shown_weights():
             self.model.save_pretrained(folder / self.model.folder_name)
-            contact_sheet(self.model, self.text_encoder, config.validation.prompts, config, folder / "after.png")
-            export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
+            self.sheet("after.png")
+            with only_shown(folder / "meshes"):
+                export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
             if self.benchmark is not None:
                 held_out = list(held_out_prompts(config.prompts))
                 self.score({"train_steps": done, **cost, "seed": config.seed, "held_out": held_out})
-        write_report(folder)
+        update_report(folder)
 
     def score(self, record: dict[str, Any]) -> None:
         """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
@@ -171,10 +177,11 @@ class Validation:
             scores = self.measure(prompts)
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
         summaries = {name: part["summary"] for name, part in report.items()}
-        write_atomic(self.folder / "scores.json", json.dumps(report, indent=1) + "\n")
         record["measured"] = summaries
-        place = self.folder / self.model.folder_name / "record.json"
-        write_atomic(place, json.dumps(record, indent=1) + "\n")
+        beside_weights = self.folder / self.model.folder_name / "record.json"
+        for path, contents in ((self.folder / "scores.json", report), (beside_weights, record)):
+            with only_shown(path):
+                write_atomic(path, json.dumps(contents, indent=1) + "\n")
         print("\n".join(self.benchmark.describe(summaries)))
 
 

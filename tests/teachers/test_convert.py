@@ -1,5 +1,6 @@
 """Original checkpoints: parity with recorded numbers, and everything that is not such a checkpoint is named."""
 
+import json
 import shutil
 
 import pytest
@@ -52,6 +53,15 @@ def test_converted_folders_load_and_predict_the_same(tmp_path, monkeypatch):
         epsilon = teacher.unet(x, t, context, class_labels=camera).sample
         io.compare(f"{name}.eps", epsilon, parity.NETWORK)
     assert not io.failures
+
+
+def test_a_base_in_the_current_directory_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd").mkdir(parents=True)
+    for base, named in (("models/sd", "../../models/sd"), ("owner/sd", "owner/sd"), ("../sd", "../sd")):
+        convert_richdreamer(ND, f"teachers/{base.replace('/', '')}", base, heads=4)
+        settings = json.loads((tmp_path / "teachers" / base.replace("/", "") / "teacher_config.json").read_text())
+        assert settings["base"] == named
 
 
 def test_a_checkpoint_of_another_model_or_with_a_key_too_few_or_many():

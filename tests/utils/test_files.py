@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
+import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from prd.evaluation.report import read_run, write_report
 from prd.training.recipes import load_config, save_config
+from prd.training.run.checkpoints import load_checkpoint, save_checkpoint
 from prd.training.run.folder import open_metrics, write_environment
+from prd.utils import files
+from prd.utils.files import file_stem, flush, only_shown, replace_file, write_atomic
 
 
 @pytest.fixture
@@ -44,3 +53,109 @@ def test_a_kill_while_a_file_of_the_run_is_written_leaves_the_one_before(tmp_pat
     assert (run.steps, run.config["seed"], len(run.sessions)) == (1, 0, 1)
     write_environment(tmp_path)
     assert len(json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))) == 2
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Files as Windows has them: no handle of a folder, and only one that may write can be flushed."""
+    real_open, real_fsync, flushed = os.open, os.fsync, []
+
+    def windows_open(path, flags, *words, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, flags, *words, **options)
+
+    def windows_fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(os.fstat(handle).st_ino)
+        return real_fsync(handle)
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    return flushed
+
+
+def test_files_are_flushed_as_windows_does(windows, tmp_path):
+    write_atomic(tmp_path / "a.json", "x")
+    assert (tmp_path / "a.json").stat().st_ino in windows
+    for run in (1, 2):  # the second in the place of the first
+        folder = save_checkpoint(tmp_path, 1, {"adapter": {"w": torch.ones(2)}}, {"run": run})
+    assert load_checkpoint(folder).state == {"run": 2}
+    assert {path.stat().st_ino for path in folder.iterdir()} <= set(windows)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_nothing_is_left_to_itself(code, tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomic(tmp_path / "a.json", "x")
+    flush(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_what_did_not_reach_the_disk_is_an_error_and_leaves_the_file_before(code, tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(code, os.strerror(code))
+
+    write_atomic(tmp_path / "a.json", "before")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        write_atomic(tmp_path / "a.json", "x")
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_file_that_another_program_holds_is_replaced_once_it_lets_go(tmp_path, monkeypatch):
+    real_replace, left = os.replace, [3]
+
+    def held(source, target):
+        if left[0]:
+            left[0] -= 1
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "WAITS", (0.0,) * 3)
+    write_atomic(tmp_path / "a.json", "x")
+    save_checkpoint(tmp_path, 1, {"adapter": {"w": torch.ones(2)}}, {})
+    left[0] = 9
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "a.json", "y")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "x" and not list(tmp_path.glob(".*"))
+
+
+def test_the_longest_name_that_a_file_may_have_is_written(tmp_path):
+    path = tmp_path / ("x" * 250 + ".json")
+    replace_file(path, lambda aside: aside.write_text("x", encoding="utf-8"))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "text, stem",
+    [
+        *[(name, f"{name}_") for name in ("con", "prn", "aux", "nul", "com1", "lpt9")],
+        *[("NUL", "nul_"), ("Con.", "con_"), ("console", "console"), ("com10", "com10")],
+        *[('a: <b> "c" | d? *e/f\\g', "a_b_c_d_e_f_g"), ("two\nlines\tand\0more", "two_lines_and_more")],
+        *[("an end...", "an_end"), (" .hidden ", "hidden"), ("...", "mesh"), ("", "mesh"), ("\U0001f600", "mesh")],
+        *[("Gr\u00f6\u00dfe", "gr\u00f6\u00dfe"), ("cafe\u0301", "caf\u00e9"), ("\u732b", "\u732b")],
+        *[("x" * 300, "x" * 80), ("\u732b" * 300, "\u732b" * 66), ("\U0001d4d0" * 300, "\U0001d4d0" * 50)],
+    ],
+)
+def test_a_text_becomes_a_name_that_every_file_system_takes(text, stem, tmp_path):
+    assert file_stem(text, "mesh") == stem
+    (tmp_path / f"{stem}.glb").touch()
+
+
+def test_only_what_is_expected_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING), only_shown("a page", KeyError):
+        raise KeyError("step")
+    with only_shown("a page"):
+        raise OSError(28, "No space left on device")
+    assert [record.message for record in caplog.records] == [
+        "a page: could not be written ('step'); the run goes on",
+        "a page: could not be written ([Errno 28] No space left on device); the run goes on",
+    ]
+    with pytest.raises(KeyError), only_shown("a page"):
+        raise KeyError("step")

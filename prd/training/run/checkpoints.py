@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import random
 import re
 import shutil
@@ -29,6 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import CheckpointError as CheckpointError
+from prd.utils.files import flush, move
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
@@ -64,8 +67,13 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         _write(aside, step, tensors, state)
+        if final.exists():
+            move(final, replaced)
+        move(aside, final)
     except (OSError, SafetensorError) as error:  # a full disk, mostly: give back what was taken of it
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
         last = max((n for n, _ in _checkpoints(run)), default=None)
         kept = (
             "there is none before it"
@@ -73,16 +81,21 @@ def save_checkpoint(
             else f"checkpoint-{last} is whole, --resume_from_checkpoint latest"
         )
         raise CheckpointError(f"{final} could not be written ({error}); {kept}") from error
-    if final.exists():
-        final.rename(replaced)
-    aside.rename(final)
-    _flush(run)
+    flush(run)
     shutil.rmtree(replaced, ignore_errors=True)
     if total_limit is not None:
         for _, old in _checkpoints(run)[:-total_limit]:
             if old != final:
-                shutil.rmtree(old)
+                _remove(old)
     return final
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint that is no longer wanted; one that stays costs no more than its room."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("%s: could not be removed (%s); remove it yourself", old, error)
 
 
 def _write(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> None:
@@ -96,7 +109,7 @@ def _write(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, A
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
 
 
 def verify_checkpoint(folder: str | Path) -> int:
@@ -257,12 +270,3 @@ def _checkpoints(run: Path) -> list[tuple[int, Path]]:
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

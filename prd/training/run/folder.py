@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from prd.errors import ConfigError
 from prd.training.run.checkpoints import named_checkpoint
+from prd.training.run.launcher import read_launch
 from prd.training.run.places import check_places
 from prd.utils.environment import in_force
 from prd.utils.files import read_json, write_atomic
@@ -132,6 +133,7 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "processes": num_processes,
+        "launcher": read_launch().told(),
         "threads": torch.get_num_threads(),
         "variables": in_force(),
     }

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from prd.training.run.folder import metrics_line, open_metrics
+from prd.utils.files import only_shown
 
 
 class Logbook:
@@ -20,6 +21,7 @@ class Logbook:
         self.metrics = open_metrics(folder / "metrics.jsonl", first) if main else None
         self.bar = tqdm(initial=first, total=total, disable=not main, desc="train", mininterval=1.0)
         self.shown: dict[str, str] = {}
+        self.tracked = True
 
     def write(self, done: int, values: Mapping[str, float]) -> None:
         """Log what was measured after `done` steps: a line of metrics.jsonl, the tracker, the progress bar."""
@@ -28,7 +30,11 @@ class Logbook:
         self.shown |= {"s/step": f"{values['seconds']:.2f}", "peak": f"{values['peak_gigabytes']:.1f} GB"}
         if "r_at_1" in values:
             self.shown["R@1"] = f"{values['r_at_1']:.2f}"
-        self.accelerator.log(dict(values), step=done)
+        if self.tracked:
+            self.tracked = False
+            with only_shown("the tracker's log, which ends here"):
+                self.accelerator.log(dict(values), step=done)
+                self.tracked = True
         self.metrics.write(metrics_line(done, values))
         self.metrics.flush()
         self.bar.set_postfix(self.shown, refresh=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 from prd.data.prompts import check_source
 from prd.errors import ConfigError
@@ -12,6 +13,26 @@ from prd.training.run.checkpoints import named_checkpoint
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
+
+
+HERE = "(a place on this machine)"
+
+
+def without_places(values: Any) -> Any:
+    """Return a config's plain values with `HERE` for each place on this machine: what a tracker may upload.
+
+    A place is a path by its form, or the name of a file or folder that is here.
+    """
+    if isinstance(values, dict):
+        return {key: without_places(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_places(value) for value in values]
+    return HERE if isinstance(values, str) and _is_place(values) else values
+
+
+def _is_place(text: str) -> bool:
+    has_form = text.startswith(("/", "~", "./", "../")) or "\\" in text or PureWindowsPath(text).drive != ""
+    return not is_shipped(text) and bool(text) and (has_form or os.path.exists(os.path.expanduser(text)))
 
 
 def check_places(config: TrainConfig) -> None:

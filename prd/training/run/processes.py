@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
+from prd.training.run.launcher import LAUNCHED, launched_by, read_launch, warn_of_differences
 from prd.utils.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 THREADS = "OMP_NUM_THREADS"
+SHARDING = tuple(f"ACCELERATE_USE_{way}" for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -36,6 +37,7 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
 
     Raises ConfigError for a precision that the device does not compute in.
     """
+    launch, given = read_launch(), config
     config = replace(config, num_threads=choose_threads(config.num_threads))
     keep_freed_memory()
     end_with_launcher()
@@ -43,7 +45,11 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
     places = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
     run_data_parallel()
+    train_together()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places)
+    accelerator.gradient_accumulation_steps = 1  # the trainer divides by its own; else by the launcher's as well
+    if accelerator.is_main_process:
+        warn_of_differences(launch, given, accelerator.num_processes)
     assert config.num_threads is not None
     torch.set_num_threads(config.num_threads)  # Accelerate may have set another number
     return accelerator, config
@@ -101,25 +107,25 @@ def end_with_launcher() -> bool:
     return True
 
 
-def launched_by(environment: Mapping[str, str], parent: Path) -> bool:
-    """Return True if the parent, a folder in /proc, is the launcher: it set variables that it had not itself."""
-    try:
-        theirs = (parent / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    names = {entry.partition(b"=")[0].decode(errors="replace") for entry in theirs}
-    return any(name in environment and name not in names for name in LAUNCHED)
-
-
 def run_data_parallel() -> None:
-    """Turn Accelerate's FSDP and DeepSpeed off, with a warning: only adapters are trained, and nothing is wrapped.
+    """Turn Accelerate's ways to shard off, with a warning: only adapters are trained, and nothing is wrapped.
 
     To be called before the `Accelerator` is made.
     """
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    for name in SHARDING:
         if os.environ.get(name, "false").lower() in ("true", "1"):
             os.environ[name] = "false"
             logger.warning("%s: the trainer exchanges its few gradients by itself; running as data parallel", name)
+
+
+def train_together() -> None:
+    """Have the processes of a launcher train together on the CPU, where each would take itself for the only one.
+
+    Accelerate counts the processes of a machine without an accelerator where it is told to use the CPU alone. To be
+    called before the `Accelerator` is made.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 class StopRequest:

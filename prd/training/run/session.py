@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prd.evaluation.report import write_report
+from prd.evaluation.report import update_report
 from prd.training.recipes import dump_config, save_config, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
 from prd.training.run.clock import TIME_IS_UP
 from prd.training.run.folder import write_environment
+from prd.training.run.places import without_places
 from prd.training.run.resume import plain
+from prd.utils.files import only_shown
 
 if TYPE_CHECKING:
     from prd.training.trainer import Trainer
@@ -36,7 +38,7 @@ def begin_session(trainer: Trainer) -> int:
         trainer.validation.before()
     if main and trainer.plan.budget is not None and (seconds := trainer.validation.seconds_after()) is not None:
         trainer.plan.end_seconds = seconds
-    trainer.accelerator.init_trackers("prd", config=plain(to_dict(config)))
+    trainer.accelerator.init_trackers("prd", config=plain(without_places(to_dict(config))))
     return first
 
 
@@ -55,7 +57,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
 def report_stop(trainer: Trainer, done: int) -> None:
     """Say where a run that a signal has stopped goes on."""
     if was_stopped(trainer) and trainer.accelerator.is_main_process:
-        write_report(trainer.folder)
+        update_report(trainer.folder)
         print(f"stopped by {trainer.stopping} after {done} steps; continue with --resume_from_checkpoint latest")
 
 
@@ -67,10 +69,12 @@ def end_session(trainer: Trainer, done: int) -> None:
             "frames_per_prompt": round(trainer.frames_per_prompt, 1),
             "minutes": round(trainer.clock.minutes_of_run(), 1),
         }
-        trainer.validation.after(done, cost)
+        with full_disk_explained(trainer.folder):
+            trainer.validation.after(done, cost)
         print(f"run folder: {trainer.folder}  ({trainer.clock.minutes():.1f} minutes)")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    with only_shown("the tracker's log"):
+        trainer.accelerator.end_training()
 
 
 def was_stopped(trainer: Trainer) -> bool:

@@ -112,7 +112,7 @@ def test_none_yet(tmp_path):
         verify_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_digest", "_flush"])
+@pytest.mark.parametrize("moment", ["save_file", "_digest", "flush"])
 def test_a_run_killed_while_writing_keeps_the_last_whole_one(moment, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 8, TENSORS, {}, total_limit=1)
 
