@@ -12,6 +12,7 @@ from prd.generators.adapter_files import read_configs
 from prd.hub.find import HUB_ID, METRICS
 from prd.hub.shipped import about
 from prd.loading.saved_model import read_record
+from prd.utils.arguments import has_suffix
 
 LIBRARY = "prd"
 PROMPT = "a wooden chair with a red cushion"
@@ -34,7 +35,7 @@ PAPERS = {
 
 def on_hub(base: str) -> bool:
     """Return True if a base's name is a Hub id, and neither a shipped one nor a path on this machine."""
-    return HUB_ID.fullmatch(base) is not None and not Path(base).exists() and Path(base).suffix != ".safetensors"
+    return HUB_ID.fullmatch(base) is not None and not Path(base).exists() and not has_suffix(base, ".safetensors")
 
 
 def model_card(folder: Path, name: str, license: str | None, training_metadata: dict[str, Any]) -> ModelCard:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import ModelMismatch
+from prd.utils.arguments import expanded_path
 from prd.utils.dtypes import check_dtype
 
 CONFIG = "config.json"
@@ -54,7 +55,7 @@ def save_model(
     Raises ValueError for another dtype, and OSError where the folder cannot be written.
     """
     check_dtype(dtype)
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new = Path(temporary)
@@ -64,7 +65,7 @@ def save_model(
             state = {key: t.detach().cpu().to(dtype or t.dtype).contiguous() for key, t in tensors.items()}
             save_file(state, new / name, metadata={"format": "pt"})
         contents = record({name: file_hash(new / name) for name in weights})
-        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
+        (new / CONFIG).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
         mode = (new / CONFIG).stat().st_mode  # as the umask says; safetensors' files are their owner's alone
         for path in sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name)):
             path.chmod(mode)

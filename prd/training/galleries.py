@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
+from prd.utils.arguments import MAX_SEED
 from prd.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)\d")
+
 
 def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
     """One generator per prompt, so that what a prompt gives does not depend on the others."""
-    return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
+    return [torch.Generator().manual_seed((seed * 100_003 + i) % (MAX_SEED + 1)) for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -129,10 +134,17 @@ def _save_rows(pictures: Tensor, prompts: Sequence[str], config: TrainConfig, pa
 
 
 def mesh_names(prompts: Sequence[str]) -> list[str]:
-    """A file name for each prompt: its letters and digits, numbered where two would be the same."""
+    """A file name for each prompt: its letters and digits, numbered where two would be the same.
+
+    At most 80 bytes; letters that the file system's encoding lacks, and names that Windows keeps for devices, are not
+    used.
+    """
     names: list[str] = []
     for prompt in prompts:
-        stem = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
+        stem = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", prompt.lower())).strip("_")
+        encoding = sys.getfilesystemencoding()
+        stem = stem.encode(encoding, "ignore")[:80].decode(encoding, "ignore").strip("_") or "prompt"
+        stem = f"{stem}_" if DEVICES.fullmatch(stem) else stem
         tries = (f"{stem}.glb", *(f"{stem}_{number}.glb" for number in range(2, len(prompts) + 2)))
         names.append(next(name for name in tries if name not in names))
     return names

@@ -20,6 +20,7 @@ from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
 from prd.utils.memory import keep_freed_memory
+from prd.utils.printing import keep_printing
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -36,6 +37,7 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
 
     Raises ConfigError for a precision that the device does not compute in.
     """
+    keep_printing()
     config = replace(config, num_threads=choose_threads(config.num_threads))
     keep_freed_memory()
     end_with_launcher()
