@@ -31,7 +31,7 @@ class PromptsConfig:
     split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
     revision: str | None = None  # branch, tag or commit of a Hub dataset
     embeddings: Place | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
-    held_out: str | tuple[Text, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
+    held_out: Text | tuple[Text, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 

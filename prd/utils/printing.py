@@ -24,10 +24,14 @@ class _Lenient(io.RawIOBase):
         return self.raw.isatty()
 
     def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        count = rest.nbytes
         try:
-            return self.raw.write(data) or 0
+            while rest.nbytes:
+                rest = rest[self.raw.write(rest) or 0 :]
         except OSError:  # of `| head -1`, a terminal that was closed, a full disk
-            return memoryview(data).nbytes
+            pass
+        return count
 
 
 def keep_printing() -> None:
@@ -44,12 +48,13 @@ def keep_printing() -> None:
             continue
         if not isinstance(stream, io.TextIOWrapper):
             continue
-        raw = getattr(stream.buffer, "raw", None)
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer between
         if stream is not getattr(sys, f"__{name}__") or not isinstance(raw, io.FileIO):
             stream.reconfigure(errors="backslashreplace")
             continue
         stream.flush()
-        buffered: Any = io.BufferedWriter(_Lenient(raw))
+        lenient = _Lenient(raw)
+        buffered: Any = lenient if raw is stream.buffer else io.BufferedWriter(lenient)
         line_buffering, through = stream.line_buffering, stream.write_through
         new = io.TextIOWrapper(
             buffered, stream.encoding, "backslashreplace", line_buffering=line_buffering, write_through=through
