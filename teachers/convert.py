@@ -36,6 +36,7 @@ from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
 from prd.teachers.richdreamer import RichDreamerConfig
 from prd.utils.arguments import check_writable_folder, expanded_path, has_suffix
+from prd.utils.printing import keep_printing
 
 EMA = "model_ema."
 UNUSED = ("cond_stage_model.",)  # the text encoder of `base`
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, help="attention heads; default: of the released model")
     parser.add_argument("--head-channels", type=int, help="channels of each head, in the place of --heads")
     args = parser.parse_args(arguments)
+    keep_printing()
     convert = convert_mvdream if args.model == "mvdream" else convert_richdreamer
     try:
         convert(args.checkpoint, args.folder, args.base, heads=args.heads, head_channels=args.head_channels)

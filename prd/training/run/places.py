@@ -51,5 +51,5 @@ def _models(config: TrainConfig) -> dict[str, str]:
 def _is_known(place: str) -> bool:
     """Return True if a model is shipped, on this disk, or named by what may be a Hub id."""
     path = Path(place)
-    may_be_hub_id = place.count("/") == 1 and not path.is_absolute() and not place.startswith(".")
+    may_be_hub_id = place.count("/") == 1 and not path.is_absolute() and not place.startswith((".", "~"))
     return is_shipped(place) or path.exists() or may_be_hub_id

@@ -29,7 +29,7 @@ def begin_session(trainer: Trainer) -> int:
         write_environment(trainer.folder, trainer.accelerator.num_processes)
         save_config(config, trainer.folder / "config.yaml")
         print(dump_config(config))
-        print(preview(trainer.corpus.prompts, "prompts.texts" if config.prompts.texts else config.prompts.source))
+        print(preview(trainer.corpus.prompts, getattr(trainer.corpus, "source", config.prompts.source)))
     first = trainer.resume()
     if main and (later := archive_newer_checkpoints(trainer.folder, first)):
         names = ", ".join(str(place) for place in later)
