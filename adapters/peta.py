@@ -8,6 +8,7 @@ is scaled by alpha / rank. Everything is one peft adapter around one module, so 
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -185,8 +186,9 @@ class PetaConfig(LoraConfig):
     def __post_init__(self) -> None:
         for name in ("r", "num_planes", "plane_channels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
+            setattr(self, name, operator.index(value))  # of numpy or torch, which JSON does not take
         if self.num_planes % 2:
             raise ValueError(f"num_planes={self.num_planes}: must be even, geometry planes and as many texture planes")
         for name in (*GROUPS, "plane_wise", "plane_bias", "full"):

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from prd.evaluation.comparison import measure_run, side_by_side, summary_line, write_comparison
+from prd.utils.arguments import expanded_path
 
 SHOWN = ["a red cube", "a cyan mug", "a yellow wedge", "a purple cone", "a green arrow", "a blue torus"]
 HELD_OUT = ["a blue wedge", "a green mug", "a red arrow"]
@@ -22,7 +23,7 @@ HELD_OUT = ["a blue wedge", "a green mug", "a red arrow"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, each as FOLDER or NAME=FOLDER")
-    parser.add_argument("-o", "--output", type=Path, default=Path("comparison"))
+    parser.add_argument("-o", "--output", type=expanded_path, default=Path("comparison"))
     parser.add_argument("--frames", type=float, default=None, help="per prompt, in the table (default: the least last)")
     parser.add_argument("--prompts", nargs="+", default=[*SHOWN, *HELD_OUT], help="rows of the contact sheet")
     args = parser.parse_args()
@@ -30,7 +31,7 @@ def main() -> None:
     names = [name or Path(folder).name for name, _, folder in pairs]
     folders = [folder for _, _, folder in pairs]
     for name, folder in zip(names, folders, strict=True):
-        if not (Path(folder) / "config.yaml").is_file():
+        if not (expanded_path(folder) / "config.yaml").is_file():
             parser.error(f"{folder!r}: holds no config.yaml; give the folder of a run, as NAME=FOLDER")
         if names.count(name) > 1:
             parser.error(f"{name!r} names {names.count(name)} runs; give each its own name, as NAME=FOLDER")

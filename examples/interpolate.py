@@ -22,6 +22,7 @@ from prd.fields.fast import one_sample
 from prd.fields.grid import GridField
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
+from prd.utils.arguments import expanded_path
 
 BATCH = 8  # fields at a time
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first")
     parser.add_argument("second")
-    parser.add_argument("-o", "--output", type=Path, default=Path("between.gif"))
+    parser.add_argument("-o", "--output", type=expanded_path, default=Path("between.gif"))
     parser.add_argument("--model", default="toybox-att3d", help="'toybox-att3d', a run folder or a Hub id")
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--size", type=int, default=192, help="pixels per side")
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--turn", type=float, default=0.0, help="degrees that the camera moves on the way")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    if args.output.suffix not in (".gif", ".webp") or args.frames < 2:
+    if args.output.suffix.lower() not in (".gif", ".webp") or args.frames < 2:
         parser.error(
             f"{args.output}, {args.frames} frames: the output must end in .gif or .webp, with 2 frames or more"
         )

@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
-from prd.utils.checked_types import CHECKS, Count, Positive
+from prd.utils.checked_types import CHECKS, Count, Float, Positive
 
-Elevation = Annotated[float, Field(gt=-90, lt=90)]
-Angle = Annotated[float, Field(gt=0, lt=180)]
+Elevation = Annotated[Float, Field(gt=-90, lt=90)]
+Angle = Annotated[Float, Field(gt=0, lt=180)]
 
 HALF_DIAGONAL = math.sqrt(3.0)  # of the scene's cube [-1, 1]^3
 RIGID = 1e-3  # largest entry of R R^T - 1 of a rotation

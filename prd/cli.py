@@ -10,12 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prd.utils.arguments import (
+    check_prompt,
+    check_seed,
+    check_writable_file,
+    check_writable_folder,
+    expanded,
+)
+from prd.utils.printing import keep_printing
+
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 128 + 2  # what shells report of a process that SIGINT ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user and Ctrl-C are one sentence on standard error."""
+    keep_printing()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -111,10 +121,9 @@ def _generate(args: argparse.Namespace) -> int:
 
     from prd.meshes.export import SUFFIXES
 
-    if Path(args.output).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"output={args.output!r}: must end in {', '.join(SUFFIXES)}")
-    if not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"output={args.output!r}: the folder {Path(args.output).parent} is not there; make it first")
+    check_prompt("prompt", args.prompt)
+    check_seed("seed", args.seed)
+    output = check_writable_file("output", args.output, SUFFIXES)
     from transformers.utils import logging as transformers_logging
 
     from prd.meshes.options import MeshOptions
@@ -149,7 +158,7 @@ def _generate(args: argparse.Namespace) -> int:
     assert isinstance(result, TextTo3DOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
-    path = mesh.export(args.output)
+    path = mesh.export(output)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     print(f"{path}: {len(mesh.faces)} triangles ({pipe.device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
     return 0
@@ -165,8 +174,8 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+    output = check_writable_folder("output", args.output)
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
     from prd.generators.published import model_from_published
     from prd.hub.repositories import write_card
@@ -184,23 +193,32 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _embed(args: argparse.Namespace) -> int:
     import torch
+    from pydantic import ValidationError
     from transformers.utils import logging as transformers_logging
 
+    from prd.data.corpora import preview
     from prd.data.embeddings import embed
     from prd.data.prompts import PromptsConfig, load_corpus
+    from prd.errors import ConfigError
     from prd.hub.shipped import shipped_encoders
     from prd.text.loading import load_encoder
+    from prd.training.keys import explain
 
     transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
     if args.batch_size < 1:
         raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
-    names = ("column", "split", "revision")
-    asked = PromptsConfig(source=args.source, stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+    names = ("source", "column", "split", "revision")
+    try:
+        asked = PromptsConfig(stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+    except ValidationError as error:
+        raise ConfigError(explain(error, [f"prompts.{name}" for name in names], "prompts")) from None
+    output = check_writable_folder("output", args.output)
     texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
+    print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for place in [str(place) for name in args.encoder for place in (shipped_encoders(name) or [name])]:
+    for place in [str(place) for name in args.encoder for place in (shipped_encoders(name) or [expanded(name)])]:
         encoder = load_encoder(place, getattr(torch, args.dtype), device)
-        folder = embed(texts, encoder, args.output, name=Path(place).name, batch_size=args.batch_size)
+        folder = embed(texts, encoder, output, name=Path(place).name, batch_size=args.batch_size)
         print(f"{folder}: {len(texts)} prompts, encoded by {place}")
     return 0
 

@@ -24,7 +24,8 @@ from prd.loading.strict import load_strict
 from prd.rendering.views import Views
 from prd.teachers.loading import CONVERT, PREDICTIONS, load_schedule
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
-from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Schedule
+from prd.utils.arguments import expanded
+from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Place, Schedule, Text
 from prd.utils.dtypes import accepts_torch_dtype
 
 Resize = Literal["bilinear", "area"]
@@ -35,11 +36,11 @@ class TeacherConfig:
     """Settings of one teacher in a training run; a teacher's own settings are a subclass beside it."""
 
     enabled: bool = True  # False: not loaded
-    path: str = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
+    path: Place = "toybox"  # Hub id or folder in diffusers' layout; "toybox" is the one shipped in the package
     weight: NonNegative = 1.0  # of this teacher's loss
     guidance_scale: Schedule = 7.5  # classifier-free guidance
     eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
-    negative_prompt: str = ""  # of the classifier-free guidance
+    negative_prompt: Text = ""  # of the classifier-free guidance
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -287,7 +288,7 @@ class UNetTeacher(nn.Module):
     @accepts_torch_dtype
     def from_pretrained(cls, folder: str, *, dtype: torch.dtype = torch.float32) -> UNetTeacher:
         """Load a folder or Hub id in the diffusers layout: U-Net, scheduler, tokenizer and text encoder."""
-        return cls(**cls.load_parts(str(folder), dtype))
+        return cls(**cls.load_parts(expanded(folder), dtype))
 
     @classmethod
     def load_parts(cls, folder: str, dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from prd.teachers.loading import CONFIG_NAME, load_schedule
 from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
 from prd.teachers.richdreamer import RichDreamerConfig
+from prd.utils.arguments import check_writable_folder, expanded_path, has_suffix
+from prd.utils.printing import keep_printing
 
 EMA = "model_ema."
 UNUSED = ("cond_stage_model.",)  # the text encoder of `base`
@@ -53,12 +55,13 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     Raises CheckpointError for a path that is not there, a pickle that holds more than tensors or is no state dict, and
     a damaged file.
     """
-    if not Path(path).exists():
+    path = expanded_path(path, "checkpoint")
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if Path(path).is_dir():
-        return {UNET + key: value for key, value in _read_safetensors(Path(path) / "unet").items()}
+    if path.is_dir():
+        return {UNET + key: value for key, value in _read_safetensors(path / "unet").items()}
     try:
-        pickled = Path(path).suffix != ".safetensors"
+        pickled = not has_suffix(path, ".safetensors")
         state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
     except Exception as error:  # torch's unpickler raises several types, all of which mean the same here
         raise CheckpointError(f"{path}: cannot be read as tensors alone ({error})") from error
@@ -168,8 +171,7 @@ def _check_kind(unet: UNet2DConditionModel, model: str, context: int, linear: bo
 
 def _check_folder(folder: Path) -> None:
     """Raise ValueError for an output folder that holds something other than a teacher."""
-    if folder.is_file():
-        raise ValueError(f"folder={str(folder)!r}: is a file; name a folder to write to")
+    check_writable_folder("folder", folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"folder={str(folder)!r}: holds other files than a teacher's; name a new folder")
 
@@ -185,16 +187,17 @@ def convert_mvdream(
 
     Raises CheckpointError for another model, ValueError for a folder that holds other files.
     """
-    _check_folder(Path(folder))
+    path, folder = expanded_path(path, "checkpoint"), expanded_path(folder, "folder")
+    _check_folder(folder)
     state = read_checkpoint(path)
     account_for(state, UNET, VAE)
     given = _heads(state, {"head_channels": 64}, heads, head_channels)
-    vae = _read_copied_vae(str(path)) if Path(path).is_dir() else convert_vae(state, sample_size=256)
+    vae = _read_copied_vae(str(path)) if path.is_dir() else convert_vae(state, sample_size=256)
     unet = convert_unet(state, sample_size=32, **given)
     _check_kind(unet, "MVDream", 1024, linear=True)
-    unet.save_pretrained(Path(folder) / "unet")
-    vae.save_pretrained(Path(folder) / "vae")
-    _save_settings(Path(folder), MVDreamConfig(base=_from_folder(base, Path(folder))))
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    _save_settings(folder, MVDreamConfig(base=_from_folder(base, folder)))
 
 
 def _read_copied_vae(path: str) -> AutoencoderKL:
@@ -216,13 +219,14 @@ def convert_richdreamer(
 
     Raises as `convert_mvdream` does.
     """
-    _check_folder(Path(folder))
+    path, folder = expanded_path(path, "checkpoint"), expanded_path(folder, "folder")
+    _check_folder(folder)
     state = read_checkpoint(path)
     account_for(state, UNET)
     unet = convert_unet(state, sample_size=32, **_heads(state, {"heads": 8}, heads, head_channels))
     _check_kind(unet, "RichDreamer", 768, linear=False)
-    unet.save_pretrained(Path(folder) / "unet")
-    _save_settings(Path(folder), RichDreamerConfig(base=_from_folder(base, Path(folder))))
+    unet.save_pretrained(folder / "unet")
+    _save_settings(folder, RichDreamerConfig(base=_from_folder(base, folder)))
 
 
 def _from_folder(base: str, folder: Path) -> str:
@@ -246,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, help="attention heads; default: of the released model")
     parser.add_argument("--head-channels", type=int, help="channels of each head, in the place of --heads")
     args = parser.parse_args(arguments)
+    keep_printing()
     convert = convert_mvdream if args.model == "mvdream" else convert_richdreamer
     try:
         convert(args.checkpoint, args.folder, args.base, heads=args.heads, head_channels=args.head_channels)

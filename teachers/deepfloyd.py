@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.text.encoders import T5PromptEncoder
-from prd.utils.checked_types import CHECKS, Schedule
+from prd.utils.arguments import expanded
+from prd.utils.checked_types import CHECKS, Place, Schedule
 from prd.utils.dtypes import accepts_torch_dtype
 
 
@@ -21,7 +22,7 @@ class DeepFloydTeacherConfig(TeacherConfig):
     """Settings of DeepFloyd IF's first stage, the prior of AToM and ATT3D-IF; not one of the paper's teachers."""
 
     enabled: bool = False  # True: loaded
-    path: str = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
+    path: Place = "DeepFloyd/IF-I-XL-v1.0"  # Hub id or folder in diffusers' layout
     guidance_scale: Schedule = 20.0  # classifier-free guidance
     view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
 
@@ -51,7 +52,7 @@ class DeepFloydTeacher(UNetTeacher):
         cls, folder: str, *, dtype: torch.dtype = torch.float32, view_dependent: bool = False
     ) -> DeepFloydTeacher:
         """Load a folder or Hub id such as DeepFloyd/IF-I-XL-v1.0 (its licence must be accepted there)."""
-        return cls(view_dependent=view_dependent, **cls.load_parts(str(folder), dtype))
+        return cls(view_dependent=view_dependent, **cls.load_parts(expanded(folder), dtype))
 
     def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         """Pixels [B*V, 3, h, w] in [-1, 1]; deterministic, `noise` is ignored."""

@@ -14,6 +14,7 @@ from prd.rendering.views import Views
 from prd.teachers.base import Condition, to_images
 from prd.teachers.loading import load_vae_encoder
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.arguments import expanded
 from prd.utils.dtypes import accepts_torch_dtype
 
 
@@ -72,12 +73,12 @@ class DepthControlTeacher(StableDiffusionTeacher):
     ) -> DepthControlTeacher:
         """Load a Stable Diffusion and the depth ControlNet made for it, each a folder or Hub id."""
         return cls(
-            vae=load_vae_encoder(str(folder), dtype),
-            controlnet=load_strict(ControlNetModel, str(controlnet), None, dtype),
+            vae=load_vae_encoder(expanded(folder), dtype),
+            controlnet=load_strict(ControlNetModel, expanded(controlnet), None, dtype),
             controlnet_scale=controlnet_scale,
             checkpoint_vae=checkpoint_vae,
             view_dependent=view_dependent,
-            **cls.load_parts(str(folder), dtype),
+            **cls.load_parts(expanded(folder), dtype),
         )
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.utils.arguments import integer
 
 CameraEncoding = Literal["mvdream", "richdreamer", "fourier"]
 CAMERA_DIMENSIONS = 16  # of every encoding
@@ -23,7 +24,7 @@ CAMERA_DIMENSIONS = 16  # of every encoding
 
 def check_settings(num_views: int, camera_encoding: str, base: str | None) -> None:
     """Raise ValueError for invalid settings of a multi-view teacher."""
-    if not isinstance(num_views, int) or isinstance(num_views, bool) or num_views < 1:
+    if (integer(num_views) or 0) < 1:
         raise ValueError(f"num_views={num_views!r}: must be a positive integer")
     if camera_encoding not in get_args(CameraEncoding):
         raise ValueError(f"camera_encoding={camera_encoding!r}: must be one of {', '.join(get_args(CameraEncoding))}")

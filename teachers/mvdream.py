@@ -16,6 +16,7 @@ from prd.teachers.base import TeacherConfig, TeacherOptions
 from prd.teachers.loading import load_vae_encoder, read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS
 from prd.utils.dtypes import accepts_torch_dtype
 
@@ -89,10 +90,10 @@ class MVDreamTeacher(StableDiffusionTeacher):
         config: MVDreamConfig | None = None,
     ) -> MVDreamTeacher:
         """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
-        config = config or read_config(str(folder), MVDreamConfig)
-        base = shared_folder(str(folder), config.base)
-        parts = cls.load_parts(str(folder), dtype, base)
-        vae = load_vae_encoder(base if base and config.shares_vae else str(folder), dtype)
+        config = config or read_config(expanded(folder), MVDreamConfig)
+        base = shared_folder(expanded(folder), config.base)
+        parts = cls.load_parts(expanded(folder), dtype, base)
+        vae = load_vae_encoder(base if base and config.shares_vae else expanded(folder), dtype)
         return cls(vae=vae, config=config, checkpoint_vae=checkpoint_vae, **parts)
 
     def camera_input(self, cameras: Cameras) -> Tensor:

@@ -17,6 +17,7 @@ from prd.rendering.views import RICHDREAMER_BACKGROUND, Views
 from prd.teachers.base import Resize, TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import read_config, shared_folder
 from prd.teachers.multiview import CameraEncoding, camera_vector, check_settings, set_joint_attention
+from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS
 from prd.utils.dtypes import accepts_torch_dtype
 
@@ -108,9 +109,9 @@ class RichDreamerTeacher(UNetTeacher):
         cls, folder: str, *, dtype: torch.dtype = torch.float32, config: RichDreamerConfig | None = None
     ) -> RichDreamerTeacher:
         """Load a folder or Hub id in the diffusers layout with a `teacher_config.json` (or `config` in its place)."""
-        config = config or read_config(str(folder), RichDreamerConfig)
-        base = shared_folder(str(folder), config.base)
-        return cls(config=config, **cls.load_parts(str(folder), dtype, base))
+        config = config or read_config(expanded(folder), RichDreamerConfig)
+        base = shared_folder(expanded(folder), config.base)
+        return cls(config=config, **cls.load_parts(expanded(folder), dtype, base))
 
     def camera_input(self, cameras: Cameras) -> Tensor:
         """Camera vectors [B*V, 16]."""

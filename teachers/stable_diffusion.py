@@ -13,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher, to_images
 from prd.teachers.loading import load_vae_encoder
-from prd.utils.checked_types import CHECKS, Positive
+from prd.utils.arguments import expanded
+from prd.utils.checked_types import CHECKS, Place, Positive
 from prd.utils.dtypes import accepts_torch_dtype
 
 
@@ -22,7 +23,7 @@ class StableDiffusionTeacherConfig(TeacherConfig):
     """Settings of Stable Diffusion as a teacher: one view per prompt, optionally with a depth ControlNet."""
 
     view_dependent_prompts: bool = False  # append "front view", "side view", "back view" or "overhead view"
-    controlnet: str | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
+    controlnet: Place | None = None  # Hub id or folder of a depth ControlNet made for it; null: none
     controlnet_scale: Positive = 1.0  # of what the ControlNet adds
 
 
@@ -88,8 +89,8 @@ class StableDiffusionTeacher(UNetTeacher):
         view_dependent: bool = False,
     ) -> StableDiffusionTeacher:
         """Load a Stable Diffusion pipeline's folder or Hub id."""
-        parts = cls.load_parts(str(folder), dtype)
-        vae = load_vae_encoder(str(folder), dtype)
+        parts = cls.load_parts(expanded(folder), dtype)
+        vae = load_vae_encoder(expanded(folder), dtype)
         return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
 
     @property

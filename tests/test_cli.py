@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
+import datasets
 import pytest
 import trimesh
 
@@ -14,14 +17,15 @@ SMALL = ["--resolution", "24", "--faces", "300", "--texture", "32"]
 
 
 def test_generate_writes_a_glb(random_toybox, tmp_path):
-    """In a process of its own, with the models given by their folders."""
-    path = tmp_path / "cube.glb"
+    """In a process of its own that prints in ASCII, with the models given by their folders."""
+    path = tmp_path / "w\xfcrfel.GLB"
     places = ["--adapter", str(random_toybox / "adapter"), "--base", str(random_toybox / "stable_diffusion")]
     command = [sys.executable, "-m", "prd.cli", "generate", "a red cube", "-o", str(path), *places, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
     assert done.returncode == 0, done.stderr
-    assert str(path) in done.stdout and "triangles" in done.stdout
-    (mesh,) = trimesh.load(path).geometry.values()
+    assert str(path).encode("ascii", "backslashreplace").decode() in done.stdout and "triangles" in done.stdout
+    (mesh,) = trimesh.load(path, file_type="glb").geometry.values()
     assert 50 < len(mesh.faces) <= 300
     assert mesh.visual.material.baseColorTexture.size == (32, 32)
 
@@ -39,6 +43,47 @@ def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
     assert "texture_size=8: must be an integer in 16..8192" in one_sentence(capsys, ["generate", "a", "--texture", "8"])
     error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
     assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["caf\udce9"], "prompt='caf\\udce9': holds half a character"),
+        ([" "], "prompt=' ': is empty"),
+        (["a", "--seed", "-1"], "seed=-1: must be an integer in 0..18446744073709551615"),
+        (["a", "--seed", "18446744073709551616"], "seed=18446744073709551616: must be an integer in 0.."),
+        (["a", "-o", "cube.txt"], "output='cube.txt': must end in .glb, .obj, .ply"),
+        (["a", "-o", "absent/cube.GLB"], "output='absent/cube.GLB': the folder absent is not there; make it first"),
+        (["a", "-o", "folder.glb"], "output='folder.glb': is a folder"),
+        (["a", "-o", "$ABSENT/cube.glb"], "the environment variable ABSENT is not set"),
+        (["a", "--resolution", "1"], "isosurface_resolution=1: must be an integer in 2..2048"),
+    ],
+)
+def test_what_is_asked_is_checked_before_anything_is_loaded(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ABSENT", raising=False)
+    (tmp_path / "folder.glb").mkdir()
+    monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
+    assert message in one_sentence(capsys, ["generate", *words])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--source", "$ABSENT/a.txt", "--output", "e"], "prompts.source: .*ABSENT is not set"),
+        (["--source", "a.csv", "--output", "e"], "a.csv, line 2: has 2 fields, the header 1"),
+        (["--source", "a.txt", "--output", "a.txt"], "output='a.txt': is a file; name a folder"),
+        (["--source", "a.txt", "--column", "b", "--output", "e"], "prompts.column='b': a.txt has no columns"),
+    ],
+)
+def test_a_corpus_is_checked_before_an_encoder_is_loaded(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ABSENT", raising=False)
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "a.csv").write_text("prompt\na, b\n")
+    monkeypatch.setattr("prd.text.loading.load_encoder", lambda *a, **k: pytest.fail("loaded an encoder"))
+    assert re.search(message, one_sentence(capsys, ["embed", *words, "--encoder", "toybox"]))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prd.data.prompt_files import CorpusError, StoredPrompts, count_over_long
+from prd.utils.arguments import shown
 
 
 class Corpus(Protocol):
@@ -100,6 +101,12 @@ class ShuffledPrompts:
             return None
         listed = "; ".join(f"{count} {what}" for count, what in found if count)
         return f"prompts.source={self.source!r}: {counts.kept} prompts; {listed}"
+
+
+def preview(prompts: Sequence[str], source: str) -> str:
+    """Return one line about a corpus: how many prompts it has, and the first three as they were read."""
+    first = ", ".join(shown(prompt) for prompt in prompts[:3])
+    return f"prompts of {source}: {len(prompts)}, the first {first}"
 
 
 def shuffled(place: int, count: int, key: str) -> int:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from prd.errors import ConfigError
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
+from prd.utils.arguments import expanded_path
 from prd.utils.files import replace_file, write_atomic
 
 SHARD_BYTES = 256 << 20
@@ -60,7 +61,7 @@ def embed(texts: Sequence[str], encoder: PromptEncoder, output: str | Path, *, n
     another process writes it, and if the disk has no room for what is missing.
     """
     digest = encoder_digest(encoder)
-    folder = Path(output) / digest[:16]
+    folder = expanded_path(output, "output") / digest[:16]
     row = encoder.encode([texts[0]])  # [1, L, Ct]
     row_bytes = row.numel() * row.element_size()
     keys = text_keys(texts)
@@ -164,7 +165,7 @@ class Embeddings:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded_path(folder, "prompts.embeddings")
         begun = sorted(path.parent for path in self.folder.glob("*/manifest.json"))
         if not begun:
             raise EmbeddingsError(f"prompts.embeddings={str(folder)!r}: holds no embeddings; write them by `prd embed`")

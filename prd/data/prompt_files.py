@@ -6,13 +6,14 @@ Preparation strips the prompts, leaves out empty ones and repetitions, and write
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prd.data.text_files import (
+    SUFFIXES,
+    WITHOUT_COLUMNS,
+    CorpusError,
+    check_column,
+    checked_text,
+    read_file,
+    texts_of,
+)
 from prd.errors import ConfigError
 from prd.hub.shipped import shipped_benchmarks
 from prd.utils.files import write_atomic
@@ -33,14 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 BATCH = 8192  # prompts read, written and tokenized at a time
-LAYOUT = 1  # of a prepared folder; another number prepares again
+LAYOUT = 2  # of a prepared folder; another number prepares again
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-class CorpusError(ConfigError):
-    """A corpus that cannot be used: absent, unreadable, without the column or split asked for, or without a prompt."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,13 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
 
     Raises CorpusError; see there.
     """
-    import datasets
     from filelock import FileLock
 
     key = source_key(config)
-    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
+    cache = _cache()
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if prompts := _whole(folder):
         return prompts
-    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if prompts := _whole(folder):
             return prompts
@@ -100,6 +103,25 @@ def stored_prompts(config: PromptsConfig) -> StoredPrompts:
             shutil.rmtree(folder)
         _prepare(config, folder)
     return StoredPrompts(folder)
+
+
+def _cache() -> Path:
+    """The folder of what is prepared; beside other temporary files, with a warning, where it cannot be written."""
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "prd-prompts"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK | os.X_OK):
+            return cache
+        reason = f"{cache} is not writable"
+    except OSError as error:
+        reason = str(error)
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    aside = Path(tempfile.gettempdir()) / f"prd-prompts-{user}"
+    logger.warning("%s: prompts are prepared in %s; set HF_DATASETS_CACHE to a folder to keep them", reason, aside)
+    aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return aside
 
 
 def _whole(folder: Path) -> StoredPrompts | None:
@@ -140,17 +162,20 @@ def count_over_long(prompts: StoredPrompts, tokenizer: PreTrainedTokenizerBase, 
 def source_key(config: PromptsConfig) -> str:
     """Return all that decides what a prepared folder holds; CorpusError for a source that is no file and no Hub id."""
     source = config.source
-    path = Path(source).expanduser()
+    path = Path(source)
+    suffix = path.suffix.lower()
     misplaced = path.suffix and path.parent.is_dir()  # a file's name in a folder of ours is no Hub id
     place: list[Any]
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if suffix not in SUFFIXES:
             raise CorpusError(f"prompts.source={source!r}: unknown suffix; must end in {', '.join(SUFFIXES)}")
-        if config.split != "train" and path.suffix != ".json":
+        check_unused(config, f"{source} has no columns", "column" if suffix in WITHOUT_COLUMNS else "")
+        check_unused(config, f"{source} is on this disk and has no revisions", "revision")
+        if config.split != "train" and suffix != ".json":
             raise CorpusError(f"prompts.split={config.split!r}: {source} has no splits; leave it 'train'")
         status = path.stat()
         place = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    elif HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES and not path.exists() and not misplaced:
+    elif HUB_ID.fullmatch(source) and suffix not in SUFFIXES and not path.exists() and not misplaced:
         place = [source, config.revision]
     else:
         raise CorpusError(
@@ -159,6 +184,14 @@ def source_key(config: PromptsConfig) -> str:
             "path"
         )
     return json.dumps([LAYOUT, *place, config.column, config.split, sorted(set(config.held_out))])
+
+
+def check_unused(config: PromptsConfig, why: str, *keys: str) -> None:
+    """Raise CorpusError for a setting that has no meaning for the kind of the source, unless it is the default."""
+    defaults = {"column": "prompt", "split": "train", "revision": None}
+    for key in filter(None, keys):
+        if getattr(config, key) != defaults[key]:
+            raise CorpusError(f"prompts.{key}={getattr(config, key)!r}: {why}; leave it out")
 
 
 def _prepare(config: PromptsConfig, folder: Path) -> None:
@@ -242,13 +275,15 @@ def _keep(everything: Dataset, first: np.ndarray, missing: set[str], path: Path)
 
 def _read(config: PromptsConfig) -> Iterator[list[str | None]]:
     """The prompts of a source as they stand there, in lists of at most BATCH."""
-    path = Path(config.source).expanduser()
+    path = Path(config.source)
     on_disk = path.is_file()
     try:
-        if on_disk and path.suffix == ".json":
-            yield from _read_json(path, config)
-        elif not on_disk or path.stat().st_size:
-            yield from _read_table(path if on_disk else None, config)
+        if on_disk:
+            prompts = read_file(path, column=config.column, split=config.split, source=config.source)
+            while batch := list(itertools.islice(prompts, BATCH)):
+                yield batch
+        else:
+            yield from _read_hub(config)
     except ConfigError:
         raise
     except MemoryError:
@@ -259,57 +294,23 @@ def _read(config: PromptsConfig) -> Iterator[list[str | None]]:
         raise CorpusError(f"prompts.source={config.source!r}: {what} ({type(error).__name__}: {reason})") from error
 
 
-def _read_json(path: Path, config: PromptsConfig) -> Iterator[list[str | None]]:
-    """A prompt library: a list of strings, or a mapping of splits to such lists."""
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    if isinstance(content, dict):
-        if config.split not in content:
-            raise CorpusError(f"prompts.split={config.split!r}: {config.source} has the splits {sorted(content)}")
-        content = content[config.split]
-    if not isinstance(content, list) or not all(isinstance(p, str) for p in content):
-        raise CorpusError(
-            f"prompts.source={config.source!r}: must hold a list of strings, or a mapping of splits to such lists"
-        )
-    for start in range(0, len(content), BATCH):
-        yield content[start : start + BATCH]
+def _read_hub(config: PromptsConfig) -> Iterator[list[str | None]]:
+    """A dataset of the Hub, streamed by `datasets`."""
+    from datasets import load_dataset_builder
 
-
-def _read_table(path: Path | None, config: PromptsConfig) -> Iterator[list[str | None]]:
-    """Text, JSONL, CSV and Parquet files, and datasets of the Hub (path None), streamed by `datasets`."""
-    import pyarrow as pa
-    from datasets import Features, Value, load_dataset_builder
-
-    column, split = config.column, config.split if path is None else "train"
-    options: dict[str, Any] = {"data_files": str(path)}
-    if path is None:
-        builder = load_dataset_builder(config.source, revision=config.revision)
-    elif path.suffix == ".txt":
-        column = "text"
-        builder = load_dataset_builder("text", encoding="utf-8-sig", **options)
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            header = next(csv.reader(stream), [])
-        _check_column(column, header, config.source)
-        plain = Features({name: Value("string") for name in header})  # or 007 becomes 7
-        kept_as_is = {"encoding": "utf-8-sig", "keep_default_na": False}  # or "None" is no prompt
-        builder = load_dataset_builder("csv", features=plain, **kept_as_is, **options)
-    else:
-        builder = load_dataset_builder({".jsonl": "json", ".parquet": "parquet"}[path.suffix], **options)
-    data = builder.as_streaming_dataset(split=split)
+    column, source = config.column, config.source
+    builder = load_dataset_builder(source, revision=config.revision)
+    data = builder.as_streaming_dataset(split=config.split)
     if data.column_names is not None:
-        _check_column(column, data.column_names, config.source)
+        check_column(column, data.column_names, source)
         if hasattr(builder.config, "columns"):  # Parquet, whose other columns (images, say) need not be read
             builder.config.columns = [column]
-            data = builder.as_streaming_dataset(split=split)
+            data = builder.as_streaming_dataset(split=config.split)
         data = data.select_columns([column])
+    row = 0
     for table in data.with_format("arrow").iter(BATCH):
-        _check_column(column, table.column_names, config.source)
-        texts = table.column(column)
-        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_null(texts.type)):
-            raise CorpusError(f"prompts.column={column!r}: holds {texts.type} in {config.source}, not text")
-        yield texts.to_pylist()
-
-
-def _check_column(column: str, columns: Sequence[str], source: str) -> None:
-    if column not in columns:
-        raise CorpusError(f"prompts.column={column!r}: {source} has the columns {list(columns)}; name one of them")
+        check_column(column, table.column_names, source)
+        texts = texts_of(table.column(column), column, source)
+        where = f"prompts.column={column!r}: {source}, row"
+        yield [checked_text(text, f"{where} {row + i}") for i, text in enumerate(texts, start=1)]
+        row += len(texts)

@@ -9,9 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from prd.data.compositional import animal2400, pig64
 from prd.data.corpora import Corpus, ShuffledPrompts, check_held_out
-from prd.data.prompt_files import CorpusError, source_key, stored_prompts
+from prd.data.prompt_files import CorpusError, check_unused, source_key, stored_prompts
 from prd.data.worlds import find_world
-from prd.utils.checked_types import CHECKS, Fraction
+from prd.utils.checked_types import CHECKS, Fraction, Place, Prompt, Text
 
 __all__ = [
     *("Corpus", "CorpusError", "MixedPrompts", "PromptsConfig", "ShuffledPrompts"),
@@ -25,13 +25,13 @@ SETS = {"pig64": pig64, "animal2400": animal2400}
 class PromptsConfig:
     """Settings of the prompts that a model is trained on."""
 
-    texts: tuple[str, ...] = ()  # the prompts themselves, in the place of a source and of held_out
-    source: str = "toybox"  # a benchmark, "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub id
+    texts: tuple[Prompt, ...] = ()  # the prompts themselves, in the place of a source and of held_out
+    source: Place = "toybox"  # a benchmark, "pig64", "animal2400", a .txt .json .jsonl .csv .parquet file, or a Hub id
     column: str = "prompt"  # of a .jsonl, .csv or .parquet file or a Hub dataset
     split: str = "train"  # of a .json file of splits, a Hub dataset, "pig64" or "animal2400"
     revision: str | None = None  # branch, tag or commit of a Hub dataset
-    embeddings: str | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
-    held_out: str | tuple[str, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
+    embeddings: Place | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
+    held_out: Text | tuple[Text, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
 
 
@@ -60,7 +60,13 @@ def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
 
 def check_source(config: PromptsConfig) -> None:
     """Raise CorpusError for a source that is neither a benchmark, nor shipped, nor a file, nor a Hub id."""
-    if not config.texts and find_world(config.source, "prompts.source") is None and config.source not in SETS:
+    if config.texts:
+        check_unused(config, "prompts.texts are the prompts themselves", "column", "split", "revision")
+    elif find_world(config.source, "prompts.source") is not None:
+        check_unused(config, f"{config.source} is no table and no dataset", "column", "split", "revision")
+    elif config.source in SETS:
+        check_unused(config, f"{config.source} is no table and no dataset of the Hub", "column", "revision")
+    else:
         source_key(config)
 
 
@@ -70,9 +76,8 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
     Raises CorpusError for a source that does not exist, cannot be read or holds no prompt, an unknown column or split,
     and for a held-out prompt the corpus lacks.
     """
+    check_source(config)
     if config.texts:
-        if not all(text.strip() for text in config.texts):
-            raise CorpusError(f"prompts.texts={list(config.texts)}: one of them is empty; say what to make")
         return ShuffledPrompts(list(dict.fromkeys(config.texts)), seed, "prompts.texts")
     held_out = held_out_prompts(config)
     if (world := find_world(config.source, "prompts.source")) is not None:

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prd.cameras import Cameras
+from prd.data.text_files import lines_of
 from prd.data.worlds import World, find_world
 from prd.errors import ConfigError
 from prd.fields.protocol import AutogradGradient
@@ -32,7 +33,8 @@ from prd.meshes.read import read_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.text.encoders import PromptEncoder
-from prd.utils.checked_types import CHECKS, Positive, Schedule
+from prd.utils.arguments import expanded_path
+from prd.utils.checked_types import CHECKS, Place, Positive, Schedule
 
 INDEX = "library.jsonl"
 KEPT = 512  # shapes in memory
@@ -42,7 +44,7 @@ KEPT = 512  # shapes in memory
 class LibraryConfig:
     """Settings of a library of 3D shapes, for models that take point clouds (LATTE3D)."""
 
-    source: str | None = None  # a benchmark, or a folder of meshes with its library.jsonl; null: none
+    source: Place | None = None  # a benchmark, or a folder of meshes with its library.jsonl; null: none
     annealing: Schedule = 1.0  # share of a cloud's points that are the dummy's, from 0 to 1
     alpha: Schedule = 0.0  # a of (1 - a) distillation + a mask loss
     mask_weight: Positive = 1.0  # of the mask loss beside the distillation, which is a sum over pixels
@@ -88,7 +90,7 @@ class MeshLibrary:
     """
 
     def __init__(self, folder: str | Path, embed: Callable[[Sequence[str]], Tensor]) -> None:
-        self.folder, self.embed = Path(folder), embed
+        self.folder, self.embed = expanded_path(folder, "library.source"), embed
         self.files: dict[str, Path] = {}  # by caption
         index = self.folder / INDEX
         if not index.is_file():
@@ -96,7 +98,7 @@ class MeshLibrary:
                 f"library.source={str(folder)!r}: holds no {INDEX}, which has a line per shape: "
                 '{"file": "chair.glb", "captions": ["a wooden chair"]}'
             )
-        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in lines_of(index, LibraryError):
             if line.strip():
                 self._add(number, line)
         if not self.files:

@@ -24,6 +24,7 @@ from prd.fields.protocol import Field
 from prd.hub.shipped import shipped_benchmark
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
+from prd.utils.arguments import has_suffix
 from prd.utils.imports import check_members, load_class
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -100,7 +101,7 @@ def find_world(name: str | None, key: str = "prompts.source", protocol: type = W
         return None
     path = shipped_benchmark(name)
     if path is None:
-        if not IMPORT_PATH.fullmatch(name) or name.endswith(SUFFIXES) or Path(name).exists() or not _is_module(name):
+        if not IMPORT_PATH.fullmatch(name) or has_suffix(name, SUFFIXES) or Path(name).exists() or not _is_module(name):
             return None
         path = name
     world = load_class(path, protocol, key=key)()

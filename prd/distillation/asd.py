@@ -24,10 +24,10 @@ from torch import Tensor
 from prd.distillation.timesteps import NO_SIGNAL, last_timestep
 from prd.errors import PrdError
 from prd.teachers.base import Condition, Teacher
-from prd.utils.checked_types import CHECKS, MOVES, Positive
+from prd.utils.checked_types import CHECKS, MOVES, Float, Int, Positive
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
-Timestep = Annotated[float, Field(ge=1, le=999)]
+Timestep = Annotated[Float, Field(ge=1, le=999)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -35,7 +35,7 @@ class AsdConfig:
     """Settings of asynchronous score distillation, paper Eq. 1-2."""
 
     t_min: Annotated[Timestep | tuple[Timestep, Timestep], MOVES] = (500.0, 20.0)  # smallest teacher timestep, of 1000
-    t_max: Annotated[int, Field(ge=1, le=1000)] = 980  # end of the teacher timesteps drawn, excluded
+    t_max: Annotated[Int, Field(ge=1, le=1000)] = 980  # end of the teacher timesteps drawn, excluded
     weighting: Weighting = "dmd"  # w(t); "dmd" is Eq. 2
     delta: Positive = 0.1  # added to the denominator of Eq. 2
     reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS

@@ -33,6 +33,7 @@ from prd.training.parts import build_model
 from prd.training.recipes import load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
 from prd.training.validation import measure
+from prd.utils.arguments import expanded_path
 from prd.utils.files import write_atomic
 
 SIDES = ("seen", "held_out")  # what a split's name ends in
@@ -57,7 +58,7 @@ def measure_run(folder: str | Path, name: str | None = None, *, last: int | None
 
     Raises ConfigError or CheckpointError for a folder that holds no run with a benchmark, or no whole checkpoint.
     """
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     config = load_config(folder / "config.yaml")
     benchmark = resolve_benchmark(config.benchmark, config.prompts.source, config.prompts.texts)
     if benchmark is None:
@@ -125,7 +126,7 @@ def curves(rows: Sequence[Measured]) -> str:
 
 def write_comparison(rows: Sequence[Measured], folder: str | Path, frames: float) -> str:
     """Write comparison.json, table.md and curves.html to a folder; returns the table at equal `frames` per prompt."""
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(at_frames(rows, frames))
     write_atomic(folder / "comparison.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -139,9 +140,9 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
     """Draw the last weights of several runs on a sheet: a row per prompt, two views and a normal map per run."""
     pictures: list[list[Tensor]] = [[] for _ in prompts]
     for run in runs:
-        config = load_config(Path(run) / "config.yaml")
+        config = load_config(expanded_path(run, "run") / "config.yaml")
         generator, encoder = build_model(config)
-        checkpoint = load_checkpoint(checkpoint_folders(Path(run))[-1])
+        checkpoint = load_checkpoint(checkpoint_folders(expanded_path(run, "run"))[-1])
         generator.load_trained_state_dict(checkpoint.tensors[generator.folder_name])
         steps, row = config.validation.num_inference_steps, iter(pictures)
         batches = generate_fields(

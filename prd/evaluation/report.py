@@ -24,6 +24,7 @@ from rich.text import Text
 
 from prd.errors import PrdError
 from prd.training.renamed import with_todays_keys
+from prd.utils.arguments import expanded_path
 from prd.utils.files import only_shown, read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def read_run(folder: str | Path) -> Run:
 
     Raises `RunError` where there is no config.yaml, or a file is none of a run's.
     """
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         sessions = read_json(folder / "environment.json", [])
@@ -312,7 +313,7 @@ def find_runs(folder: str | Path) -> list[Run]:
 
     Raises `RunError` if there is none, or the folder does not exist.
     """
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     if not folder.is_dir():
         raise RunError(f"{str(folder)!r}: no such folder; name one that holds run folders")
     places = sorted(
@@ -351,7 +352,7 @@ def final_scores(run: Run) -> dict[str, float]:
 
 def runs_table(folder: str | Path) -> Table:
     """Return the runs of a folder side by side: steps, time in them, what differs in their config, final scores."""
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     runs = find_runs(folder)
     table = Table(show_lines=True)
     for title in ("run", "steps", "time in steps", "differs in", "scores"):

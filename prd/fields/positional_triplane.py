@@ -17,6 +17,7 @@ from prd.fields.dense_head import dense_head
 from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import colour_from_features
+from prd.utils.arguments import one_or_more
 
 
 def positional_encoding(coordinates: Tensor, frequencies: int) -> Tensor:
@@ -102,7 +103,7 @@ class PositionalTriplaneField(AutogradGradient):
 
     def select(self, index: int | Sequence[int]) -> PositionalTriplaneField:
         """One of the B samples, or some, as a field of their own."""
-        rows = [index] if isinstance(index, int) else list(index)
+        rows = one_or_more(index)
         geometry = self.geometry[rows]
         texture = geometry if self.texture is self.geometry else self.texture[rows]
         return PositionalTriplaneField(geometry, texture, self.heads, self.bias_radius)

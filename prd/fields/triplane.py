@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prd.fields.dense_head import dense_head
 from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
+from prd.utils.arguments import one_or_more
 
 
 class TriplaneHeads(nn.Module):
@@ -61,7 +62,7 @@ class TriplaneField(AutogradGradient):
 
     def select(self, index: int | Sequence[int]) -> TriplaneField:
         """One of the B samples, or some, as a field of their own."""
-        rows = [index] if isinstance(index, int) else list(index)
+        rows = one_or_more(index)
         return TriplaneField(self.planes[rows], self.heads, self.bias_radius)
 
     def geometry_features(self, points: Tensor) -> Tensor:

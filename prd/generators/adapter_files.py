@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from prd.loading.saved_model import (
     some,
 )
 from prd.loading.weight_hashes import NEW_LAYER, TEXT, hash_names, same_weights, weights_hash
+from prd.utils.arguments import integer
 from prd.utils.dtypes import HALF_PRECISIONS, check_dtype
 
 if TYPE_CHECKING:
@@ -67,14 +69,19 @@ class SavedConfig:
     def __post_init__(self) -> None:
         for name in ("latent_size", "head_width", "num_inference_steps"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            found = integer(value)
+            if found is None or found < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
+            object.__setattr__(self, name, found)
         for name in ("latent_scale", "inv_std", "bias_radius", "sdf_init_scale"):
             value, may_be_none = getattr(self, name), name in ("latent_scale", "inv_std")  # and are positive
             if value is None and may_be_none:
                 continue
-            if type(value) not in (int, float) or not math.isfinite(value) or (may_be_none and value <= 0):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r}: must be a finite number")
+            if may_be_none and value <= 0:
+                raise ValueError(f"{name}={value!r}: must be above 0")
+            object.__setattr__(self, name, value if type(value) is int else float(value))  # of numpy, as Python's
         for name in ("base", "base_revision"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "base" or value is not None):

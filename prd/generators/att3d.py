@@ -22,14 +22,15 @@ from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import colour_from_features
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, DensityAlpha
-from prd.utils.checked_types import CHECKS, Count, Positive, Radius, Size
+from prd.utils.arguments import one_or_more
+from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius, Size
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
 class Att3dConfig:
     """The sizes of ATT3D. Those of the paper are in its appendix, which is not at hand: these are ours."""
 
-    text_encoder: str = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_encoder: Place = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     hidden_width: Count = 32  # of the vector v between the two linear maps (Eq. 4)
@@ -105,7 +106,7 @@ class HyperField(AutogradGradient):
 
     def select(self, index: int | Sequence[int]) -> HyperField:
         """One of the B samples, or some, as a field of their own."""
-        rows = [index] if isinstance(index, int) else list(index)
+        rows = one_or_more(index)
         return HyperField(self.parameters[rows], self.grids, self.head, self.config)
 
     def _raw(self, points: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from prd.adapters.peta import PetaConfig, SixPlaneBackbone
 from prd.generators.adapter_files import SavedConfig
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import Base
+from prd.utils.arguments import expanded_path
 
 LATENT_SIZE = 32  # of the published pipeline, whatever its base draws
 SDF_BIAS = 0.5  # sdf = MLP + |p| - 0.5
@@ -78,7 +79,7 @@ def model_from_published(
     Raises FileNotFoundError, ValueError for a latent size or a base that it cannot have, and CheckpointError naming
     missing, unknown or misshapen entries, or another base.
     """
-    path = Path(path)
+    path = expanded_path(path, "checkpoint")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the published .pth")
     if (found := base.scheduler.config.prediction_type) != "epsilon":

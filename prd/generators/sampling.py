@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prd.utils.arguments import integer
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -24,24 +26,31 @@ def even_timesteps(num_inference_steps: int, total: int, trained: int) -> list[i
 
     trained: the K to name in the ValueError for one that does not divide the schedule.
     """
-    k = num_inference_steps
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1 or total % k:
+    k = integer(num_inference_steps)
+    if k is None or k < 1 or total % k:
         raise ValueError(
-            f"num_inference_steps={k}: must be a positive divisor of {total} "
+            f"num_inference_steps={num_inference_steps!r}: must be a positive divisor of {total} "
             f"(this adapter was trained for {trained}); try {trained}"
         )
     return [total - 1 - step * (total // k) for step in range(k)]
 
 
-def draw_latents(shape: tuple[int, ...], batch: int, device: torch.device, generator: Generators = None) -> Tensor:
-    """Draw Gaussian noise [batch, *shape]; one generator for the batch, or one per sample (then independent of B)."""
+def check_generators(generator: object, batch: int) -> None:
+    """Raise TypeError or ValueError unless noise for `batch` samples can be drawn from what was given."""
     if generator is None or isinstance(generator, torch.Generator):
-        source = device if generator is None else generator.device
-        return torch.randn(batch, *shape, generator=generator, device=source).to(device)
+        return
     if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
         raise TypeError(f"generator={generator!r}: must be a torch.Generator or a list of them, one per sample")
     if len(generator) != batch:
         raise ValueError(f"generator: {len(generator)} generators for {batch} samples; give one per sample")
+
+
+def draw_latents(shape: tuple[int, ...], batch: int, device: torch.device, generator: Generators = None) -> Tensor:
+    """Draw Gaussian noise [batch, *shape]; one generator for the batch, or one per sample (then independent of B)."""
+    check_generators(generator, batch)
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.randn(batch, *shape, generator=generator, device=source).to(device)
     return torch.stack([torch.randn(shape, generator=g, device=g.device).to(device) for g in generator])
 
 

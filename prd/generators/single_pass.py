@@ -36,6 +36,7 @@ from prd.loading.weight_hashes import TEXT, same_weights
 from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
+from prd.utils.arguments import expanded_path
 
 RECORDS = ("_class_name", OWN_CLASS, "_prd_version", "generator", "weights_hash", "text_hash")  # beside the settings
 
@@ -229,7 +230,7 @@ class SinglePassModel(nn.Module):
         Raises FileNotFoundError for a missing file, and ModelMismatch for one of another class, a damaged one, and
         keys or shapes that differ.
         """
-        folder = Path(folder)
+        folder = expanded_path(folder, "folder")
         record = read_record(folder)
         if record["_class_name"] != cls.class_name:
             raise ModelMismatch(

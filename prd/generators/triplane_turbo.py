@@ -27,7 +27,8 @@ from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
 from prd.text.encoders import PromptEncoder
-from prd.utils.checked_types import CHECKS, Count, Positive, Radius
+from prd.utils.arguments import expanded_path
+from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
 from prd.utils.dtypes import HALF_PRECISIONS
 
 __all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
@@ -37,7 +38,7 @@ __all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
 class TriplaneTurboConfig:
     """Settings to train TriplaneTurbo: a frozen Stable Diffusion with PETA adapters and the three heads."""
 
-    base: str = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
+    base: Place = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
     revision: str | None = None  # branch, tag or commit of a Hub id
     rank: Count = 16  # rank of every LoRA pair
     plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
@@ -187,7 +188,7 @@ class TriplaneTurboModel(nn.Module):
         latents [B, 6, 4, h, w]; timestep an integer or [B] in [0, T); prompt_embeds [B, 77, Ct], or [B, 6, 77, Ct]
         for a text of its own for each plane.
         """
-        batch = self._check_latents(latents)
+        batch = self.check_latents(latents)
         shape, width = prompt_embeds.shape, self.backbone.unet.config["cross_attention_dim"]
         if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != 6):
             raise ValueError(
@@ -222,7 +223,7 @@ class TriplaneTurboModel(nn.Module):
 
     def decode_planes(self, latents: Tensor) -> Tensor:
         """Planes [B, 6, C, H, W] (xy, xz, yz geometry, then texture) of latents [B, 6, 4, h, w]."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         scale = self.config.latent_scale
         flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -298,7 +299,8 @@ class TriplaneTurboModel(nn.Module):
         k = self.num_estimates if num_inference_steps is None else num_inference_steps
         return self.decode(self.sample_latents(prompt_embeds, generator, k, latents))
 
-    def _check_latents(self, latents: Tensor) -> int:
+    def check_latents(self, latents: Tensor) -> int:
+        """Return the number of samples of latents [B, 6, 4, h, w]; ValueError for another shape."""
         channels, size = self.backbone.unet.config["in_channels"], self.config.latent_size
         if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or 0 in latents.shape:
             raise ValueError(
@@ -330,12 +332,12 @@ class TriplaneTurboModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the adapter, the heads and their configs to `folder`; dtype: of the tensors on disk, None: as is."""
-        adapter_files.save_adapter(self, Path(folder), dtype=dtype)
+        adapter_files.save_adapter(self, expanded_path(folder, "folder"), dtype=dtype)
 
     def load_adapter(self, folder: str | Path, *, allow_other_base: bool = False) -> None:
         """Load what `save_adapter` wrote; FileNotFoundError or ModelMismatch before anything is changed."""
         self._check_not_fused("load an adapter")
-        adapter_files.load_adapter(self, Path(folder), allow_other_base=allow_other_base)
+        adapter_files.load_adapter(self, expanded_path(folder, "folder"), allow_other_base=allow_other_base)
 
     def _check_not_fused(self, what: str) -> None:
         if self.is_fused:
@@ -394,7 +396,7 @@ class TriplaneTurboModel(nn.Module):
         base_hash: Mapping[str, str] | None = None,
     ) -> Self:
         """Build a model as the configs in `folder` say, on this base, and load the saved adapter."""
-        peta, config = adapter_files.read_settings(Path(folder))
+        peta, config = adapter_files.read_settings(expanded_path(folder, "folder"))
         model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
         model.load_adapter(folder, allow_other_base=allow_other_base)
         return model

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from prd.hub.shipped import HUB_ID as HUB_ID
 from prd.hub.shipped import shipped, shipped_names
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS
+from prd.utils.arguments import expanded_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def find_model(
     Raises FileNotFoundError, also where the Hub has no such repository or revision, or does not show it without token,
     and ValueError for a revision of what is not on the Hub.
     """
-    path, ours = Path(name_or_path).expanduser(), shipped(name_or_path, "model")
+    path, ours = expanded_path(name_or_path, "model"), shipped(name_or_path, "model")
     if revision is not None and (ours is not None or path.exists()):
         raise ValueError(f"revision={revision!r}: {name_or_path} is on this disk and has no revisions; leave it out")
     if ours is not None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import ModelMismatch
+from prd.utils.arguments import expanded_path
 from prd.utils.dtypes import check_dtype
 from prd.utils.files import move
 from prd.utils.imports import import_path
@@ -56,7 +57,7 @@ def save_model(
     Raises ValueError for another dtype, and OSError where the folder cannot be written.
     """
     check_dtype(dtype)
-    folder = Path(folder)
+    folder = expanded_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new = Path(temporary)

@@ -24,6 +24,7 @@ from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shi
 from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder
+from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]
@@ -96,7 +97,7 @@ def load_base(
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     hub["local_files_only"] = local_files_only
     path, commit = _checked_place(name, revision), None
-    if path.suffix == ".safetensors":
+    if has_suffix(path, ".safetensors"):
         parts = _from_file(path, name, text, prediction_type, hub)
         width = parts.unet.config["block_out_channels"][0]
         return _finish(parts, inference_dtype(width, device) if dtype is None else dtype, expected)
@@ -122,14 +123,14 @@ def load_base(
 
 def _checked_place(name: str, revision: str | None) -> Path:
     """Return where a base is: a folder, a .safetensors file, or a path that is none, of a Hub id; errors as above."""
-    path = shipped(name, "base") or Path(name).expanduser()
-    if path.suffix in PICKLES:
+    path = shipped(name, "base") or expanded_path(name, "base")
+    if has_suffix(path, PICKLES):
         raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
     if _is_of_hub(name, revision):
         return path
-    if revision is not None and (path.exists() or path.suffix == ".safetensors"):
+    if revision is not None and (path.exists() or has_suffix(path, ".safetensors")):
         raise ValueError(f"revision={revision!r}: {name} is on this disk and has no revisions; leave it out")
-    if path.suffix == ".safetensors":
+    if has_suffix(path, ".safetensors"):
         return path
     if path.is_file():
         raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")

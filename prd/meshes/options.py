@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
+from prd.utils.arguments import check_int
+
 MAX_RESOLUTION = 2048  # nodes per axis: 8.6e9 nodes
 TEXTURE_SIZES = (16, 8192)  # texels per side: below, charts find no room; above, readers and GPUs refuse the picture
 
@@ -34,15 +36,19 @@ class MeshOptions:
     coarse_factor: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("isosurface_resolution", self.isosurface_resolution, 2, MAX_RESOLUTION)
+        self._check_int("isosurface_resolution", 2, MAX_RESOLUTION)
         if self.target_faces is not None:
-            _check_int("target_faces", self.target_faces, 4, None, "or None to keep every triangle")
+            self._check_int("target_faces", 4, None, "or None to keep every triangle")
         if self.texture_size is not None:
-            _check_int("texture_size", self.texture_size, *TEXTURE_SIZES, "or None for vertex colours alone")
+            self._check_int("texture_size", *TEXTURE_SIZES, "or None for vertex colours alone")
         check_one_of("keep", self.keep, ("all", "largest"))
         check_one_of("on_empty", self.on_empty, ("raise", "flag"))
         if self.coarse_factor is not None:
-            _check_int("coarse_factor", self.coarse_factor, 2, self.isosurface_resolution - 1, "or None")
+            self._check_int("coarse_factor", 2, self.isosurface_resolution - 1, "or None")
+
+    def _check_int(self, name: str, least: int, most: int | None, otherwise: str = "") -> None:
+        """Keep an integer of numpy or torch as Python's; ValueError unless it is one in least..most."""
+        object.__setattr__(self, name, check_int(name, getattr(self, name), least, most, otherwise))
 
 
 class MeshKeywords(TypedDict, total=False):
@@ -68,13 +74,5 @@ def mesh_options(options: MeshOptions | None, keywords: Mapping[str, Any]) -> Me
 
 def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of the allowed words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-
-
-def _check_int(name: str, value: object, least: int, most: int | None, otherwise: str = "") -> None:
-    """Raise ValueError unless `value` is an integer in least..most."""
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
-        return
-    allowed = f"of at least {least}" if most is None else f"in {least}..{most}"
-    raise ValueError(f"{name}={value!r}: must be an integer {allowed}{otherwise and f', {otherwise}'}")

@@ -21,6 +21,7 @@ from prd.meshes.mesh import build_mesh, extract_surfaces
 from prd.meshes.options import MeshOptions, check_one_of, mesh_options
 from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
+from prd.utils.arguments import check_prompt, expanded_path, shown
 from prd.utils.memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -66,29 +67,40 @@ class TextTo3DPipeline:
         self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int
     ) -> tuple[list[str], Tensor]:
         """Return prompts and their embeddings [prompts, L, width], from one or the other."""
+        prompts = self._listed(prompt, prompt_embeds, width)
         if prompt_embeds is not None:
-            if prompt is not None:
-                raise ValueError(f"prompt={prompt!r}: give either a prompt or prompt_embeds=, not both")
-            check_floating("prompt_embeds", prompt_embeds)
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
-                raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
-            return [""] * len(prompt_embeds), prompt_embeds.to(self.device)
-        prompts = list_prompts(prompt)
-        if self.encoder is None:
-            raise ValueError(
-                f"prompt={prompt!r}: the pipeline came without a text encoder; give prompt_embeds= instead"
-            )
+            return prompts, prompt_embeds.to(self.device)
+        assert self.encoder is not None  # of _listed
         self._warn(prompts, self.encoder)
         return prompts, self.encoder(prompts).to(self.device)
 
+    def _listed(self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, width: int) -> list[str]:
+        """Return the prompts, each "" where embeddings are given; errors for what is neither the one nor the other."""
+        if prompt_embeds is not None:
+            if prompt is not None:
+                raise ValueError(f"prompt={shown(prompt)}: give either a prompt or prompt_embeds=, not both")
+            check_floating("prompt_embeds", prompt_embeds)
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width or not prompt_embeds[..., 0].numel():
+                raise ValueError(f"prompt_embeds={tuple(prompt_embeds.shape)}: expected [prompts, tokens, {width}]")
+            return [""] * len(prompt_embeds)
+        prompts = list_prompts(prompt)
+        if self.encoder is None:
+            raise ValueError(
+                f"prompt={shown(prompt)}: the pipeline came without a text encoder; give prompt_embeds= instead"
+            )
+        return prompts
+
     def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
         for text in prompts:
-            tokens = len(encoder.tokenizer(text).input_ids)
+            tokens = len(encoder.tokenizer(text, verbose=False).input_ids)
             if tokens > encoder.length:
-                logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, encoder.length)
+                logger.warning(
+                    "prompt %s has %d tokens: only the first %d are read", shown(text), tokens, encoder.length
+                )
             if words := unknown_words(self.encoder_name, text):
                 title = about(self.encoder_name)["title"]
-                logger.warning("prompt %r: %s has never heard of %s", text, title, ", ".join(words))
+                listed = shown(", ".join(dict.fromkeys(words)))
+                logger.warning("prompt %s: %s has never heard of %s", shown(text), title, listed.strip("'"))
 
     def _options(self, output_type: str, allowed: tuple[str, ...], keywords: Mapping[str, Any]) -> MeshOptions:
         """Check what a call asks for, before anything is computed; TypeError for an argument that there is not."""
@@ -134,7 +146,7 @@ class TextTo3DPipeline:
         license  in the card, as the Hub names it; None: that of the base
         """
         self.model.save_pretrained(folder, dtype=dtype)
-        write_card(Path(folder), license=license, training_metadata=self.training_metadata)
+        write_card(expanded_path(folder, "folder"), license=license, training_metadata=self.training_metadata)
 
     def push_to_hub(
         self,
@@ -169,22 +181,15 @@ class TextTo3DPipeline:
 
 
 def list_prompts(prompt: str | Sequence[str] | None) -> list[str]:
-    """Return one or several prompts as a list; TypeError for anything that is not text, ValueError for an empty one."""
+    """Return one or several prompts as a list.
+
+    Raises TypeError for anything that is not text, ValueError for an empty one and one that is not valid Unicode.
+    """
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
     prompts: list[Any] = list(prompt) if listed and prompt is not None else [prompt]
-    for text in prompts:
-        if not isinstance(text, str):
-            raise TypeError(f"prompt={text!r}: must be a string or a list of strings")
-        if not text.strip():
-            raise ValueError(f"prompt={text!r}: is empty; say what to make")
     if not prompts:
         raise ValueError("prompt=[]: give at least one prompt")
-    return prompts
-
-
-def check_at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+    return [check_prompt("prompt", text) for text in prompts]
 
 
 def check_device(device: str | torch.device) -> None:

@@ -16,6 +16,7 @@ from prd.meshes.options import MeshKeywords
 from prd.meshes.read import read_mesh, sample_points
 from prd.pipelines.output import TextTo3DOutput
 from prd.pipelines.single_pass import SinglePassPipeline
+from prd.utils.arguments import expanded_path
 
 
 class LATTE3D(SinglePassPipeline):
@@ -60,7 +61,7 @@ class LATTE3D(SinglePassPipeline):
         if isinstance(shape, Mesh):
             mesh = torch.from_numpy(shape.vertices), torch.from_numpy(shape.faces)
         elif isinstance(shape, str | Path):
-            mesh = read_mesh(Path(shape))
+            mesh = read_mesh(expanded_path(shape, "shape"))
         else:
             raise TypeError(f"shape={reprlib.repr(shape)}: must be a Mesh, a file of one, or points [N, 3] as a tensor")
         draw = torch.Generator().manual_seed(0)

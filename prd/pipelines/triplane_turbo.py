@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from prd.adapters.planes import load_xformers_attention
 from prd.errors import ModelMismatch
 from prd.fields.triplane import TriplaneField
+from prd.generators import sampling
 from prd.generators.adapter_files import read_configs
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.hub.find import find_model, place_in_run, read_training_metadata
@@ -25,9 +26,10 @@ from prd.hub.shipped import public_base
 from prd.loading.saved_model import ADAPTER_CONFIG, OWN_CLASS, WEIGHTS, loader_of, own_class_record, read_record
 from prd.loading.stable_diffusion import Base, load_base
 from prd.meshes.options import MeshKeywords
-from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_at_least, check_device, check_floating
+from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device, check_floating
 from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
+from prd.utils.arguments import check_int
 from prd.utils.dtypes import accepts_torch_dtype, check_dtype
 
 logger = logging.getLogger(__name__)
@@ -190,13 +192,14 @@ class TriplaneTurbo(TextTo3DPipeline):
         out of its range or of another shape.
         """
         options = self._options(output_type, ("mesh", "field", "planes"), mesh)
-        check_at_least("num_meshes_per_prompt", num_meshes_per_prompt, 1)
-        k = self.model.num_estimates if num_inference_steps is None else num_inference_steps
-        self.model.timesteps(k)  # raises for a bad K before anything is computed
-        if latents is not None:
-            check_floating("latents", latents)
+        num_meshes_per_prompt = check_int("num_meshes_per_prompt", num_meshes_per_prompt, 1)
+        k = len(self.model.timesteps(self.model.num_estimates if num_inference_steps is None else num_inference_steps))
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end={callback_on_step_end!r}: must be a function, or None")
+        width = self.model.backbone.unet.config["cross_attention_dim"]
+        self._check_start(len(self._listed(prompt, prompt_embeds, width)) * num_meshes_per_prompt, generator, latents)
         watch = Stopwatch(self.device)
-        prompts, embeds = self._encode(prompt, prompt_embeds, self.model.backbone.unet.config["cross_attention_dim"])
+        prompts, embeds = self._encode(prompt, prompt_embeds, width)
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
         embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
         watch.lap("text")
@@ -205,6 +208,15 @@ class TriplaneTurbo(TextTo3DPipeline):
         field = self._decode(z, prompts)
         watch.lap("decode")
         return self._finish(prompts, field, watch, output_type, options, return_dict)
+
+    def _check_start(self, samples: int, generator: sampling.Generators, latents: Tensor | None) -> None:
+        """Raise TypeError or ValueError unless `samples` samples can start from these, before anything is computed."""
+        if latents is None:
+            sampling.check_generators(generator, samples)
+            return
+        check_floating("latents", latents)
+        if self.model.check_latents(latents) != samples:
+            raise ValueError(f"latents={tuple(latents.shape)}: expected {samples} samples, one for each mesh")
 
     def _denoise(
         self,

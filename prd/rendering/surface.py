@@ -24,7 +24,7 @@ from prd.rendering.antialias import antialias
 from prd.rendering.protocol import Draws, Rendered, Renderer
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
-from prd.utils.checked_types import CHECKS, Count, Schedule, number
+from prd.utils.checked_types import CHECKS, Count, Int, Schedule, number
 from prd.utils.gradients import scale_gradient
 
 NORMAL_EPS = 1e-12  # a shorter sum of face normals, in scene units squared, gives no direction
@@ -114,7 +114,7 @@ class SurfaceConfig:
 
     height: Count = 512  # image height, pixels
     width: Count = 512  # image width, pixels
-    grid_resolution: Annotated[int, Setting(ge=3)] = (
+    grid_resolution: Annotated[Int, Setting(ge=3)] = (
         128  # nodes of the isosurface grid along each axis (the paper's in training)
     )
     sdf_gradient_scale: Schedule = 0.001  # scale of the images' gradient to the sdf (the paper's recipe)

@@ -26,7 +26,18 @@ from prd.rendering.culling import NORMAL_EPS, facing, relevant_segments, segment
 from prd.rendering.protocol import Draws, GradientSamples, Rendered, Renderer
 from prd.rendering.rays import RayBundle, cube_near_far, edges_around, jittered_shares, sample_pdf
 from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
-from prd.utils.checked_types import CHECKS, Count, NonNegative, Positive, PositiveSchedule, Schedule, Size, number
+from prd.utils.checked_types import (
+    CHECKS,
+    Count,
+    Float,
+    Int,
+    NonNegative,
+    Positive,
+    PositiveSchedule,
+    Schedule,
+    Size,
+    number,
+)
 from prd.utils.gradients import scale_gradient
 
 AS_FLOAT32 = "render with cameras.to(torch.float32), or with a field of float64"
@@ -39,13 +50,13 @@ class VolumeConfig:
     height: Count = 128  # image height, pixels
     width: Count = 128  # image width, pixels
     num_samples: Size = 64  # uniform samples per ray; the proposal's fine samples if there is importance sampling
-    num_importance_samples: Annotated[int, Setting(ge=0)] = 128  # proposal samples per ray; 0: none
+    num_importance_samples: Annotated[Int, Setting(ge=0)] = 128  # proposal samples per ray; 0: none
     density: Literal["neus", "volsdf"] = "neus"  # from signed distance to opacity, unless the model says it itself
     inv_std: PositiveSchedule = 100.0  # s of NeuS's logistic density, 1 / scene units (published: exp(10 * 0.4605))
     beta: PositiveSchedule = 0.01  # width of VolSDF's Laplace density, scene units
     near: NonNegative | None = None  # scene units along the ray (published: 0.1); null: where it enters the cube
     far: Positive | None = None  # scene units along the ray (published: 4); null: where it leaves the cube
-    cull_below: Annotated[float, Setting(ge=0, lt=1)] = 1e-4  # less opaque or less lit segments are left out; 0: none
+    cull_below: Annotated[Float, Setting(ge=0, lt=1)] = 1e-4  # less opaque or less lit segments are left out; 0: none
     alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample

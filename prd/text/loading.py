@@ -16,6 +16,7 @@ from prd.loading.stable_diffusion import load_base
 from prd.loading.strict import load_strict
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
+from prd.utils.arguments import expanded, has_suffix
 
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
@@ -53,8 +54,8 @@ def load_encoder(
     hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP or a T5. Raises UnknownEncoder for another
     model or a folder without one, OSError and CheckpointError for missing or foreign files.
     """
-    place = str(shipped(place, "text_encoder") or place)
-    if place.endswith(".safetensors"):
+    place = str(shipped(place, "text_encoder") or expanded(place, "encoder"))
+    if has_suffix(place, ".safetensors"):
         encoder = load_base(place, dtype=dtype, text=True, **hub).encoder
         assert encoder is not None  # text=True
         encoder.model.to(device)

@@ -47,7 +47,7 @@ from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
 from prd.training.budget import Fit
 from prd.training.optimizers import OptimizerConfig
 from prd.training.validation import ValidationConfig
-from prd.utils.checked_types import CHECKS, Count, Fraction, Positive, resolved
+from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Place, Positive, Seed, resolved
 
 __all__ = ["ConfigError", "Stage", "TrainConfig"]
 _MOVED = (
@@ -85,8 +85,8 @@ def paper_regularizers() -> dict[str, Any]:
 class TrainConfig:
     """A whole training run: Progressive Rendering Distillation, or a single-pass model."""
 
-    seed: int = 0  # of every random draw
-    output_dir: str = "runs/prd"  # the run folder
+    seed: Seed = 0  # of every random draw
+    output_dir: Place = "runs/prd"  # the run folder
     max_train_steps: Count = 15000  # optimiser steps at most
     schedule_steps: Count | None = None  # where every [start, end] schedule reaches its end; null: max_train_steps
     max_train_minutes: Positive | None = None  # steps and schedules are fitted to these, in each process; null: none
@@ -98,13 +98,13 @@ class TrainConfig:
     rollout_batch_size: Count = 1  # of these K, decoded and judged in one batch: for small models; memory of as many
     stages: tuple[dict[str, Any], ...] = ()  # parts of the run that change some values, each with its `until`
     trainable: tuple[str, ...] | None = None  # parts of the model that are trained; null: all
-    init_from: str | None = None  # a saved model to start from, "toybox-atom" or a run folder; null: from scratch
+    init_from: Place | None = None  # a saved model to start from, "toybox-atom" or a run folder; null: from scratch
     background: Fraction = 0.5  # grey level behind the object
     text_background: bool = False  # train over an environment made from the text instead, trained along; shown: grey
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
+    ema_decay: Annotated[Float, Field(gt=0, lt=1)] | None = None  # moving average of the trained weights; null: none
     checkpointing_steps: Count = 500  # save a checkpoint every so many steps
     checkpoints_total_limit: Count | None = 3  # older checkpoints are removed; null: keep all
-    resume_from_checkpoint: str | None = None  # "latest", the name of one of this run, or a folder
+    resume_from_checkpoint: Place | None = None  # "latest", the name of one of this run, or a folder
     start_afresh: bool = False  # where "latest" finds nothing to resume from
     allow_config_change: bool = False  # resume from a checkpoint that was trained with another config
     report_to: str | None = "tensorboard"  # an Accelerate tracker besides metrics.jsonl, as "wandb"; null: none

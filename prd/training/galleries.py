@@ -23,6 +23,7 @@ from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
+from prd.utils.arguments import MAX_SEED
 from prd.utils.files import file_stem, write_atomic
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+
 def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
     """One generator per prompt, so that what a prompt gives does not depend on the others."""
-    return [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
+    return [torch.Generator().manual_seed((seed * 100_003 + i) % (MAX_SEED + 1)) for i in range(len(prompts))]
 
 
 @torch.no_grad()

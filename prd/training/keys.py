@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
@@ -31,6 +31,26 @@ def _static_keys(section: type, prefix: str = "") -> Iterator[str]:
             yield from _static_keys(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name
+
+
+def kinds_of(parts: Sequence[Entry]) -> dict[str, Any]:
+    """The annotation of every dotted key that a config with these parts may have, where it can be told."""
+    kinds = dict(_annotations(TrainConfig))
+    for part in parts:
+        kinds |= {f"{part.key}.class": str, **dict(_annotations(part.config_class, f"{part.key}."))}
+    return kinds
+
+
+def _annotations(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    try:
+        hints = get_type_hints(section, include_extras=True)
+    except (NameError, TypeError):  # of a class of the user's own, whose annotations cannot be evaluated here
+        return
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(kind := hints[f.name]) and isinstance(kind, type):
+            yield from _annotations(kind, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", kind
 
 
 def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:

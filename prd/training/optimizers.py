@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from prd.errors import ConfigError
-from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Positive
+from prd.utils.checked_types import CHECKS, Float, Fraction, Int, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -20,10 +20,10 @@ class OptimizerConfig:
 
     name: Literal["adan", "adamw"] = "adamw"  # Adan takes three betas, AdamW two
     lr: Positive = 1e-3  # peak learning rate
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.99)  # moment decays
+    betas: tuple[Annotated[Float, Field(ge=0, lt=1)], ...] = (0.9, 0.99)  # moment decays
     eps: Positive = 1e-12  # added to the denominator
     weight_decay: NonNegative = 0.0  # decoupled
-    warmup_steps: Annotated[int, Field(ge=0)] = 20  # linear warm-up of lr
+    warmup_steps: Annotated[Int, Field(ge=0)] = 20  # linear warm-up of lr
     decay_fraction: Fraction = 0.4  # last part of the run over which lr falls linearly; 0: constant
     final_lr_fraction: Fraction = 0.05  # of the peak, at the end of that decay
     max_grad_norm: Positive | None = None  # clip the gradient's global norm; null: not

@@ -27,9 +27,10 @@ from prd.errors import ConfigError
 from prd.training.classes import SECTIONS, Entry, class_name_of, entries, settings_by_key
 from prd.training.command_line import parse_overrides, split_config
 from prd.training.config import Stage, TrainConfig
-from prd.training.keys import check_keys, explain, known_keys, leaves
-from prd.training.renamed import renamed
+from prd.training.keys import check_keys, explain, kinds_of, known_keys, leaves
+from prd.training.renamed import renamed, with_todays_keys
 from prd.training.run.launcher import read_launch, with_launcher
+from prd.utils.arguments import expanded_path
 from prd.utils.files import write_atomic
 from prd.utils.plain_yaml import parse_yaml
 
@@ -123,7 +124,7 @@ def _plain_part(config: TrainConfig, key: str, own: dict[str, Any]) -> Any:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every value as YAML; `load_config(path)` gives an equal config."""
-    write_atomic(Path(path), dump_config(config))
+    write_atomic(expanded_path(path), dump_config(config))
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -147,10 +148,12 @@ def load_config(config: str | Path = "toybox", overrides: Sequence[str] = ()) ->
     one), a value of the wrong type or outside its range.
     """
     values = _read_recipe(config)
-    changes = renamed(parse_overrides(overrides), "the command line", whole=False)
+    rough, _ = with_todays_keys(parse_overrides(overrides), whole=False)
     for name, section in SECTIONS.items():
-        if section.default is None and name in changes and name not in values:
+        if section.default is None and name in rough and name not in values:
             values[name] = to_dict(TrainConfig())[name]  # of which an override changes a part
+    kinds = kinds_of(list(entries(merged(values, rough))))  # which depend on the classes of the parts
+    changes = renamed(parse_overrides(overrides, kinds), "the command line", whole=False)
     minutes = values.get("max_train_minutes")
     if "max_train_steps" in changes and "max_train_minutes" not in changes and minutes is not None:
         logger.warning(
@@ -177,7 +180,7 @@ def shipped_recipes() -> list[str]:
 
 
 def _find(config: str | Path) -> Path:
-    path = Path(config)
+    path = expanded_path(config, "config")
     if path.is_file():
         return path
     if str(config) in shipped_recipes():
@@ -195,7 +198,7 @@ def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, A
         return values
     if path in seen:
         raise ConfigError(f"{path}: extends={extended!r}: extends itself")
-    beside = path.parent / str(extended)
+    beside = path.parent / expanded_path(str(extended), "extends")
     base = _read_recipe(beside if beside.is_file() else str(extended), (*seen, path))
     return merged(base, values)
 
@@ -249,7 +252,7 @@ def stages_of(config: TrainConfig) -> list[Stage]:
         values, where = dict(written), f"stages[{index}]"
         until, name = values.pop("until", None), values.pop("name", str(index + 1))
         first = stages[-1].last if stages else 0
-        if type(until) not in (int, float) or not before < until <= 1:
+        if isinstance(until, bool) or not isinstance(until, int | float) or not before < until <= 1:
             raise ConfigError(f"{where}.until={until!r}: must be a share of the run up to 1, ascending")
         before, last = until, max(first + 1, round(until * total))
         own = replace(_staged(config, values, where), schedule_steps=last - first)

@@ -23,7 +23,7 @@ from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_promp
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
-from prd.utils.checked_types import CHECKS, Count, Size
+from prd.utils.checked_types import CHECKS, Count, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MESH_COST = 7  # seconds for a validation prompt's mesh and row of a sheet, per 
 class ValidationConfig:
     """Settings of what is generated, drawn and measured before, during and after training."""
 
-    prompts: tuple[str, ...] = ()  # drawn on the contact sheet and exported as .glb
+    prompts: tuple[Prompt, ...] = ()  # drawn on the contact sheet and exported as .glb
     every_steps: Count | None = None  # measure every so many steps; null: before and after only
     spread_steps: Count | None = 100  # check that shapes of different prompts differ every so many steps; null: never
     gallery_steps: Count | None = None  # draw, measure and export the prompts every so many steps; null: never

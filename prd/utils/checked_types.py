@@ -13,18 +13,59 @@ A part owns its settings: a frozen pydantic dataclass stands beside the class th
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=2)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Radius = Annotated[float, Field(gt=0, lt=1)]
+from prd.utils.arguments import MAX_SEED, expanded, integer, prompt_fault, text_fault
+
+
+def _number(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; an error for true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise PydanticCustomError("number", "must be a number, not true or false")
+    found = integer(value)
+    return value if found is None else found
+
+
+def _seed(value: int) -> int:
+    if not 0 <= value <= MAX_SEED:
+        raise PydanticCustomError("seed", f"must be an integer in 0..{MAX_SEED}")
+    return value
+
+
+def _place(value: Any) -> Any:
+    return expanded(value) if isinstance(value, str | os.PathLike) else value
+
+
+def _without_fault(text: str) -> str:
+    if fault := text_fault(text):
+        raise PydanticCustomError("text", "{fault}", {"fault": fault})
+    return text
+
+
+def _prompt(text: str) -> str:
+    if fault := prompt_fault(text):
+        raise PydanticCustomError("text", "{fault}", {"fault": fault})
+    return text
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Int, Field(ge=1)]
+Size = Annotated[Int, Field(ge=2)]
+Seed = Annotated[Int, AfterValidator(_seed)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Radius = Annotated[Float, Field(gt=0, lt=1)]
+Place = Annotated[str, BeforeValidator(_place)]  # a file, a folder, or a name that is neither, as a Hub id
+Text = Annotated[str, AfterValidator(_without_fault)]  # any text, also none
+Prompt = Annotated[str, AfterValidator(_prompt)]
 
 CHECKS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -34,7 +75,7 @@ class MovesWithStep:
 
 
 MOVES = MovesWithStep()
-Schedule = Annotated[float | tuple[float, float], MOVES]
+Schedule = Annotated[Float | tuple[Float, Float], MOVES]
 PositiveSchedule = Annotated[Positive | tuple[Positive, Positive], MOVES]
 
 Settings = TypeVar("Settings")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -93,7 +94,8 @@ def file_stem(text: str, otherwise: str) -> str:
     devices; `otherwise` if nothing is left.
     """
     words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", text.lower())).strip("_")[:MOST_LETTERS]
-    stem = words.encode()[:MOST_BYTES].decode(errors="ignore") or otherwise
+    encoding = sys.getfilesystemencoding()
+    stem = words.encode(encoding, "ignore")[:MOST_BYTES].decode(encoding, "ignore").strip("_") or otherwise
     return f"{stem}_" if RESERVED.fullmatch(stem) else stem
 
 

@@ -110,6 +110,49 @@ def test_mesh_options_are_checked_before_anything_is_computed(pipe: Any, options
     assert "\n" not in str(error.value)
 
 
+def test_integers_of_numpy_and_torch_are_integers(pipe: Any) -> None:
+    options = {"isosurface_resolution": np.int64(20), "target_faces": torch.tensor(200), "texture_size": np.int16(32)}
+    if pipe.draws_noise:
+        options |= {"num_inference_steps": np.int64(4), "num_meshes_per_prompt": torch.tensor(1)}
+    (mesh,) = call(pipe, PROMPTS[0], **options).meshes
+    assert same(mesh, call(pipe, PROMPTS[0], **{**SMALL, "texture_size": 32}).meshes[0])
+    for name in options:
+        for wrong in (True, np.bool_(True), torch.tensor(True), np.float64(20)):
+            with pytest.raises(ValueError, match=f"{name}=.*: must be a"):
+                call(pipe, PROMPTS[0], **{name: wrong})
+
+
+def test_what_samples_start_from_is_checked_before_anything_is_computed(pipe: Any, monkeypatch: Any) -> None:
+    if not pipe.draws_noise:
+        pytest.skip("draws nothing")
+    monkeypatch.setattr(pipe, "encoder", lambda prompts: pytest.fail("computed"))
+    size = pipe.model.config.latent_size
+    for options, message in (
+        ({"generator": [torch.Generator()]}, "1 generators for 2 samples"),
+        ({"generator": 3}, "generator=3: must be a torch.Generator"),
+        ({"latents": torch.zeros(1, 6, 4, size, size)}, "expected 2 samples"),
+        ({"latents": torch.zeros(2, 3, 4, size, size)}, "latents=.*expected"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end=3: must be a function"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            pipe(PROMPTS, **options)
+
+
+@pytest.mark.parametrize("prompt", ["a \ud800 cube", "a\0b", ["a", "\udcff"], "\u3000\n"], ids=ascii)
+def test_a_prompt_that_is_no_valid_text_is_one_sentence(pipe: Any, prompt: Any) -> None:
+    with pytest.raises(ValueError, match="^prompt=.*(UTF-8|NUL|empty)") as error:
+        pipe(prompt)
+    assert "\n" not in str(error.value) and str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a\x1b[31m\x07 cube", "\u7acb\u65b9\u4f53", "\u200b", "\U0001f9ca " * 9999], ids=len
+)
+def test_any_other_text_gives_a_field(pipe: Any, prompt: str, caplog: Any) -> None:
+    assert values(call(pipe, prompt, output_type="field").field).isfinite().all()
+    assert all(len(record.getMessage()) < 500 for record in caplog.records)
+
+
 def test_mesh_options_reach_the_mesh(pipe: Any) -> None:
     fine = call(pipe, PROMPTS[0], **{**SMALL, "target_faces": None}).meshes[0]
     few = call(pipe, PROMPTS[0], **{**SMALL, "target_faces": 60}).meshes[0]

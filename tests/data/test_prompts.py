@@ -269,14 +269,14 @@ def test_errors_name_the_key_and_the_value(tmp_path, monkeypatch):
         (of("c.jsonl", ""), "c.jsonl.*holds no prompt"),
         (of("c.csv", ""), "prompts.source=.*c.csv.*holds no prompt"),
         (of("d.csv", "prompt\n"), "d.csv.*holds no prompt"),
-        (of("e.json", "[1, 2]"), "list of strings"),
-        (of("f.json", "[1, "), "f.json.*cannot be read .JSONDecodeError"),
-        (of("g.txt", b"\xff\xfe\x00a"), "g.txt.*cannot be read .UnicodeDecodeError"),
-        (of("h.jsonl", '{"prompt": "a'), "h.jsonl.*cannot be read"),
+        (of("e.json", "[1, 2]"), "list of strings; entry 1: holds a number, not text"),
+        (of("f.json", "[1, "), "f.json.*is no JSON .Expecting value: line 1"),
+        (of("g.txt", b"a\n\xffa"), "g.txt, line 2: is not UTF-8"),
+        (of("h.jsonl", '{"prompt": "a'), "h.jsonl, line 1: is no JSON object"),
         (of("i.parquet", "no"), "i.parquet.*cannot be read"),
         (of("j.csv", "a,b\nx,y\n"), r"prompts.column='prompt': .*j.csv has the columns \['a', 'b'\]"),
         (of("k.jsonl", '{"text": "a"}\n'), r"prompts.column='prompt': .*has the columns \['text'\]"),
-        (of("l.jsonl", '{"prompt": 3}\n'), "prompts.column='prompt': holds int64 in .*l.jsonl, not text"),
+        (of("l.jsonl", '{"prompt": 3}\n'), "prompts.column='prompt': .*l.jsonl, line 1: holds a number, not text"),
         (of("m.json", '{"train": ["a"]}', split="test"), r"prompts.split='test': .*has the splits \['train'\]"),
         (of("n.txt", "a cat\n", split="val"), "prompts.split='val': .*has no splits"),
         (of("o.txt", "a cat\n", held_out=("a cow",)), "held_out: 'a cow' is not a prompt of"),
@@ -293,14 +293,14 @@ def test_errors_name_the_key_and_the_value(tmp_path, monkeypatch):
 def test_a_file_that_may_not_be_read_is_a_corpus_error(tmp_path, monkeypatch):
     source = write(tmp_path, "a.json", THREE)
 
-    read_text = Path.read_text
+    opened = Path.open
 
     def denied(self, *args, **kwargs):
         if str(self) == str(source):
             raise PermissionError(13, "Permission denied", str(self))
-        return read_text(self, *args, **kwargs)
+        return opened(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(CorpusError, match="cannot be read .PermissionError"):
         load_corpus(PromptsConfig(source=source))
 

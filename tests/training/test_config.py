@@ -74,7 +74,10 @@ def test_overrides_are_typed(empty):
 def test_a_negative_number_is_a_value(empty):
     with pytest.raises(ConfigError, match="seed"):
         load_config(empty, ["--seed", "--optimizer.lr", "1"])
-    assert load_config(empty, ["--seed", "-3"]).seed == -3
+    words = ["--cameras.elevation", "[-3, 4]", "--distillation.t_min", "-1"]
+    assert load_config(empty, words[:2]).cameras.elevation == (-3, 4)
+    with pytest.raises(ConfigError, match="t_min=-1"):
+        load_config(empty, words)
 
 
 def test_command_line_beats_the_file(tmp_path):

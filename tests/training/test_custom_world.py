@@ -54,7 +54,9 @@ def test_the_trainer_takes_a_benchmark_among_its_parts(toybox, tmp_path, capsys)
     parts = replace(build_parts(config), corpus=world.corpus(seed=config.seed), benchmark=world)
     Trainer(config, parts).train()
     check(out, {"seen"})
-    assert "seen                6 prompts  R@1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "seen                6 prompts  R@1" in printed
+    assert f"prompts of {world.name}: 6, the first 'a " in printed
 
 
 def test_a_recipe_names_a_benchmark_by_its_import_path(toybox, tmp_path):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import CheckpointError as CheckpointError
+from prd.utils.arguments import expanded_path
 from prd.utils.files import flush, move
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def save_checkpoint(
         raise CheckpointError(f"step={step}: must not be negative")
     if total_limit is not None and total_limit < 1:
         raise CheckpointError(f"total_limit={total_limit}: must be None (keep all) or at least 1")
-    run = Path(run)
+    run = expanded_path(run, "run")
     final, aside, replaced = (run / name for name in (f"checkpoint-{step}", f".writing-{step}", f".replaced-{step}"))
     for leftover in (*run.glob(".writing-*"), *run.glob(".replaced-*")):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -114,7 +115,7 @@ def _write(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, A
 
 def verify_checkpoint(folder: str | Path) -> int:
     """The step of a checkpoint whose files all match the manifest in size and SHA-256; else `CheckpointError`."""
-    folder = Path(folder)
+    folder = expanded_path(folder, "checkpoint")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         step, files = int(manifest["step"]), dict(manifest["files"])
@@ -134,7 +135,7 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 
     Raises `CheckpointError` if there are checkpoints and all are damaged.
     """
-    found = _checkpoints(Path(run))
+    found = _checkpoints(expanded_path(run, "run"))
     for _, folder in reversed(found):
         try:
             verify_checkpoint(folder)
@@ -153,7 +154,7 @@ def archive_newer_checkpoints(run: str | Path, step: int) -> list[Path]:
     For a run that goes on from `step`: "latest" would else lead back to what it left, and `total_limit` count it.
     """
     moved = []
-    for folder in [folder for n, folder in _checkpoints(Path(run)) if n > step]:
+    for folder in [folder for n, folder in _checkpoints(expanded_path(run, "run")) if n > step]:
         names = (f"abandoned-{folder.name}", *(f"abandoned-{folder.name}.{i}" for i in range(2, 1000)))
         place = next(place for name in names if not (place := folder.with_name(name)).exists())
         moved.append(folder.rename(place))
@@ -162,12 +163,13 @@ def archive_newer_checkpoints(run: str | Path, step: int) -> list[Path]:
 
 def named_checkpoint(name: str, run: str | Path) -> Path:
     """The folder a name means: itself if it is one, else the one of that name in the run's folder."""
-    return Path(name) if Path(name).is_dir() else Path(run) / name
+    given = expanded_path(name, "resume_from_checkpoint")
+    return given if given.is_dir() else expanded_path(run, "run") / given
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Verify a checkpoint and read all of it; `CheckpointError` if it is damaged."""
-    folder = Path(folder)
+    folder = expanded_path(folder, "checkpoint")
     step = verify_checkpoint(folder)
     try:
         tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}

@@ -24,6 +24,7 @@ from prd.errors import ConfigError
 from prd.training.run.checkpoints import named_checkpoint
 from prd.training.run.launcher import read_launch
 from prd.training.run.places import check_places
+from prd.utils.arguments import check_writable_folder
 from prd.utils.environment import in_force
 from prd.utils.files import read_json, write_atomic
 
@@ -55,10 +56,11 @@ def check_run(config: TrainConfig) -> None:
 
 
 def check_output_folder(config: TrainConfig) -> None:
-    """`ConfigError` if `output_dir` is no folder, or holds a run that this one does not continue."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={config.output_dir!r}: is a file; name a folder")
+    """`ConfigError` if `output_dir` cannot be written, or holds a run that this one does not continue."""
+    try:
+        folder = check_writable_folder("output_dir", config.output_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     name = config.resume_from_checkpoint
     if name == "latest" or (name is not None and named_checkpoint(name, folder).resolve().parent == folder.resolve()):
         return

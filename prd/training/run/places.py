@@ -43,7 +43,7 @@ def check_places(config: TrainConfig) -> None:
     """
     check_source(config.prompts)
     for key, folder in (("prompts.embeddings", config.prompts.embeddings), ("library.source", config.library.source)):
-        if folder is not None and not is_shipped(folder) and not Path(folder).expanduser().is_dir():
+        if folder is not None and not is_shipped(folder) and not Path(folder).is_dir():
             raise ConfigError(f"{key}={folder!r}: no such folder; correct it or leave it out")
     for key, place in _models(config).items():
         if not _is_known(place):
@@ -71,6 +71,6 @@ def _models(config: TrainConfig) -> dict[str, str]:
 
 def _is_known(place: str) -> bool:
     """Return True if a model is shipped, on this disk, or named by what may be a Hub id."""
-    path = Path(place).expanduser()
+    path = Path(place)
     may_be_hub_id = place.count("/") == 1 and not path.is_absolute() and not place.startswith((".", "~"))
     return is_shipped(place) or path.exists() or may_be_hub_id

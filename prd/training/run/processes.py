@@ -21,6 +21,7 @@ from accelerate.utils import ProjectConfiguration
 from prd.errors import ConfigError
 from prd.training.run.launcher import LAUNCHED, launched_by, read_launch, warn_of_differences
 from prd.utils.memory import keep_freed_memory
+from prd.utils.printing import keep_printing
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -37,6 +38,7 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
 
     Raises ConfigError for a precision that the device does not compute in.
     """
+    keep_printing()
     launch, given = read_launch(), config
     config = replace(config, num_threads=choose_threads(config.num_threads))
     keep_freed_memory()

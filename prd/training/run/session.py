@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prd.data.corpora import preview
 from prd.evaluation.report import update_report
 from prd.training.recipes import dump_config, save_config, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
@@ -30,6 +31,7 @@ def begin_session(trainer: Trainer) -> int:
         write_environment(trainer.folder, trainer.accelerator.num_processes)
         save_config(config, trainer.folder / "config.yaml")
         print(dump_config(config))
+        print(preview(trainer.corpus.prompts, getattr(trainer.corpus, "source", config.prompts.source)))
     first = trainer.resume()
     if main and (later := archive_newer_checkpoints(trainer.folder, first)):
         names = ", ".join(str(place) for place in later)
