@@ -85,8 +85,8 @@ class PlaneLinear(nn.Module):
 
     def __init__(self, num_planes: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(num_planes, out_features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_planes, out_features, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         planes, out_features, in_features = self.weight.shape
@@ -112,7 +112,7 @@ class PlaneConvOut(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, plane_channels: int, num_planes: int = NUM_PLANES) -> None:
-        super().__init__(in_channels, 2 * plane_channels, kernel_size=3, padding=1)
+        super().__init__(in_channels, 2 * plane_channels, kernel_size=3, padding=1, dtype=torch.float32)
         self.num_planes = num_planes
 
     def forward(self, input: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prd.fields.dense_head import dense_head
 from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
+from prd.utils.construction import float32_weights
 
 
 class TriplaneHeads(nn.Module):
@@ -30,6 +31,7 @@ class TriplaneHeads(nn.Module):
             self.sdf.get_parameter("4.weight").mul_(sdf_init_scale)
 
 
+@float32_weights()
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, width, bias=False),

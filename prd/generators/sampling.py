@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -37,17 +38,25 @@ def draw_latents(shape: tuple[int, ...], batch: int, device: torch.device, gener
     """Draw Gaussian noise [batch, *shape]; one generator for the batch, or one per sample (then independent of B)."""
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
-        return torch.randn(batch, *shape, generator=generator, device=source).to(device)
+        return torch.randn(batch, *shape, generator=generator, dtype=torch.float32, device=source).to(device)
     if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
         raise TypeError(f"generator={generator!r}: must be a torch.Generator or a list of them, one per sample")
     if len(generator) != batch:
         raise ValueError(f"generator: {len(generator)} generators for {batch} samples; give one per sample")
-    return torch.stack([torch.randn(shape, generator=g, device=g.device).to(device) for g in generator])
+    drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device=g.device) for g in generator]
+    return torch.stack([sample.to(device) for sample in drawn])
+
+
+def as_timestep(timestep: Tensor | int, device: torch.device) -> Tensor:
+    """An integer timestep, or a tensor of them, as a tensor on a device."""
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.tensor(operator.index(timestep), dtype=torch.long, device=device)
 
 
 def alpha_sigma(alphas_cumprod: Tensor, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return sqrt(a_t) and sqrt(1 - a_t) [B or 1, 1, 1, 1, 1] at an integer timestep or [B] of them."""
-    a = alphas_cumprod[torch.as_tensor(timestep, device=alphas_cumprod.device)].to(like.dtype)
+    a = alphas_cumprod[as_timestep(timestep, alphas_cumprod.device)].to(like.dtype)
     a = a.view(-1, 1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 

@@ -27,6 +27,7 @@ from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
 from prd.text.encoders import PromptEncoder
 from prd.utils.checked_types import CHECKS, Count, Positive, Radius
+from prd.utils.construction import float32_weights, undrawn_weights
 from prd.utils.dtypes import HALF_PRECISIONS
 
 __all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
@@ -68,6 +69,7 @@ class TriplaneTurboModel(nn.Module):
     folder_name = "adapter"  # in a run folder
     takes_shapes = shares_text_encoder = False
 
+    @float32_weights()
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -188,7 +190,7 @@ class TriplaneTurboModel(nn.Module):
             raise ValueError(
                 f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
             )
-        t = torch.as_tensor(timestep, device=latents.device)
+        t = sampling.as_timestep(timestep, latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
         rows = t.repeat_interleave(6) if t.ndim else t
         prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
@@ -394,6 +396,7 @@ class TriplaneTurboModel(nn.Module):
     ) -> Self:
         """Build a model as the configs in `folder` say, on this base, and load the saved adapter."""
         peta, config = adapter_files.read_settings(Path(folder))
-        model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
+        with undrawn_weights():
+            model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
         model.load_adapter(folder, allow_other_base=allow_other_base)
         return model

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 FLOATS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.linspace, torch.eye}
 NUMBERS = {torch.full, torch.arange, torch.tensor}  # float or not, as their arguments are
-DRAWS = {Tensor.normal_, Tensor.uniform_}
+DRAWS = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_}
 
 
 class _Construction(TorchFunctionMode):
@@ -29,7 +30,7 @@ class _Construction(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if func in DRAWS and not self.draws:
-            return args[0].zero_()
+            return (args[0] if args else given["tensor"]).detach().zero_()
         if func is torch.empty and self.on_meta:
             given["device"] = "meta"
         if given.get("dtype") is None:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import CheckpointError as CheckpointError
+from prd.loading.weights import visible_files
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TensorGroups = Mapping[str, Mapping[str, Tensor]]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
@@ -43,6 +44,8 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         raise ConfigError("mixed_precision='fp16': needs a CUDA device; use bf16 or no")
     places = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
     run_data_parallel()
+    if is_initialized() and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process, which keeps a copy
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places)
     assert config.num_threads is not None
     torch.set_num_threads(config.num_threads)  # Accelerate may have set another number
