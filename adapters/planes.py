@@ -64,17 +64,19 @@ def set_attention(unet: nn.Module, attention: Callable[..., Tensor] | None) -> N
 def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """xformers' memory-efficient attention of q, k, v [B, heads, L, d]; ImportError where it is not installed."""
     try:
-        from xformers.ops import memory_efficient_attention
+        import xformers.ops  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "xformers is not installed: pip install xformers where CUDA is, or keep torch's own attention"
         ) from error
+    return _xformers_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as it wants them
-        return memory_efficient_attention(query, key, value).transpose(1, 2)
 
-    return attention
+def _xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as it wants them
+    return memory_efficient_attention(query, key, value).transpose(1, 2)
 
 
 class PlaneLinear(nn.Module):

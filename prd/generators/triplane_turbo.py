@@ -82,8 +82,7 @@ class TriplaneTurboModel(nn.Module):
         base_hash: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.peta = peta or PetaConfig()
-        self.config = config or SavedConfig()
+        self.peta, self.config = peta or PetaConfig(), config or SavedConfig()
         if self.peta.num_planes != 6:
             raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
         self.prediction_type: str = scheduler.config.prediction_type
@@ -230,8 +229,7 @@ class TriplaneTurboModel(nn.Module):
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
-        total, trained = len(self.alphas_cumprod), self.config.num_inference_steps
-        return sampling.even_timesteps(num_inference_steps, total, trained)
+        return sampling.even_timesteps(num_inference_steps, len(self.alphas_cumprod), self.num_estimates)
 
     def draw_latents(self, batch: int, generator: sampling.Generators = None) -> Tensor:
         """Draw Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one per sample."""

@@ -71,15 +71,13 @@ def load_strict(
     try:
         model = build(model_class, local / part)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{place}: no model can be made as its config.json says ({error}); {AGAIN}") from error
-    used = _renamed(model, tensors)
-    if dtype is None:
-        try:
-            dtype = stored_dtype(stored_types(files, lambda key: key.endswith(UNUSED)))
-        except ValueError as error:
-            raise CheckpointError(f"{place}: {error}") from error
-    assign(model, used, place, dtype)
-    return model
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{place}: no model can be made as its config.json says ({reason}); {AGAIN}") from error
+    try:
+        stored = stored_dtype(stored_types(files, lambda key: key.endswith(UNUSED)))
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {error}") from error
+    return assign(model, _renamed(model, tensors), place, dtype or stored)
 
 
 def _check_class(model_class: Any, folder: Path, place: str, remedy: str) -> None:
