@@ -117,7 +117,7 @@ def convert_published(state: dict[str, Tensor], backbone: SixPlaneBackbone) -> d
     def take(name: str) -> Tensor:
         if name not in rest:
             missing.append(name)
-            return torch.zeros(1, 1)
+            return torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         return rest.pop(name)
 
     for index, (group, module) in enumerate(published_layers(backbone)):

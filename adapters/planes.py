@@ -64,17 +64,19 @@ def set_attention(unet: nn.Module, attention: Callable[..., Tensor] | None) -> N
 def load_xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """xformers' memory-efficient attention of q, k, v [B, heads, L, d]; ImportError where it is not installed."""
     try:
-        from xformers.ops import memory_efficient_attention
+        import xformers.ops  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "xformers is not installed: pip install xformers where CUDA is, or keep torch's own attention"
         ) from error
+    return _xformers_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as it wants them
-        return memory_efficient_attention(query, key, value).transpose(1, 2)
 
-    return attention
+def _xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, L, heads, d], as it wants them
+    return memory_efficient_attention(query, key, value).transpose(1, 2)
 
 
 class PlaneLinear(nn.Module):
@@ -85,8 +87,8 @@ class PlaneLinear(nn.Module):
 
     def __init__(self, num_planes: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(num_planes, out_features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_planes, out_features, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         planes, out_features, in_features = self.weight.shape
@@ -112,7 +114,7 @@ class PlaneConvOut(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, plane_channels: int, num_planes: int = NUM_PLANES) -> None:
-        super().__init__(in_channels, 2 * plane_channels, kernel_size=3, padding=1)
+        super().__init__(in_channels, 2 * plane_channels, kernel_size=3, padding=1, dtype=torch.float32)
         self.num_planes = num_planes
 
     def forward(self, input: Tensor) -> Tensor:

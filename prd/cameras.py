@@ -48,7 +48,7 @@ class Cameras:
         rotation = pose[..., :3, :3]
         with torch.autocast(pose.device.type, enabled=False):  # whose products are no more exact than RIGID
             squared = rotation @ rotation.transpose(-1, -2)
-        straight = ((squared - torch.eye(3).to(pose)).abs() < RIGID).flatten(2).all(-1)
+        straight = ((squared - torch.eye(3, dtype=pose.dtype, device=pose.device)).abs() < RIGID).flatten(2).all(-1)
         right_handed = torch.linalg.det(rotation.float()) > 0
         for name, ok, allowed in (
             ("camera_to_world", torch.isfinite(pose).flatten(2).all(-1), "must be finite"),
@@ -110,7 +110,7 @@ class Cameras:
 
     def select(self, views: Tensor) -> Cameras:
         """The views [B, n] (indices per sample) of these cameras."""
-        rows = torch.arange(self.batch, device=views.device)[:, None]
+        rows = torch.arange(self.batch, dtype=torch.long, device=views.device)[:, None]
         return Cameras(self.camera_to_world[rows, views], self.fovy[rows, views])
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -154,8 +154,8 @@ class Cameras:
         near, far: planes in scene units along the viewing axis, numbers or [B, V]; ValueError unless 0 < near < far and
         both are finite.
         """
-        ordered = (torch.as_tensor(near) > 0) & (torch.as_tensor(near) < torch.as_tensor(far))
-        if not bool((ordered & (torch.as_tensor(far) < math.inf)).all()):
+        nearest, furthest = (torch.as_tensor(plane, dtype=torch.float64, device="cpu") for plane in (near, far))
+        if not bool(((nearest > 0) & (nearest < furthest) & (furthest < math.inf)).all()):
             raise ValueError(f"near={near}, far={far}: need 0 < near < far, both finite")
         f = 1 / torch.tan(self.fovy / 2)
         matrix = self.camera_to_world.new_zeros(self.batch, self.views, 4, 4)

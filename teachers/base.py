@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
-from prd.loading.strict import load_strict
+from prd.loading.strict import load_strict, load_tokenizer
 from prd.rendering.views import Views
 from prd.teachers.loading import CONVERT, PREDICTIONS, load_schedule
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
@@ -300,7 +300,7 @@ class UNetTeacher(nn.Module):
         return {
             "unet": load_strict(UNet2DConditionModel, folder, "unet", dtype, remedy=CONVERT),
             "scheduler": load_schedule(folder),
-            "tokenizer": cls.tokenizer_class.from_pretrained(text, subfolder="tokenizer"),
+            "tokenizer": load_tokenizer(cls.tokenizer_class, text),
             "text_encoder": load_strict(cls.text_encoder_class, text, "text_encoder", dtype),
         }
 

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from prd.errors import CheckpointError
 from prd.loading.latent_diffusion import UNET, VAE, convert_unet, convert_vae
 from prd.loading.strict import load_strict
+from prd.loading.weights import check_no_pointer, find_weights, read_tensors
 from prd.teachers.loading import CONFIG_NAME, load_schedule
 from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
@@ -59,10 +59,15 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.is_dir():
-        return {UNET + key: value for key, value in _read_safetensors(path / "unet").items()}
+        if not (unet := path / "unet").is_dir():
+            raise CheckpointError(f"{unet}: no such folder; give one whose unet holds the authors' layers")
+        return {UNET + key: value for key, value in read_tensors(find_weights(unet)).items()}
     try:
+        check_no_pointer(path)
         pickled = not has_suffix(path, ".safetensors")
         state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch's unpickler raises several types, all of which mean the same here
         raise CheckpointError(f"{path}: cannot be read as tensors alone ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
@@ -84,17 +89,6 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     if averages:
         raise CheckpointError(f"{path}: {len(averages)} moving averages of no weight, {min(averages)} among them")
     return merged
-
-
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the one .safetensors file of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise CheckpointError(f"{folder}: holds {len(files)} .safetensors files; keep the one with the full weights")
-    try:
-        return load_file(files[0])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{files[0]}: is damaged ({error}); get it anew") from error
 
 
 def stable_diffusion_scheduler() -> DDPMScheduler:

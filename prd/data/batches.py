@@ -104,11 +104,14 @@ def draw_mixture(
         return None
     others, shares = [], []
     for generator in draws:
-        paired = float(torch.rand((), generator=generator)) < config.probability
+        paired = (
+            float(torch.rand((), generator=generator, dtype=torch.float32, device=generator.device))
+            < config.probability
+        )
         others.append(prompts[int(torch.randint(len(prompts), (), generator=generator))])
         seed = int(torch.randint(2**62, (), generator=generator))
         shares.append(float(np.random.default_rng(seed).dirichlet([config.concentration] * 2)[1]) if paired else 0.0)
-    return PromptInterpolation(others, torch.tensor(shares), config.over)
+    return PromptInterpolation(others, torch.tensor(shares, dtype=torch.float32, device="cpu"), config.over)
 
 
 def dummy_of(generator: Any) -> Tensor | None:

@@ -52,7 +52,7 @@ class MixedPrompts:
         """Draw `count` prompts, with replacement."""
         picked = []
         for _ in range(count):
-            u = float(torch.rand((), generator=generator))
+            u = float(torch.rand((), generator=generator, dtype=torch.float32, device=generator.device))
             g = 0
             while g + 1 < len(self.groups) and u >= self.probabilities[g]:
                 u -= self.probabilities[g]

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -225,17 +226,21 @@ def _prepare(config: PromptsConfig, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+_SILENCING = threading.RLock()  # else one thread would leave behind what another has set
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what `datasets` logs of a file it cannot read: the error says it in one sentence."""
     from datasets.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    with _SILENCING:
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
 
 
 def _copy(batches: Iterator[list[str | None]], path: Path) -> tuple[int, np.ndarray]:

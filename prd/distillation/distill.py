@@ -122,7 +122,7 @@ def view_tensors(views: Views) -> dict[str, Tensor]:
 
 def select_views(views: Views, indices: Tensor) -> Views:
     """Views indices [B, n] of a rendering, with their cameras."""
-    rows = torch.arange(len(indices), device=indices.device)[:, None]
+    rows = torch.arange(len(indices), dtype=torch.long, device=indices.device)[:, None]
     chosen = {name: tensor[rows, indices] for name, tensor in view_tensors(views).items()}
     return Views(**chosen, cameras=views.cameras.select(indices))
 

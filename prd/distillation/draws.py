@@ -28,12 +28,16 @@ def sample_generator(seed: int, step: int, sample: int, stream: int, *estimate: 
 
 def draw_normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal of a shape whose first axis holds the samples one after the other, an equal share for each."""
-    return torch.cat([torch.randn(_share(shape, generators), generator=g, device=g.device) for g in generators])
+    return torch.cat(
+        [torch.randn(_share(shape, generators), generator=g, dtype=torch.float32, device=g.device) for g in generators]
+    )
 
 
 def draw_uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Uniform in [0, 1), as `draw_normal`."""
-    return torch.cat([torch.rand(_share(shape, generators), generator=g, device=g.device) for g in generators])
+    return torch.cat(
+        [torch.rand(_share(shape, generators), generator=g, dtype=torch.float32, device=g.device) for g in generators]
+    )
 
 
 def _share(shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[int, ...]:

@@ -161,6 +161,6 @@ def gradient_cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
     """
     shared = sorted(first.keys() & second.keys())
     if not shared:
-        return torch.tensor(float("nan"))
+        return torch.tensor(float("nan"), dtype=torch.float32, device="cpu")
     a, b = (torch.cat([gradient[name].flatten() for name in shared]) for gradient in (first, second))
     return F.cosine_similarity(a, b, dim=0)

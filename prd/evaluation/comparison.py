@@ -152,7 +152,7 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
             for i in range(len(part)):
                 drawn = sheet_views(one_sample(field, i, len(part)), config, generator.device)
                 size = config.validation.resolution
-                images = torch.full((3, 3, size, size), config.background)
+                images = torch.full((3, 3, size, size), config.background, dtype=torch.float32, device="cpu")
                 if drawn is not None:
                     chosen = [drawn.rgb[0, 0], drawn.rgb[0, 1], (drawn.camera_normal()[0, 1] + 1) / 2]
                     images = torch.stack(chosen).permute(0, 3, 1, 2)

@@ -182,7 +182,7 @@ def grid_slabs(
     if geometry is None and whole is not None:
         sdf, _, deformation = several("grid", whole(resolution), 3)
         _checked((sdf, deformation), resolution, resolution, batch)
-    axis = torch.linspace(-1, 1, resolution, device=device)
+    axis = torch.linspace(-1, 1, resolution, dtype=torch.float32, device=device)
     for first in range(0, resolution, planes):
         last = min(first + planes, resolution)
         if geometry is not None:

@@ -63,7 +63,7 @@ class FeatureGrids:
         corner = base.long()
         total = points.new_zeros(())
         for offset in product((0, 1), repeat=3):
-            step = torch.tensor(offset, device=points.device)
+            step = torch.tensor(offset, dtype=torch.long, device=points.device)
             weight = torch.where(step.bool(), fraction, 1 - fraction).prod(dim=-1, keepdim=True)
             index = self.index(corner + step, resolution)  # [B, N]
             values = table.gather(1, index[..., None].expand(-1, -1, self.features))

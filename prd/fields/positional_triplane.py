@@ -18,6 +18,7 @@ from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import colour_from_features
 from prd.utils.arguments import one_or_more
+from prd.utils.construction import float32_weights
 
 
 def positional_encoding(coordinates: Tensor, frequencies: int) -> Tensor:
@@ -30,6 +31,7 @@ def positional_encoding(coordinates: Tensor, frequencies: int) -> Tensor:
 class PositionalHead(nn.Module):
     """Three linear layers with ReLU, no bias, from [plane features 3 C, encodings of x, y and z] to `outputs`."""
 
+    @float32_weights()
     def __init__(self, channels: int, width: int, outputs: int, frequencies: int) -> None:
         super().__init__()
         self.channels, self.frequencies = channels, frequencies
@@ -69,6 +71,7 @@ class PositionalHeads(nn.Module):
     The deformation's last layer starts at zero; `sdf_init_scale` scales that of the signed distance at the start.
     """
 
+    @float32_weights()
     def __init__(
         self,
         channels: int,

@@ -63,7 +63,7 @@ class FieldSamples:
         if points.ndim != 3 or points.shape[0] != len(self.indices) or points.shape[2] != 3:
             raise ValueError(f"points={tuple(points.shape)}: expected [B, N, 3] with B = {len(self.indices)}")
         every = points.new_zeros(self.batch, *points.shape[1:])
-        return every.index_copy(0, torch.tensor(self.indices, device=points.device), points)
+        return every.index_copy(0, torch.tensor(self.indices, dtype=torch.long, device=points.device), points)
 
     def sdf(self, points: Tensor) -> Tensor:
         return self.whole.sdf(self._every(points))[self.indices]

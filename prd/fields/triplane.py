@@ -12,6 +12,7 @@ from prd.fields.dense_head import dense_head
 from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
 from prd.utils.arguments import one_or_more
+from prd.utils.construction import float32_weights
 
 
 class TriplaneHeads(nn.Module):
@@ -31,6 +32,7 @@ class TriplaneHeads(nn.Module):
             self.sdf.get_parameter("4.weight").mul_(sdf_init_scale)
 
 
+@float32_weights()
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, width, bias=False),

@@ -133,7 +133,7 @@ def base_hash(backbone: nn.Module) -> dict[str, str]:
 def noise_schedule(model: TriplaneTurboModel) -> dict[str, Any]:
     """The base's noise schedule: how many timesteps, and alphas_cumprod at evenly spaced ones, the ends among them."""
     alphas = model.alphas_cumprod.double().cpu()
-    points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS).round().long()
+    points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS, dtype=torch.float32, device="cpu").round().long()
     return {"num_train_timesteps": len(alphas), "alphas_cumprod": [float(f"{a:.7g}") for a in alphas[points].tolist()]}
 
 

@@ -19,6 +19,7 @@ from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
+from prd.utils.construction import float32_weights
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -54,6 +55,7 @@ class AtomModel(SinglePassModel):
     class_name = "AToM"
     config_class = AtomConfig
 
+    @float32_weights()
     def __init__(self, config: AtomConfig) -> None:
         super().__init__(config)
         size, channels = config.plane_size, config.plane_channels

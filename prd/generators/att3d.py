@@ -24,6 +24,7 @@ from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, DensityAlpha
 from prd.utils.arguments import one_or_more
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius, Size
+from prd.utils.construction import float32_weights
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -51,6 +52,7 @@ class Att3dModel(SinglePassModel):
     class_name = "ATT3D"
     config_class = Att3dConfig
 
+    @float32_weights()
     def __init__(self, config: Att3dConfig) -> None:
         super().__init__(config)
         self.grids = FeatureGrids(config.resolutions, config.features, config.table_size)
@@ -89,7 +91,7 @@ class Att3dModel(SinglePassModel):
 
 def threshold(config: Att3dConfig) -> float:
     """The density of the exported surface, where the head's output and the blob cancel."""
-    return config.density_scale * float(F.softplus(torch.zeros(())))
+    return config.density_scale * float(F.softplus(torch.zeros((), dtype=torch.float32, device="cpu")))
 
 
 class HyperField(AutogradGradient):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prd.utils.construction import float32_weights
+
 
 class TriplaneConvNeXtBlock(nn.Module):
     """Cross-attention to the text, 3D-aware convolution, 7 x 7 depth-wise convolution, inverted feed-forward network.
@@ -18,6 +20,7 @@ class TriplaneConvNeXtBlock(nn.Module):
     would double x in every block). All but the attention's view of the text works per plane, by group convolutions.
     """
 
+    @float32_weights()
     def __init__(self, channels: int, text_width: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.attention = PlaneTextAttention(channels, text_width, heads)
@@ -38,10 +41,11 @@ class TriplaneConvNeXtBlock(nn.Module):
 class PlaneNorm(nn.Module):
     """Layer normalisation over the channels of each pixel of x [B, 3, C, H, W], with a scale and shift per plane."""
 
+    @float32_weights()
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(3, channels, 1, 1))
+        self.weight = nn.Parameter(torch.ones(3, channels, 1, 1, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(3, channels, 1, 1, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(x, dim=2, keepdim=True, correction=0)
@@ -54,6 +58,7 @@ class PlaneTextAttention(nn.Module):
     x [B, 3, C, H, W], text [B, L, Ct] -> [B, 3, C, H, W]. Queries and outputs have weights per plane.
     """
 
+    @float32_weights()
     def __init__(self, channels: int, text_width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -83,6 +88,7 @@ class PlaneAwareConv(nn.Module):
     one group per plane.
     """
 
+    @float32_weights()
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3 * 3 * channels, 3 * channels, 3, padding=1, groups=3)

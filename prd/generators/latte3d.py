@@ -24,6 +24,7 @@ from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.point_encoder import PointEncoder, dummy_cloud
 from prd.generators.single_pass import SinglePassModel
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
+from prd.utils.construction import float32_weights
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -64,6 +65,7 @@ class Latte3dModel(SinglePassModel):
     config_class = Latte3dConfig
     takes_shapes = True
 
+    @float32_weights()
     def __init__(self, config: Latte3dConfig) -> None:
         super().__init__(config)
         self.geometry_encoder = TextUNet(config)
@@ -76,7 +78,7 @@ class Latte3dModel(SinglePassModel):
         )
         self.register_buffer("dummy", dummy_cloud(config.num_points), persistent=False)
         self.dummy: Tensor
-        self.register_buffer("encoder_is_shared", torch.tensor(True))
+        self.register_buffer("encoder_is_shared", torch.tensor(True, dtype=torch.bool))
         self.encoder_is_shared: Tensor
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -127,6 +129,7 @@ class TextUNet(nn.Module):
     level on the way down and up, skips added.
     """
 
+    @float32_weights()
     def __init__(self, config: Latte3dConfig) -> None:
         super().__init__()
         widths = config.channels

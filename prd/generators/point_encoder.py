@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from prd.fields.planes import plane_coordinates
 from prd.fields.positional_triplane import positional_encoding
+from prd.utils.construction import float32_weights
 
 FREQUENCIES = 4  # of the positions' encoding
 
 
 def dummy_cloud(count: int, radius: float = 0.6) -> Tensor:
     """The point cloud [N, 3] that says nothing: a Fibonacci sphere around the origin, scene units."""
-    index = torch.arange(count) + 0.5
+    index = torch.arange(count, dtype=torch.float32, device="cpu") + 0.5
     z = 1 - 2 * index / count
     angle = math.pi * (1 + math.sqrt(5)) * index
     ring = (1 - z**2).sqrt()
@@ -43,6 +44,7 @@ class PointEncoder(nn.Module):
     points' features are averaged pixel by pixel. A pixel without points is 0.
     """
 
+    @float32_weights()
     def __init__(self, width: int, channels: int, size: int, num_blocks: int = 2) -> None:
         super().__init__()
         self.size = size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -50,13 +51,21 @@ def draw_latents(shape: tuple[int, ...], batch: int, device: torch.device, gener
     check_generators(generator, batch)
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
-        return torch.randn(batch, *shape, generator=generator, device=source).to(device)
-    return torch.stack([torch.randn(shape, generator=g, device=g.device).to(device) for g in generator])
+        return torch.randn(batch, *shape, generator=generator, dtype=torch.float32, device=source).to(device)
+    drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device=g.device) for g in generator]
+    return torch.stack([sample.to(device) for sample in drawn])
+
+
+def as_timestep(timestep: Tensor | int, device: torch.device) -> Tensor:
+    """An integer timestep, or a tensor of them, as a tensor on a device."""
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.tensor(operator.index(timestep), dtype=torch.long, device=device)
 
 
 def alpha_sigma(alphas_cumprod: Tensor, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return sqrt(a_t) and sqrt(1 - a_t) [B or 1, 1, 1, 1, 1] at an integer timestep or [B] of them."""
-    a = alphas_cumprod[torch.as_tensor(timestep, device=alphas_cumprod.device)].to(like.dtype)
+    a = alphas_cumprod[as_timestep(timestep, alphas_cumprod.device)].to(like.dtype)
     a = a.view(-1, 1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 

@@ -37,6 +37,7 @@ from prd.rendering.alpha import AlphaModel
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
 from prd.utils.arguments import expanded_path
+from prd.utils.construction import undrawn_weights
 
 RECORDS = ("_class_name", OWN_CLASS, "_prd_version", "generator", "weights_hash", "text_hash")  # beside the settings
 
@@ -243,9 +244,11 @@ class SinglePassModel(nn.Module):
                 f"{folder / CONFIG}: missing {missing}, extra {extra}; saved by prd {record.get('_prd_version')}, read "
                 f"by {prd.__version__}: use the version that saved it"
             )
-        model = cls(_settings(cls, folder, {name: record[name] for name in known}))
+        settings = _settings(cls, folder, {name: record[name] for name in known})
         state = read_weights(folder / WEIGHTS)
         check_hash(folder / WEIGHTS, record.get("weights_hash"))
+        with undrawn_weights():
+            model = cls(settings)
         if problems := misfits(model.state_dict(), state):
             raise ModelMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {'; '.join(problems)}")
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
@@ -269,7 +272,8 @@ def _rebuilt(
     learns: Sequence[bool],
 ) -> SinglePassModel:
     """The model that was pickled as these, on the device and in the precision of its tensors."""
-    model = kind(config)
+    with undrawn_weights():
+        model = kind(config)
     floats = [tensor for tensor in state.values() if tensor.is_floating_point()]
     model.to(device=floats[0].device, dtype=floats[0].dtype)
     model.load_state_dict(state, strict=True)

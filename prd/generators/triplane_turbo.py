@@ -29,6 +29,7 @@ from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
 from prd.text.encoders import PromptEncoder
 from prd.utils.arguments import expanded_path
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
+from prd.utils.construction import float32_weights, undrawn_weights
 from prd.utils.dtypes import HALF_PRECISIONS
 
 __all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
@@ -71,6 +72,7 @@ class TriplaneTurboModel(nn.Module):
     folder_name = "adapter"  # in a run folder
     takes_shapes = shares_text_encoder = False
 
+    @float32_weights()
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -83,8 +85,7 @@ class TriplaneTurboModel(nn.Module):
         base_hash: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.peta = peta or PetaConfig()
-        self.config = config or SavedConfig()
+        self.peta, self.config = peta or PetaConfig(), config or SavedConfig()
         if self.peta.num_planes != 6:
             raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
         self.prediction_type: str = scheduler.config.prediction_type
@@ -194,7 +195,7 @@ class TriplaneTurboModel(nn.Module):
             raise ValueError(
                 f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
             )
-        t = torch.as_tensor(timestep, device=latents.device)
+        t = sampling.as_timestep(timestep, latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
         rows = t.repeat_interleave(6) if t.ndim else t
         prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
@@ -234,8 +235,7 @@ class TriplaneTurboModel(nn.Module):
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
-        total, trained = len(self.alphas_cumprod), self.config.num_inference_steps
-        return sampling.even_timesteps(num_inference_steps, total, trained)
+        return sampling.even_timesteps(num_inference_steps, len(self.alphas_cumprod), self.num_estimates)
 
     def draw_latents(self, batch: int, generator: sampling.Generators = None) -> Tensor:
         """Draw Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one per sample."""
@@ -397,6 +397,7 @@ class TriplaneTurboModel(nn.Module):
     ) -> Self:
         """Build a model as the configs in `folder` say, on this base, and load the saved adapter."""
         peta, config = adapter_files.read_settings(expanded_path(folder, "folder"))
-        model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
+        with undrawn_weights():
+            model = cls(unet, vae, scheduler, peta, config, base_hash=base_hash)
         model.load_adapter(folder, allow_other_base=allow_other_base)
         return model

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from prd.hub.shipped import HUB_ID as HUB_ID
 from prd.hub.shipped import shipped, shipped_names
-from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS
+from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, has_other_weights
 from prd.utils.arguments import expanded_path
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def find_model(
         raise FileNotFoundError(f"{path}: is a file; give the folder it lies in, {path.parent}")
     if path.is_dir():
         for folder in (path, *(path / name for name in IN_RUNS)):
-            if any((folder / name).is_file() for name in (ADAPTER_CONFIG, WEIGHTS)):
+            if any((folder / name).is_file() for name in (ADAPTER_CONFIG, WEIGHTS)) or has_other_weights(folder):
                 return folder
         raise FileNotFoundError(
             f"{path}: holds neither {ADAPTER_CONFIG} nor {WEIGHTS}; give a run folder or a saved model"

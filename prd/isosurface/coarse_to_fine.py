@@ -42,7 +42,7 @@ class NearSurface:
     def slabs(self, planes: int) -> Iterator[Geometry]:
         """The grids as `grid_slabs` gives them: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
         resolution, batch = self.resolution, len(self.sdf)
-        cell = torch.arange(resolution, device=self.nodes.device) // self.factor
+        cell = torch.arange(resolution, dtype=torch.long, device=self.nodes.device) // self.factor
         cell = cell.clamp_max(self.inside.shape[1] - 1)
         for first in range(0, resolution, planes):
             last = min(first + planes, resolution)
@@ -77,8 +77,8 @@ def evaluate_near_surface(
             f"resolution={resolution}, factor={factor}, batch={batch}, lipschitz={lipschitz}: "
             "need at least 2 nodes per axis, a factor and a batch of at least 1, a positive Lipschitz constant or None"
         )
-    axis = torch.linspace(-1, 1, resolution, device=device)
-    lines = torch.arange(0, resolution - 1, factor, device=device)
+    axis = torch.linspace(-1, 1, resolution, dtype=torch.float32, device=device)
+    lines = torch.arange(0, resolution - 1, factor, dtype=torch.long, device=device)
     lines = torch.cat([lines, lines.new_tensor([resolution - 1])])  # the last coarse cells may be smaller
     with torch.no_grad():
         coarse = values_at(field, torch.cartesian_prod(*[axis[lines]] * 3), batch, chunk)[0] - level
@@ -129,7 +129,7 @@ def _cells_to_evaluate(coarse: Tensor, axis: Tensor, lines: Tensor, lipschitz: f
 
 def _block(cells: Tensor, factor: int, resolution: int) -> Tensor:
     """Linear indices [M, (factor + 1)^3] of the fine nodes of coarse cells [M, 3]; the last repeat their border."""
-    step = torch.arange(factor + 1, device=cells.device)
+    step = torch.arange(factor + 1, dtype=torch.long, device=cells.device)
     x, y, z = ((cells[:, k, None] * factor + step).clamp_max(resolution - 1) for k in range(3))  # [M, factor + 1]
     return ((x[:, :, None, None] * resolution + y[:, None, :, None]) * resolution + z[:, None, None, :]).flatten(1)
 

@@ -27,12 +27,13 @@ Surface = tuple[Tensor, Tensor]  # vertices [V, 3] scene units, faces [F, 3] int
 def _tables(marching: Marching, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Edges of a case's triangles [256, K], -1 padded; an edge's direction, by number, [E] and base corner [E, 3]."""
     cases = marching.cases()
-    rows = torch.full((256, 3 * max(map(len, cases))), -1, dtype=torch.int64)
+    rows = torch.full((256, 3 * max(map(len, cases))), -1, dtype=torch.int64, device="cpu")
     for case, triangles in enumerate(cases):
         flat = [edge for triangle in triangles for edge in triangle]
-        rows[case, : len(flat)] = torch.tensor(flat, dtype=torch.int64)
-    directions = torch.tensor([marching.directions.index(direction) for direction, _ in marching.edges])
-    corners = torch.tensor([corner for _, corner in marching.edges])
+        rows[case, : len(flat)] = torch.tensor(flat, dtype=torch.int64, device="cpu")
+    numbers = [marching.directions.index(direction) for direction, _ in marching.edges]
+    directions = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    corners = torch.tensor([corner for _, corner in marching.edges], dtype=torch.int64, device="cpu")
     return rows.to(device), directions.to(device), corners.to(device)
 
 
@@ -116,7 +117,9 @@ class Marching:
         cell_z = active % (nz - 1)
         cell_xy = active // (nz - 1)
         first_node = (cell_xy // (ny - 1)) * strides[0] + cell_xy % (ny - 1) * strides[1] + cell_z
-        offset = directions * nodes + corners @ torch.tensor(strides, device=device)  # an edge's entry from its cell's
+        offset = directions * nodes + corners @ torch.tensor(
+            strides, dtype=torch.int64, device=device
+        )  # an edge's entry from its cell's
         edges = rows[flat[active].long()]  # [cells, K]
         cell, slot = (edges >= 0).nonzero(as_tuple=True)
         faces = vertex_of_edge[first_node[cell] + offset[edges[cell, slot]]]
@@ -185,9 +188,9 @@ class Stitcher:
         ends, faces, counts = self.marching.topology(sdf.detach() < self.level)
         parts = place_vertices(sdf, deformation, self.level, ends, self.planes).split(counts)
         self.vertices = self.vertices or [[] for _ in counts]
-        size = torch.tensor(counts, device=faces.device)
+        size = torch.tensor(counts, dtype=torch.int64, device=faces.device)
         direction = torch.bucketize(faces, size.cumsum(0), right=True)
-        before = torch.tensor([sum(map(len, known)) for known in self.vertices], device=faces.device)
+        before = size.new_tensor([sum(map(len, known)) for known in self.vertices])
         number = faces + (before - size.cumsum(0) + size)[direction]
         self.faces.append(direction << NUMBER_BITS | number)
         in_last = ends[0] >= (len(sdf) - 1) * sdf[0].numel()
@@ -200,6 +203,6 @@ class Stitcher:
     def mesh(self) -> Surface:
         """Vertices [V, 3] in cells and faces [F, 3]."""
         parts = [torch.cat([*known, last]) for known, last in zip(self.vertices, self.shared, strict=True)]
-        counts = torch.tensor([0, *map(len, parts[:-1])], device=parts[0].device).cumsum(0)
         code = torch.cat(self.faces)
+        counts = code.new_tensor([0, *map(len, parts[:-1])]).cumsum(0)
         return torch.cat(parts), (code & (1 << NUMBER_BITS) - 1) + counts[code >> NUMBER_BITS]

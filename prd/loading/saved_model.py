@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from prd.errors import ModelMismatch
+from prd.errors import CheckpointError, ModelMismatch
+from prd.loading.weights import PICKLED, PICKLES, check_no_pointer, read_tensors, visible_files
 from prd.utils.arguments import expanded_path
 from prd.utils.dtypes import check_dtype
 from prd.utils.files import move
@@ -101,7 +101,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: is missing; {remedy}")
     try:
+        check_no_pointer(path)
         contents = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError as error:
+        raise ModelMismatch(str(error)) from error
     except ValueError as error:
         raise ModelMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
     if not isinstance(contents, dict):
@@ -110,13 +113,37 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return a file's tensors; FileNotFoundError without it, ModelMismatch if it is no whole safetensors file."""
+    """Return a file's tensors; FileNotFoundError without it, ModelMismatch if it is no whole safetensors file.
+
+    Both say what lies in its place: a pickle, a Git LFS pointer, shards or a variant, which are not what was saved.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; copy the whole folder")
+        raise FileNotFoundError(f"{path}: is missing; {_instead(path)}")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the last two: a header of no known type
-        raise ModelMismatch(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        return read_tensors([path])
+    except CheckpointError as error:
+        raise ModelMismatch(str(error)) from error
+
+
+def has_other_weights(folder: Path) -> bool:
+    """Return True if a single-pass model was saved here and its weights are not as they were: `read_weights` says."""
+    return (folder / CONFIG).is_file() and any(
+        path.name.startswith(("model.", "model-")) and (path.suffix in PICKLES or ".safetensors" in path.name)
+        for path in visible_files(folder)
+    )
+
+
+def _instead(path: Path) -> str:
+    """What to do about a file of weights that is not there, by what is."""
+    names = [file.name for file in visible_files(path.parent)] if path.parent.is_dir() else []
+    if pickled := [name for name in names if name.endswith(PICKLES)]:
+        return f"{pickled[0]} is there instead, and {PICKLED}"
+    if others := [name for name in names if name.startswith(path.stem) and ".safetensors" in name]:
+        return (
+            f"{others[0]} is there instead, and {CONFIG} records the hash of {path.name} alone; copy that file too, or "
+            "save the model again"
+        )
+    return "copy the whole folder"
 
 
 def check_hash(path: Path, recorded: object) -> None:

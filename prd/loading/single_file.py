@@ -6,12 +6,10 @@ their diffusers names one by one, and each must find its place (`prd.loading.lat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors import SafetensorError, safe_open
@@ -20,6 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prd.errors import CheckpointError, PrdError
 from prd.loading.latent_diffusion import UNET, VAE, convert_vae, unet_config, unet_key
+from prd.loading.strict import assign, build
+from prd.loading.weights import check_no_pointer, stored_dtype
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 CONTEXT = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -32,21 +32,11 @@ OTHERS = {  # a key that only the named model has
     "double_blocks.": "Flux",
     "unet.": "a file of diffusers' layout",
 }
-STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPECTED = "expected Stable Diffusion 1.x or 2.x in the original layout, U-Net and VAE together"
 
 
 class UnsupportedBase(PrdError, ValueError):
     """A base that PETA is not made for, or that cannot be read."""
-
-
-def stored_dtype(names: Iterable[str]) -> torch.dtype:
-    """The type that holds weights of all these types (by safetensors' names) exactly; ValueError for no such types."""
-    found = set(names)
-    if unknown := found - STORED.keys():
-        raise ValueError(f"holds {', '.join(sorted(unknown))} tensors; give weights in float32, float16 or bfloat16")
-    dtypes = {STORED[name] for name in found}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 class SingleFile:
@@ -63,6 +53,10 @@ class SingleFile:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give a folder, a .safetensors file or a Hub id")
         self.path = path
+        try:
+            check_no_pointer(path)
+        except CheckpointError as error:
+            raise UnsupportedBase(str(error)) from error
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -121,11 +115,12 @@ class SingleFile:
         if self.context == 1024:
             heads = {"heads": None, "head_channels": 64}
         try:
-            config = unet_config({**old, "camera_embed.0.weight": torch.empty(1, 1)}, **heads)
+            config = unet_config(
+                {**old, "camera_embed.0.weight": torch.empty(1, 1, dtype=torch.float32, device="cpu")}, **heads
+            )
             config = {k: v for k, v in config.items() if "class_embed" not in k}
-            with init_empty_weights():
-                unet = UNet2DConditionModel(sample_size=64, **config)
-            _assign(unet, {unet_key(k, config["layers_per_block"]): t for k, t in old.items()})
+            unet = build(UNet2DConditionModel, {"sample_size": 64, **config})
+            assign(unet, {unet_key(k, config["layers_per_block"]): t for k, t in old.items()}, "U-Net")
             vae = convert_vae({VAE + k: t for k, t in self._tensors(VAE).items()}, sample_size=512)
         except (CheckpointError, KeyError, IndexError, ValueError) as error:
             raise UnsupportedBase(f"{self.path}: {error}; {EXPECTED}") from error
@@ -151,8 +146,7 @@ class SingleFile:
             num_attention_heads=max(1, width // 64),
             hidden_act="gelu" if open_clip else "quick_gelu",
         )
-        with init_empty_weights():
-            model = CLIPTextModel(config)
+        model = build(CLIPTextModel, config)
         if open_clip:
             last = f"{prefix}{layers - 1}."
             kept = {key: tensor for key, tensor in state.items() if not key.startswith(last)}
@@ -164,9 +158,9 @@ class SingleFile:
         plain = {key.removeprefix("text_model."): t for key, t in new.items() if not key.endswith("position_ids")}
         named = {f"text_model.{key}" if f"text_model.{key}" in own else key: t for key, t in plain.items()}
         try:
-            return _assign(model, named)
+            return assign(model, named, "text encoder")
         except CheckpointError as error:
-            raise UnsupportedBase(f"{self.path}: text encoder: {error}") from error
+            raise UnsupportedBase(f"{self.path}: {error}") from error
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under a prefix, without it."""
@@ -175,17 +169,3 @@ class SingleFile:
                 return {key.removeprefix(prefix): file.get_tensor(key) for key in self.shapes if key.startswith(prefix)}
         except SafetensorError as error:
             raise UnsupportedBase(f"{self.path}: not a whole safetensors file ({error}); download it again") from error
-
-
-def _assign(model: Any, tensors: dict[str, Tensor]) -> Any:
-    """Put the tensors in the place of an empty model's; each must have its place, and each place its tensor."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in tensors.items()}
-    wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} of {len(expected)} tensors do not fit, {wrong[0]} first: it has shape "
-            f"{given.get(wrong[0])}, expected {expected.get(wrong[0])}"
-        )
-    model.load_state_dict({key: t.contiguous() for key, t in tensors.items()}, strict=True, assign=True)
-    return model.eval().requires_grad_(False)

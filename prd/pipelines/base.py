@@ -195,7 +195,7 @@ def list_prompts(prompt: str | Sequence[str] | None) -> list[str]:
 def check_device(device: str | torch.device) -> None:
     """Raise ValueError for a device that torch does not know or that is not here, before anything is loaded."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
         reason = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"device={str(device)!r}: cannot compute here ({reason}); try 'cpu'") from None

@@ -167,9 +167,9 @@ def rasterize_numba(
     images = meshes * views
     points, corners = clip.detach().contiguous().numpy(), faces.contiguous().numpy()
     vertices = np.empty((views, clip.shape[1], 6))
-    face_index = torch.full((images, height, width), -1, dtype=torch.int64)
-    barycentric = torch.zeros(images, height, width, 3)
-    depth = torch.full((images, height, width), torch.inf)
+    face_index = torch.full((images, height, width), -1, dtype=torch.int64, device="cpu")
+    barycentric = torch.zeros(images, height, width, 3, dtype=torch.float32, device="cpu")
+    depth = torch.full((images, height, width), torch.inf, dtype=torch.float32, device="cpu")
     buffers = (face_index.numpy(), barycentric.numpy(), depth.numpy())
     limits = [(first, last) for first, last in ranges.tolist()]
     work = views * sum(last - first for first, last in limits) + face_index.numel()

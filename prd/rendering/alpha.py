@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prd.utils.construction import float32_weights
+
 PUBLISHED_ALPHA_FLOOR = 1e-5  # added to both sides of NeuS's fraction there; empty space absorbs that much a sample
 
 
@@ -133,9 +135,10 @@ class LearnedInvStd(nn.Module):
     init: v at the start; 0.3 in NeuS, 0.4605 (s = 100) in the published TriplaneTurbo, which does not train it.
     """
 
+    @float32_weights()
     def __init__(self, init: float = 0.3) -> None:
         super().__init__()
-        self.variance = nn.Parameter(torch.tensor(float(init)))
+        self.variance = nn.Parameter(torch.tensor(float(init), dtype=torch.float32))
 
     @classmethod
     def of(cls, inv_std: float) -> LearnedInvStd:

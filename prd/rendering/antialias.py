@@ -152,8 +152,10 @@ def _crossings(fragments: Fragments, clip: Tensor, faces: Tensor, edges: Edges) 
     limit = torch.where(steep, height, width)
     begin = torch.minimum((low - 0.5).ceil().clamp_min(0), limit).long()  # half-open, so that a chain of edges
     count = (torch.minimum((high - 0.5).ceil(), limit).long() - begin).clamp_min(0)  # crosses each line once
-    owner = torch.arange(len(count), device=clip.device).repeat_interleave(count)
-    line = begin[owner] + torch.arange(len(owner), device=clip.device) - (count.cumsum(0) - count)[owner]
+    owner = torch.arange(len(count), dtype=torch.long, device=clip.device).repeat_interleave(count)
+    line = (
+        begin[owner] + torch.arange(len(owner), dtype=torch.long, device=clip.device) - (count.cumsum(0) - count)[owner]
+    )
     steep = steep[owner]
     across, depth = _cross(tail[owner], head[owner], steep, line)
     first = (across - 0.5).floor().long()

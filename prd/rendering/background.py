@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prd.cameras import Cameras
+from prd.utils.construction import float32_weights
 
 HARMONICS = 16  # real spherical harmonics of degree 0 to 3
 
@@ -55,6 +56,7 @@ class HyperHead(nn.Module):
     That network is Linear (no bias), LayerNorm, SiLU, Linear (after the published TriplaneTurbo).
     """
 
+    @float32_weights()
     def __init__(self, text_dim: int, features: int = HARMONICS, width: int = 64, hidden: int = 64) -> None:
         super().__init__()
         for name, value in (("text_dim", text_dim), ("features", features), ("width", width), ("hidden", hidden)):
@@ -84,6 +86,7 @@ class HyperHead(nn.Module):
 class TextBackground(nn.Module):
     """An environment map for every prompt: direction and text embedding to colour."""
 
+    @float32_weights()
     def __init__(self, text_dim: int, width: int = 64, hidden: int = 64) -> None:
         super().__init__()
         self.head = HyperHead(text_dim, HARMONICS, width, hidden)

@@ -28,7 +28,7 @@ def relevant_segments(
     """
     widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
     if cull_below == 0:
-        everything = torch.arange(widths[0].numel(), device=widths.device).expand(len(widths), -1)
+        everything = torch.arange(widths[0].numel(), dtype=torch.long, device=widths.device).expand(len(widths), -1)
         return everything, torch.ones_like(everything, dtype=widths.dtype)
     sdf = sdf_along(field, rays.origins, rays.directions, middles)
     opaque = alpha.may_reach(sdf, widths, cull_below)
@@ -66,7 +66,7 @@ def _gathered(chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     counts = chosen.sum(dim=1, keepdim=True)
     size = max(int(counts.max()), 1)
-    slots = torch.arange(size, device=chosen.device) < counts  # [B, K]
+    slots = torch.arange(size, dtype=torch.long, device=chosen.device) < counts  # [B, K]
     index = torch.zeros_like(slots, dtype=torch.int64)
     index[slots] = chosen.nonzero()[:, 1]  # both row by row
     return index, slots.to(dtype)

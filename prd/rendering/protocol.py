@@ -77,7 +77,9 @@ class SampleDraws:
                 f"shape={tuple(shape)}: {len(self.generators)} generators; its first axis must be a multiple"
             )
         share = (shape[0] // len(self.generators), *shape[1:])
-        return torch.cat([torch.rand(share, generator=g, device=g.device) for g in self.generators])
+        return torch.cat(
+            [torch.rand(share, generator=g, dtype=torch.float32, device=g.device) for g in self.generators]
+        )
 
 
 @runtime_checkable

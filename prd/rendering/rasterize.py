@@ -213,7 +213,7 @@ def _boxes(clip: Tensor, faces: Tensor, ranges: Tensor, height: int, width: int)
     high = torch.maximum(torch.maximum(first, second), third)
     cut = low[:, 0].isnan().nonzero()[:, 0]
     low[cut], high[cut] = _bounds(vertices.reshape(-1, 4)[index[:, cut].t()])
-    size = torch.tensor([width, height], device=clip.device)
+    size = low.new_tensor([width, height])
     begin = (torch.minimum(low.clamp_min(0.5), size + 1.0) - 0.5).ceil().long()
     extent = (torch.minimum(high, size - 0.5).clamp_min(-1.0) - 0.5).floor().long() + 1 - begin
     keep = ((extent[:, 0] > 0) & (extent[:, 1] > 0)).nonzero()[:, 0]
@@ -242,8 +242,8 @@ def _draw_list(faces: Tensor, ranges: Tensor, views: int) -> tuple[Tensor, Tenso
     """Every (image, face) to be drawn, two [Q]; image = mesh * views + view."""
     images, indices = [], []
     for mesh, (first, last) in enumerate(ranges.tolist()):
-        face = torch.arange(first, last, device=faces.device)
-        image = mesh * views + torch.arange(views, device=faces.device)
+        face = torch.arange(first, last, dtype=torch.long, device=faces.device)
+        image = mesh * views + torch.arange(views, dtype=torch.long, device=faces.device)
         images.append(image.repeat_interleave(last - first))
         indices.append(face.repeat(views))
     return torch.cat(images), torch.cat(indices)
@@ -252,14 +252,18 @@ def _draw_list(faces: Tensor, ranges: Tensor, views: int) -> tuple[Tensor, Tenso
 def _split(sizes: Tensor, budget: int) -> list[Tensor]:
     """Consecutive indices into `sizes` in groups of about `budget` in sum."""
     groups = torch.unique_consecutive((sizes.cumsum(0) - 1) // budget, return_counts=True)[1]
-    return list(torch.arange(len(sizes), device=sizes.device).split(groups.tolist())) if len(sizes) else []
+    return (
+        list(torch.arange(len(sizes), dtype=torch.long, device=sizes.device).split(groups.tolist()))
+        if len(sizes)
+        else []
+    )
 
 
 def _repeat(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Each index i of counts [Q], counts[i] times, and the running number within it: two [sum of counts]."""
-    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    owner = torch.arange(len(counts), dtype=torch.long, device=counts.device).repeat_interleave(counts)
     start = counts.cumsum(0) - counts
-    return owner, torch.arange(len(owner), device=counts.device) - start.index_select(0, owner)
+    return owner, torch.arange(len(owner), dtype=torch.long, device=counts.device) - start.index_select(0, owner)
 
 
 def _depth_key(z: Tensor, face: Tensor) -> Tensor:
@@ -279,7 +283,7 @@ def _rasterize_torch(
     image, face, begin, extent = _boxes(clip, faces, ranges, height, width)
     coefficients = _edge_functions(clip, faces, image % views, face, height, width)
     empty = torch.iinfo(torch.int64).max
-    buffer = torch.full((count,), empty, device=clip.device)
+    buffer = torch.full((count,), empty, dtype=torch.int64, device=clip.device)
     for part in _split(extent[:, 0] * extent[:, 1], budget):
         owner, y = _repeat(extent[part, 1])  # one entry per row of a box
         owner = owner + part[0]
@@ -331,10 +335,12 @@ def _rasterize_nvdiffrast(clip: Tensor, faces: Tensor, ranges: Tensor, height: i
             "numbers exactly; draw fewer views at a time or use backend='torch'"
         )
     if not len(faces):
-        return _complete(clip, faces, torch.full((len(ranges) * views, height, width), -1, device=clip.device))
-    offset = torch.arange(views, device=faces.device)[:, None, None] * vertices
+        return _complete(
+            clip, faces, torch.full((len(ranges) * views, height, width), -1, dtype=torch.int64, device=clip.device)
+        )
+    offset = torch.arange(views, dtype=torch.long, device=faces.device)[:, None, None] * vertices
     triangles = (faces[None] + offset).reshape(-1, 3).int()  # each view indexes its own copy of the vertices
-    first = ranges[:, None, 0] + torch.arange(views, device=ranges.device) * len(faces)  # [M, V]
+    first = ranges[:, None, 0] + torch.arange(views, dtype=torch.long, device=ranges.device) * len(faces)  # [M, V]
     pieces = torch.stack([first, (ranges[:, 1:] - ranges[:, :1]).expand_as(first)], dim=-1).reshape(-1, 2)
     context = _nvdiffrast_context(clip.device)
     positions = clip.detach().reshape(-1, 4).float().contiguous()

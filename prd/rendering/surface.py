@@ -48,7 +48,7 @@ class PackedMeshes:
             ranges.append((first, first + len(triangles)))
             offset, first = offset + len(vertices), first + len(triangles)
         packed = torch.cat(faces)
-        limits = torch.tensor(ranges, device=packed.device)
+        limits = torch.tensor(ranges, dtype=torch.int64, device=packed.device)
         return cls(torch.cat([vertices for vertices, _ in meshes]), packed, limits, [len(v) for v, _ in meshes])
 
     def clip(self, cameras: Cameras, aspect: float) -> Tensor:
@@ -182,7 +182,7 @@ class SurfaceRenderer(Renderer):
         views = self._views(field, meshes, cameras, size, background)
         stats = {"surfaces_corrected": corrected.float()}
         if self.on_empty == "flag":
-            stats["surfaces_empty"] = torch.tensor([float(not len(faces)) for _, faces in meshes])
+            stats["surfaces_empty"] = corrected.new_tensor([not len(faces) for _, faces in meshes]).float()
         return Rendered(views, meshes=meshes, stats=stats)
 
     def draw_views(
@@ -269,7 +269,7 @@ def composite(images: Tensor, cameras: Cameras, background: float | Tensor) -> V
 def _colours(field: Field, points: Tensor, sample: Tensor, batch: int) -> Tensor:
     """The field's colour at points [P, 3] that belong to `sample` [P] (ascending), asked as one padded [B, N, 3]."""
     counts = torch.bincount(sample, minlength=batch)
-    place = torch.arange(len(points), device=points.device) - (counts.cumsum(0) - counts)[sample]
+    place = torch.arange(len(points), dtype=torch.long, device=points.device) - (counts.cumsum(0) - counts)[sample]
     size = max(int(counts.max()), 1)
     slot = sample * size + place
     padded = points.new_zeros(batch * size, 3).index_copy(0, slot, points).view(batch, size, 3)

@@ -295,7 +295,7 @@ class VolumeRenderer(Renderer):
         colour_w = scale_gradient(w, number(self.config.rgb_weight_gradient_scale))
         colour = scale_gradient(colour, number(self.config.rgb_gradient_scale))
         parts = torch.cat([colour_w * colour, colour_w, w * normal], dim=-1)  # [B, K, 7]
-        row = (index // per_ray + torch.arange(batch, device=index.device)[:, None] * count).flatten()
+        row = (index // per_ray + torch.arange(batch, dtype=torch.long, device=index.device)[:, None] * count).flatten()
         sums = parts.new_zeros(batch * count, 7).index_add(0, row, parts.flatten(0, 1)).view(batch, count, 7)
         rgb, rgb_opacity, normals = sums.split([3, 1, 3], dim=-1)
         distance = (weights * middles).sum(-1, keepdim=True)

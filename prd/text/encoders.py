@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prd.cameras import Cameras
 
 OVERHEAD = 60.0  # degrees of elevation above which a view is from overhead
+ENCODING = threading.RLock()  # tokenizers take one call at a time
 FRONT = 45.0  # degrees of azimuth either side of the front, and of the back
 
 
@@ -63,6 +65,10 @@ class PromptEncoder:
         Raises TypeError if prompts is not a sequence of strings.
         """
         check_prompts(prompts)
+        with ENCODING:
+            return self._look_up(prompts)
+
+    def _look_up(self, prompts: Sequence[str]) -> Tensor:
         missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
         if missing:
             self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing).cpu(), strict=True))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderMode
 from prd.errors import PrdError
 from prd.hub.shipped import shipped
 from prd.loading.stable_diffusion import load_base
-from prd.loading.strict import load_strict
+from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
 from prd.utils.arguments import expanded, has_suffix
@@ -74,5 +74,5 @@ def load_encoder(
     if kind not in kinds:
         raise UnknownEncoder(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
     model_class, encoder_class = kinds[kind]
-    model = load_strict(model_class, place, "text_encoder", dtype, **hub).requires_grad_(False).eval().to(device)
-    return encoder_class(AutoTokenizer.from_pretrained(place, subfolder="tokenizer", **hub), model)
+    model = load_strict(model_class, place, "text_encoder", dtype, **hub).to(device)
+    return encoder_class(load_tokenizer(AutoTokenizer, place, **hub), model)

@@ -25,8 +25,8 @@ OBJECT_DISPARITY = 0.2  # of a pixel half covered by an object at the middle dis
 
 def turned(cameras: Cameras, degrees: float) -> Cameras:
     """Turn cameras about the world's z axis."""
-    a = torch.deg2rad(torch.tensor(degrees))
-    turn = torch.eye(4)
+    turn = torch.eye(4, dtype=cameras.fovy.dtype, device=cameras.fovy.device)
+    a = torch.deg2rad(turn.new_tensor(degrees))
     turn[0, 0], turn[0, 1], turn[1, 0], turn[1, 1] = a.cos(), -a.sin(), a.sin(), a.cos()
     return Cameras(turn @ cameras.camera_to_world, cameras.fovy)
 
@@ -119,7 +119,7 @@ def _error_ratios(
     ratios = {}
     for t in CHECKED_TIMESTEPS:
         a = make_scheduler().alphas_cumprod[t]
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device).to(x.device)
         noisy = a.sqrt() * x + (1 - a).sqrt() * noise
         good, bad = (
             float((a.sqrt() * noisy - (1 - a).sqrt() * predict(noisy, t, text, condition) - x).square().mean())

@@ -58,7 +58,9 @@ class ViewPool:
         self.cameras: list[Cameras] = []
         layers = []
         for configuration in self.configurations:
-            cameras = CAMERAS.sample(torch.rand(sets, 3, generator=generator))
+            cameras = CAMERAS.sample(
+                torch.rand(sets, 3, generator=generator, dtype=torch.float32, device=generator.device)
+            )
             self.cameras.append(cameras)
             layers.append(torch.cat([_layers(configuration, _rows(cameras, i, 8)) for i in range(0, sets, 8)]))
         self.layers = torch.stack(layers)
@@ -70,8 +72,14 @@ class ViewPool:
         singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
         pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]
         # a word is drawn before its form, so that families are no more frequent than other words
-        weights = torch.tensor([1.0 / FORMS.get(self.configurations[i][0], 1) for i in singles])
-        names, colors = list(COLORS), torch.tensor(list(COLORS.values()))
+        weights = torch.tensor(
+            [1.0 / FORMS.get(self.configurations[i][0], 1) for i in singles], dtype=torch.float32, device="cpu"
+        )
+        names = list(COLORS)
+        colors = torch.tensor(list(COLORS.values()), dtype=torch.float32, device="cpu")
+
+        def uniform() -> float:
+            return float(torch.rand((), generator=generator, dtype=torch.float32, device=generator.device))
 
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=generator))
@@ -80,7 +88,7 @@ class ViewPool:
         for _ in range(count):
             if only is not None:
                 c = self.configurations.index(only)
-            elif pairs and float(torch.rand((), generator=generator)) < stacks:
+            elif pairs and uniform() < stacks:
                 c = pairs[integer(len(pairs))]
             else:
                 c = singles[int(torch.multinomial(weights, 1, generator=generator))]

@@ -60,7 +60,7 @@ class ToyBoxScore:
 
 def grid_points(resolution: int = GRID) -> Tensor:
     """Return the cell centres of the cube [-1, 1]^3, [R^3, 3], x slowest."""
-    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    axis = (torch.arange(resolution, dtype=torch.float32, device="cpu") + 0.5) / resolution * 2 - 1
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
 
 
@@ -171,7 +171,7 @@ def score_field(
 
 def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
     forms = _forms()
-    albedo = {name: torch.tensor(value) for name, value in COLORS.items()}
+    albedo = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in COLORS.items()}
     # mean |rgb - exact| of every part and colour, so that a caption's error is a sum over its parts
     error: dict[tuple, float] = {}
     for f, key in enumerate(keys):

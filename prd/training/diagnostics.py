@@ -87,7 +87,7 @@ def watched_prompts(config: TrainConfig, corpus: Sequence[str]) -> list[str]:
 @torch.no_grad()
 def prompt_spread(shapes: Field, count: int, device: torch.device, resolution: int = 16) -> float:
     """Return how far the shapes of `count` prompts, from the same noise, differ: mean |sdf - mean sdf|, scene units."""
-    axis = torch.linspace(-1, 1, resolution, device=device)
+    axis = torch.linspace(-1, 1, resolution, dtype=torch.float32, device=device)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(1, -1, 3)
     sdf = shapes.sdf(points.expand(count, -1, -1)).float()
     return float((sdf - sdf.mean(dim=0, keepdim=True)).abs().mean())

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-
 def prompt_generators(seed: int, prompts: Sequence[str]) -> list[torch.Generator]:
     """One generator per prompt, so that what a prompt gives does not depend on the others."""
     return [torch.Generator().manual_seed((seed * 100_003 + i) % (MAX_SEED + 1)) for i in range(len(prompts))]
@@ -71,7 +70,7 @@ def make_fields(model: Model, embeds: Tensor, generators: Sequence[torch.Generat
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
     """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, in the middle of the training range."""
     views = config.validation.views
-    azimuth = (30 + torch.arange(views) * 360 / views).expand(batch, -1)
+    azimuth = (30 + torch.arange(views, dtype=torch.float32, device="cpu") * 360 / views).expand(batch, -1)
     return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *config.cameras.middle)
 
 
@@ -100,7 +99,7 @@ def _row(drawn: Views | None, config: TrainConfig, device: torch.device) -> Tens
     """Colours and normals of one sample, [2 * views, 3, H, W]; background without a surface."""
     size, views = config.validation.resolution, config.validation.views
     if drawn is None:
-        return torch.full((2 * views, 3, size, size), config.background, device=device)
+        return torch.full((2 * views, 3, size, size), config.background, dtype=torch.float32, device=device)
     return torch.cat([drawn.rgb[0], (drawn.camera_normal()[0] + 1) / 2]).permute(0, 3, 1, 2)  # [V, H, W, 3] each
 
 

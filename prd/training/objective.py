@@ -112,7 +112,7 @@ class Objective:
         for k in ks:
             together.setdefault(self.renderers_of(step, k), []).append(k)
         with torch.autocast(self.device.type, enabled=False):  # geometry and losses are float32
-            loss = torch.zeros((), device=self.device)
+            loss = torch.zeros((), dtype=torch.float32, device=self.device)
             for names, alike in together.items():
                 rows = [(k - ks.start) * size + i for k in alike for i in range(size)]
                 uniforms = draw_uniform((len(rows), config.cameras.num_draws), batch.draws(CAMERAS, *alike))
@@ -130,7 +130,7 @@ class Objective:
         alpha, embeds = self.parts.model.alpha(), estimates.batch.embeds.repeat(count, 1, 1)
         renderers = {name: self.renderer_at(name, estimates, alpha) for name in self.renderer_names}
         grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), dtype=torch.float32, device=device)
         for name in names:  # lines 12-14
             renderer = renderers[name]
             size = image_size(renderer)
@@ -185,7 +185,7 @@ class Objective:
         """The loss of the teachers and of the library at the views of some estimates, summed over these."""
         config, batch, count = estimates.config, estimates.batch, len(estimates.ks)
         alpha = number(config.library.alpha)
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         teachers = self.teachers(config)
         if teachers:
             judged = multi_teacher_loss(

@@ -87,7 +87,7 @@ class Adan(torch.optim.Optimizer):
         """Count a step of a parameter, with its state made at the first; returns the count."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # on the CPU: read every step
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # on the CPU: read every step
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter)
             state["previous_grad"] = parameter.grad.clone()  # type: ignore[union-attr]

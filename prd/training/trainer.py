@@ -31,6 +31,7 @@ from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts, save_config
 from prd.training.run.clock import TIME_IS_UP, Clock
 from prd.training.run.folder import check_run, run_lock
+from prd.training.run.isolation import Isolation, isolated
 from prd.training.run.logbook import Logbook
 from prd.training.run.processes import StopRequest, begin_process
 from prd.training.run.resume import load_resumed, resumed_config
@@ -49,6 +50,11 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, parts: Parts | None = None) -> None:
+        self.isolation = Isolation()
+        with self.isolation:
+            self._begin(config, parts)
+
+    def _begin(self, config: TrainConfig, parts: Parts | None) -> None:
         self.clock = Clock()
         config = with_classes(config, {} if parts is None else {**vars(parts), "distillation": parts.loss})
         self.accelerator, self.config = begin_process(config)
@@ -134,6 +140,7 @@ class Trainer:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
+    @isolated
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimiser step; returns what is logged."""
         if not self.stage.first <= step < self.stage.last:
@@ -200,14 +207,17 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
+    @isolated
     def save(self, step: int) -> Path:
         """Write `checkpoint-{step}`; to be called by every process."""
         return save_trainer(self, step)
 
+    @isolated
     def resume(self) -> int:
         """Continue from the checkpoint the config names; returns the steps done, 0 without one."""
         return 0 if self.resumed is None else restore_trainer(self, self.resumed)
 
+    @isolated
     def train(self) -> Path:
         """Run all steps and what comes before and after them; returns the run folder."""
         check_run(self.config)

@@ -1,6 +1,6 @@
 """Random values, words, files and damages: they are taken as they are, or refused by the library's own errors.
 
-    PRD_FUZZ_EXAMPLES=5000 pytest tests/bad_inputs/test_fuzz.py          # other examples each time; the default repeats
+PRD_FUZZ_EXAMPLES=5000 pytest tests/bad_inputs/test_fuzz.py          # other examples each time; the default repeats
 
 """
 
@@ -45,11 +45,29 @@ RECIPES = {name: to_dict(load_config(name)) for name in ("toybox", "latte3d_toyb
 KEYS = sorted(known_keys(list(entries(RECIPES["toybox"]))))
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 1e-300, 1e300, 2**63, -(2**63), math.inf, math.nan])
 WORDS = st.text(max_size=12) | st.sampled_from(
-    ["null", "true", "[]", "{}", "~", "a: b", "- a", "&a", "*a", "!!python/object:os.system {}", "%", "@", "'", '"', "\0"]
+    [
+        "null",
+        "true",
+        "[]",
+        "{}",
+        "~",
+        "a: b",
+        "- a",
+        "&a",
+        "*a",
+        "!!python/object:os.system {}",
+        "%",
+        "@",
+        "'",
+        '"',
+        "\0",
+    ]
 )
 SCALARS = NUMBERS | WORDS | st.booleans() | st.none()
 VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(WORDS | st.sampled_from(KEYS), v, max_size=2), max_leaves=4
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(WORDS | st.sampled_from(KEYS), v, max_size=2),
+    max_leaves=4,
 )
 
 

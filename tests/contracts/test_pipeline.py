@@ -233,6 +233,20 @@ def test_copies_make_the_same_and_share_nothing(pipe: Any, duplicate: Any) -> No
     assert relative_difference(values(call(pipe, PROMPTS[0], output_type="field").field), expected) <= ROUNDING
 
 
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_fused_model_make_the_same(pipe: Any, duplicate: Any) -> None:
+    if not hasattr(pipe.model, "fuse"):
+        pytest.skip("nothing is fused in a single-pass model")
+    fused = copy.deepcopy(pipe)
+    fused.model.fuse()
+    expected = values(call(fused, PROMPTS[0], output_type="field").field)
+    other = duplicate(fused)
+    assert other.model.is_fused
+    assert torch.equal(values(call(other, PROMPTS[0], output_type="field").field), expected)
+
+
 def test_what_is_saved_loads_as_the_same_mesh_with_a_card(pipe: Any, tmp_path: Path) -> None:
     changed = copy.deepcopy(pipe)
     with torch.no_grad():

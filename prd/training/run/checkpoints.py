@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prd.errors import CheckpointError as CheckpointError
+from prd.loading.weights import visible_files
 from prd.utils.arguments import expanded_path
 from prd.utils.files import flush, move
 
@@ -121,7 +122,7 @@ def verify_checkpoint(folder: str | Path) -> int:
         step, files = int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error}); give a folder checkpoint-N") from None
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    present = {path.name for path in visible_files(folder)} - {MANIFEST}
     if present != set(files):
         raise CheckpointError(f"{folder}: holds {sorted(present)}, its manifest lists {sorted(files)}")
     for name, expected in files.items():
@@ -172,7 +173,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = expanded_path(folder, "checkpoint")
     step = verify_checkpoint(folder)
     try:
-        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        tensors = {path.stem: load_file(path) for path in visible_files(folder) if path.suffix == ".safetensors"}
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from None

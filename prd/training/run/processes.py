@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
@@ -48,6 +49,8 @@ def begin_process(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     places = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
     run_data_parallel()
     train_together()
+    if is_initialized() and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process, which keeps a copy
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.report_to, project_config=places)
     accelerator.gradient_accumulation_steps = 1  # the trainer divides by its own; else by the launcher's as well
     if accelerator.is_main_process:
