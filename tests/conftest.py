@@ -8,10 +8,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers, which share the cores, as do processes they start
+    own_share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own_share)))
+
 import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables before torch is imported
 
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where several workers share the tests (`-n`), those of one file stay together, for they share fixtures."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -196,6 +196,7 @@ def check_pytest(words: list[str]) -> None:
     parser.add_argument("-m", default="")
     parser.add_argument("-k", default="")
     parser.add_argument("-x", action="store_true")
+    parser.add_argument("-n", choices=("logical",))
     args = parser.parse_args(words)
     known = {line.partition(":")[0] for line in settings()["tool:pytest"]["markers"].split("\n")}
     assert set(re.findall(r"\w+", args.m)) - {"and", "or", "not"} <= known
