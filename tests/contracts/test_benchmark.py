@@ -181,7 +181,8 @@ def test_texts_are_what_a_run_has_seen(world: Benchmark) -> None:
     """A run of a few texts is measured by them and by what it was not trained on, whatever the config holds out."""
     texts = tuple(some(world)[:2])
     name = world.name if world.name in shipped_benchmarks() else CUSTOM
-    for held_out in ((), (texts[0],), *world.held_out_rules()):
+    given: list[Any] = [(), (texts[0],), *world.held_out_rules()]
+    for held_out in given:
         config = PromptsConfig(source=name, texts=texts, held_out=held_out)
         assert held_out_prompts(config) == ()
         splits = measured_splits(world, config)
