@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from prd.rendering.protocol import Rendered
-from prd.utils.checked_types import CHECKS, Schedule
+from prd.utils.checked_types import CHECKS, NonNegativeSchedule
 
 NORMAL_EPS = 1e-12  # a shorter vector has no direction
 
@@ -27,7 +27,7 @@ NORMAL_EPS = 1e-12  # a shorter vector has no direction
 class RegularizerConfig:
     """Settings of a regulariser; a class of the user's own with more settings has a subclass."""
 
-    weight: Schedule = 1.0  # of its loss
+    weight: NonNegativeSchedule = 1.0  # of its loss
 
 
 def eikonal_loss(gradient: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

@@ -30,9 +30,10 @@ from prd.training.parts import Parts, build_parts, check_parts, with_classes
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts, save_config
 from prd.training.run.clock import TIME_IS_UP, Clock
-from prd.training.run.folder import check_run, run_lock
+from prd.training.run.folder import check_run, check_tracker, run_lock
 from prd.training.run.isolation import Isolation, isolated
 from prd.training.run.logbook import Logbook
+from prd.training.run.places import check_places
 from prd.training.run.processes import StopRequest, begin_process
 from prd.training.run.resume import load_resumed, resumed_config
 from prd.training.run.session import begin_session, end_session, full_disk_explained, report_stop
@@ -56,6 +57,8 @@ class Trainer:
 
     def _begin(self, config: TrainConfig, parts: Parts | None) -> None:
         self.clock = Clock()
+        check_places(config)
+        check_tracker(config)
         config = with_classes(config, {} if parts is None else {**vars(parts), "distillation": parts.loss})
         self.accelerator, self.config = begin_process(config)
         self.folder = Path(config.output_dir)

@@ -76,6 +76,7 @@ class MovesWithStep:
 
 MOVES = MovesWithStep()
 Schedule = Annotated[Float | tuple[Float, Float], MOVES]
+NonNegativeSchedule = Annotated[NonNegative | tuple[NonNegative, NonNegative], MOVES]
 PositiveSchedule = Annotated[Positive | tuple[Positive, Positive], MOVES]
 
 Settings = TypeVar("Settings")

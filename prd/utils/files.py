@@ -81,9 +81,10 @@ def only_shown(what: object, *errors: type[Exception]) -> Iterator[None]:
 
     For the page, pictures and figures of a run: training must not end because of them.
     """
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, *errors) as error:
+    except expected as error:
         logger.warning("%s: could not be written (%s); the run goes on", what, " ".join(str(error).split()))
 
 

@@ -170,7 +170,7 @@ CONFIG = [
     Value("no_such_key", 1, ("unknown config key 'no_such_key'", "nearest")),
 ]
 
-# -- options of a call: from Python, and by the command line where it has a word for them -------------------------------
+# -- options of a call: from Python, and by the command line where it has a word for them ------------------------------
 
 FLAGS = {
     "num_inference_steps": "--steps",
@@ -188,7 +188,7 @@ CALL = [
     value("prompt", None, "must be a string"),
     value("prompt", ["a red cube", None], "must be a string"),
     value("prompt", b"a red cube", "must be a string"),
-    value("prompt", "a \udc80 cube", "not valid text"),
+    value("prompt", "a \udc80 cube", "surrogate"),
     value("num_inference_steps", 0, "divisor of 1000", "try 4"),
     value("num_inference_steps", 3, "divisor of 1000", "try 4"),
     value("num_inference_steps", 2000, "divisor of 1000", "try 4"),
@@ -217,7 +217,7 @@ CALL = [
     value("guidance_scale", 7.5, "no such argument"),
 ]
 
-# -- files of prompts: as prompts.source, and of `prd embed` ------------------------------------------------------------
+# -- files of prompts: as prompts.source, and of `prd embed` -----------------------------------------------------------
 
 FILES = [
     File("empty.txt", b"", ("empty.txt", "no prompt")),
@@ -234,14 +234,13 @@ FILES = [
     File("numbers.json", b"[1, 2]", ("numbers.json",)),
     File("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', ("broken.jsonl", "2")),
     File("other.jsonl", b'{"caption": "a cat"}\n', ("other.jsonl", "prompt")),
-    File("null.jsonl", b'{"prompt": "a cat"}\n{"prompt": null}\n', ("null.jsonl", "2")),
     File("cut.parquet", b"PAR1 and no more", ("cut.parquet",)),
     File("prompts.xlsx", b"PK\x03\x04", ("prompts.xlsx", ".txt")),
     File("folder.txt/", b"", ("folder.txt",)),
 ]
 
 
-# -- folders with a saved model: of `load_pipeline`, `prd generate --model` and init_from --------------------------------
+# -- folders with a saved model: of `load_pipeline`, `prd generate --model` and init_from ------------------------------
 
 
 def cut(name: str, keep: int = 100) -> Callable[[Path], object]:
@@ -284,7 +283,7 @@ ADAPTER = [
     Damage("cut weights", cut("adapter_model.safetensors"), ("adapter_model.safetensors",)),
     Damage("empty weights", cut("adapter_model.safetensors", 0), ("adapter_model.safetensors",)),
     Damage("flipped bit", flipped("adapter_model.safetensors"), ("adapter_model.safetensors",)),
-    Damage("foreign weights", foreign("adapter_model.safetensors"), ("adapter_model.safetensors",)),
+    Damage("foreign weights", foreign("adapter_model.safetensors"), ("adapter does not fit", "missing")),
     Damage("LFS pointer", text("adapter_model.safetensors", POINTER), ("adapter_model.safetensors", "git lfs pull")),
     Damage("no adapter config", gone("adapter_config.json"), ("adapter_config.json",)),
     Damage("broken adapter config", text("adapter_config.json", "{"), ("adapter_config.json",)),

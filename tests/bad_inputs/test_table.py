@@ -64,8 +64,16 @@ def named(entry: Value) -> str:
     return f"{entry.key}={entry.value!r}"[:60]
 
 
-@pytest.mark.parametrize("entry", CONFIG, ids=named)
-@pytest.mark.parametrize("door", ["command line", "YAML", "Python"])
+NULL_IS_TEXT = ("output_dir", "model.base", "teachers.mvdream.path", "prompts.source")  # on a command line
+DOORS = [
+    (door, entry)
+    for entry in CONFIG
+    for door in ("command line", "YAML", "Python")
+    if not (door == "command line" and entry.value is None and entry.key in NULL_IS_TEXT)
+]
+
+
+@pytest.mark.parametrize("door, entry", DOORS, ids=lambda given: given if isinstance(given, str) else named(given))
 def test_a_value_of_the_configuration(
     door: str, entry: Value, toybox: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,7 @@ def test_an_adapter_finds_its_base_again_in_a_single_file(dtype: torch.dtype, tm
     """Conv projections and context 768; the hash of the weights is the same by whichever way they came."""
     unet, vae = models(768)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    config = SavedConfig(base="made/elsewhere", latent_size=4, head_width=8)
+    config = SavedConfig(base="made/elsewhere", base_revision="c0ffee", latent_size=4, head_width=8)
     student = TriplaneTurboModel(unet, vae, scheduler, PetaConfig(r=2, plane_channels=4), config)
     student.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "model.safetensors"

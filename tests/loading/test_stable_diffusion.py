@@ -103,13 +103,13 @@ def test_another_schedule_or_text_encoder_is_another_base(original: Path, adapte
     for change in ({"beta_end": 0.0121}, {"num_train_timesteps": 500}, {"rescale_betas_zero_snr": True}):
         edit(path, **change)
         with pytest.raises(ModelMismatch, match="trained on the noise schedule"):
-            TriplaneTurbo.from_pretrained(adapter)
-        TriplaneTurbo.from_pretrained(adapter, allow_other_base=True)
+            TriplaneTurbo.from_pretrained(adapter, base=str(original))
+        TriplaneTurbo.from_pretrained(adapter, base=str(original), allow_other_base=True)
         path.write_text(known, encoding="utf-8")
     store(original, torch.float32, 1.02, ("text_encoder",))
     with pytest.raises(ModelMismatch, match="whose text encoder's weights differ"):
-        TriplaneTurbo.from_pretrained(adapter)
-    pipe = TriplaneTurbo.from_pretrained(adapter, text=False)
+        TriplaneTurbo.from_pretrained(adapter, base=str(original))
+    pipe = TriplaneTurbo.from_pretrained(adapter, base=str(original), text=False)
     assert pipe.encoder is None
     pipe.save_pretrained(adapter.parent / "again")
     assert read_configs(adapter.parent / "again")[1]["base_hash"] == read_configs(adapter)[1]["base_hash"]
@@ -117,8 +117,10 @@ def test_another_schedule_or_text_encoder_is_another_base(original: Path, adapte
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_half_precision_loaded_is_saved_as_it_was(dtype: torch.dtype, adapter: Path, tmp_path: Path) -> None:
-    pipe = TriplaneTurbo.from_pretrained(adapter, dtype=dtype)
+def test_what_half_precision_loaded_is_saved_as_it_was(
+    dtype: torch.dtype, original: Path, adapter: Path, tmp_path: Path
+) -> None:
+    pipe = TriplaneTurbo.from_pretrained(adapter, base=str(original), dtype=dtype)
     changed = "base_model.model.decoder.conv_out.bias"
     pipe.save_pretrained(tmp_path / "same")
     pipe.model.backbone.decoder.conv_out.modules_to_save["default"].bias.data.add_(1)

@@ -30,7 +30,7 @@ def coloured(levels: np.ndarray) -> Mesh:
 @pytest.fixture(scope="module")
 def textured() -> Mesh:
     mesh = coloured(LEVELS / 255)
-    uv = (mesh.vertices[:, :2] + 1) / 2
+    uv = ((mesh.vertices[:, :2] + 1) / 2).astype(np.float32)
     return replace(mesh, uv=uv, texture=np.full((32, 32, 3), 200, np.uint8))
 
 
@@ -61,7 +61,7 @@ def test_every_grey_level_comes_back_from_a_glb(tmp_path: Path) -> None:
     found = srgb(glb_attribute(mesh.export(tmp_path / "ball.glb"), "COLOR_0"))
     np.testing.assert_allclose(found, mesh.vertex_colors, atol=0.05 / 255)
     assert b"_LINEAR" not in (tmp_path / "ball.glb").read_bytes()
-    loaded = trimesh.load(tmp_path / "ball.glb", force="mesh", process=False)  # which keeps bytes of linear light
+    loaded: Any = trimesh.load(tmp_path / "ball.glb", force="mesh", process=False)  # which keeps bytes of linear light
     linear = loaded.visual.vertex_colors[:, :3] / 255
     np.testing.assert_allclose(linear, glb_attribute(tmp_path / "ball.glb", "COLOR_0"), atol=0.51 / 255)
 
@@ -69,13 +69,13 @@ def test_every_grey_level_comes_back_from_a_glb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".ply", ".obj"])
 def test_every_grey_level_comes_back_from_the_other_formats(suffix: str, tmp_path: Path) -> None:
     mesh = coloured(LEVELS / 255)
-    loaded = trimesh.load(mesh.export(tmp_path / f"ball{suffix}"), force="mesh", process=False)
+    loaded: Any = trimesh.load(mesh.export(tmp_path / f"ball{suffix}"), force="mesh", process=False)
     np.testing.assert_allclose(np.unique(loaded.visual.vertex_colors[:, 0]), LEVELS)
 
 
 def reads_back(path: Path) -> bool:
     """Whether an OBJ file leads to its own picture."""
-    loaded = trimesh.load(path, force="mesh", process=False)
+    loaded: Any = trimesh.load(path, force="mesh", process=False)
     return np.asarray(loaded.visual.material.image.convert("RGB")).mean() == 200
 
 
