@@ -216,7 +216,7 @@ def _embed(args: argparse.Namespace) -> int:
     texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
     print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for place in [str(place) for name in args.encoder for place in (shipped_encoders(name) or [expanded(name)])]:
+    for place in [place for name in args.encoder for place in [*map(str, shipped_encoders(name))] or [expanded(name)]]:
         encoder = load_encoder(place, getattr(torch, args.dtype), device)
         folder = embed(texts, encoder, output, name=Path(place).name, batch_size=args.batch_size)
         print(f"{folder}: {len(texts)} prompts, encoded by {place}")
@@ -226,6 +226,7 @@ def _embed(args: argparse.Namespace) -> int:
 TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
 Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
+Text is taken as it is, lists of texts are written in brackets, "[a red cube, a mug]", and all other values are YAML.
 A recipe's max_train_minutes fits steps and schedules to them; --max_train_steps alone is a fixed number of steps.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):

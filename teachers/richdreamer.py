@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -66,7 +67,7 @@ def _numbers(values: object, count: int) -> bool:
     return (
         isinstance(values, tuple)
         and len(values) == count
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        and all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     )
 
 

@@ -145,9 +145,7 @@ def test_a_prompt_that_is_no_valid_text_is_one_sentence(pipe: Any, prompt: Any) 
     assert "\n" not in str(error.value) and str(error.value).encode()
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a\x1b[31m\x07 cube", "\u7acb\u65b9\u4f53", "\u200b", "\U0001f9ca " * 9999], ids=len
-)
+@pytest.mark.parametrize("prompt", ["a\x1b[31m\x07 cube", "\u7acb\u65b9\u4f53", "\u200b", "\U0001f9ca " * 999], ids=len)
 def test_any_other_text_gives_a_field(pipe: Any, prompt: str, caplog: Any) -> None:
     assert values(call(pipe, prompt, output_type="field").field).isfinite().all()
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
