@@ -83,7 +83,7 @@ class TextTo3DPipeline:
 
     def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
         for text in prompts:
-            tokens = len(encoder.tokenizer(text).input_ids)
+            tokens = encoder.count_tokens(text)
             if tokens > encoder.length:
                 logger.warning("prompt %r has %d tokens: only the first %d are read", text, tokens, encoder.length)
             if words := unknown_words(self.encoder_name, text):
