@@ -108,7 +108,7 @@ def rendered() -> list[Tensor]:
     torch.manual_seed(0)
     heads = TriplaneHeads(4, 8)
     planes = draw_normal((2, 6, 4, 8, 8), generators())
-    angles = {"dtype": torch.float32, "device": "cpu"}
+    angles: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     cameras = orbit_cameras(torch.full((2, 1), 20.0, **angles), torch.full((2, 1), 30.0, **angles), 2.4, 50.0)
     found = [*heads.parameters(), planes, draw_uniform((2, 3), generators()), grid_points(4)]
     for field in (TriplaneField(planes, heads), ExactField(["a red cube", "a blue mug"])):
