@@ -100,7 +100,7 @@ def stable_diffusion_scheduler() -> DDPMScheduler:
 
 def schedule_buffers() -> dict[str, Tensor]:
     """The buffers [1000] that latent diffusion saves with a model, for Stable Diffusion's schedule, in float64."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu") ** 2
     alphas = (1 - betas).cumprod(0)
     previous = torch.cat([alphas.new_ones(1), alphas[:-1]])
     variance = betas * (1 - previous) / (1 - alphas)

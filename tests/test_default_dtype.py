@@ -14,7 +14,9 @@ from prd.cameras import orbit_cameras
 from prd.distillation.draws import draw_normal, draw_uniform
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.pipelines.auto import load_pipeline
+from prd.rendering.antialias import antialias
 from prd.rendering.protocol import SampleDraws
+from prd.rendering.rasterize import rasterize
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
@@ -106,7 +108,7 @@ def rendered() -> list[Tensor]:
     torch.manual_seed(0)
     heads = TriplaneHeads(4, 8)
     planes = draw_normal((2, 6, 4, 8, 8), generators())
-    angles = {"dtype": torch.float32, "device": "cpu"}
+    angles: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     cameras = orbit_cameras(torch.full((2, 1), 20.0, **angles), torch.full((2, 1), 30.0, **angles), 2.4, 50.0)
     found = [*heads.parameters(), planes, draw_uniform((2, 3), generators()), grid_points(4)]
     for field in (TriplaneField(planes, heads), ExactField(["a red cube", "a blue mug"])):
@@ -148,6 +150,21 @@ def check(one: list[Tensor], other: list[Tensor]) -> None:
     assert [t.dtype for t in one] == [t.dtype for t in other]
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_pixels_far_from_the_border(backend: Any, other_default: Any) -> None:
+    """Half precision does not hold the centre of pixel 2049."""
+    corners = [[[-0.9, -0.9, 0.0, 1.0], [0.95, -0.8, 0.1, 1.0], [0.999, 0.9, 0.2, 1.0]]]
+    clip = torch.tensor(corners, dtype=torch.float32, device="cpu")
+    faces = torch.tensor([[0, 1, 2]], dtype=torch.long, device="cpu")
+
+    def drawn() -> list[Tensor]:
+        fragments = rasterize(clip, faces, 4, 4096, backend=backend)
+        colour = fragments.barycentric.contiguous()
+        return [fragments.face_index, colour, fragments.depth, antialias(colour, fragments, clip, faces)]
+
+    check(drawn(), other_default(drawn))
 
 
 def test_renderings(other_default: Any) -> None:

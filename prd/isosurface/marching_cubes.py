@@ -133,7 +133,7 @@ def place_vertices(sdf: Tensor, deformation: Tensor | None, level: float, ends: 
     if deformation is not None:
         nodes = nodes + deformation.reshape(-1, 3)[ends].clamp(-MAX_DEFORMATION, MAX_DEFORMATION)
     low, high = sdf.reshape(-1)[ends] - level
-    sign = torch.where(low.detach() < 0, 1.0, -1.0).to(sdf.dtype)
+    sign = torch.where(low.detach() < 0, 1, -1).to(sdf.dtype)
     t = -low * sign / ((high - low) * sign).clamp_min(TINY)
     return nodes[0] + t[:, None] * (nodes[1] - nodes[0])
 

@@ -128,7 +128,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def has_other_weights(folder: Path) -> bool:
     """Return True if a single-pass model was saved here and its weights are not as they were: `read_weights` says."""
     return (folder / CONFIG).is_file() and any(
-        path.name.startswith(("model.", "model-")) and (path.suffix in PICKLES or ".safetensors" in path.name)
+        path.name.startswith(("model.", "model-", "pytorch_model"))
+        and (path.suffix in PICKLES or ".safetensors" in path.name)
         for path in visible_files(folder)
     )
 

@@ -108,8 +108,8 @@ def load_base(
         text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
     if commit is not None:
         others = ["scheduler/*.json", *(["tokenizer/*"] if text else [])]
-        parts = ["unet", "vae", *(["text_encoder"] if text else [])]
-        path = download_weights(name, parts, others, {**hub, "revision": commit})
+        used = ["unet", "vae", *(["text_encoder"] if text else [])]
+        path = download_weights(name, used, others, {**hub, "revision": commit})
     unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
     encoder = None

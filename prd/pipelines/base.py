@@ -92,7 +92,7 @@ class TextTo3DPipeline:
 
     def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
         for text in prompts:
-            tokens = len(encoder.tokenizer(text, verbose=False).input_ids)
+            tokens = encoder.count_tokens(text)
             if tokens > encoder.length:
                 logger.warning(
                     "prompt %s has %d tokens: only the first %d are read", shown(text), tokens, encoder.length

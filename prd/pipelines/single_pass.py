@@ -206,7 +206,7 @@ def _recorded_encoder(folder: Path, name: str, recorded: str) -> str:
 def _shares(alphas: Sequence[float] | Tensor) -> Tensor:
     """Shares of a second prompt as a tensor [N]; TypeError or ValueError unless they are numbers in [0, 1]."""
     try:
-        shares = torch.as_tensor(alphas, dtype=torch.float32)
+        shares = torch.as_tensor(alphas, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"alphas={alphas!r}: must be numbers in [0, 1], as [0.0, 0.5, 1.0]") from error
     if shares.ndim != 1 or not len(shares):

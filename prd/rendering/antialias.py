@@ -111,7 +111,7 @@ def _cross(tail: Tensor, head: Tensor, steep: Tensor, line: Tensor) -> tuple[Ten
     """Coordinate across, and depth, where edges (tail, head [K, 3]) meet the centre of a row (column if not steep)."""
     along, across = steep.long()[:, None], 1 - steep.long()[:, None]  # a steep edge runs along y
     begin, end = tail.gather(1, along), head.gather(1, along)
-    t = (line[:, None] + 0.5 - begin) / (end - begin)
+    t = (line[:, None].to(begin.dtype) + 0.5 - begin) / (end - begin)
     start = tail.gather(1, across)
     return (start + t * (head.gather(1, across) - start))[:, 0], (tail[:, 2:] + t * (head[:, 2:] - tail[:, 2:]))[:, 0]
 

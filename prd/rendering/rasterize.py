@@ -145,7 +145,7 @@ def _barycentric(clip: Tensor, faces: Tensor, fragments: Fragments) -> Tensor:
     """
     height, width = fragments.face_index.shape[-2:]
     pixels = fragments.covered()
-    px, py = pixels % width + 0.5, pixels // width % height + 0.5
+    px, py = (pixels % width).double() + 0.5, (pixels // width % height).double() + 0.5
     index = _corner_index(faces, fragments, pixels, clip.shape[1]).view(-1)
     x, y, _, w = (c.reshape(-1)[index].view(3, -1) for c in to_pixels(clip.double(), height, width).unbind(-1))
     (x0, x1, x2), (y0, y1, y2) = x - px * w, y - py * w
@@ -289,13 +289,15 @@ def _rasterize_torch(
         owner = owner + part[0]
         y = y + begin[owner, 1]
         along, across, constant = coefficients[..., owner]  # each [4, rows]
-        value = across * (y + 0.5) + constant
+        value = across * (y.double() + 0.5) + constant
         row, x = _repeat(extent[owner, 0])  # one entry a pixel of a box
         x = x + begin[owner, 0].index_select(0, row)
-        e0, e1, e2 = (along[k].index_select(0, row) * (x + 0.5) + value[k].index_select(0, row) for k in range(3))
+        e0, e1, e2 = (
+            along[k].index_select(0, row) * (x.double() + 0.5) + value[k].index_select(0, row) for k in range(3)
+        )
         seen = ((torch.minimum(torch.minimum(e0, e1), e2) >= 0) & (e0 + e1 + e2 > 0)).nonzero()[:, 0]
         row, x = row[seen], x[seen]
-        owner, z = owner[row], (along[3, row] * (x + 0.5) + value[3, row]).float()
+        owner, z = owner[row], (along[3, row] * (x.double() + 0.5) + value[3, row]).float()
         key = torch.where((z >= -1) & (z <= 1), _depth_key(z, face[owner]), empty)
         buffer.scatter_reduce_(0, (image[owner] * height + y[row]) * width + x, key, "amin")
     shape = (len(ranges) * views, height, width)

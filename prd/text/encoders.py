@@ -80,6 +80,11 @@ class PromptEncoder:
             self.encoded.popitem(last=False)
         return torch.stack(rows).to(self.model.device)
 
+    def count_tokens(self, prompt: str) -> int:
+        """Number of tokens of a prompt, its ends included, before it is cut to `length`."""
+        with ENCODING:
+            return len(self.tokenizer(prompt).input_ids)
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
         tokens = self.tokenizer(

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 FLOATS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.linspace, torch.eye}
+DRAWN = {torch.rand, torch.randn}
 NUMBERS = {torch.full, torch.arange, torch.tensor}  # float or not, as their arguments are
-DRAWS = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_}
+DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}  # by name: transformers replaces those of torch.nn.init at times
 
 
 class _Construction(TorchFunctionMode):
@@ -29,8 +29,11 @@ class _Construction(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        if func in DRAWS and not self.draws:
+        if not self.draws and getattr(func, "__name__", "") in DRAWS:
             return (args[0] if args else given["tensor"]).detach().zero_()
+        if func in DRAWN and not self.draws:
+            func = torch.zeros
+            given.pop("generator", None)
         if func is torch.empty and self.on_meta:
             given["device"] = "meta"
         if given.get("dtype") is None:

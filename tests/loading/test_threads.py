@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ def loaders(random_toybox: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             "base": lambda: load_base("toybox").unet,
             "half base": lambda: load_base("toybox", dtype=torch.bfloat16).vae,
             "adapter": lambda: load_pipeline("toybox").model,
-            **{kind: lambda run=run: load_pipeline(str(run)).model for kind, run in runs.items()},
+            **{kind: partial(load_run, run) for kind, run in runs.items()},
             "stable_diffusion": lambda: StableDiffusionTeacher.from_pretrained(folder["stable_diffusion"]),
             "mvdream": lambda: MVDreamTeacher.from_pretrained(folder["mvdream"], dtype=torch.float16),
             "richdreamer": lambda: RichDreamerTeacher.from_pretrained(folder["richdreamer"]),
             "deepfloyd": lambda: DeepFloydTeacher.from_pretrained(str(t5)),
             "encoder": lambda: load_encoder("toybox").model,
         }
+
+
+def load_run(run: Path) -> Any:
+    return load_pipeline(str(run)).model
 
 
 def same(one: Any, other: Any) -> bool:

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from prd.errors import CheckpointError, PrdError
 from prd.loading.stable_diffusion import load_base
@@ -35,12 +36,18 @@ class Place:
 
     kind: str  # of the saved folder
     part: str
-    load: Callable[[Path], nn.Module]
+    load: Callable[[Path], Any]
+
+
+def base_text(folder: Path) -> Any:
+    encoder = load_base(str(folder)).encoder
+    assert encoder is not None
+    return encoder.model
 
 
 PLACES = {
     "base unet": Place("stable_diffusion", "unet", lambda folder: load_base(str(folder)).unet),
-    "base text": Place("stable_diffusion", "text_encoder", lambda folder: load_base(str(folder)).encoder.model),
+    "base text": Place("stable_diffusion", "text_encoder", base_text),
     "teacher unet": Place("stable_diffusion", "unet", lambda f: StableDiffusionTeacher.from_pretrained(str(f)).unet),
     "teacher vae": Place("stable_diffusion", "vae", lambda f: StableDiffusionTeacher.from_pretrained(str(f)).vae),
     "encoder": Place("stable_diffusion", "text_encoder", lambda folder: load_encoder(str(folder)).model),
@@ -91,7 +98,7 @@ def put_shards(folder: Path, stem: str, index: str | None, tensors: dict[str, Te
     """Two shards `stem-0000N-of-00002`, and their index."""
     names = sorted(tensors)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, half in enumerate(halves, start=1):
         name = f"{stem}-{i:05d}-of-00002.safetensors"
         put(folder / name, {key: tensors[key] for key in half}, **options)
@@ -196,7 +203,7 @@ def index_of_elsewhere(folder: Path) -> None:
     path.write_text(path.read_text().replace('"weight_map": {', '"weight_map": {"x": "../model.safetensors", '))
 
 
-REFUSED = {
+REFUSED: dict[Callable[[Path], None], str] = {
     pointer: "Git LFS pointer .*git lfs pull",
     pointers_to_shards: "Git LFS pointer .*git lfs pull",
     pickled: "pytorch_model.bin: pickled weights are never loaded.*convert",

@@ -220,10 +220,10 @@ def rng_state() -> dict[str, Tensor]:
     assert isinstance(numpy, dict)
     extra = [numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]]
     tensors = {
-        "python": torch.tensor(python, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "python": torch.tensor(python, dtype=torch.int64, device="cpu"),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64, device="cpu"),
         "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "numpy_extra": torch.tensor(extra, dtype=torch.float64),
+        "numpy_extra": torch.tensor(extra, dtype=torch.float64, device="cpu"),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

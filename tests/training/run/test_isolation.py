@@ -73,6 +73,6 @@ def test_two_trainings_and_a_generation(toybox: Any, tmp_path: Path) -> None:
     for precision, threads in (("no", 2), ("bf16", 1)):
         run = make(tmp_path / precision, precision, threads).train()
         assert_unchanged(before)
-        mesh = load_pipeline(str(run))("a red cube", isosurface_resolution=16, on_empty="flag").meshes
-        assert len(mesh) == 1
+        pipe: Any = load_pipeline(str(run))
+        assert len(pipe("a red cube", isosurface_resolution=16, on_empty="flag").meshes) == 1
         before = global_state()  # without a generator a call draws from the global one
