@@ -15,3 +15,7 @@ class CheckpointError(PrdError, ValueError):
 
 class ModelMismatch(CheckpointError):
     """A saved model that is damaged, of another class, or does not fit the base, text encoder or settings at hand."""
+
+
+class MissingFile(PrdError, FileNotFoundError):
+    """A file or folder that a saved model, a corpus or an option needs and that is not there."""

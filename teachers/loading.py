@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from huggingface_hub import hf_hub_download
 
-from prd.errors import CheckpointError
+from prd.errors import CheckpointError, MissingFile
 from prd.loading.strict import load_strict
 
 CONFIG_NAME = "teacher_config.json"
@@ -69,7 +69,7 @@ def read_config(folder: str, settings: type[Settings]) -> Settings:
     if not Path(folder).is_dir():
         path = Path(hf_hub_download(folder, CONFIG_NAME))
     elif not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; pass config=... or write the teacher's settings there")
+        raise MissingFile(f"{path}: not found; pass config=... or write the teacher's settings there")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -18,6 +18,7 @@ from prd.adapters.convert import (
     read_published,
 )
 from prd.adapters.peta import PetaConfig, SixPlaneBackbone
+from prd.errors import MissingFile
 from prd.generators.adapter_files import SavedConfig
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import Base
@@ -81,7 +82,7 @@ def model_from_published(
     """
     path = expanded_path(path, "checkpoint")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the published .pth")
+        raise MissingFile(f"{path}: no such file; give the published .pth")
     if (found := base.scheduler.config.prediction_type) != "epsilon":
         raise ValueError(
             f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts "

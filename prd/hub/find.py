@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import snapshot_download
 
+from prd.errors import MissingFile
 from prd.hub.shipped import HUB_ID as HUB_ID
 from prd.hub.shipped import shipped, shipped_names
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, has_other_weights
@@ -41,16 +42,14 @@ def find_model(
     if ours is not None:
         return ours
     if path.is_file():
-        raise FileNotFoundError(f"{path}: is a file; give the folder it lies in, {path.parent}")
+        raise MissingFile(f"{path}: is a file; give the folder it lies in, {path.parent}")
     if path.is_dir():
         for folder in (path, *(path / name for name in IN_RUNS)):
             if any((folder / name).is_file() for name in (ADAPTER_CONFIG, WEIGHTS)) or has_other_weights(folder):
                 return folder
-        raise FileNotFoundError(
-            f"{path}: holds neither {ADAPTER_CONFIG} nor {WEIGHTS}; give a run folder or a saved model"
-        )
+        raise MissingFile(f"{path}: holds neither {ADAPTER_CONFIG} nor {WEIGHTS}; give a run folder or a saved model")
     if not HUB_ID.fullmatch(str(name_or_path)):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name_or_path}: no such folder; give one of {', '.join(shipped_names())}, a run folder or a Hub id "
             "'owner/name'"
         )
@@ -67,7 +66,7 @@ def find_model(
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
         ) from error
 

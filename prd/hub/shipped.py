@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import prd
+from prd.errors import MissingFile
 
 ASSETS: tuple[Path, ...] = tuple(sorted(Path(prd.__file__).parent.glob("*/assets")))
 INDEX = "index.json"
@@ -38,7 +39,7 @@ def shipped(name: str | Path, part: str) -> Path | None:
     for assets, index in _indices():
         if (folder := index.get(str(name), {}).get("folders", {}).get(part)) is not None:
             if not (assets / folder).is_dir():
-                raise FileNotFoundError(f"{assets / folder}: {name!r} has no {part!r} here; install the package again")
+                raise MissingFile(f"{assets / folder}: {name!r} has no {part!r} here; install the package again")
             return assets / folder
     return None
 

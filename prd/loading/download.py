@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from prd.errors import MissingFile
 from prd.loading.weights import STEMS, visible_files
 
 VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
@@ -24,7 +25,7 @@ def download(name: str, patterns: list[str], hub: dict[str, Any], ignore: list[s
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore, **hub))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
         ) from error
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prd.errors import CheckpointError, ModelMismatch
+from prd.errors import CheckpointError, MissingFile, ModelMismatch
 from prd.loading.weights import PICKLED, PICKLES, check_no_pointer, read_tensors, visible_files
 from prd.utils.arguments import expanded_path
 from prd.utils.dtypes import check_dtype
@@ -99,7 +99,7 @@ def loader_of(record: Mapping[str, Any]) -> str:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return a file's JSON object; FileNotFoundError, with the remedy, without a file, ModelMismatch for no object."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; {remedy}")
+        raise MissingFile(f"{path}: is missing; {remedy}")
     try:
         check_no_pointer(path)
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Both say what lies in its place: a pickle, a Git LFS pointer, shards or a variant, which are not what was saved.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: is missing; {_instead(path)}")
+        raise MissingFile(f"{path}: is missing; {_instead(path)}")
     try:
         return read_tensors([path])
     except CheckpointError as error:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from prd.errors import CheckpointError, PrdError
+from prd.errors import CheckpointError, MissingFile, PrdError
 from prd.loading.latent_diffusion import UNET, VAE, convert_vae, unet_config, unet_key
 from prd.loading.strict import assign, build
 from prd.loading.weights import check_no_pointer, stored_dtype
@@ -51,7 +51,7 @@ class SingleFile:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give a folder, a .safetensors file or a Hub id")
+            raise MissingFile(f"{path}: no such file; give a folder, a .safetensors file or a Hub id")
         self.path = path
         try:
             check_no_pointer(path)

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
-from prd.errors import CheckpointError
+from prd.errors import CheckpointError, MissingFile
 from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shipped
 from prd.loading.download import download, download_weights
 from prd.loading.single_file import SingleFile, UnsupportedBase
@@ -132,9 +132,9 @@ def _checked_place(name: str, revision: str | None) -> Path:
     if has_suffix(path, ".safetensors"):
         return path
     if path.is_file():
-        raise FileNotFoundError(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
+        raise MissingFile(f"{name}: is a file; give the folder it lies in, a .safetensors file or a Hub id")
     if not path.is_dir() and not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
+        raise MissingFile(f"{name}: no such folder; give a folder, a .safetensors file or a Hub id 'owner/name'")
     return path
 
 
@@ -192,13 +192,13 @@ def check_backbone(name: str, folder: Path) -> None:
     if wrong := foreign_parts(_config(folder / "unet/config.json"), _config(folder / "vae/config.json")):
         index = _config(folder / "model_index.json")
         if not index and not (folder / "unet/config.json").is_file():
-            raise FileNotFoundError(f"{name}: neither model_index.json nor unet/config.json is there")
+            raise MissingFile(f"{name}: neither model_index.json nor unet/config.json is there")
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
         found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
         raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
     scheduler = _config(folder / "scheduler/scheduler_config.json")
     if not scheduler:
-        raise FileNotFoundError(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
+        raise MissingFile(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
     if "beta_schedule" not in scheduler:
         raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
 

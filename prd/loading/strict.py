@@ -16,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from prd.errors import CheckpointError
+from prd.errors import CheckpointError, MissingFile
 from prd.loading.download import download, download_weights
 from prd.loading.weights import (
     AGAIN,
@@ -176,4 +176,4 @@ def load_tokenizer(
         return tokenizer_class.from_pretrained(**{"pretrained_model_name_or_path": folder, **where, **hub})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{folder}: no tokenizer could be loaded ({reason}); {remedy}") from error
+        raise MissingFile(f"{folder}: no tokenizer could be loaded ({reason}); {remedy}") from error

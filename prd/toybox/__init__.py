@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from prd.errors import MissingFile
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -9,5 +11,5 @@ def asset(name: str) -> str:
     """Return the folder of a shipped model: "stable_diffusion", "controlnet", "mvdream", "richdreamer" or "adapter"."""
     folder = ASSETS / name
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: the toy box has no {name!r}; run examples/train_toybox.py to make it")
+        raise MissingFile(f"{folder}: the toy box has no {name!r}; run examples/train_toybox.py to make it")
     return str(folder)
