@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from abc import abstractmethod
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from prd.errors import ConfigError
-from prd.utils.imports import check_members, load_class, missing_members
+from prd.utils.imports import check_members, import_path, load_class, missing_members
 
 
 class Wanted(Protocol):
@@ -92,3 +95,22 @@ def test_what_a_class_lacks_is_named():
         check_members(object(), Wanted, "teachers.mine")
     with pytest.raises(ConfigError, match=r"class='tests.utils.test_imports.Derived': is no Wanted: it lacks must"):
         load_class("tests.utils.test_imports.Derived", Wanted)
+
+
+def test_a_path_leads_to_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`import_path` and `load_class` are inverse, for the script that runs too; a nested class has no path."""
+
+    class Nested:
+        pass
+
+    assert import_path(ConfigError) == "prd.errors.ConfigError" and load_class("prd.errors.ConfigError") is ConfigError
+    assert import_path(import_path) == "prd.utils.imports.import_path"
+    assert import_path(Nested) is None and import_path(lambda: None) is None and import_path(3) is None
+
+    script = types.ModuleType("__main__")
+    own = type("Own", (), {"__module__": "__main__"})
+    vars(script).update(Own=own, __file__=str(tmp_path / "my_script.py"), __spec__=None)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert import_path(own) == "my_script.Own" and load_class("my_script.Own") is own
+    del script.__file__  # a notebook
+    assert import_path(own) is None
