@@ -161,7 +161,7 @@ def clip_state(open_clip: bool) -> tuple[CLIPTextModel, dict[str, Tensor]]:
 def test_a_single_file_computes_what_the_models_it_was_made_of_do(context: int, tmp_path: Path, toybox: Path) -> None:
     unet, vae = models(context)
     clip, text = clip_state(open_clip=context == 1024)
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "model.SafeTensors"  # a suffix is one in any case
     save_file({k: t.clone().contiguous() for k, t in (ldm_state(unet, vae) | text).items()}, path)
     shutil.copytree(toybox / "stable_diffusion" / "tokenizer", tmp_path / "tokenizer")
     base = load_base(str(path), prediction_type="epsilon")
@@ -253,7 +253,8 @@ def test_a_single_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UnsupportedBase, match="not a whole safetensors file"):
         load_base(str(path))
-    with pytest.raises(UnsupportedBase, match="old.ckpt: pickled weights are never loaded"):
-        load_base(str(tmp_path / "old.ckpt"))
+    for name in ("old.ckpt", "old.CKPT"):
+        with pytest.raises(UnsupportedBase, match=f"{name}: pickled weights are never loaded"):
+            load_base(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_base(str(tmp_path / "absent.safetensors"))
