@@ -31,7 +31,7 @@ from torch import Tensor
 from prd.errors import CheckpointError
 from prd.loading.latent_diffusion import UNET, VAE, convert_unet, convert_vae
 from prd.loading.strict import load_strict
-from prd.loading.weights import check_no_pointer, find_weights, read_tensors
+from prd.loading.weights import check_no_pointer, find_weights, read_tensors, visible_files
 from prd.teachers.loading import CONFIG_NAME, load_schedule
 from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
@@ -61,7 +61,9 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> dict[str, Tensor]:
     if path.is_dir():
         if not (unet := path / "unet").is_dir():
             raise CheckpointError(f"{unet}: no such folder; give one whose unet holds the authors' layers")
-        return {UNET + key: value for key, value in read_tensors(find_weights(unet)).items()}
+        files = [path for path in visible_files(unet) if path.suffix == ".safetensors"]  # one may have any name
+        files = files if len(files) == 1 else find_weights(unet)
+        return {UNET + key: value for key, value in read_tensors(files).items()}
     try:
         check_no_pointer(path)
         pickled = not has_suffix(path, ".safetensors")

@@ -106,8 +106,11 @@ def test_community_copies_of_mvdream_become_the_same_folder(tmp_path):
     save_file(unet, copy / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="conv_out.bias"):
         convert_mvdream(copy, tmp_path / "bad", "../sd", head_channels=16)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "first.safetensors")
+    with pytest.raises(CheckpointError, match="conv_out.bias"):
+        convert_mvdream(copy, tmp_path / "bad", "../sd", head_channels=16)
     save_file(unet, copy / "unet" / "second.safetensors")
-    with pytest.raises(CheckpointError, match="holds 2 .safetensors files"):
+    with pytest.raises(CheckpointError, match="has no weights, diffusion_pytorch_model.safetensors"):
         convert_mvdream(copy, tmp_path / "bad", "../sd", head_channels=16)
 
 
