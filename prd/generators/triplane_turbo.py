@@ -22,7 +22,7 @@ from prd.distillation.progressive import rollout
 from prd.fields.protocol import Field
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.generators import adapter_files, sampling
-from prd.generators.adapter_files import SavedConfig
+from prd.generators.adapter_files import SavedConfig as SavedConfig
 from prd.hub.find import find_model
 from prd.loading.stable_diffusion import Base, load_base
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
@@ -31,8 +31,6 @@ from prd.utils.arguments import expanded_path
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
 from prd.utils.construction import float32_weights, undrawn_weights
 from prd.utils.dtypes import HALF_PRECISIONS
-
-__all__ = ["SavedConfig", "TriplaneTurboConfig", "TriplaneTurboModel"]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

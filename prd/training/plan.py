@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from prd.training.budget import END_SHARE, HARD_LIMIT, Budget, planned, stage_start, with_fit
 from prd.training.config import Stage, TrainConfig
-from prd.training.recipes import stages_of
+from prd.training.recipes import save_config, stages_of
 from prd.training.run.clock import TIME_IS_UP, Clock
+from prd.utils.files import only_shown
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,12 @@ class StepPlan:
         if recorded:
             self.config = with_fit(self.config, done, numbers[0])
         return recorded
+
+    def write(self, folder: Path) -> None:
+        """Write the config with what was fitted into the run folder; each checkpoint holds it too."""
+        path = folder / "config.yaml"
+        with only_shown(path):
+            save_config(self.config, path)
 
     def follow(self, done: int, stage: Stage) -> Stage:
         """Take the numbers that hold after `done` steps; returns the stage as it is by them."""

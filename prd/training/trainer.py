@@ -28,18 +28,16 @@ from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
 from prd.training.parts import Parts, build_parts, check_parts, with_classes
 from prd.training.plan import StepPlan
-from prd.training.recipes import configured_parts, save_config
+from prd.training.recipes import configured_parts
 from prd.training.run.clock import TIME_IS_UP, Clock
-from prd.training.run.folder import check_run, check_tracker, run_lock
-from prd.training.run.isolation import Isolation, isolated
+from prd.training.run.folder import check_named, check_run, run_lock
+from prd.training.run.isolation import isolated
 from prd.training.run.logbook import Logbook
-from prd.training.run.places import check_places
 from prd.training.run.processes import StopRequest, begin_process
 from prd.training.run.resume import load_resumed, resumed_config
 from prd.training.run.session import begin_session, end_session, full_disk_explained, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
 from prd.training.validation import Validation
-from prd.utils.files import only_shown
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +48,10 @@ class Trainer:
     parts  what is trained and by what; None: as the config describes (`build_parts`)
     """
 
+    @isolated
     def __init__(self, config: TrainConfig, parts: Parts | None = None) -> None:
-        self.isolation = Isolation()
-        with self.isolation:
-            self._begin(config, parts)
-
-    def _begin(self, config: TrainConfig, parts: Parts | None) -> None:
         self.clock = Clock()
-        check_places(config)
-        check_tracker(config)
+        check_named(config)
         config = with_classes(config, {} if parts is None else {**vars(parts), "distillation": parts.loss})
         self.accelerator, self.config = begin_process(config)
         self.folder = Path(config.output_dir)
@@ -77,7 +70,7 @@ class Trainer:
         self.background = TextBackground(width).to(self.device) if config.text_background else None
         self.background_parameters = [] if self.background is None else list(self.background.parameters())
         self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
-        self.enter(self.stages[0])
+        self.enter(self.plan.stages[0])
         self.average: WeightAverage | None = None
         if config.ema_decay is not None:
             every = [*trainable_parameters(self.model, None), *self.background_parameters]
@@ -96,8 +89,7 @@ class Trainer:
     @property
     def global_batch_size(self) -> int:
         """Prompts per optimiser step, over all processes and micro-batches."""
-        config = self.config
-        return self.accelerator.num_processes * config.gradient_accumulation_steps * config.train_batch_size
+        return self.accelerator.num_processes * self.config.gradient_accumulation_steps * self.config.train_batch_size
 
     @property
     def frames_per_prompt(self) -> float:
@@ -110,11 +102,6 @@ class Trainer:
 
     # -- a stage -----------------------------------------------------------------------------------------------------
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages of the run, as planned now."""
-        return self.plan.stages
-
     def enter(self, stage: Stage) -> None:
         """Begin a stage: its parts of the model are trained, by an optimiser of its own."""
         self.accelerator.free_memory()  # holds every optimiser prepared, and unscales gradients for each
@@ -125,7 +112,7 @@ class Trainer:
 
     def follow(self, stage: Stage) -> None:
         """Take the schedules and the objective of a stage, and leave what is trained as it is."""
-        self.stage, configured = stage, configured_parts(self.stages)
+        self.stage, configured = stage, configured_parts(self.plan.stages)
         self.objective = Objective(stage, self.parts, self.device, configured=configured, background=self.background)
 
     def follow_plan(self, done: int) -> None:
@@ -136,9 +123,7 @@ class Trainer:
     def fit_steps(self, done: int) -> None:
         """Fit the number of steps to the minutes where that is due after `done` steps, alike in all processes."""
         if self.plan.fit(done, self.stage) and self.accelerator.is_main_process:
-            path = self.folder / "config.yaml"
-            with only_shown(path):  # the checkpoints hold it too
-                save_config(self.plan.config, path)
+            self.plan.write(self.folder)
         self.follow_plan(done)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -237,19 +222,17 @@ class Trainer:
 
     def loop(self, first: int) -> int:
         """Take the steps from `first` on, show, log and save them; returns how many the run has done."""
-        config, main = self.config, self.accelerator.is_main_process
-        done = first
+        config, main, done = self.config, self.accelerator.is_main_process, first
         with closing(Logbook(self.folder, self.accelerator, first, self.plan.max_train_steps)) as log:
             while done < self.plan.max_train_steps:
-                step = done
                 try:
-                    values = self.train_step(step)
+                    values = self.train_step(done)
                 except FloatingPointError as error:
-                    path = self.folder / f"checkpoint-{step}"
-                    if step % config.checkpointing_steps:
-                        self.save(step)  # the weights are those of the last good step
-                    raise FloatingPointError(f"{error}, and continue with --resume_from_checkpoint {path}") from error
-                done = step + 1
+                    if done % config.checkpointing_steps:
+                        self.save(done)  # the weights are those of the last good step
+                    way = f"continue with --resume_from_checkpoint {self.folder / f'checkpoint-{done}'}"
+                    raise FloatingPointError(f"{error}, and {way}") from error
+                done += 1
                 if main:
                     log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
                 self.fit_steps(done)

@@ -122,7 +122,7 @@ def test_the_stages_of_a_recipe_are_fitted_too(quick, tmp_path):
     trainer.train_step = lambda step: (train_step(step), seen.append(trainer.stage.name))[0]
     trainer.train()
     assert seen == [*["volume"] * 6, *["mesh"] * 2]
-    assert [stage.last for stage in trainer.stages] == [6, 8]
+    assert [stage.last for stage in trainer.plan.stages] == [6, 8]
 
 
 def test_two_processes_take_the_same_number(tmp_path):

@@ -57,7 +57,7 @@ def test_a_recipe_goes_through_its_stages(recipe: str, tmp_path: Path) -> None:
         learnt = any(name.startswith("gradient_norm/") for name in row)
         assert learnt == (trainer.stage.name != "pretraining")
         assert ("mask_loss" in row) == (trainer.stage.name in ("pretraining", "geometry", "text"))
-    assert sorted(set(seen), key=seen.index) == [stage.name for stage in trainer.stages]
+    assert sorted(set(seen), key=seen.index) == [stage.name for stage in trainer.plan.stages]
     still = [n for n, p in trainer.model.named_parameters() if torch.equal(p, start[n])]
     unseen = "heads.deformation"  # whose last layer starts at zero, and which volume rendering does not ask
     assert not [name for name in still if unseen not in name]
@@ -93,7 +93,7 @@ def test_a_batch_and_its_accumulation_are_one_step(recipe: str) -> None:
     for batch, accumulation in ((2, 1), (1, 2)):
         words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
         trainer = make(recipe, "--max_train_steps", "20", *words, "--interpolation.probability", "0.5")
-        trainer.enter(next(stage for stage in trainer.stages if stage.name != "pretraining"))
+        trainer.enter(next(stage for stage in trainer.plan.stages if stage.name != "pretraining"))
         trainer.train_step(trainer.stage.first)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).double())
         states.append([b for n, b in trainer.model.named_buffers() if n.endswith(("_u", "_v"))])
@@ -104,7 +104,7 @@ def test_a_batch_and_its_accumulation_are_one_step(recipe: str) -> None:
 
 def test_the_geometry_stands_still_while_the_texture_is_trained() -> None:
     trainer = make("latte3d_toybox", "--max_train_steps", "5")
-    last = trainer.stages[-1]
+    last = trainer.plan.stages[-1]
     trainer.enter(last)
     geometry = [p.detach().clone() for p in trainer.model.parts()["geometry"]]
     texture = [p.detach().clone() for p in trainer.model.parts()["texture"]]
@@ -164,15 +164,15 @@ def test_the_average_of_the_texture_begins_where_the_texture_does() -> None:
 
 def test_clouds_are_annealed_and_keyed_by_sample() -> None:
     trainer = make("latte3d_toybox", "--max_train_steps", "20", "--train_batch_size", "2")
-    geometry = trainer.stages[1]
+    geometry = trainer.plan.stages[1]
     trainer.enter(geometry)
     batch = trainer.draw(geometry.first, 0)
     alone = trainer.batches.draw(geometry, geometry.first, [1], trainer.prompts_drawn(geometry.first))
     assert relative_difference(batch.shapes.clouds[1], alone.shapes.clouds[0]) <= ROUNDING
     # the stage begins with the shapes
     assert relative_difference(batch.inputs["points"], batch.shapes.clouds) <= ROUNDING
-    trainer.enter(trainer.stages[2])
-    batch = trainer.draw(trainer.stages[2].first, 0)
+    trainer.enter(trainer.plan.stages[2])
+    batch = trainer.draw(trainer.plan.stages[2].first, 0)
     assert relative_difference(batch.inputs["points"], trainer.model.dummy.expand(2, -1, -1)) <= ROUNDING
 
 

@@ -46,13 +46,18 @@ def check_run(config: TrainConfig) -> None:
 
     What the user named comes first: the output folder may be the recipe's. Raises ConfigError and CorpusError.
     """
-    check_places(config)
-    check_tracker(config)
+    check_named(config)
     check_output_folder(config)
     folder = Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():  # of the processes of a run, the one that asks
         with run_lock(folder):
             pass
+
+
+def check_named(config: TrainConfig) -> None:
+    """Raise for a place or a tracker that the config names and that is not there; ConfigError and CorpusError."""
+    check_places(config)
+    check_tracker(config)
 
 
 def check_output_folder(config: TrainConfig) -> None:

@@ -87,11 +87,11 @@ class Isolation:
 
 
 def isolated(method: F) -> F:
-    """Let a method of an object with an `isolation` run within it."""
+    """Let a method run within the isolation of its object, `self.isolation`, which the first call makes."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.isolation:
+        with vars(self).setdefault("isolation", Isolation()):
             return method(self, *args, **kwargs)
 
     return cast(F, call)
