@@ -369,17 +369,17 @@ class TriplaneTurboModel(nn.Module):
         ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
         same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
-        sizes = SavedConfig(
+        sizes: dict[str, Any] = {
+            key: getattr(config, key) for key in ("latent_size", "head_width", "sdf_init_scale", "inv_std")
+        }
+        saved = SavedConfig(
             base=base.public_name,
             base_revision=base.revision,
-            latent_size=config.latent_size,
-            head_width=config.head_width,
             bias_radius=config.sphere_radius,
-            sdf_init_scale=config.sdf_init_scale,
             num_inference_steps=num_denoising_steps,
-            inv_std=config.inv_std,
+            **sizes,
         )
-        parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, sizes), config.gradient_checkpointing
+        parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, saved), config.gradient_checkpointing
         return cls(*parts, gradient_checkpointing=checkpointing, base_hash=base.hashes)
 
     @classmethod

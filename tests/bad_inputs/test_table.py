@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def named(entry: Value) -> str:
-    return f"{entry.key}={entry.value!r}"[:60]
+    return f"{entry.key}={re.sub(r' at 0x[0-9a-f]+', '', repr(entry.value))}"[:60]
 
 
 NULL_IS_TEXT = ("output_dir", "model.base", "teachers.mvdream.path", "prompts.source")  # on a command line
