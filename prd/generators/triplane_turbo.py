@@ -369,9 +369,8 @@ class TriplaneTurboModel(nn.Module):
         ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
         same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
-        sizes: dict[str, Any] = {
-            key: getattr(config, key) for key in ("latent_size", "head_width", "sdf_init_scale", "inv_std")
-        }
+        names = ("latent_size", "head_width", "sdf_init_scale", "inv_std")
+        sizes: dict[str, Any] = {name: getattr(config, name) for name in names}
         saved = SavedConfig(
             base=base.public_name,
             base_revision=base.revision,
