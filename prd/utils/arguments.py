@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from prd.errors import ConfigError
+
 MAX_SEED = 2**64 - 1  # of a torch.Generator
 SHOWN = 80  # characters of a text that messages and previews show
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([^\W\d]\w*))")
@@ -29,7 +31,7 @@ def check_int(name: str, value: object, least: int, most: int | None = None, oth
     if found is not None and least <= found and (most is None or found <= most):
         return found
     allowed = f"of at least {least}" if most is None else f"in {least}..{most}"
-    raise ValueError(f"{name}={value!r}: must be an integer {allowed}{otherwise and f', {otherwise}'}")
+    raise ConfigError(f"{name}={value!r}: must be an integer {allowed}{otherwise and f', {otherwise}'}")
 
 
 def one_or_more(index: int | Sequence[int]) -> list[int]:
@@ -72,7 +74,7 @@ def check_prompt(name: str, text: object) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{name}={text!r}: must be a string or a list of strings")
     if fault := prompt_fault(text):
-        raise ValueError(f"{name}={shown(text)}: {fault}")
+        raise ConfigError(f"{name}={shown(text)}: {fault}")
     return text
 
 
@@ -86,11 +88,11 @@ def expanded(place: str | os.PathLike[str], name: str = "path") -> str:
     if not isinstance(text, str):
         raise TypeError(f"{name}={place!r}: must be a string or a path")
     if "\0" in text:
-        raise ValueError(f"{name}={text!r}: holds the NUL character, which no path has; remove it")
+        raise ConfigError(f"{name}={text!r}: holds the NUL character, which no path has; remove it")
     if "$" in text and not os.path.lexists(text):
         names = [braced or bare for braced, bare in VARIABLE.findall(text)]
         if absent := [variable for variable in names if variable not in os.environ]:
-            raise ValueError(f"{name}={text!r}: the environment variable {absent[0]} is not set; set it or correct it")
+            raise ConfigError(f"{name}={text!r}: the environment variable {absent[0]} is not set; set it or correct it")
         text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
     return os.path.expanduser(text)
 
@@ -109,14 +111,14 @@ def check_writable_file(name: str, place: str | os.PathLike[str], suffixes: Sequ
     """Return the path of a file to be written; ValueError for another suffix or where it cannot be written."""
     path = expanded_path(place, name)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{name}={os.fspath(place)!r}: must end in {', '.join(suffixes)}")
+        raise ConfigError(f"{name}={os.fspath(place)!r}: must end in {', '.join(suffixes)}")
     folder = path.absolute().parent
     if path.is_dir():
-        raise ValueError(f"{name}={os.fspath(place)!r}: is a folder; name a file")
+        raise ConfigError(f"{name}={os.fspath(place)!r}: is a folder; name a file")
     if not folder.is_dir():
-        raise ValueError(f"{name}={os.fspath(place)!r}: the folder {path.parent} is not there; make it first")
+        raise ConfigError(f"{name}={os.fspath(place)!r}: the folder {path.parent} is not there; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={os.fspath(place)!r}: the folder {path.parent} cannot be written; name another")
+        raise ConfigError(f"{name}={os.fspath(place)!r}: the folder {path.parent} cannot be written; name another")
     return path
 
 
@@ -124,13 +126,13 @@ def check_writable_folder(name: str, place: str | os.PathLike[str]) -> Path:
     """Return the path of a folder that is there and can be written, or can be made; ValueError for any other."""
     path = expanded_path(place, name)
     if not os.fspath(place):
-        raise ValueError(f"{name}='': name a folder")
+        raise ConfigError(f"{name}='': name a folder")
     absolute = path.absolute()
     there = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     if not there.is_dir():
-        raise ValueError(
+        raise ConfigError(
             f"{name}={os.fspath(place)!r}: {'is' if there == absolute else f'{there} is'} a file; name a folder"
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={os.fspath(place)!r}: {there} cannot be written; name another folder")
+        raise ConfigError(f"{name}={os.fspath(place)!r}: {there} cannot be written; name another folder")
     return path
