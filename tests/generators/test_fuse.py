@@ -14,7 +14,7 @@ LATENTS = torch.randn(2, 6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
 def student(base: tuple | None = None, **peta: object) -> TriplaneTurboModel:
-    config = SavedConfig(latent_size=4, head_width=8, base="tiny")
+    config = SavedConfig(latent_size=4, head_width=8, base="me/tiny", base_revision="1" * 40)
     model = TriplaneTurboModel(*(base or tiny_base()), PetaConfig(**{"r": 2, "plane_channels": 3, **peta}), config)
     torch.manual_seed(7)
     with torch.no_grad():

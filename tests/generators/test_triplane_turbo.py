@@ -20,7 +20,7 @@ def student(
     seed: int = 0, *, prediction_type: str = "epsilon", gradient_checkpointing: bool = False, **options: object
 ) -> TriplaneTurboModel:
     base = tiny_base(seed, prediction_type=prediction_type)
-    config = SavedConfig(latent_size=4, head_width=8, base="tiny", **options)
+    config = SavedConfig(latent_size=4, head_width=8, base="me/tiny", base_revision="1" * 40, **options)
     return TriplaneTurboModel(
         *base, PetaConfig(r=2, plane_channels=3), config, gradient_checkpointing=gradient_checkpointing
     )
@@ -103,7 +103,7 @@ def test_another_base_is_refused(tmp_path) -> None:
     trained().save_pretrained(tmp_path)
     other = student(seed=1)
     before = {name: tensor.clone() for name, tensor in other.trained_state_dict().items()}
-    with pytest.raises(ModelMismatch, match="'tiny'.*allow_other_base=True"):
+    with pytest.raises(ModelMismatch, match="'me/tiny'.*allow_other_base=True"):
         other.load_adapter(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.trained_state_dict().items())
     other.load_adapter(tmp_path, allow_other_base=True)

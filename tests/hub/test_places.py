@@ -55,7 +55,7 @@ def assert_unnamed(folder: Path) -> None:
 def elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine: nothing lies at the place, and the Hub must not be asked."""
     (here / "models" / MARKER).rename(here / "models" / "moved")
-    monkeypatch.setattr("prd.loading.stable_diffusion.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("prd.loading.download.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     monkeypatch.setattr("prd.text.loading.load_strict", lambda *a, **k: pytest.fail("asked the Hub"))
 
 
@@ -140,7 +140,7 @@ def test_a_run_knows_the_place_and_what_it_shares_does_not(
     assert_unnamed(tmp_path / "shared")
     (here / "other").mkdir()
     monkeypatch.chdir(here / "other")
-    monkeypatch.setattr("prd.loading.stable_diffusion.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("prd.loading.download.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(ValueError, match="pass base="):
         load_pipeline(f"../runs/{MARKER}")
     load_pipeline(f"../runs/{MARKER}", base=f"../models/{MARKER}")

@@ -204,4 +204,4 @@ def test_file_names_of_prompts_are_safe():
     assert len(set(names)) == len(prompts)
     assert names[:5] == ["etc.glb", "a_b_c_d_e.glb", "con_.glb", "nul_.glb", "lpt1_.glb"]
     assert names[6:8] == ["\xe9.glb", "\xe9_2.glb"] and names[8] == "prompt.glb"
-    assert all(len(name.encode()) < 100 and not set(name) & set('/\\:*?"<>|\0\n\x07') for name in names)
+    assert all(len(name.encode()) < 210 and not set(name) & set('/\\:*?"<>|\0\n\x07') for name in names)

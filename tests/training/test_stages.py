@@ -128,7 +128,7 @@ def test_a_loss_scale_is_taken_out_once_in_every_stage(toybox, monkeypatch, tmp_
     monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
     monkeypatch.setattr(accelerator, "autocast", nullcontext)
     monkeypatch.setattr(accelerator, "native_amp", True)
-    second = scaled.stages[1]
+    second = scaled.plan.stages[1]
     for trainer in (plain, scaled):
         trainer.enter(second)
     first, again = plain.train_step(second.first), scaled.train_step(second.first)
