@@ -175,6 +175,13 @@ def test_generations(other_default: Any, toybox: Any) -> None:
     check(generated(toybox), other_default(lambda: generated(toybox)))
 
 
+def test_another_default_device(toybox: Any) -> None:
+    expected = [generated(toybox), distilled(toybox)]
+    with torch.device("meta"):
+        found = [generated(toybox), distilled(toybox)]
+    check(flat(expected), flat(found))
+
+
 def test_distillation(other_default: Any, toybox: Any) -> None:
     check(distilled(toybox), other_default(lambda: distilled(toybox)))
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -33,7 +32,7 @@ from prd.data.text_files import (
     texts_of,
 )
 from prd.errors import ConfigError
-from prd.hub.shipped import shipped_benchmarks
+from prd.hub.shipped import HUB_ID, shipped_benchmarks
 from prd.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 BATCH = 8192  # prompts read, written and tokenized at a time
 LAYOUT = 2  # of a prepared folder; another number prepares again
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)

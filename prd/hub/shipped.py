@@ -28,7 +28,7 @@ from prd.errors import MissingFile
 
 ASSETS: tuple[Path, ...] = tuple(sorted(Path(prd.__file__).parent.glob("*/assets")))
 INDEX = "index.json"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 def shipped(name: str | Path, part: str) -> Path | None:

@@ -23,7 +23,7 @@ from prd.loading.download import download, download_weights
 from prd.loading.single_file import SingleFile, UnsupportedBase
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
-from prd.loading.weights import PICKLED, PICKLES
+from prd.loading.weights import PICKLED, PICKLES, check_no_pointer
 from prd.text.encoders import PromptEncoder
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
@@ -62,7 +62,7 @@ class Base:
 
 
 def load_base(
-    name: str,
+    name: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
@@ -91,6 +91,7 @@ def load_base(
     damaged or non-finite weights.
     """
     check_dtype(dtype)
+    name = str(name) if isinstance(name, Path) else name
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     hub["local_files_only"] = local_files_only
     path, commit = _checked_place(name, revision), None
@@ -238,7 +239,10 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        check_no_pointer(path)
         config = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError as error:
+        raise UnsupportedBase(str(error)) from error
     except ValueError as error:
         raise UnsupportedBase(f"{path}: is no JSON ({error}); copy or download it again") from error
     return config if isinstance(config, dict) else {}

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from prd.errors import CheckpointError, MissingFile
+from prd.hub.shipped import HUB_ID
 from prd.loading.download import download, download_weights
 from prd.loading.weights import (
     AGAIN,
@@ -171,6 +172,8 @@ def load_tokenizer(
     local = Path(folder).expanduser() / subfolder
     for path in visible_files(local) if local.is_dir() else []:
         check_no_pointer(path)
+    if not local.is_dir() and (Path(folder).expanduser().exists() or not HUB_ID.fullmatch(str(folder))):
+        raise MissingFile(f"{local}: no such folder, which should hold the tokenizer; {remedy}")
     where = {"pretrained_model_name_or_path": local} if local.is_dir() else {"subfolder": subfolder}
     try:
         return tokenizer_class.from_pretrained(**{"pretrained_model_name_or_path": folder, **where, **hub})

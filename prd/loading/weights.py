@@ -58,7 +58,7 @@ def find_weights(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
     Raises CheckpointError where there are none (naming pickles, which are not loaded), for an index or shards of which
     some are missing, and for Git LFS pointers if nothing else is there.
     """
-    names = {path.name: path for path in visible_files(folder)}
+    names = {f"{path.stem}{path.suffix.lower()}": path for path in visible_files(folder)}
     pointers: list[Path] = []
     for variant in VARIANTS:
         for stem in stems:
@@ -125,7 +125,7 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         check_no_pointer(path)
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise CheckpointError(f"{path}: {PICKLED}")
         try:
             with safe_open(path, framework="pt") as file:

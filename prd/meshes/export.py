@@ -21,7 +21,7 @@ from trimesh.visual.material import PBRMaterial, SimpleMaterial
 
 from prd.meshes.simplify import weld
 from prd.meshes.texture import to_bytes
-from prd.utils.arguments import expanded_path
+from prd.utils.arguments import check_writable_file
 from prd.utils.files import file_stem, replace_file
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ TO_Y_UP = [1, 2, 0]  # scene X -> Z, Y -> X, Z -> Y: +Y up, front +Z (glTF 2.0, 
 
 def export_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
     """Write a mesh to a file; see `Mesh.export`."""
-    path = expanded_path(path)
+    path = check_writable_file("path", path, SUFFIXES)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"path={str(path)!r}: the suffix must be one of {', '.join(SUFFIXES)}")
     if suffix == ".glb":
         _write(path, glb(mesh))
     elif suffix == ".obj":

@@ -34,6 +34,8 @@ from prd.utils.dtypes import accepts_torch_dtype, check_dtype
 
 logger = logging.getLogger(__name__)
 
+MAX_MESHES = 1024  # of a prompt in one call, which holds them together
+
 StepCallback = Callable[["TriplaneTurbo", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -192,7 +194,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         out of its range or of another shape.
         """
         options = self._options(output_type, ("mesh", "field", "planes"), mesh)
-        num_meshes_per_prompt = check_int("num_meshes_per_prompt", num_meshes_per_prompt, 1)
+        num_meshes_per_prompt = check_int("num_meshes_per_prompt", num_meshes_per_prompt, 1, MAX_MESHES)
         k = len(self.model.timesteps(self.model.num_estimates if num_inference_steps is None else num_inference_steps))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r}: must be a function, or None")

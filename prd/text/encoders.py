@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
 
@@ -87,10 +87,15 @@ class PromptEncoder:
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
+        return self.model(self._tokens(prompts).input_ids).last_hidden_state
+
+    def _tokens(self, texts: list[str]) -> BatchEncoding:
+        """Tokens of n texts [n, L] and their mask, on the model's device whatever torch's default one is."""
+        with torch.device("cpu"):
+            tokens = self.tokenizer(
+                texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            )
+        return tokens.to(self.model.device)
 
 
 class T5PromptEncoder(PromptEncoder):
@@ -100,8 +105,5 @@ class T5PromptEncoder(PromptEncoder):
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, 77, Ct] of n prompts."""
-        texts = [prompt.lower().strip() for prompt in prompts]
-        tokens = self.tokenizer(
-            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
+        tokens = self._tokens([prompt.lower().strip() for prompt in prompts])
         return self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state

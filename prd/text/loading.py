@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from prd.errors import PrdError
-from prd.hub.shipped import shipped
+from prd.hub.shipped import HUB_ID, shipped
+from prd.loading.download import download
+from prd.loading.saved_model import read_json
 from prd.loading.stable_diffusion import load_base
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
@@ -60,7 +62,7 @@ def load_encoder(
         assert encoder is not None  # text=True
         encoder.model.to(device)
         return encoder
-    if Path(place).is_dir() or Path(place).is_absolute() or place.count("/") != 1:
+    if Path(place).is_dir() or not HUB_ID.fullmatch(place):
         if not (Path(place) / "text_encoder/config.json").is_file():
             raise UnknownEncoder(
                 f"encoder={place!r}: has no text_encoder/config.json; give a folder with one (of the Stable Diffusion "
@@ -70,7 +72,8 @@ def load_encoder(
         "clip_text_model": (CLIPTextModel, PromptEncoder),
         "t5": (T5EncoderModel, T5PromptEncoder),
     }
-    kind = AutoConfig.from_pretrained(place, subfolder="text_encoder", **hub).model_type
+    folder = Path(place) if Path(place).is_dir() else download(place, ["text_encoder/config.json"], hub)
+    kind = read_json(folder / "text_encoder/config.json", "name a model with a text encoder").get("model_type")
     if kind not in kinds:
         raise UnknownEncoder(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
     model_class, encoder_class = kinds[kind]

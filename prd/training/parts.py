@@ -121,12 +121,13 @@ def build_parts(
 
 def build_model(config: TrainConfig) -> tuple[Model, PromptEncoder]:
     """The model that the config describes, and the encoder of its prompts."""
-    return _class_of(config, "model").from_config(
-        config.model,
-        num_denoising_steps=config.num_denoising_steps,
-        text_dtype=teachers_dtype(config),
-        init_from=config.init_from,
-    )
+    with torch.device("cpu"):  # whatever torch's default device is: what is drawn depends on it
+        return _class_of(config, "model").from_config(
+            config.model,
+            num_denoising_steps=config.num_denoising_steps,
+            text_dtype=teachers_dtype(config),
+            init_from=config.init_from,
+        )
 
 
 def build_renderers(config: TrainConfig, stages: Sequence[TrainConfig]) -> dict[str, Renderer]:

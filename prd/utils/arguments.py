@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import re
@@ -21,7 +22,7 @@ def integer(value: object) -> int | None:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, RuntimeError):  # the second: of a tensor without data
         return None
 
 
@@ -82,9 +83,10 @@ def expanded(place: str | os.PathLike[str], name: str = "path") -> str:
     """Return a place on the disk with the home folder for a leading ~ and its value for every $NAME and ${NAME}.
 
     Every other text, as a Hub id, comes back as it is; so does a place that is there under a name with a $. Raises
-    ValueError for a variable that is not set, and TypeError for what is neither a string nor a path.
+    ValueError for a variable that is not set and for what no file can be named, and TypeError for what is neither a
+    string nor a path.
     """
-    text = os.fspath(place)
+    text = os.fspath(place) if isinstance(place, str | os.PathLike) else None
     if not isinstance(text, str):
         raise TypeError(f"{name}={place!r}: must be a string or a path")
     if "\0" in text:
@@ -94,7 +96,15 @@ def expanded(place: str | os.PathLike[str], name: str = "path") -> str:
         if absent := [variable for variable in names if variable not in os.environ]:
             raise ConfigError(f"{name}={text!r}: the environment variable {absent[0]} is not set; set it or correct it")
         text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
-    return os.path.expanduser(text)
+    path = os.path.expanduser(text)
+    try:
+        os.lstat(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name}={shown(text)}: {text_fault(text)}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{name}={shown(text)}: is longer than a name of a file may be; shorten it") from None
+    return path
 
 
 def expanded_path(place: str | os.PathLike[str], name: str = "path") -> Path:

@@ -56,8 +56,11 @@ def float32_weights() -> Iterator[None]:
 
 @contextmanager
 def undrawn_weights() -> Iterator[None]:
-    """Context in which layers are made in float32 with zeros for what is drawn elsewhere: a file will replace them."""
-    with _Construction(draws=False):
+    """Context in which layers are made in float32 with zeros for what is drawn elsewhere: a file will replace them.
+
+    They are made on the CPU, whatever torch's default device is.
+    """
+    with torch.device("cpu"), _Construction(draws=False):
         yield
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Where that fails, the file before is as it was and nothing is left aside.
     """
-    aside = path.with_name(f".{path.name[: MOST_LETTERS // 2]}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name[: MOST_LETTERS // 2]}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         write(aside)
         flush(aside)

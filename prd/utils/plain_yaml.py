@@ -48,7 +48,10 @@ class PlainLoader(yaml.SafeLoader):
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         """The integer of a scalar."""
         text = node.value
-        value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        try:
+            value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        except ValueError as error:  # of thousands of digits
+            raise yaml.constructor.ConstructorError(problem=f"an integer is too long ({error})") from None
         if str(value) == text:
             return value
         kept = WrittenInt(value)

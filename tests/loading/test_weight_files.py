@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,12 +139,17 @@ def sharded_without_index(folder: Path) -> None:
     put_shards(folder, stem, None, tensors)
 
 
+def in_capitals(folder: Path) -> None:
+    stem, tensors = take(folder)
+    put(folder / f"{stem}.SAFETENSORS", tensors)
+
+
 def hidden(folder: Path) -> None:
     for path in list(folder.iterdir()):
         (folder / f"._{path.name}").write_bytes(b"\0\5\26\7 Mac OS X")
 
 
-READ = [fp16, bf16, fp16_beside_a_pointer, sharded, sharded_fp16, sharded_without_index, hidden]
+READ = [fp16, bf16, fp16_beside_a_pointer, sharded, sharded_fp16, sharded_without_index, in_capitals, hidden]
 
 
 @pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.__name__)
@@ -171,6 +177,14 @@ def pointers_to_shards(folder: Path) -> None:
 def pickled(folder: Path) -> None:
     _, tensors = take(folder)
     torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def pointer_for_the_config(folder: Path) -> None:
+    (folder / "config.json").write_text(POINTER)
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
 
 
 def absent(folder: Path) -> None:
@@ -207,6 +221,8 @@ REFUSED: dict[Callable[[Path], None], str] = {
     pointer: "Git LFS pointer .*git lfs pull",
     pointers_to_shards: "Git LFS pointer .*git lfs pull",
     pickled: "pytorch_model.bin: pickled weights are never loaded.*convert",
+    pointer_for_the_config: "config.json: is a Git LFS pointer",
+    no_config: "config.json.* can't decode byte 0xff .*download it again",
     absent: "has no weights",
     missing_shard: "lacks 1 of the 2 files of its weights, .*-00002-of-00002.safetensors",
     missing_shard_without_index: "lacks 1 of the 2 files of its weights, .*-00001-of-00002.safetensors",
@@ -234,7 +250,16 @@ def test_a_tokenizer_that_was_not_fetched_is_named(saved: Path, tmp_path: Path) 
         with pytest.raises(PrdError, match=r"vocab.json: is a Git LFS pointer"):
             load(str(folder))
     with pytest.raises(FileNotFoundError, match="no tokenizer could be loaded"):
+        load_tokenizer(StableDiffusionTeacher.tokenizer_class, "owner/absent", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="absent/tokenizer: no such folder"):
         load_tokenizer(StableDiffusionTeacher.tokenizer_class, str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "a b/c", "./absent", "absent/", "-a/b", "x" * 300, 5, None])
+def test_a_text_encoder_that_is_not_there_is_named(name: Any) -> None:
+    with pytest.raises((PrdError, TypeError), match=re.escape(str(name)[:80])) as caught:
+        load_encoder(name, local_files_only=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_of_the_authors_layers_are_found_alike(saved: Path, tmp_path: Path) -> None:

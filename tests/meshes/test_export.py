@@ -139,3 +139,19 @@ def test_a_plain_name_is_kept(textured: Mesh, tmp_path: Path) -> None:
     assert names == {"My-Ball.v2.obj", "My-Ball.v2.mtl", "My-Ball.v2.png"}
     textured.export(tmp_path / "BALL.GLB")
     textured.export(tmp_path / "BALL.PLY")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent/a.glb", "the folder .*absent is not there; make it first"),
+        ("folder.obj", "is a folder; name a file"),
+        ("a.stl", "must end in .glb, .obj, .ply"),
+        ("a" * 300 + ".ply", "is longer than a name of a file may be"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(name: str, message: str, textured: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "folder.obj").mkdir()
+    with pytest.raises(ValueError, match=f"^path=.*{message}"):
+        textured.export(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.obj"]

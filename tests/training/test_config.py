@@ -131,6 +131,7 @@ def test_wrong_words_name_the_key(words, message, empty):
         ("- a\n- b", "mapping"),
         ("a: [", "not YAML"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
+        (f"seed: {'9' * 5000}", "an integer is too long"),
     ],
 )
 def test_wrong_files_name_the_key(text, message, tmp_path):

@@ -122,3 +122,25 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="cannot be written; name another"):
         check_writable_folder("output", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        (
+            "x" * 300,
+            ValueError,
+            r"^k=.x+.\.\.\. \(300 characters\): is longer than a name of a file",
+        ),
+        ("a/\ud800", ValueError, r"^k='a/\\ud800': holds half a character"),
+        (5, TypeError, "^k=5: must be a string or a path$"),
+        (None, TypeError, "^k=None: must be a string or a path$"),
+    ],
+)
+def test_a_place_that_no_file_can_have_is_refused(place, error, message):
+    with pytest.raises(error, match=message):
+        expanded(place, "k")
+
+
+def test_a_tensor_without_data_is_no_integer():
+    assert integer(torch.empty((), dtype=torch.int64, device="meta")) is None

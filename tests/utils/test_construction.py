@@ -63,3 +63,9 @@ def test_layers_without_memory_have_their_buffers(default: torch.dtype) -> None:
     assert found.positions.tolist() == [0, 1, 2, 3, 4] and found.steps.dtype == torch.float32
     before["torch's generator"] = global_state()["torch's generator"]  # which the other thread's layer has drawn from
     assert_unchanged(before)
+
+
+def test_undrawn_layers_are_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"), undrawn_weights():
+        found = float32_weights()(Layers)()
+    assert {tensor.device.type for tensor in found.state_dict().values()} == {"cpu"}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,28 @@ def test_only_what_is_expected_is_warned_of(caplog):
     ]
     with pytest.raises(KeyError), only_shown("a page"):
         raise KeyError("step")
+
+
+def test_threads_write_files_with_names_that_begin_alike(tmp_path):
+    paths = [tmp_path / f"{'a_long_name_' * 6}{number}.txt" for number in range(8)]
+    errors: list[Exception] = []
+    together = threading.Barrier(len(paths))
+
+    def write(path: Path) -> None:
+        def slowly(aside: Path) -> None:
+            aside.write_text(path.name[:-5], encoding="utf-8")
+            together.wait()
+            with aside.open("a", encoding="utf-8") as stream:
+                stream.write(path.name[-5:])
+
+        try:
+            replace_file(path, slowly)
+        except (OSError, threading.BrokenBarrierError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and [path.read_text(encoding="utf-8") for path in paths] == [path.name for path in paths]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prd.data.prompts import check_source
 from prd.errors import ConfigError
-from prd.hub.shipped import is_shipped
+from prd.hub.shipped import HUB_ID, is_shipped
 from prd.training.run.checkpoints import named_checkpoint
 
 if TYPE_CHECKING:
@@ -71,6 +71,4 @@ def _models(config: TrainConfig) -> dict[str, str]:
 
 def _is_known(place: str) -> bool:
     """Return True if a model is shipped, on this disk, or named by what may be a Hub id."""
-    path = Path(place)
-    may_be_hub_id = place.count("/") == 1 and not path.is_absolute() and not place.startswith((".", "~"))
-    return is_shipped(place) or path.exists() or may_be_hub_id
+    return is_shipped(place) or Path(place).exists() or HUB_ID.fullmatch(place) is not None
