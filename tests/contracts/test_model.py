@@ -288,7 +288,7 @@ def test_a_damaged_folder_is_named(member: Member, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=f"{name}: is missing"):
             member.load(model, path.parent)
         path.write_bytes(b"{")
-        with pytest.raises(ModelMismatch, match=f"{name}: (is no JSON|not a whole|is not the file)"):
+        with pytest.raises(ModelMismatch, match=f"{name}: (is no JSON|is not a whole|is not the file)"):
             member.load(model, path.parent)
 
 
