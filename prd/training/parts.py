@@ -89,7 +89,7 @@ def build_parts(
     """
     if model is not None and not (isinstance(model, tuple) and len(model) == 2):
         raise ConfigError(
-            f"model={type(model).__name__}: must be (model, text encoder), as from_config of the model's class returns it"
+            f"model={type(model).__name__}: must be (model, text encoder), as the class's from_config returns it"
         )
     given: dict[str, Any] = {"renderers": renderers, "teachers": teachers, "regularizers": regularizers}
     config = with_classes(config, {"model": model and model[0], "distillation": loss, **given})

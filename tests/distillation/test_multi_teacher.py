@@ -114,9 +114,14 @@ def test_a_teachers_graph_is_freed_before_the_next_is_asked(tmp_path):
 
 def test_a_metric_may_still_have_its_graph():
     metrics, value = MeanMetrics(), torch.tensor(2.0, requires_grad=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        metrics.add("opacity", value)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns once per process by default
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            metrics.add("opacity", value)
+    finally:
+        torch.set_warn_always(always)
     assert metrics.means() == {"opacity": 2.0}
 
 
