@@ -38,7 +38,7 @@ class MeanMetrics:
 
         The cosine of two teachers that share no pixels is NaN and has no mean.
         """
-        value = float(value)
+        value = float(value.detach() if isinstance(value, Tensor) else value)
         if value == value:
             self.sums[name] = self.sums.get(name, 0.0) + count * value
             self.counts[name] = self.counts.get(name, 0) + count

@@ -53,6 +53,10 @@ class Mesh:
     uv: NDArray[np.float32] | None = None
     texture: NDArray[np.uint8] | None = None
 
+    def __repr__(self) -> str:
+        size = "None" if self.texture is None else f"{self.texture.shape[1]}x{self.texture.shape[0]}"
+        return f"Mesh(vertices={len(self.vertices)}, faces={len(self.faces)}, texture={size})"
+
     def __post_init__(self) -> None:
         count = len(self.vertices)
         for name, width in (("vertices", 3), ("vertex_normals", 3), ("vertex_colors", 3), ("uv", 2)):

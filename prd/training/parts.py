@@ -83,10 +83,14 @@ def build_parts(
 ) -> Parts:
     """The parts that a config describes, on a device; those given are taken instead of the config's.
 
-    model  the network and the encoder of its prompts
+    model  the network and the encoder of its prompts, as `from_config` of the model's class returns them
 
     Raises ConfigError for a part that is not what its section asks for, and what loading a part raises.
     """
+    if model is not None and not (isinstance(model, tuple) and len(model) == 2):
+        raise ConfigError(
+            f"model={type(model).__name__}: must be (model, text encoder), as the class's from_config returns it"
+        )
     given: dict[str, Any] = {"renderers": renderers, "teachers": teachers, "regularizers": regularizers}
     config = with_classes(config, {"model": model and model[0], "distillation": loss, **given})
     device, stages = torch.device(device), [stage.config for stage in stages_of(config)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,6 +110,19 @@ def test_a_teachers_graph_is_freed_before_the_next_is_asked(tmp_path):
     assert -1 <= logged["cosine/stable_diffusion-mvdream/volume"] <= 1
     for quantity in ("gradient_norm", "weight"):
         assert logged[f"{quantity}/mvdream/volume"] > 0 and logged[f"{quantity}/stable_diffusion/volume"] > 0
+
+
+def test_a_metric_may_still_have_its_graph():
+    metrics, value = MeanMetrics(), torch.tensor(2.0, requires_grad=True)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns once per process by default
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            metrics.add("opacity", value)
+    finally:
+        torch.set_warn_always(always)
+    assert metrics.means() == {"opacity": 2.0}
 
 
 def test_gradient_cosine():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_type_hints
@@ -78,6 +79,12 @@ def sample(mesh: trimesh.Trimesh, per_face: int = 3) -> tuple[np.ndarray, np.nda
 def textured() -> Mesh:
     """Front half (+X) red, back half blue, so that a turned export is seen."""
     return build_mesh(Halves(0), surface(sphere()), target_faces=2000, texture_size=256)
+
+
+def test_a_mesh_prints_as_one_line(textured: Mesh) -> None:
+    sizes = f"vertices={len(textured.vertices)}, faces={len(textured.faces)}"
+    assert repr(textured) == f"Mesh({sizes}, texture=256x256)"
+    assert repr(replace(textured, uv=None, texture=None)) == f"Mesh({sizes}, texture=None)"
 
 
 def test_textured_mesh_is_closed_in_spite_of_its_cuts(textured: Mesh) -> None:

@@ -184,6 +184,11 @@ def test_teachers_that_see_another_number_of_views_are_refused(toybox):
         build_parts(settings("--cameras.views", "3"))
 
 
+def test_a_model_without_its_text_encoder_is_refused():
+    with pytest.raises(ConfigError, match=r"model=Linear: must be \(model, text encoder\)"):
+        build_parts(settings(), model=torch.nn.Linear(2, 2))
+
+
 def given_parts() -> dict[str, tuple[dict, dict]]:
     """By section: settings by name, and the parts of one's own that are given with them."""
     teacher = OwnTeacher.__new__(OwnTeacher)  # its networks do not matter
