@@ -47,7 +47,7 @@ def test_undrawn_layers_draw_nothing(default: torch.dtype) -> None:
         found = float32_weights()(Layers)()
     assert_unchanged(before)
     assert {p.dtype for p in found.parameters()} == {torch.float32} and not found.linear.weight.any()
-    assert found.norm.weight.all() and found.numbers.tolist() == [1, 2]
+    assert found.norm.weight.all() and found.get_buffer("numbers").tolist() == [1, 2]
 
 
 def test_layers_without_memory_have_their_buffers(default: torch.dtype) -> None:
@@ -60,7 +60,9 @@ def test_layers_without_memory_have_their_buffers(default: torch.dtype) -> None:
         thread.join()
     assert other == [torch.device("cpu")]  # a context is its own thread's
     assert found.linear.weight.is_meta and found.linear.weight.dtype == torch.float32
-    assert found.positions.tolist() == [0, 1, 2, 3, 4] and found.steps.dtype == torch.float32
+    assert (
+        found.get_buffer("positions").tolist() == [0, 1, 2, 3, 4] and found.get_buffer("steps").dtype == torch.float32
+    )
     before["torch's generator"] = global_state()["torch's generator"]  # which the other thread's layer has drawn from
     assert_unchanged(before)
 
