@@ -169,14 +169,16 @@ def load_tokenizer(
 
     CheckpointError for a file that Git LFS has not fetched.
     """
-    local = Path(folder).expanduser() / subfolder
-    for path in visible_files(local) if local.is_dir() else []:
-        check_no_pointer(path)
-    if not local.is_dir() and (Path(folder).expanduser().exists() or not HUB_ID.fullmatch(str(folder))):
+    place = Path(folder).expanduser()
+    if not place.exists() and HUB_ID.fullmatch(str(folder)):  # transformers makes an empty one of what is not there
+        place = download(folder, [f"{subfolder}/*"], hub)
+    local = place / subfolder
+    if not local.is_dir():
         raise MissingFile(f"{local}: no such folder, which should hold the tokenizer; {remedy}")
-    where = {"pretrained_model_name_or_path": local} if local.is_dir() else {"subfolder": subfolder}
+    for path in visible_files(local):
+        check_no_pointer(path)
     try:
-        return tokenizer_class.from_pretrained(**{"pretrained_model_name_or_path": folder, **where, **hub})
+        return tokenizer_class.from_pretrained(local)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise MissingFile(f"{folder}: no tokenizer could be loaded ({reason}); {remedy}") from error
