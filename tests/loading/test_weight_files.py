@@ -249,8 +249,6 @@ def test_a_tokenizer_that_was_not_fetched_is_named(saved: Path, tmp_path: Path) 
     for load in (load_base, load_encoder, StableDiffusionTeacher.from_pretrained):
         with pytest.raises(PrdError, match=r"vocab.json: is a Git LFS pointer"):
             load(str(folder))
-    with pytest.raises(FileNotFoundError, match="no tokenizer could be loaded"):
-        load_tokenizer(StableDiffusionTeacher.tokenizer_class, "owner/absent", local_files_only=True)
     with pytest.raises(FileNotFoundError, match="absent/tokenizer: no such folder"):
         load_tokenizer(StableDiffusionTeacher.tokenizer_class, str(tmp_path / "absent"))
 
