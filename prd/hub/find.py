@@ -11,8 +11,7 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from prd.errors import MissingFile
-from prd.hub.shipped import HUB_ID as HUB_ID
-from prd.hub.shipped import shipped, shipped_names
+from prd.hub.shipped import HUB_ID, shipped, shipped_names
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, has_other_weights
 from prd.utils.arguments import expanded_path
 

@@ -15,7 +15,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
 from prd.hub.cards import LIBRARY, model_card
-from prd.hub.find import CARD, HUB_ID, TRAINING_METADATA
+from prd.hub.find import CARD, TRAINING_METADATA
+from prd.hub.shipped import HUB_ID
 
 logger = logging.getLogger(__name__)
 

@@ -112,7 +112,8 @@ def load_base(
         used = ["unet", "vae", *(["text_encoder"] if text else [])]
         path = download_weights(name, used, others, {**hub, "revision": commit})
     unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
-    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    with torch.device("cpu"):
+        scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
     encoder = None
     if text:
         model = _load(CLIPTextModel, path, "text_encoder")

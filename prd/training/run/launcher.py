@@ -44,7 +44,7 @@ def read_launch(environment: Mapping[str, str] | None = None, parent: Path | Non
     environment = os.environ if environment is None else environment
     parent = parent or Path(f"/proc/{os.getppid()}")
     given = _given(parent) if launched_by(environment, parent) else {}
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # set by --use_deepspeed alone
     dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     return Launch(

@@ -96,6 +96,8 @@ def test_nothing_is_read_of_another_parent(launched: Launcher, tmp_path: Path) -
     assert read_launch({}, tmp_path / "absent") == Launch()
     deepspeed = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     assert read_launch(deepspeed, tmp_path / "absent") == Launch(gradient_accumulation_steps=4)
+    for written, read in (("", None), ("NO", None), ("BF16", "bf16")):  # Accelerate takes either case
+        assert read_launch({"ACCELERATE_MIXED_PRECISION": written}, tmp_path / "absent") == Launch(read)
 
 
 def test_the_launchers_config_file_tells_what_its_command_does_not(launched: Launcher, tmp_path: Path) -> None:
