@@ -175,17 +175,6 @@ def test_generations(other_default: Any, toybox: Any) -> None:
     check(generated(toybox), other_default(lambda: generated(toybox)))
 
 
-def test_another_default_device(toybox: Any) -> None:
-    def encoded() -> Any:
-        pipe: Any = load_pipeline("toybox")
-        return pipe.encoder(["a red cube"]), pipe.model.alphas_cumprod, list(pipe.model.parameters())
-
-    expected = encoded()
-    with torch.device("meta"):
-        found = encoded()
-    check(flat(expected), flat(found))
-
-
 def test_distillation(other_default: Any, toybox: Any) -> None:
     check(distilled(toybox), other_default(lambda: distilled(toybox)))
 
