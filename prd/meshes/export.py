@@ -54,7 +54,7 @@ def glb(mesh: Mesh) -> bytes:
     if mesh.texture is not None:
         return _bytes(to_trimesh(mesh, visual_of(mesh), TO_Y_UP).export(file_type="glb", include_normals=True))
     out = to_trimesh(mesh, ColorVisuals(), TO_Y_UP)  # trimesh's own vertex colours are bytes: too coarse for linear
-    out.vertex_attributes["_LINEAR"] = srgb_to_linear(mesh.vertex_colors)
+    out.vertex_attributes["_LINEAR"] = srgb_to_linear(mesh.vertex_colors.clip(0, 1))
     return _bytes(out.export(file_type="glb", include_normals=True, tree_postprocessor=_name_colors))
 
 

@@ -66,7 +66,7 @@ def choose_threads(asked: int | None) -> int:
         return asked
     if (threads := threads_of_user(os.environ, Path(f"/proc/{os.getppid()}"))) is not None:
         return threads
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, cores() // processes)
 
 
@@ -129,7 +129,7 @@ def train_together() -> None:
     Accelerate counts the processes of a machine without an accelerator where it is told to use the CPU alone. To be
     called before the `Accelerator` is made.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
