@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from prd.utils.environment import prepare
+from prd.utils.moved import find_moved_modules
 
 if TYPE_CHECKING:
     from prd.cameras import Cameras, CamerasConfig, orbit_cameras
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prd.rendering.views import Views
 
 prepare()  # before any module of the library imports torch
+find_moved_modules()
 
 try:
     __version__ = metadata.version("prd-3d")

@@ -28,6 +28,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from prd import cli
 from prd.training import recipes
+from prd.training.classes import SECTIONS
 from prd.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +330,7 @@ def config_keys() -> set[str]:
 
     for name in recipes.shipped_recipes():
         visit(recipes.to_dict(recipes.load_config(name)), "")
-    return found
+    return found | {f"{name}.class" for name, section in SECTIONS.items() if section.default is not None}
 
 
 def test_config_keys_exist() -> None:

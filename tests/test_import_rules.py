@@ -180,8 +180,9 @@ def test_the_library_imports_nothing_around_it(outside):
 
 
 PICKLES = ("cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
-BY_NAME = {  # what may import a module by a computed name: the class a config names, the lazy names of `import prd`
+BY_NAME = {  # what may import a module by a computed name: the class a config names, the lazy names of `import prd`, former paths
     "prd.utils.imports": {"import_module"},
+    "prd.utils.moved": {"import_module"},
     "prd": {"import_module", "globals"},
 }
 
