@@ -180,7 +180,8 @@ def test_the_library_imports_nothing_around_it(outside):
 
 
 PICKLES = ("cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
-BY_NAME = {  # what may import a module by a computed name: the class a config names, the lazy names of `import prd`, former paths
+# what may import a module by a computed name: the class a config names, the lazy names of `import prd`, former paths
+BY_NAME = {
     "prd.utils.imports": {"import_module"},
     "prd.utils.moved": {"import_module"},
     "prd": {"import_module", "globals"},

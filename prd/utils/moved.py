@@ -34,6 +34,7 @@ MOVED = {
     "prd.rendering.isosurface": "prd.isosurface.extract",
     "prd.rendering.marching": "prd.isosurface.marching_cubes",
     "prd.rendering.tetrahedra": "prd.isosurface.marching_tetrahedra",
+    "prd.settings": "prd.utils.checked_types",
     "prd.single_file": "prd.loading.single_file",
     "prd.teachers.text": "prd.text.encoders",
     "prd.text_to_3d": "prd.pipelines.base",
@@ -55,6 +56,7 @@ MOVED = {
     "prd.training.resume": "prd.training.run.resume",
     "prd.training.run_folder": "prd.training.run.folder",
     "prd.training.sanity": "prd.training.diagnostics",
+    "prd.training.sections": "prd.training.config",
     "prd.training.supervision": "prd.training.objective",
     "prd.triplane": "prd.fields.triplane",
 }
@@ -66,7 +68,7 @@ class _Here(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Import the module of today and warn with its path."""
         path = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is now {path}; its names may have changed too", FutureWarning, stacklevel=6)
+        warnings.warn(f"{module.__name__} is now {path}; its names may have changed too", FutureWarning, stacklevel=2)
         sys.modules[module.__name__] = import_module(path)
 
 
