@@ -23,7 +23,7 @@ def test_a_moved_module_is_found(old: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_names_come_from_the_module_of_today() -> None:
     with pytest.warns(FutureWarning):
         sys.modules.pop("prd.training.prompts", None)
-        from prd.training.prompts import load_corpus  # type: ignore[import-not-found]
+        from prd.training.prompts import load_corpus
     from prd.data.prompts import load_corpus as expected
 
     assert load_corpus is expected
