@@ -80,8 +80,8 @@ def test_a_corpus_is_checked_before_an_encoder_is_loaded(words, message, capsys,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ABSENT", raising=False)
-    (tmp_path / "a.txt").write_text("a\n")
-    (tmp_path / "a.csv").write_text("prompt\na, b\n")
+    (tmp_path / "a.txt").write_text("a\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text("prompt\na, b\n", encoding="utf-8")
     monkeypatch.setattr("prd.text.loading.load_encoder", lambda *a, **k: pytest.fail("loaded an encoder"))
     assert re.search(message, one_sentence(capsys, ["embed", *words, "--encoder", "toybox"]))
 

@@ -145,7 +145,7 @@ def test_a_preview_shows_the_count_and_the_first_three():
 
 
 def test_prompts_are_prepared_where_the_cache_cannot_be_written(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))

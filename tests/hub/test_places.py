@@ -73,7 +73,10 @@ def test_an_adapter_of_a_base_on_this_disk_names_no_base(
         pipe = TriplaneTurbo.from_pretrained(tmp_path / str(number), base=given(place, here))
     record = json.loads((tmp_path / "0" / "config.json").read_text(encoding="utf-8"))
     assert record["base"] == "" and record["base_hash"] == base.hashes
-    assert json.loads((tmp_path / "0" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert (
+        json.loads((tmp_path / "0" / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        is None
+    )
     elsewhere(here, monkeypatch)
     with pytest.raises(ValueError, match=r"pass base= \(prd generate: --base\)"):
         load_pipeline(tmp_path / "0")
@@ -103,7 +106,7 @@ def test_an_adapter_of_version_0_1_that_names_a_place_forgets_it(
     TriplaneTurbo.from_pretrained("toybox").save_pretrained(tmp_path / "old")
     config, adapter = tmp_path / "old" / "config.json", tmp_path / "old" / "adapter_config.json"
     for path, key in ((config, "base"), (adapter, "base_model_name_or_path")):
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: recorded}), encoding="utf-8")
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: recorded}), encoding="utf-8")
     pipe = TriplaneTurbo.from_pretrained(tmp_path / "old", base="toybox")
     if recorded == f"models/{MARKER}":
         TriplaneTurbo.from_pretrained(tmp_path / "old")
@@ -236,7 +239,7 @@ def test_the_config_of_a_run_leads_to_its_base(here: Path, toybox: Path, tmp_pat
     TriplaneTurbo.from_pretrained("toybox").save_pretrained(tmp_path / "run" / "adapter")
     for name, key, value in (("config", "base", ""), ("adapter_config", "base_model_name_or_path", None)):
         record = tmp_path / "run" / "adapter" / f"{name}.json"
-        record.write_text(json.dumps({**json.loads(record.read_text()), key: value}), encoding="utf-8")
+        record.write_text(json.dumps({**json.loads(record.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
     (tmp_path / "run" / "config.yaml").write_text(f"model: {{base: models/{MARKER}}}\n", encoding="utf-8")
     found = TriplaneTurbo.from_pretrained(tmp_path / "run")
     assert torch.equal(

@@ -105,7 +105,7 @@ def put_shards(folder: Path, stem: str, index: str | None, tensors: dict[str, Te
         put(folder / name, {key: tensors[key] for key in half}, **options)
         weight_map |= dict.fromkeys(half, name)
     if index is not None:
-        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def fp16(folder: Path) -> None:
@@ -121,7 +121,7 @@ def bf16(folder: Path) -> None:
 def fp16_beside_a_pointer(folder: Path) -> None:
     stem, tensors = take(folder)
     put(folder / f"{stem}.fp16.safetensors", tensors, torch.float16)
-    (folder / f"{stem}.safetensors").write_text(POINTER)
+    (folder / f"{stem}.safetensors").write_text(POINTER, encoding="utf-8")
 
 
 def sharded(folder: Path) -> None:
@@ -165,13 +165,13 @@ def test_it_is_read(kind: Callable[[Path], None], place: Place, folder: Path) ->
 
 def pointer(folder: Path) -> None:
     stem, _ = take(folder)
-    (folder / f"{stem}.safetensors").write_text(POINTER)
+    (folder / f"{stem}.safetensors").write_text(POINTER, encoding="utf-8")
 
 
 def pointers_to_shards(folder: Path) -> None:
     sharded(folder)
     for path in folder.glob("*.safetensors"):
-        path.write_text(POINTER)
+        path.write_text(POINTER, encoding="utf-8")
 
 
 def pickled(folder: Path) -> None:
@@ -180,7 +180,7 @@ def pickled(folder: Path) -> None:
 
 
 def pointer_for_the_config(folder: Path) -> None:
-    (folder / "config.json").write_text(POINTER)
+    (folder / "config.json").write_text(POINTER, encoding="utf-8")
 
 
 def no_config(folder: Path) -> None:
@@ -214,7 +214,8 @@ def empty(folder: Path) -> None:
 def index_of_elsewhere(folder: Path) -> None:
     sharded(folder)
     (path,) = folder.glob("*.index.json")
-    path.write_text(path.read_text().replace('"weight_map": {', '"weight_map": {"x": "../model.safetensors", '))
+    index = path.read_text(encoding="utf-8").replace('"weight_map": {', '"weight_map": {"x": "../model.safetensors", ')
+    path.write_text(index, encoding="utf-8")
 
 
 REFUSED: dict[Callable[[Path], None], str] = {
@@ -245,7 +246,7 @@ def test_it_is_refused_in_one_sentence(
 
 def test_a_tokenizer_that_was_not_fetched_is_named(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved / "stable_diffusion", tmp_path / "folder"))
-    (folder / "tokenizer/vocab.json").write_text(POINTER)
+    (folder / "tokenizer/vocab.json").write_text(POINTER, encoding="utf-8")
     for load in (load_base, load_encoder, StableDiffusionTeacher.from_pretrained):
         with pytest.raises(PrdError, match=r"vocab.json: is a Git LFS pointer"):
             load(str(folder))
@@ -269,7 +270,7 @@ def test_files_of_the_authors_layers_are_found_alike(saved: Path, tmp_path: Path
     hidden(folder / "unet")
     assert read_checkpoint(folder).keys() == whole.keys()
     pointer_file = tmp_path / "model.ckpt"
-    pointer_file.write_text(POINTER)
+    pointer_file.write_text(POINTER, encoding="utf-8")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         read_checkpoint(pointer_file)
 

@@ -130,7 +130,9 @@ def test_names_beside_an_obj_are_those_that_every_reader_takes(
     beside = sorted(file.name for file in tmp_path.iterdir() if file != path)
     assert [Path(file).suffix for file in beside] == [".mtl", ".png"]
     assert all(PLAIN.fullmatch(file) and len(file) < 100 for file in beside)
-    assert f"mtllib {beside[0]}\n" in path.read_text() and f"map_Kd {beside[1]}" in (tmp_path / beside[0]).read_text()
+    assert f"mtllib {beside[0]}\n" in path.read_text(encoding="utf-8") and f"map_Kd {beside[1]}" in (
+        tmp_path / beside[0]
+    ).read_text(encoding="utf-8")
 
 
 def test_a_plain_name_is_kept(textured: Mesh, tmp_path: Path) -> None:

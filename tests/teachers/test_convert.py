@@ -60,7 +60,9 @@ def test_a_base_in_the_current_directory_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "models" / "sd").mkdir(parents=True)
     for base, named in (("models/sd", "../../models/sd"), ("owner/sd", "owner/sd"), ("../sd", "../sd")):
         convert_richdreamer(ND, f"teachers/{base.replace('/', '')}", base, heads=4)
-        settings = json.loads((tmp_path / "teachers" / base.replace("/", "") / "teacher_config.json").read_text())
+        settings = json.loads(
+            (tmp_path / "teachers" / base.replace("/", "") / "teacher_config.json").read_text(encoding="utf-8")
+        )
         assert settings["base"] == named
 
 

@@ -44,7 +44,8 @@ def test_a_text_is_taken_as_it_is(text):
 @pytest.mark.parametrize("text", ["007", "12:30:00", "0x10", "1_0", "010", "1e3", "1.50", "2026-01-01", "no", "1:30"])
 def test_a_text_without_quotes_is_taken_as_it_is_in_a_file_too(text, tmp_path):
     (tmp_path / "a.yaml").write_text(
-        f"output_dir: {text}\nprompts: {{held_out: [{text}]}}\nteachers: {{mvdream: {{negative_prompt: {text}}}}}\n"
+        f"output_dir: {text}\nprompts: {{held_out: [{text}]}}\nteachers: {{mvdream: {{negative_prompt: {text}}}}}\n",
+        encoding="utf-8",
     )
     config = load_config(tmp_path / "a.yaml")
     assert config.output_dir == value(config, NEGATIVE) == text and config.prompts.held_out == (text,)
@@ -101,7 +102,8 @@ def test_home_and_variables_mean_the_same_in_every_place(key, tmp_path, monkeypa
     monkeypatch.setenv("SOMEWHERE", "runs/b")
     monkeypatch.delenv("ABSENT", raising=False)
     nested = "{" + key.replace(".", ": {") + ": ~/a" + "}" * (key.count(".") + 1)
-    (tmp_path / "a.yaml").write_text(f"extends: toybox\n{nested.strip('{}') if '.' not in key else nested[1:-1]}\n")
+    text = f"extends: toybox\n{nested.strip('{}') if '.' not in key else nested[1:-1]}\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     for config in (parse_args([f"--{key}=~/a"]), load_config("~/a.yaml")):
         assert value(config, key) == str(tmp_path / "a")
     assert value(parse_args([f"--{key}=$SOMEWHERE"]), key) == "runs/b"

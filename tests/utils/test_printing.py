@@ -25,7 +25,7 @@ def run(tmp_path, redirect: str = "", **environment: str) -> subprocess.Complete
     command = f'{sys.executable} -c "$CODE" {done} {redirect}'
     shell = ["bash", "-c", f"set -o pipefail; {command}"]
     result = subprocess.run(shell, env={**os.environ, "CODE": PRINT, **environment}, capture_output=True, timeout=100)
-    assert done.read_text() == "done", result.stderr.decode()
+    assert done.read_text(encoding="utf-8") == "done", result.stderr.decode()
     return result
 
 

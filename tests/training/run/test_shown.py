@@ -37,14 +37,14 @@ def stand_in_the_way(run: Path) -> None:
 
 
 def spoil_what_the_page_shows(run: Path) -> None:
-    (run / "environment.json").write_text("[3]")
-    (run / "scores.json").write_text('{"a": 1}')
+    (run / "environment.json").write_text("[3]", encoding="utf-8")
+    (run / "scores.json").write_text('{"a": 1}', encoding="utf-8")
 
 
 @pytest.fixture
 def words(toybox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n")
+    (tmp_path / "prompts.txt").write_text("a red cube\na blue mug\n", encoding="utf-8")
     values = {
         **{"output_dir": tmp_path / "run", "prompts.source": tmp_path / "prompts.txt", "prompts.held_out": "[]"},
         **{"prompts.stack_fraction": 0, "max_train_steps": STEPS, "checkpointing_steps": 1, "train_batch_size": 1},
@@ -89,7 +89,9 @@ def test_a_run_ends_although_nothing_can_be_shown_of_it(
     assert any("index.html" in message for message in warned)
     assert all("\n" not in message and message.endswith("the run goes on") for message in warned)
     if (run / "metrics.jsonl").is_file():
-        assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+        assert [
+            json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ] == [1, 2]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_a_sentence(
