@@ -57,10 +57,18 @@ def diffusion_loss(
     """
     sets = x.shape[0] // views
     device = x.device
-    captions = ["" if float(torch.rand((), generator=generator)) < 0.1 else caption for caption in captions]
+    captions = [
+        "" if float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu")) < 0.1 else caption
+        for caption in captions
+    ]
     text = text_encoder(tokenize(tokenizer, captions, device)).last_hidden_state.repeat_interleave(views, dim=0)
-    t = (1000 * torch.rand(sets, generator=generator) ** 0.75).long().repeat_interleave(views).to(device)
-    noise = torch.randn(x.shape, generator=generator).to(device)
+    t = (
+        (1000 * torch.rand(sets, generator=generator, dtype=torch.float32, device="cpu") ** 0.75)
+        .long()
+        .repeat_interleave(views)
+        .to(device)
+    )
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
     a = make_scheduler().alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * x + (1 - a).sqrt() * noise
     return F.mse_loss(predict(noisy, t, text), a.sqrt() * noise - (1 - a).sqrt() * x)
@@ -70,7 +78,7 @@ def diffusion_loss(
 def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
     """Return scaled latents [n, 4, h, w], drawn from the autoencoder's posterior, of images [n, 3, H, W] in [0, 1]."""
     posterior = vae.encode(images * 2 - 1).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+    noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(images.device)
     return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
 
 
@@ -84,7 +92,7 @@ def sample_views(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, seed: int
 ) -> Tensor:
     """Return samples of the captions `SHOWN` from four cameras, [4 * n, 4, h, w]."""
-    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]]).expand(len(SHOWN), -1)
+    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]], dtype=torch.float32, device="cpu").expand(len(SHOWN), -1)
     orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
     predict = plain(unet, camera_vector(orbit, "fourier").to(unet.device))
     captions = [caption for caption in SHOWN for _ in range(4)]
@@ -106,7 +114,8 @@ def sample(
     device = text_encoder.device
     scheduler = make_scheduler()
     scheduler.set_timesteps(25)
-    x = torch.randn(len(captions), 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(captions), 4, size, size, generator=generator, dtype=torch.float32, device="cpu").to(device)
     texts = [text_encoder(tokenize(tokenizer, c, device)).last_hidden_state for c in (captions, [""] * len(captions))]
     for t in scheduler.timesteps:
         v, v_empty = (predict(x, t, text) for text in texts)

@@ -205,7 +205,7 @@ def test_a_run_with_other_embeddings_ends_before_a_model_is_loaded(tmp_path, enc
     embed(TEXTS, encoder, tmp_path, name="toy")
     for settings, message in (
         (["--prompts.embeddings", str(tmp_path)], "of prompts.source is not among those of toy"),
-        (["--prompts.embeddings", str(tmp_path / "no")], "holds no embeddings"),
+        (["--prompts.embeddings", str(tmp_path / "no")], "prompts.embeddings=.*no such folder"),
         (["--prompts.source", str(tmp_path / "no.txt")], "prompts.source="),
     ):
         with pytest.raises(ConfigError, match=message):

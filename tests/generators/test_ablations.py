@@ -16,6 +16,7 @@ class TinyBase:
     """What `from_base` reads of a base."""
 
     name, revision = "tiny", None
+    public_name = ""
     hashes: dict[str, str] = {}
 
     def __init__(self) -> None:
