@@ -28,7 +28,9 @@ def main(*overrides: str) -> None:
     trainer.validation.after = lambda done, cost: None
     trainer.train()
     fits = [(fit.step, fit.max_train_steps) for fit in trainer.plan.config.fits]
-    print(f"process {trainer.accelerator.process_index}: {len(steps)} steps, fits {fits}", flush=True)
+    # in one write: without a buffer `print` writes the line's end apart, and the processes share the stream
+    sys.stdout.write(f"process {trainer.accelerator.process_index}: {len(steps)} steps, fits {fits}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
