@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from prd.errors import CheckpointError, MissingFile
 from prd.loading.strict import load_strict
+from prd.loading.weights import read_object
 
 CONFIG_NAME = "teacher_config.json"
 CONVERT = "convert it once: python -m prd.teachers.convert --help"  # the authors' layout of a multi-view U-Net
@@ -70,12 +70,7 @@ def read_config(folder: str, settings: type[Settings]) -> Settings:
         path = Path(hf_hub_download(folder, CONFIG_NAME))
     elif not path.is_file():
         raise MissingFile(f"{path}: not found; pass config=... or write the teacher's settings there")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold an object of settings, not a {type(values).__name__}")
+    values = read_object(path)
     known = [field.name for field in fields(settings)]  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:

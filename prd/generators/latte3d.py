@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class TextUNet(nn.Module):
         def block(width: int) -> TriplaneConvNeXtBlock:
             return TriplaneConvNeXtBlock(width, config.text_width or 0, config.attention_heads, config.expansion)
 
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.points = PointEncoder(config.point_width, widths[0], config.plane_size)
         self.down = nn.ModuleList(block(width) for width in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(3 * a, 3 * b, 2, stride=2, groups=3) for a, b in pairs)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
 
 from prd.errors import MissingFile
 from prd.hub.shipped import HUB_ID, shipped, shipped_names
+from prd.loading.download import download
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, has_other_weights
 from prd.utils.arguments import expanded_path
 
@@ -52,22 +52,8 @@ def find_model(
             f"{name_or_path}: no such folder; give one of {', '.join(shipped_names())}, a run folder or a Hub id "
             "'owner/name'"
         )
-    try:
-        return Path(
-            snapshot_download(
-                str(name_or_path),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[*ADAPTER_FILES, WEIGHTS, TRAINING_METADATA, CARD],
-            )
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise MissingFile(
-            f"{name_or_path}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return download(str(name_or_path), [*ADAPTER_FILES, WEIGHTS, TRAINING_METADATA, CARD], hub)
 
 
 def place_in_run(folder: Path, key: str) -> str | None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prd.errors import CheckpointError, MissingFile, ModelMismatch
-from prd.loading.weights import PICKLED, PICKLES, check_no_pointer, read_tensors, visible_files
+from prd.loading.weights import PICKLED, PICKLES, read_object, read_tensors, visible_files
 from prd.utils.arguments import expanded_path
 from prd.utils.dtypes import check_dtype
 from prd.utils.files import move
@@ -101,15 +101,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFile(f"{path}: is missing; {remedy}")
     try:
-        check_no_pointer(path)
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except CheckpointError as error:
         raise ModelMismatch(str(error)) from error
-    except ValueError as error:
-        raise ModelMismatch(f"{path}: is no JSON ({error}); copy or download it again") from error
-    if not isinstance(contents, dict):
-        raise ModelMismatch(f"{path}: holds a {type(contents).__name__}, expected a JSON object")
-    return contents
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ What it is gets read off its configs, or the file's header, before any weight is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from prd.loading.download import download, download_weights
 from prd.loading.single_file import SingleFile, UnsupportedBase
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
-from prd.loading.weights import PICKLED, PICKLES, check_no_pointer
+from prd.loading.weights import PICKLED, PICKLES, read_object
 from prd.text.encoders import PromptEncoder
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
@@ -240,13 +239,9 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        check_no_pointer(path)
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except CheckpointError as error:
         raise UnsupportedBase(str(error)) from error
-    except ValueError as error:
-        raise UnsupportedBase(f"{path}: is no JSON ({error}); copy or download it again") from error
-    return config if isinstance(config, dict) else {}
 
 
 def _load(kind: Any, place: Path, subfolder: str) -> Any:

@@ -6,7 +6,6 @@ whole process, as the libraries' own `from_pretrained` does.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from pathlib import Path
@@ -24,6 +23,7 @@ from prd.loading.weights import (
     STEMS,
     check_no_pointer,
     find_weights,
+    read_object,
     read_tensors,
     stored_dtype,
     stored_types,
@@ -86,14 +86,7 @@ def _check_class(model_class: Any, folder: Path, place: str, remedy: str) -> Non
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{place}: has no readable config.json (it is missing); copy or download it too")
-    check_no_pointer(path)
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{place}: has no readable config.json ({error}); {AGAIN}") from error
-    if not isinstance(described, dict):
-        raise CheckpointError(f"{place}: its config.json holds no object; {AGAIN}")
-    found = described.get("_class_name", model_class.__name__)
+    found = read_object(path).get("_class_name", model_class.__name__)
     if issubclass(model_class, ModelMixin) and found != model_class.__name__:
         raise CheckpointError(f"{place}: holds a {found}, not a {model_class.__name__}; {remedy}")
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +49,18 @@ def check_no_pointer(path: Path) -> None:
             f"{path}: is a Git LFS pointer and not the file itself; run `git lfs pull` in its clone, or download the "
             "file"
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; CheckpointError for a Git LFS pointer, for no JSON, and for JSON that is no object."""
+    check_no_pointer(path)
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no JSON ({error}); {AGAIN}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path}: must hold an object, not a {type(contents).__name__}; {AGAIN}")
+    return contents
 
 
 def find_weights(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:

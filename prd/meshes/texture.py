@@ -69,9 +69,8 @@ def texel_points(
     corner = np.clip(column_row.astype(np.int64), 0, size - 1)
     index = corner[:, 1] * size + corner[:, 0]
     points[index], covered[index] = vertices, True
-    clip = torch.zeros(
-        1, len(uv), 4, dtype=torch.float32, device="cpu"
-    )  # the atlas seen from straight above: u to the right, v up
+    # the atlas seen from straight above: u to the right, v up
+    clip = torch.zeros(1, len(uv), 4, dtype=torch.float32, device="cpu")
     clip[0, :, :2] = torch.from_numpy(uv) * 2 - 1
     clip[..., 3] = 1
     triangles = torch.from_numpy(faces)

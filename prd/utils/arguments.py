@@ -16,9 +16,14 @@ SHOWN = 80  # characters of a text that messages and previews show
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([^\W\d]\w*))")
 
 
+def is_bool(value: object) -> bool:
+    """Return True for a truth value of Python, numpy or torch."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+
+
 def integer(value: object) -> int | None:
     """Return an integer of Python, numpy or torch (0-d) as Python's; None for anything else, bools among it."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+    if is_bool(value):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]

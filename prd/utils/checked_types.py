@@ -21,12 +21,12 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from prd.utils.arguments import MAX_SEED, expanded, integer, prompt_fault, text_fault
+from prd.utils.arguments import MAX_SEED, expanded, integer, is_bool, prompt_fault, text_fault
 
 
 def _number(value: Any) -> Any:
     """Numbers of numpy and torch as Python's; an error for true and false, which pydantic takes for 1 and 0."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+    if is_bool(value):
         raise PydanticCustomError("number", "must be a number, not true or false")
     found = integer(value)
     return value if found is None else found

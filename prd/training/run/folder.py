@@ -62,10 +62,7 @@ def check_named(config: TrainConfig) -> None:
 
 def check_output_folder(config: TrainConfig) -> None:
     """`ConfigError` if `output_dir` cannot be written, or holds a run that this one does not continue."""
-    try:
-        folder = check_writable_folder("output_dir", config.output_dir)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    folder = check_writable_folder("output_dir", config.output_dir)
     name = config.resume_from_checkpoint
     if name == "latest" or (name is not None and named_checkpoint(name, folder).resolve().parent == folder.resolve()):
         return
