@@ -37,11 +37,7 @@ def test_generate_works(random_toybox, tmp_path, options, variables):
 def test_kernels_compile_where_no_folder_can_be_written(tmp_path):
     """Without a cache, with one warning that says what to set."""
     copy = tmp_path / "prd"
-    for name in ("__init__.py", "fields/__init__.py", "fields/_grid_numba.py", "utils/__init__.py", "utils/jit.py"):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / "prd" / name, copy / name)
-    for name in ("environment.py", "threads.py"):
-        shutil.copyfile(ROOT / "prd" / "utils" / name, copy / "utils" / name)
+    shutil.copytree(ROOT / "prd", copy, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     (copy / "fields" / "__pycache__").touch()  # a file in the place of the folder: root could write into any other
     code = (
         "import numpy as np\nfrom prd.fields._grid_numba import _look_up\nout = np.zeros((1, 1), np.float32)\n"
