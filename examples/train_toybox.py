@@ -52,7 +52,7 @@ from prd.toybox.models import (
     make_vae,
 )
 
-STEPS = {"vae": 4000, "stable_diffusion": 2600, "mvdream": 3600, "richdreamer": 6500, "controlnet": 2000}
+STEPS = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
 STAGES = tuple(STEPS)  # a stage's place seeds its draws
 HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.cameras import Cameras
+from prd.teachers.base import epsilon_from
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector
 from prd.toybox.data import BACKGROUND, ViewPool, ViewSets
@@ -42,13 +43,15 @@ def camera_ratios(
     generator: torch.Generator,
     device: str = "cpu",
     count: int = 12,
+    scheduler: DDIMScheduler | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure the denoising error with cameras turned by 90 degrees over that with the right ones.
 
     Returns the ratios by shape and timestep.
 
-    encode turns `count` four-view sets into the U-Net's input [4 * count, C, h, w]. Below `REQUIRED_RATIO` on an
-    asymmetric shape the teacher does not know where it looks from.
+    encode turns `count` four-view sets into the U-Net's input [4 * count, C, h, w]; scheduler is the U-Net's, by
+    default the one that the toy box trains with. Below `REQUIRED_RATIO` on an asymmetric shape the teacher does not
+    know where it looks from.
     """
 
     def predict(x_t: Tensor, t: int, text: Tensor, labels: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def camera_ratios(
         x = encode(batch)
         text = _encode_text(text_encoder, tokenizer, batch.captions, device)
         right, wrong = (camera_vector(turned(batch.cameras, turn), "fourier").to(device) for turn in (0.0, 90.0))
-        ratios[shape] = _error_ratios(predict, x, text, right, wrong, generator)
+        ratios[shape] = _error_ratios(predict, x, text, right, wrong, generator, scheduler or make_scheduler())
     return ratios
 
 
@@ -76,13 +79,14 @@ def depth_ratios(
     generator: torch.Generator,
     device: str = "cpu",
     count: int = 12,
+    scheduler: DDIMScheduler | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure the denoising error with the depth of another shape over that with the right one.
 
     Returns the ratios by shape and timestep.
 
-    The other is the next of `SHAPES`, seen from cameras of its own; the caption stays. encode is that of
-    `camera_ratios`. Below `REQUIRED_DEPTH_RATIO` on a shape the ControlNet does not use what it is shown.
+    The other is the next of `SHAPES`, seen from cameras of its own; the caption stays. encode and scheduler are those
+    of `camera_ratios`. Below `REQUIRED_DEPTH_RATIO` on a shape the ControlNet does not use what it is shown.
     """
 
     def predict(x_t: Tensor, t: int, text: Tensor, control: Tensor) -> Tensor:
@@ -91,10 +95,11 @@ def depth_ratios(
     batches = {shape: pool.draw(count, generator, only=(shape, 0)) for shape in SHAPES}
     controls = {shape: control_images(batch.disparity.flatten(0, 1)).to(device) for shape, batch in batches.items()}
     ratios: dict[str, dict[str, float]] = {}
+    noise = scheduler or make_scheduler()
     for shape, other in zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True):
         x = encode(batches[shape])
         text = _encode_text(text_encoder, tokenizer, batches[shape].captions, device)
-        ratios[shape] = _error_ratios(predict, x, text, controls[shape], controls[other], generator)
+        ratios[shape] = _error_ratios(predict, x, text, controls[shape], controls[other], generator, noise)
     return ratios
 
 
@@ -111,18 +116,20 @@ def _error_ratios(
     right: Tensor,
     wrong: Tensor,
     generator: torch.Generator,
+    scheduler: DDIMScheduler,
 ) -> dict[str, float]:
     """Mean squared error of x [n, C, h, w], denoised under the wrong condition, over that under the right one, by t.
 
-    predict(x_t, t, text, condition) is v.
+    predict(x_t, t, text, condition) is what the scheduler's `prediction_type` says.
     """
     ratios = {}
+    kind = scheduler.config.prediction_type
     for t in CHECKED_TIMESTEPS:
-        a = make_scheduler().alphas_cumprod[t]
+        a = scheduler.alphas_cumprod[t]
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device).to(x.device)
         noisy = a.sqrt() * x + (1 - a).sqrt() * noise
         good, bad = (
-            float((a.sqrt() * noisy - (1 - a).sqrt() * predict(noisy, t, text, condition) - x).square().mean())
+            float((epsilon_from(predict(noisy, t, text, condition), noisy, a, kind) - noise).square().mean())
             for condition in (right, wrong)
         )
         ratios[str(t)] = round(bad / good, 2)

@@ -16,8 +16,10 @@ from prd.toybox.world import (
     COLORS,
     FORMS,
     SHAPES,
+    Caption,
     ExactField,
     light,
+    opened_forms,
     parse_caption,
     scene_normal,
 )
@@ -66,9 +68,22 @@ class ViewPool:
         self.layers = torch.stack(layers)
 
     def draw(
-        self, count: int, generator: torch.Generator, *, stacks: float = 0.5, only: tuple | None = None
+        self,
+        count: int,
+        generator: torch.Generator,
+        *,
+        stacks: float = 0.5,
+        open_words: float = 0.25,
+        only: tuple | None = None,
+        exclude: frozenset[str] = frozenset(),
     ) -> ViewSets:
-        """Draw `count` four-view sets; `stacks` is the share of stacks, `only` one configuration."""
+        """Draw `count` four-view sets.
+
+        stacks      share of stacks
+        open_words  share of captions that leave one word open
+        only        one configuration, its captions closed
+        exclude     closed captions whose objects are never drawn
+        """
         singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
         pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]
         # a word is drawn before its form, so that families are no more frequent than other words
@@ -85,7 +100,7 @@ class ViewPool:
             return int(torch.randint(high, (), generator=generator))
 
         rows, albedo, captions, matrices, angles = [], [], [], [], []
-        for _ in range(count):
+        while len(rows) < count:
             if only is not None:
                 c = self.configurations.index(only)
             elif pairs and uniform() < stacks:
@@ -95,13 +110,19 @@ class ViewPool:
             shape, second = self.configurations[c]
             upper = integer(len(names))
             lower = (upper + 1 + integer(len(names) - 1)) % len(names)
+            words = ((names[upper], shape),)
+            caption = Caption(words if isinstance(second, int) else (*words, (names[lower], second)))
+            if caption.text in exclude:
+                continue
+            if only is None and uniform() < open_words:
+                opened = opened_forms(caption)
+                caption = opened[integer(len(opened))]
             s = integer(self.layers.shape[1])
             rows.append(self.layers[c, s])
             matrices.append(self.cameras[c].camera_to_world[s])
             angles.append(self.cameras[c].fovy[s])
             albedo.append(colors[[upper, lower]])
-            text = f"a {names[upper]} {shape}"
-            captions.append(text if isinstance(second, int) else f"{text} on a {names[lower]} {second}")
+            captions.append(caption.text)
         layers = torch.stack(rows).float()  # [n, 4, 10, H, W]
         rgb, normal_disparity = compose(layers, torch.stack(albedo))
         cameras = Cameras(torch.stack(matrices), torch.stack(angles))

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prd.teachers.multiview import CAMERA_DIMENSIONS
-from prd.toybox.world import COLORS, SHAPES
+from prd.toybox.world import ANY_SHAPE, COLORS, SHAPES
 
 IMAGE_SIZE = 32
 TEXT_LENGTH = 16
@@ -29,7 +29,7 @@ def make_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     merges: list[str] = []
-    for word in ("a", "on", *COLORS, *SHAPES):
+    for word in ("a", "on", *COLORS, *SHAPES, "an", ANY_SHAPE):
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
             merge, joined = f"{symbols[0]} {symbols[1]}", symbols[0] + symbols[1]
@@ -130,7 +130,7 @@ def _camera_embedding(cameras: bool) -> dict:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Make Stable Diffusion's noise schedule with v-prediction (epsilon leaves cameras unused at high noise)."""
+    """Make Stable Diffusion's noise schedule, which predicts the noise, as Stable Diffusion 2.1 base does."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -138,5 +138,5 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="v_prediction",
+        prediction_type="epsilon",
     )

@@ -1,8 +1,11 @@
 """The toy box's world: captions, and for each of them the exact shape and colour.
 
 "a {colour} {shape}" and "a {colour} {shape} on a {colour} {base}". Every part is a signed distance function in closed
-form; colour is albedo under a light that is fixed in the world, so that it is a function of position alone. Two words
-name a family of forms ("cone", "cylinder"): a model may answer with any member.
+form; colour is albedo under a light that is fixed in the world, so that it is a function of position alone.
+
+Some captions leave something open, so that a model's noise has something to decide: "cone" and "cylinder" have two
+forms each, "a cube" has any colour, "a red toy" any shape, and a stack may leave one of these open. Such a caption
+names a family; each of its `members` is a right answer.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +32,9 @@ COLORS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("sphere", "cube", "cone", "cylinder", "torus", "wedge", "arrow", "mug")
 ASYMMETRIC_SHAPES = ("wedge", "arrow", "mug")  # front, side and back differ
 BASES = ("cube", "cylinder")  # what a stack stands on
-FORMS = {"cone": 2, "cylinder": 2}  # words that name a family; the others have one form
+FORMS = {"cone": 2, "cylinder": 2}  # alone; the others, and all in stacks, have one form
+ANY_COLOR = ""  # of a part whose caption names no colour
+ANY_SHAPE = "toy"  # the word for any shape
 UPPER_SCALE = 0.58  # of the upper part of a stack
 CONTACT_HEIGHT = -0.08  # where the upper part's lowest point meets the base
 OVERLAP = 0.05  # parts sink into each other, so that a stack is one piece
@@ -122,22 +128,46 @@ class Part:
 
 @dataclass(frozen=True)
 class Caption:
-    """Sentence of the world, and the (colour, shape) pairs that it names, from top to bottom."""
+    """Sentence of the world, and the (colour, shape) pairs that it names, from top to bottom.
 
-    text: str
+    An open caption names no colour (`ANY_COLOR`) or any shape (`ANY_SHAPE`) for one of its parts.
+    """
+
     words: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """The sentence: "a red cube on a blue cylinder", "an arrow on a green cube"."""
+        named = [" ".join(filter(None, pair)) for pair in self.words]
+        return " on ".join(("an " if name[0] in "aeiou" else "a ") + name for name in named)
 
     @property
     def is_stack(self) -> bool:
         return len(self.words) == 2
 
     @property
+    def is_open(self) -> bool:
+        return any(color == ANY_COLOR or shape == ANY_SHAPE for color, shape in self.words)
+
+    @property
     def num_forms(self) -> int:
-        """Number of forms that a model may answer with; the parts of a stack have one each."""
+        """Number of forms of a closed caption; the parts of a stack have one each."""
         return 1 if self.is_stack else FORMS.get(self.words[0][1], 1)
 
+    @property
+    def members(self) -> tuple[tuple[Caption, int], ...]:
+        """Every right answer, as (closed caption, form): of "a red sphere" one, of "a red toy" ten."""
+        if not self.is_open:
+            return tuple((self, form) for form in range(self.num_forms))
+        closed = stack_captions() if self.is_stack else single_captions()
+        return tuple(
+            (caption, form) for caption in closed if _answers(caption, self) for form in range(caption.num_forms)
+        )
+
     def parts(self, form: int = 0) -> tuple[Part, ...]:
-        """Return the parts of one form of the caption, top first."""
+        """Return the parts of one form of a closed caption, top first."""
+        if self.is_open:
+            raise ValueError(f"{self.text!r} leaves its colour or shape open; take the parts of one of its members")
         if not 0 <= form < self.num_forms:
             raise ValueError(f"form={form}: {self.text!r} has the forms 0 to {self.num_forms - 1}")
         (color, shape), *rest = self.words
@@ -151,54 +181,78 @@ class Caption:
         return upper, Part(base_color, base, base_form, base_scale, CONTACT_HEIGHT - base_top)
 
 
-def single_captions() -> list[Caption]:
+def _answers(closed: Caption, asked: Caption) -> bool:
+    """Whether every word that `asked` does not leave open is that of `closed`."""
+    return all(
+        color in (ANY_COLOR, real_color) and shape in (ANY_SHAPE, real_shape)
+        for (real_color, real_shape), (color, shape) in zip(closed.words, asked.words, strict=True)
+    )
+
+
+@lru_cache(maxsize=1)
+def single_captions() -> tuple[Caption, ...]:
     """Return every "a {colour} {shape}"."""
-    return [Caption(f"a {c} {s}", ((c, s),)) for c in COLORS for s in SHAPES]
+    return tuple(Caption(((c, s),)) for c in COLORS for s in SHAPES)
 
 
-def stack_captions() -> list[Caption]:
+@lru_cache(maxsize=1)
+def stack_captions() -> tuple[Caption, ...]:
     """Return every "a {colour} {shape} on a {other colour} {base}"."""
-    return [
-        Caption(f"a {c} {s} on a {d} {b}", ((c, s), (d, b)))
-        for c in COLORS
-        for s in SHAPES
-        for d in COLORS
-        for b in BASES
-        if c != d
-    ]
+    return tuple(Caption(((c, s), (d, b))) for c in COLORS for s in SHAPES for d in COLORS for b in BASES if c != d)
 
 
-def all_captions() -> list[Caption]:
-    """Return every caption of the world, single objects first."""
+def all_captions() -> tuple[Caption, ...]:
+    """Return every closed caption of the world, single objects first."""
     return single_captions() + stack_captions()
+
+
+@lru_cache(maxsize=1)
+def open_captions() -> tuple[Caption, ...]:
+    """Return every caption that leaves one colour or one shape open, single objects first."""
+    return tuple(dict.fromkeys(opened for caption in all_captions() for opened in opened_forms(caption)))
+
+
+def opened_forms(caption: Caption) -> tuple[Caption, ...]:
+    """Return the captions that leave one word of a closed one open: a colour, or the shape that stands on top."""
+    (color, shape), *rest = caption.words
+    tops = [Caption(((ANY_COLOR, shape), *rest)), Caption(((color, ANY_SHAPE), *rest))]
+    return (*tops, *(Caption(((color, shape), (ANY_COLOR, base))) for _, base in rest))
+
+
+@lru_cache(maxsize=1)
+def _by_text() -> dict[str, Caption]:
+    return {caption.text: caption for caption in (*all_captions(), *open_captions())}
 
 
 def parse_caption(text: str) -> Caption:
     """Return the caption of a sentence; ValueError says what the world knows."""
-    words = text.split()
-    picked = [(words[i], words[i + 1]) for i in range(1, len(words) - 1, 4)] if len(words) in (3, 7) else []
-    caption = Caption(text, tuple(picked))
-    known = {c.text for c in all_captions()}
-    if text not in known:
+    if text not in _by_text():
         raise ValueError(
             f"caption={text!r}: the toy box knows 'a {{colour}} {{shape}}' and 'a {{colour}} {{shape}} on a {{other "
-            f"colour}} {{base}}' with colours {', '.join(COLORS)}; shapes {', '.join(SHAPES)}; bases {', '.join(BASES)}"
+            f"colour}} {{base}}', also without one of the colours or with {ANY_SHAPE!r} in the place of the first "
+            f"shape, with colours {', '.join(COLORS)}; shapes {', '.join(SHAPES)}; bases {', '.join(BASES)}"
         )
-    return caption
+    return _by_text()[text]
 
 
 def unknown_words(text: str) -> list[str]:
     """Return the words of a prompt that no caption of the world contains."""
-    known = {"a", "on", *COLORS, *SHAPES}
+    known = {"a", "an", "on", ANY_SHAPE, *COLORS, *SHAPES}
     return [word for word in text.lower().split() if word not in known]
 
 
 class ExactField(AutogradGradient):
-    """Exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`)."""
+    """Exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`).
+
+    captions  sentences or captions
+    forms     which of each caption's members; by default the first
+    """
 
     def __init__(self, captions: Sequence[Caption | str], forms: Sequence[int] | None = None) -> None:
         parsed = [c if isinstance(c, Caption) else parse_caption(c) for c in captions]
-        self.scenes = [c.parts(f) for c, f in zip(parsed, forms or [0] * len(parsed), strict=True)]
+        chosen = forms or [0] * len(parsed)
+        members = [caption.members[form] for caption, form in zip(parsed, chosen, strict=True)]
+        self.scenes = [caption.parts(form) for caption, form in members]
 
     def _each(self, points: Tensor, evaluate: Callable[[tuple[Part, ...], Tensor], Tensor]) -> Tensor:
         if points.ndim != 3 or points.shape[0] != len(self.scenes) or points.shape[2] != 3:
