@@ -1,4 +1,4 @@
-"""The losses of docs/teachers.md through the trainer, on the toy box's random models: few steps of each command line."""
+"""The losses of docs/teachers.md through the trainer: few steps of each command line on the toy box's random models."""
 
 from __future__ import annotations
 
@@ -127,9 +127,8 @@ def test_the_draws_of_the_student_are_those_without_a_fake_score(make: Make) -> 
             assert vsd[name] == pytest.approx(csd[name], rel=1e-3), name
 
 
-@pytest.mark.parametrize("words", [("--ema_decay", "0.9"), ("--teacher_options.offload", "true")])
-def test_a_resumed_run_equals_an_uninterrupted_one(words: tuple[str, ...], make: Make, tmp_path: Path) -> None:
-    options = [*VSD, *words, "--distillation.fake.updates_per_step", "2", "--distillation.fake.lr", "[0.01, 0.001]"]
+def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path) -> None:
+    options = [*VSD, "--distillation.fake.updates_per_step", "2", "--distillation.fake.lr", "[0.01, 0.001]"]
     options += ["--schedule_steps", "3", "--distillation.fake.teachers", "[mvdream, stable_diffusion]"]
     options += ["--checkpointing_steps", "2"]
     whole = make(*options, "--output_dir", str(tmp_path / "whole"))
@@ -140,7 +139,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words: tuple[str, ...], make:
     first = make(*options, "--output_dir", str(tmp_path / "parts"))
     steps(first, 0, 1)
     saved = first.save(2)
-    assert not [name for name in load_file(saved / "adapter.safetensors") if "unet.down" in name and "mvdream" in name]
+    assert load_file(saved / "adapter.safetensors").keys() == first.model.trained_state_dict().keys()
+    assert load_file(saved / "fake.safetensors").keys() == fake.keys()
     second = make(*options, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "latest")
     assert second.resume() == 2
     assert steps(second, 2) == expected[2:]
@@ -177,7 +177,7 @@ def test_how_samples_are_shared_out_does_not_matter(make: Make) -> None:
     for split in ((2, 1, 1), (1, 2, 1), (2, 1, 2)):
         batch, accumulation, together = map(str, split)
         words = ["--train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-        trainer = make(*VSD, *words, "--rollout_batch_size", together, "--renderer_schedule", "all")
+        trainer = make(*VSD, *words, "--rollout_batch_size", together, "--renderer_schedule", "[volume]")
         fakes = trainer.fakes
         assert fakes is not None
         steps(trainer, 0)
