@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -101,17 +102,17 @@ class FakeScores:
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
 
-    def save(self, groups: dict[str, Mapping[str, Tensor]], values: dict[str, object]) -> None:
+    def save(self, groups: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
         """Add their state to the tensors and values of a checkpoint."""
         tensors, plain = optimizer_state(self.optimizer)
         groups["fake"], groups["fake_optimizer"], values["fake_optimizer"] = self.state_dict(), tensors, plain
 
-    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, object]) -> None:
+    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         """Undo `save`; CheckpointError for a checkpoint without."""
         if "fake" not in groups:
             raise CheckpointError("the checkpoint holds no fake scores; resume with another distillation.reference")
         self.load_state_dict(groups["fake"])
-        load_optimizer_state(self.optimizer, groups["fake_optimizer"], values["fake_optimizer"])  # type: ignore[arg-type]
+        load_optimizer_state(self.optimizer, groups["fake_optimizer"], values["fake_optimizer"])
 
 
 def build_fake_scores(

@@ -23,10 +23,11 @@ class TeacherPasses:
         self.before = {name: model.passes for name, model in self.models.items()}
 
     def count(self, log: MeanMetrics) -> None:
-        """Log the passes since the last call by model, and all of the run so far."""
+        """Log the passes since the last call by model, of those that were asked, and all of the run so far."""
         for name, model in self.models.items():
             passes = (model.passes - self.before[name]) * self.processes
             self.before[name] = model.passes
             self.total += passes
-            log.add(f"passes/{name}", passes)
+            if passes:
+                log.add(f"passes/{name}", passes)
         log.add("teacher_passes", self.total)

@@ -46,7 +46,9 @@ def seen_by(score: FakeScore, samples: tuple[int, ...] = (0, 1), flat: bool = Fa
     if flat:
         x = x.mean(dim=(1, 2, 3), keepdim=True).expand_as(x)
     rows = [i * teacher.num_views + v for i in samples for v in range(teacher.num_views)]
-    own = {k: None if (tensor := getattr(condition, k)) is None else tensor[rows] for k in vars(condition)}
+    own: dict[str, Any] = {
+        k: None if (tensor := getattr(condition, k)) is None else tensor[rows] for k in vars(condition)
+    }
     return Seen(x[rows], type(condition)(**own), draws(*samples))
 
 
@@ -154,7 +156,7 @@ def test_passes_are_counted(tmp_path: Path) -> None:
 
 def test_the_factors_are_those_of_the_seed_whatever_the_global_generator(tmp_path: Path) -> None:
     save_teacher(tmp_path, "stable_diffusion")
-    found = []
+    found: list[Tensor] = []
     for state, seed in ((1, 7), (2, 7), (1, 8)):
         teacher = tiny_teacher(tmp_path / str(len(found)), "stable_diffusion")
         torch.manual_seed(state)

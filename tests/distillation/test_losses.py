@@ -215,7 +215,12 @@ def test_a_reference_of_the_guidances_own_text_costs_no_pass() -> None:
     teacher, case = Counted(V), drawn()
     condition = teacher.condition(THREE, views_of(B).cameras, NEGATIVE)
     rows: list[int] = []
-    given = {"t": case.t, "noise": case.noise, "guidance_scale": S, "config": AsdConfig(reference="negative_prompt")}
+    given: dict[str, Any] = {
+        "t": case.t,
+        "noise": case.noise,
+        "guidance_scale": S,
+        "config": AsdConfig(reference="negative_prompt"),
+    }
     own = asd_loss(teacher, case.x, condition, **given)
     another = asd_loss(teacher, case.x, condition, **given, reference=condition.negative())
     assert relative_difference(another.gradient, own.gradient) <= ROUNDING

@@ -162,7 +162,7 @@ def test_a_checkpoint_without_fake_scores_is_refused_by_a_run_with_them(make: Ma
 
 
 def test_the_saved_adapter_is_the_students_alone(make: Make, tmp_path: Path) -> None:
-    names = []
+    names: list[set[str]] = []
     for words in ((), VSD):
         trainer = make(*words)
         steps(trainer, 0)
