@@ -156,7 +156,7 @@ def test_passes_are_counted(tmp_path: Path) -> None:
 
 def test_the_factors_are_those_of_the_seed_whatever_the_global_generator(tmp_path: Path) -> None:
     save_teacher(tmp_path, "stable_diffusion")
-    found: list[Tensor] = []
+    found: list[torch.Tensor] = []
     for state, seed in ((1, 7), (2, 7), (1, 8)):
         teacher = tiny_teacher(tmp_path / str(len(found)), "stable_diffusion")
         torch.manual_seed(state)
