@@ -133,6 +133,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
             r"^k=.x+.\.\.\. \(300 characters\): is longer than a name of a file",
         ),
         ("a/\ud800", ValueError, r"^k='a/\\ud800': holds half a character"),
+        ("", ValueError, "^k='': is empty; give a file, a folder or a Hub id"),
+        (" ", ValueError, "^k=' ': is empty; give a file, a folder or a Hub id"),
         (5, TypeError, "^k=5: must be a string or a path$"),
         (None, TypeError, "^k=None: must be a string or a path$"),
     ],
