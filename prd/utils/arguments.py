@@ -153,8 +153,6 @@ def check_writable_file(name: str, place: str | os.PathLike[str], suffixes: Sequ
 def check_writable_folder(name: str, place: str | os.PathLike[str]) -> Path:
     """Return the path of a folder that is there and can be written, or can be made; ValueError for any other."""
     path = expanded_path(place, name)
-    if not os.fspath(place):
-        raise ConfigError(f"{name}='': name a folder")
     absolute = path.absolute()
     there = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     if not there.is_dir():
