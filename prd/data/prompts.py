@@ -14,7 +14,7 @@ from prd.data.worlds import find_world
 from prd.utils.checked_types import CHECKS, Fraction, Place, Prompt, Text
 
 __all__ = [
-    *("Corpus", "CorpusError", "MixedPrompts", "PromptsConfig", "ShuffledPrompts"),
+    *("Corpus", "CorpusError", "PromptsConfig", "ShuffledPrompts"),
     *("held_out_prompts", "load_corpus", "shuffled"),
 ]
 
