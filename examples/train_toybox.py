@@ -83,10 +83,9 @@ class Run:
         self.unfinished, self.save_seconds = unfinished(args, stage), 60 * args.save_minutes
         self.saved = self.start = time.time()
         self.first = self.restore() if checkpoints.latest_checkpoint(self.unfinished) else 0
-        self.log = open_metrics(log_path(args, stage), self.first)
-        if not self.first:
-            self.log.write(json.dumps(settings(args)) + "\n")
-            self.log.flush()
+        self.log = log_path(args, stage)
+        with open_metrics(self.log, self.first) as log:
+            log.write("" if self.first else json.dumps(settings(args)) + "\n")
 
     def save(self, step: int) -> None:
         """Write the state after `step` steps aside, then in the place of the one before."""
@@ -145,8 +144,9 @@ class Run:
 
     def write(self, **values: Any) -> None:
         """Add a line to the log, by default of the last step."""
-        self.log.write(json.dumps({"seconds": round(time.time() - self.start, 1), "step": self.steps, **values}) + "\n")
-        self.log.flush()
+        line = {"seconds": round(time.time() - self.start, 1), "step": self.steps, **values}
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -184,7 +184,8 @@ def is_done(args: argparse.Namespace, stage: str) -> bool:
     first, *rest = (log.read_text(encoding="utf-8") if log.is_file() else "").splitlines() or [""]
     done = bool(args.resume and rest and rest[-1] == json.dumps(DONE))
     if (stopped or done) and first != json.dumps(settings(args)):
-        raise SystemExit(f"{log}: {stage} was begun with {first}, not {json.dumps(settings(args))}; give the same")
+        given = f"{first or 'nothing known'}, not {json.dumps(settings(args))}"
+        raise SystemExit(f"{log}: {stage} was begun with {given}; give the same, or begin anew without --resume")
     return done
 
 

@@ -17,7 +17,7 @@ from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
 from prd.toybox import splits, world
 from prd.toybox.score import ToyBoxScore, score_field, summarise
-from prd.toybox.world import ExactField, all_captions, opened_forms, parse_caption
+from prd.toybox.world import ExactField, all_captions, open_captions, opened_forms, parse_caption
 
 
 class ToyBox(Benchmark):
@@ -79,6 +79,10 @@ class ToyBox(Benchmark):
         open_fraction  the probability of a caption that leaves one word of them open
         """
         captions = all_captions()
+        if opened := {caption.text for caption in open_captions()}.intersection(held_out):
+            raise CorpusError(
+                f"prompts.held_out: {min(opened)!r} leaves a word open; hold out captions that it stands for"
+            )
         check_held_out(held_out, [c.text for c in captions], self.title)
         hidden = set(held_out)
         groups: list[tuple[float, tuple[str, ...]]] = []

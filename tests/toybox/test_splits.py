@@ -212,3 +212,18 @@ def test_no_open_words_draw_what_they_always_did() -> None:
     assert corpus == load_corpus(PromptsConfig(held_out="fifth", stack_fraction=0.3, open_fraction=0.0))
     assert isinstance(corpus, MixedPrompts) and corpus.probabilities == (0.7, 0.3)
     assert [len(group) for group in corpus.groups] == [38, 380]
+
+
+def test_an_open_caption_is_not_held_out_but_its_members_are() -> None:
+    with pytest.raises(
+        CorpusError, match="held_out: 'a cube' leaves a word open; hold out captions that it stands for"
+    ):
+        load_corpus(PromptsConfig(held_out=("a red cube", "a cube")))
+
+
+@pytest.mark.parametrize("text", ["a red toy", "an arrow on a green cube", "a red cone on a cylinder"])
+def test_an_open_caption_has_the_shape_of_its_first_member(text: str) -> None:
+    closed, form = parse_caption(text).members[0]
+    vertices = torch.as_tensor(ToyBox().mesh(text)[0])
+    assert float(ToyBox().exact_field([text]).sdf(vertices[None]).abs().max()) < 0.04
+    assert ToyBox().exact_field([text]).scenes == [closed.parts(form)]
