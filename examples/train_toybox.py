@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.evaluation.pictures import save_sheet
 from prd.teachers.depth_control import control_images
@@ -90,10 +91,10 @@ class Run:
     def save(self, step: int) -> None:
         """Write the state after `step` steps aside, then in the place of the one before."""
         optimizer, settings = checkpoints.optimizer_state(self.optimizer)
-        weights = dict(zip(map(str, range(len(self.parameters))), self.parameters, strict=True))
-        average = dict(zip(weights, self.average, strict=True))
         draws = {**checkpoints.rng_state(), "generator": self.generator.get_state()}
-        tensors = {"weights": weights, "average": average, "optimizer": optimizer, "draws": draws}
+        tensors: dict[str, dict[str, Tensor]] = {"optimizer": optimizer, "draws": draws}
+        for group, own in (("weights", self.parameters), ("average", self.average)):
+            tensors[group] = {str(i): tensor for i, tensor in enumerate(own)}
         state = {"optimizer": settings, "running": self.running, "seconds": time.time() - self.start}
         checkpoints.save_checkpoint(self.unfinished, step, tensors, state, total_limit=1)
         self.saved = time.time()
@@ -267,7 +268,7 @@ def train_mvdream(args: argparse.Namespace) -> None:
     run.finish()
     samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed)
     save_sheet(decode_images(vae, samples), args.assets / "mvdream.png", columns=8)
-    check_cameras(run, unet, (text_encoder, tokenizer), lambda batch: encode_views(run, vae, batch))
+    check_cameras(run, unet, text_encoder, tokenizer, lambda batch: encode_views(run, vae, batch))
     save_mvdream(args.assets, unet)
 
 
@@ -286,9 +287,7 @@ def train_richdreamer(args: argparse.Namespace) -> None:
     samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed) / 2 + 0.5
     images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
     save_sheet(images, args.assets / "richdreamer.png", columns=8)
-    check_cameras(
-        run, unet, (text_encoder, tokenizer), lambda batch: batch.normal_disparity.flatten(0, 1).to(run.device)
-    )
+    check_cameras(run, unet, text_encoder, tokenizer, lambda batch: batch.normal_disparity.flatten(0, 1).to(run.device))
     save_richdreamer(args.assets, unet, text_encoder, tokenizer)
 
 
@@ -305,8 +304,8 @@ def train_controlnet(args: argparse.Namespace) -> None:
     run.finish()
     held_out = ViewPool(4, torch.Generator().manual_seed(args.seed + HELD_OUT_SEED))
     batch = held_out.draw(32, run.generator)
-    images = depth_images(unet, controlnet, text_encoder, tokenizer, vae, batch, seed=args.seed)
-    measure_outlines(run, images, batch.disparity.flatten(0, 1).to(run.device))
+    made = depth_images(unet, controlnet, text_encoder, tokenizer, vae, batch, seed=args.seed)
+    measure_outlines(run, made, batch.disparity.flatten(0, 1).to(run.device))
     ratios = depth_ratios(
         unet,
         controlnet,
@@ -332,12 +331,15 @@ def measure_outlines(run: Run, images: dict[str, Tensor], disparity: Tensor) -> 
     save_sheet(sheet, run.assets / "controlnet.png", columns=8)
 
 
-def check_cameras(run: Run, unet: UNet2DConditionModel, text: tuple, encode: Callable[[ViewSets], Tensor]) -> None:
-    """The camera check: the error with cameras turned by 90 degrees over that with the right ones.
-
-    text  text encoder and tokenizer
-    """
-    ratios = camera_ratios(unet, *text, run.pool, encode, generator=run.generator, device=run.device)
+def check_cameras(
+    run: Run,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    encode: Callable[[ViewSets], Tensor],
+) -> None:
+    """The camera check: the error with cameras turned by 90 degrees over that with the right ones."""
+    ratios = camera_ratios(unet, text_encoder, tokenizer, run.pool, encode, generator=run.generator, device=run.device)
     require(run, "camera_ratios", ratios, REQUIRED_RATIO)
 
 

@@ -79,9 +79,9 @@ class ToyBox(Benchmark):
         open_fraction  the probability of a caption that leaves one word of them open
         """
         captions = all_captions()
-        if opened := {caption.text for caption in open_captions()}.intersection(held_out):
+        if unclear := {caption.text for caption in open_captions()}.intersection(held_out):
             raise CorpusError(
-                f"prompts.held_out: {min(opened)!r} leaves a word open; hold out captions that it stands for"
+                f"prompts.held_out: {min(unclear)!r} leaves a word open; hold out captions that it stands for"
             )
         check_held_out(held_out, [c.text for c in captions], self.title)
         hidden = set(held_out)

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from prd.errors import ConfigError
 from prd.toybox.models import make_scheduler
@@ -71,7 +70,7 @@ def save_richdreamer(
     tokenizer.save_pretrained(assets / "richdreamer" / "tokenizer")
 
 
-def _save(folder: Path, modules: dict[str, nn.Module], settings: dict) -> None:
+def _save(folder: Path, modules: dict[str, ModelMixin | PreTrainedModel], settings: dict) -> None:
     """A teacher's modules, which are in half precision afterwards, its noise schedule and teacher_config.json."""
     for name, module in modules.items():
         module.half().save_pretrained(folder / name)
