@@ -232,6 +232,8 @@ FILES = [
     File("later.csv", b"prompt,n\na cat,1\na shiny, red cube,2\n", ("later.csv", "3", "quote")),
     File("other.csv", b"caption\na cat\n", ("other.csv", "prompt", "caption")),
     File("nothing.csv", b"", ("nothing.csv",)),
+    File("semicolons.csv", b"prompt;n\na cat;1\n", ("semicolons.csv", "by commas, not by ';'")),
+    File("long.csv", b'prompt\n"' + 200_000 * b"a" + b'"\n', ("long.csv", "2", "131,072 characters")),
     File("header.csv", b"prompt\n", ("header.csv", "no prompt")),
     File("list.json", b'{"a": 1}', ("list.json",)),
     File("broken.json", b'["a red cube", ', ("broken.json",)),
