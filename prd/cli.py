@@ -210,11 +210,11 @@ def _embed(args: argparse.Namespace) -> int:
         raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
     names = ("source", "column", "split", "revision")
     try:
-        asked = PromptsConfig(stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+        asked = PromptsConfig(stack_fraction=0.5, open_fraction=0.5, **{name: getattr(args, name) for name in names})
     except ValidationError as error:
         raise ConfigError(explain(error, [f"prompts.{name}" for name in names], "prompts")) from None
     output = check_writable_folder("output", args.output)
-    texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
+    texts = load_corpus(asked).prompts  # the fractions: of the toy box, single objects and stacks, closed and open
     print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for place in [place for name in args.encoder for place in [*map(str, shipped_encoders(name))] or [expanded(name)]]:

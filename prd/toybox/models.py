@@ -23,7 +23,10 @@ NORMAL_SIZE = 16
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters."""
+    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters.
+
+    "green" alone is four tokens: its "re" merges as that of "red" does, before "gr" can.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
