@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from prd.toybox.models import (
     make_unet,
     make_vae,
 )
-from prd.toybox.world import all_captions, open_captions
+from prd.toybox.world import ANY_SHAPE, COLORS, SHAPES, all_captions, open_captions
 from tests.compare import ROUNDING
 
 
@@ -75,3 +76,10 @@ def test_every_word_of_the_world_but_green_is_one_token() -> None:
     words = {word for caption in (*all_captions(), *open_captions()) for word in caption.text.split()}
     assert {word for word in words if tokenizer.tokenize(word) != [f"{word}</w>"]} == {"green"}
     assert max(len(tokenizer(caption.text).input_ids) for caption in all_captions()) <= TEXT_LENGTH  # none is cut
+
+
+@pytest.mark.parametrize("word", ("a", "an", "on", ANY_SHAPE, *COLORS, *SHAPES))
+def test_every_word_of_the_world_is_one_token(word: str) -> None:
+    tokenizer = make_tokenizer()
+    assert tokenizer.tokenize(f"{word} {word}") == [f"{word}</w>"] * 2
+    assert len(tokenizer.tokenize("zebra")) > 1
