@@ -71,11 +71,9 @@ def test_the_weight_makes_it_the_error_of_v_where_it_is_not_clamped() -> None:
     assert any(bool((a > 1 / GREATEST_WEIGHT).all()) for _, a in seen)
 
 
-def test_every_word_of_the_world_but_green_is_one_token() -> None:
+def test_no_caption_is_cut() -> None:
     tokenizer = make_tokenizer()
-    words = {word for caption in (*all_captions(), *open_captions()) for word in caption.text.split()}
-    assert {word for word in words if tokenizer.tokenize(word) != [f"{word}</w>"]} == {"green"}
-    assert max(len(tokenizer(caption.text).input_ids) for caption in all_captions()) <= TEXT_LENGTH  # none is cut
+    assert max(len(tokenizer(c.text).input_ids) for c in (*all_captions(), *open_captions())) <= TEXT_LENGTH
 
 
 @pytest.mark.parametrize("word", ("a", "an", "on", ANY_SHAPE, *COLORS, *SHAPES))
