@@ -34,7 +34,9 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs) |python |accelerate launch |pytest|\.ci/)")
+INLINE = re.compile(
+    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate) |python |accelerate launch |pytest|\.ci/)"
+)
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
@@ -168,6 +170,7 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.loading.stable_diffusion.load_base",
         "prd.data.prompts.load_corpus",
         "prd.evaluation.report.runs_table",
+        "prd.evaluation.ablations.command.load_table",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):
@@ -229,6 +232,7 @@ def test_a_command_is_read_by_its_parser(words: list[str], here: pytest.MonkeyPa
         "prd generate 'a red cube' -o cube.stl",
         "prd train --optimizer.speed 1",
         "prd bake cube.glb",
+        "prd ablate k --seeds 0",
         "accelerate launch examples/train_prd.py --renderers both_of_them",
         "accelerate launch examples/train_mvdream.py",
         "accelerate launch --config_file configs/accelerate/tpu.yaml examples/train_prd.py",
