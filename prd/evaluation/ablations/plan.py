@@ -163,7 +163,8 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
     try:
         found = load_config(folder / "config.yaml")
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder}: its config.yaml cannot be read ({error}); remove the folder") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: its config.yaml cannot be read ({reason}); remove the folder") from None
     before = {**settled(found), "seed": found.seed}
     if other := differing(before, {**settled(config), "seed": config.seed}):
         raise ConfigError(

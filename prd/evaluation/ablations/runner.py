@@ -134,7 +134,11 @@ def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, ABLATION: "1"}
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, ABLATION: str(os.getpid())},
         )
 
 
@@ -179,6 +183,6 @@ def _show(bar: tqdm, progress: Progress, active: Sequence[PlannedRun], failures:
 
 def last_lines(path: Path) -> list[str]:
     """Return the last lines of a file of output; of a progress bar its last state."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
     lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return [line for line in lines if line][-LAST_LINES:]

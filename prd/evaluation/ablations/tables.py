@@ -83,10 +83,6 @@ class Ablation:
         """Return the recipe of a cell."""
         return self.cells[cell].recipe or self.recipe
 
-    def claims(self) -> list[str]:
-        """Return the cells of which something is claimed."""
-        return [name for name, cell in self.cells.items() if cell.claimed and name != self.baseline_of(name)]
-
 
 def shipped_tables() -> list[str]:
     """Return the names of the tables in the package."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ABLATION = "PRD_ABLATION"  # set by `prd ablate` for its runs
+ABLATION = "PRD_ABLATION"  # set by `prd ablate` for its runs: its process id
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", ABLATION)  # set by accelerate launch and torchrun
 FOLLOWED = ("mixed_precision", "gradient_accumulation_steps")
 ENTRY_POINTS = ("accelerate-launch", "accelerate.commands.launch", "launch.py")  # words before the launcher's own
