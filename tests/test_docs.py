@@ -27,6 +27,8 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from prd import cli
+from prd.evaluation.ablations.plan import plan_runs
+from prd.evaluation.ablations.tables import load_table
 from prd.training import recipes
 from prd.training.classes import SECTIONS
 from prd.training.config import TrainConfig
@@ -294,6 +296,9 @@ def test_recipes_load(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: P
             (tmp_path / own_file(other)).write_text(other.text, encoding="utf-8")
     path = tmp_path / "recipe.yaml"
     path.write_text(block.text, encoding="utf-8")
+    if "cells" in values:  # a table of ablations
+        assert plan_runs(load_table(path), tmp_path).runs
+        return
     assert recipes.load_config(path).max_train_steps >= 1
 
 

@@ -298,6 +298,7 @@ def test_a_killed_table_is_gone_on_with_and_ends_whole(tmp_path: Path) -> None:
             return False
 
     wait_for(is_free)
+    assert state_of(folder) == "unfinished"  # it did not train on unseen
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(state_of(run.folder) == "finished" and steps_of(run.folder) == [1, 2] for run in plan.runs)
