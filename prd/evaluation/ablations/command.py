@@ -21,7 +21,7 @@ from prd.evaluation.report import duration, shown
 from prd.training.recipes import load_config
 from prd.training.run.processes import cores
 from prd.training.run.resume import flat
-from prd.utils.arguments import MAX_SEED, check_int, check_writable_file, expanded_path
+from prd.utils.arguments import MAX_SEED, check_int, check_writable_file, check_writable_folder, expanded_path
 
 DESCRIPTION = """Rerun a table of a paper in the toy box: each cell and seed is an ordinary training run.
 
@@ -56,7 +56,11 @@ def ablate(words: Sequence[str]) -> int:
         return _page(args)
     if args.table is None:
         raise ConfigError(f"table: none is given; give {', '.join(shipped_tables())}, a YAML file, or --list")
-    path = None if args.json is None else check_writable_file("json", args.json, (".json",))
+    path = None if args.json is None else expanded_path(args.json, "json")
+    if path is not None:
+        check_writable_folder("json", path.parent)  # which is made
+        if path.suffix.lower() != ".json" or path.is_dir():
+            raise ConfigError(f"json={args.json!r}: must be a file that ends in .json")
     table = load_table(args.table)
     before = None if path is None else read_results(path)
     plan = plan_runs(
@@ -76,7 +80,7 @@ def ablate(words: Sequence[str]) -> int:
 
 def _report(plan: Plan, before: dict[str, Any] | None, command: str, path: Path | None, failed: dict[Path, str]) -> int:
     """Show and write the results; returns the exit status."""
-    results = collect(plan, before, command)
+    results = collect(plan, before, command, failed)
     Console().print(terminal_table(results))
     if path is not None:
         write_results(results, path)

@@ -64,11 +64,11 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         given = [f"{cell['paper'][key]:g}" if key in cell["paper"] else "" for key in paper]
         ours = [shown_interval(cell["figures"].get(split, {}).get(figure)) for figure in figures]
         difference = cell["differences"].get(split, {}).get(figures[0])
-        is_baseline = cell["baseline"] == name
+        is_baseline, lost = cell["baseline"] == name, cell.get("failed", {})
         against = "" if cell["baseline"] == results["baseline"] else f" ({cell['baseline']})"
         paces = [run["seconds_in_steps"] / run["steps"] for run in cell["runs"].values() if run["steps"]]
         rows.append(
-            [name, *given, str(len(cell["runs"])), *ours]
+            [name, *given, str(len(cell["runs"])) + (f", {len(lost)} failed" if lost else ""), *ours]
             + ["baseline" if is_baseline else shown_interval(difference, "+") + against]
             + [cell["claimed"] or "", cell.get("verdict", "")]
             + [f"{statistics.median(paces):.2f}" if paces else "-"]

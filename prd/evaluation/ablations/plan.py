@@ -24,6 +24,8 @@ from prd.training.run.resume import comparable, flat
 from prd.utils.arguments import check_writable_folder
 from prd.utils.files import read_json
 
+logger = logging.getLogger(__name__)
+
 ALONE = ("--num_threads=1", "--report_to=null", "--checkpoints_total_limit=1")  # of every run: one core each
 RESUMED = ("--resume_from_checkpoint=latest", "--start_afresh")
 FREE = (  # top-level keys that make no other run
@@ -149,10 +151,11 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 
 
 def read_finished(folder: Path) -> Run | None:
-    """Return a run that is finished; None for any other."""
+    """Return a run that is finished; None for any other, with a warning for one that cannot be read."""
     try:
         return read_run(folder) if state_of(folder) == "finished" else None
-    except RunError:
+    except RunError as error:
+        logger.warning("left out: %s", error)
         return None
 
 

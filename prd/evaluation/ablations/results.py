@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,17 @@ POINT = re.compile(r"\[\s+([-+.\deE]+),\s+([-+.\deE]+)\s+\]")  # two numbers, wh
 Figures = dict[str, dict[str, float]]  # by split and name
 
 
-def collect(plan: Plan, before: Mapping[str, Any] | None = None, command: str = "") -> dict[str, Any]:
+def collect(
+    plan: Plan,
+    before: Mapping[str, Any] | None = None,
+    command: str = "",
+    failed: Mapping[Path, str] | None = None,
+) -> dict[str, Any]:
     """Return the results of all finished runs of a table's cells, whatever their seeds.
 
     before   results of earlier, whose seeds are kept where there is no run folder
     command  that made them, recorded with each run
+    failed   last lines of runs that failed, by folder: recorded until the run succeeds
 
     Raises ConfigError if those of earlier are of another configuration.
     """
@@ -41,11 +47,13 @@ def collect(plan: Plan, before: Mapping[str, Any] | None = None, command: str = 
         _check_same(before, configs)
     cells: dict[str, Any] = {}
     for name, cell in table.cells.items():
-        runs = dict((before or {}).get("cells", {}).get(name, {}).get("runs", {}))
-        for folder in sorted(plan.folders[name].parent.glob(f"{plan.folders[name].name}*")):
-            seed = folder.name.removeprefix(plan.folders[name].name)
-            if seed.isdigit() and (run := read_finished(folder)) is not None:
+        earlier = (before or {}).get("cells", {}).get(name, {})
+        runs, prefix = dict(earlier.get("runs", {})), plan.folders[name]
+        for folder, seed in _seeds([path.name for path in prefix.parent.glob("*")], prefix.name):
+            if (run := read_finished(prefix.with_name(folder))) is not None:
                 runs[seed] = _measured(run, table, runs.get(seed, {}).get("command") or command)
+        ended = {folder.name: lines.rpartition("\n")[2] for folder, lines in (failed or {}).items()}
+        failures = {**earlier.get("failed", {}), **{seed: ended[f] for f, seed in _seeds(ended, prefix.name)}}
         own = {key: value for key, value in configs[name].items() if shared.get(key, "absent") != value}
         cells[name] = {
             "claimed": cell.claimed if name != table.baseline_of(name) else None,
@@ -54,6 +62,7 @@ def collect(plan: Plan, before: Mapping[str, Any] | None = None, command: str = 
             "note": cell.note,
             "config": own,
             "runs": dict(sorted(runs.items(), key=lambda entry: int(entry[0]))),
+            "failed": {seed: line for seed, line in failures.items() if seed not in runs},
         }
     _summarise(table, cells)
     head = {key: getattr(table, key) for key in ("title", "claim", "quote", "source", "note", "baseline")}
@@ -97,6 +106,12 @@ def figures_of(run: Run, captions: Mapping[str, tuple[str, ...]]) -> Figures:
             keys = [key for key in own[0] if key in known and all(row.get(key) is not None for row in own)]
             splits[name] = {key: statistics.fmean(float(row[key]) for row in own) for key in keys}
     return splits
+
+
+def _seeds(folders: Iterable[str], prefix: str) -> list[tuple[str, str]]:
+    """Return the names of run folders that begin with a prefix, each with its seed."""
+    found = [(name, name.removeprefix(prefix)) for name in sorted(folders) if name.startswith(prefix)]
+    return [(name, seed) for name, seed in found if seed.isdigit()]
 
 
 def _is_figure(key: str, value: Any) -> bool:

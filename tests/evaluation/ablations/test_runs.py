@@ -20,7 +20,7 @@ from PIL import Image
 
 from prd.cli import main
 from prd.errors import ConfigError
-from prd.evaluation.ablations.page import write_page
+from prd.evaluation.ablations.page import rows_of, write_page
 from prd.evaluation.ablations.plan import Plan, PlannedRun, plan_runs, state_of
 from prd.evaluation.ablations.results import collect, read_results, write_results
 from prd.evaluation.ablations.runner import Progress, train_runs
@@ -110,13 +110,17 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_resumed(table: Ablatio
     assert lines == "step 2\nno room left on this device" and state_of(folder) == "unfinished"
     assert "[2/3] rank=4, seed 0: FAILED (status 3)" in said[2] and "    no room left" in said[2]
     assert said[-1].startswith("[3/3] rank=8")
-    results = collect(plan)
+    results = collect(plan, failed=failed)
     assert results["cells"]["rank=2"]["verdict"] == "not measured" and results["cells"]["rank=4"]["runs"] == {}
+    assert results["cells"]["rank=4"]["failed"] == {"0": "no room left on this device"}
+    assert rows_of(results)[1][1][:3] == ["rank=4", "32.3", "0, 1 failed"]
+    assert collect(plan, results)["cells"]["rank=4"]["failed"]  # it is remembered
 
     assert train_runs(plan.runs, 1, command=stub(tmp_path), say=said.append) == {}
     assert "3 runs: 2 finished before, 1 to be resumed; 1 at a time" in said
     assert steps_of(folder) == [1, 2, 3, 4]
-    assert collect(plan)["cells"]["rank=2"]["verdict"] == "indication"
+    results = collect(plan, results)
+    assert results["cells"]["rank=2"]["verdict"] == "indication" and results["cells"]["rank=4"]["failed"] == {}
 
 
 def test_ctrl_c_lets_the_runs_end_and_nothing_is_left(table: Ablation, tmp_path: Path) -> None:
@@ -174,13 +178,17 @@ def test_results_grow_by_seeds_and_keep_those_whose_folders_are_gone(table: Abla
         read_results(path)
 
 
-def test_a_damaged_run_is_not_taken_for_a_finished_one(table: Ablation, tmp_path: Path) -> None:
+def test_a_damaged_run_is_not_taken_for_a_finished_one(
+    table: Ablation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = plan_of(table, tmp_path, [0])
     train_runs(plan.runs, 2, command=stub(tmp_path), say=lambda text: None)
     (plan.runs[0].folder / "scores.json").write_text('{"held', encoding="utf-8")
     (plan.runs[1].folder / "adapter" / "record.json").unlink()
     assert [state_of(run.folder) for run in plan.runs] == ["unfinished", "unfinished", "finished"]
-    assert [len(cell["runs"]) for cell in collect(plan)["cells"].values()] == [0, 0, 1]
+    (plan.runs[2].folder / "scores.json").write_text('{"held_out": {}}', encoding="utf-8")
+    assert [len(cell["runs"]) for cell in collect(plan)["cells"].values()] == [0, 0, 0]
+    assert "left out" in caplog.text and "no run folder" in caplog.text
 
 
 def test_the_time_left_is_of_the_runs_paces_or_minutes(table: Ablation, tmp_path: Path) -> None:
@@ -240,7 +248,8 @@ def test_the_command_says_by_its_status_that_a_run_failed(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     words = ["ablate", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path / "runs"), "--seeds", "1"]
-    words += ["--jobs", "2", "--json", str(tmp_path / "mine.json")]
+    path = tmp_path / "results" / "mine.json"
+    words += ["--jobs", "2", "--json", str(path)]
     command = stub(tmp_path, lambda run: "fail" if run.cell == "rank=8" else "")
     monkeypatch.setattr(
         "prd.evaluation.ablations.command.train_runs", lambda runs, jobs: train_runs(runs, jobs, command=command)
@@ -251,8 +260,9 @@ def test_the_command_says_by_its_status_that_a_run_failed(
     out = capsys.readouterr().out
     assert "FAILED (status 3)" in out and "no room left on this device" in out.splitlines()[-1] and "indication" in out
     assert main([*words, "--only", "rank=2", "rank=4"]) == 0  # those are finished
-    results = read_results(tmp_path / "mine.json")
+    results = read_results(path)
     assert results is not None and results["cells"]["rank=2"]["verdict"] == "indication"
+    assert results["cells"]["rank=8"]["failed"] == {"0": "no room left on this device"}
     assert results["cells"]["rank=2"]["runs"]["0"]["command"].startswith(f"prd ablate {tmp_path}")
 
 
