@@ -53,6 +53,8 @@ def ablate(words: Sequence[str]) -> int:
     if args.list:
         return _list(args, jobs)
     if args.page is not None:
+        if args.table is not None:
+            raise ConfigError(f"table={args.table!r}: --page writes the page of all tables; leave it out")
         return _page(args)
     if args.table is None:
         raise ConfigError(f"table: none is given; give {', '.join(shipped_tables())}, a YAML file, or --list")

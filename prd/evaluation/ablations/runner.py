@@ -109,7 +109,7 @@ def train_runs(
     say(f"{len(runs)} runs: {len(progress.finished)} finished before, {resumed} to be resumed; {jobs} at a time")
     active: dict[PlannedRun, subprocess.Popen[bytes]] = {}
     failed: dict[Path, str] = {}
-    with tqdm(total=len(runs), disable=not sys.stderr.isatty(), bar_format="{desc} |{bar}| {postfix}") as bar:
+    with tqdm(total=len(runs), disable=not sys.stderr.isatty(), bar_format="{desc} |{bar}|{postfix}") as bar:
         try:
             last_look = 0.0
             while waiting or active:

@@ -156,6 +156,7 @@ BAD_WORDS = [
     (["k", "--json", "k.txt"], "json='k.txt': must be a file that ends in .json"),
     (["k", "--json", "a.txt/k.json"], "json='a.txt': is a file; name a folder"),
     (["--page", "page.html"], "page='page.html': must end in .md"),
+    (["k", "--page", "page.md"], "table='k': --page writes the page of all tables; leave it out"),
     (["--list", "--optimizer.lr", "1"], "--optimizer.lr: has no meaning beside --list"),
     (["k", "--output_dir", "a.txt"], "output_dir='a.txt': is a file"),
 ]
