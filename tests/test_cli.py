@@ -70,7 +70,7 @@ def test_what_is_asked_is_checked_before_anything_is_loaded(words, message, caps
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--source", "$ABSENT/a.txt", "--output", "e"], "prompts.source: .*ABSENT is not set"),
+        (["--source", "$ABSENT/a.txt", "--output", "e"], "prompts.source=.*ABSENT is not set"),
         (["--source", "a.csv", "--output", "e"], "a.csv, line 2: has 2 fields, the header 1"),
         (["--source", "a.txt", "--output", "a.txt"], "output='a.txt': is a file; name a folder"),
         (["--source", "a.txt", "--column", "b", "--output", "e"], "prompts.column='b': a.txt has no columns"),

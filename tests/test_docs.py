@@ -170,6 +170,7 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
     for place in (
         "prd.pipelines.auto.load_pipeline",
         "prd.loading.stable_diffusion.load_base",
+        "prd.generators.published.published_state",
         "prd.data.prompts.load_corpus",
         "prd.evaluation.report.runs_table",
         "prd.evaluation.ablations.command.load_table",

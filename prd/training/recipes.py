@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from prd.data.text_files import lines_of
 from prd.errors import ConfigError
 from prd.training.classes import SECTIONS, Entry, class_name_of, entries, settings_by_key
 from prd.training.command_line import parse_overrides, split_config
@@ -204,9 +205,10 @@ def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    text = "".join(line for _, line in lines_of(path, ConfigError))
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if values is None:
         return {}
