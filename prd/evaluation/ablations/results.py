@@ -96,7 +96,9 @@ def figures_of(run: Run, captions: Mapping[str, tuple[str, ...]]) -> Figures:
         for name, summary in run.scores.items()
     }
     parts = read_json(run.folder / "scores.json", {}).values()
-    rows = {row["prompt"]: row for part in parts for row in part.get("scores", ())}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (row for part in parts for row in part.get("scores", ())):
+        rows.setdefault(row["prompt"], row)  # the first split that has it: later ones may draw it several times
     known = {key for figures in splits.values() for key in figures}
     for name, texts in captions.items():
         if set(texts) <= rows.keys():

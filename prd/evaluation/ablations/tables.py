@@ -21,15 +21,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from prd.errors import ConfigError
-from prd.training.recipes import merged
+from prd.training.recipes import merged, read_yaml
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.checked_types import CHECKS, Float, Positive, Prompt
-from prd.utils.plain_yaml import parse_yaml
 
 SHARED = ("recipe", "changes", "seconds_per_step")  # what a cell takes from the cell that it extends
 
@@ -97,13 +95,17 @@ def load_table(name: str | Path) -> Ablation:
     """
     values, path = _read(name)
     try:
-        table = TypeAdapter(Ablation).validate_python({**values, "name": path.stem})
+        table = TypeAdapter(Ablation).validate_python(
+            {**{str(key): value for key, value in values.items()}, "name": path.stem}
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    for cell in table.cells:
-        if (baseline := table.baseline_of(cell)) not in table.cells:
-            raise ConfigError(f"{path}: baseline={baseline!r}: must be a cell: {', '.join(table.cells)}")
+    for baseline in (table.baseline, *map(table.baseline_of, table.cells)):
+        if baseline not in table.cells:
+            raise ConfigError(
+                f"{path}: baseline={baseline!r}: must be a cell: {', '.join(table.cells) or 'none is there'}"
+            )
     return table
 
 
@@ -131,17 +133,16 @@ def _read(name: str | Path, beside: Path | None = None, seen: tuple[Path, ...] =
     path = _find(name, beside)
     if path in seen:
         raise ConfigError(f"{path}: extends={str(name)!r}: extends itself")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, with a mapping `cells`")
+    values = read_yaml(path)
     extended = values.pop("extends", None)
     base = _read(extended, path.parent, (*seen, path))[0] if extended is not None else {}
     cells = values.get("cells")
     if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
         raise ConfigError(f"{path}: cells={cells!r}: must be a mapping of names to mappings")
+    places = {"settings": values.get("settings"), **{f"{key}.changes": c.get("changes") for key, c in cells.items()}}
+    for place, given in places.items():
+        if not isinstance(given, dict | None):
+            raise ConfigError(f"{path}: {place}={given!r}: must be a mapping of keys of the recipe to values")
     values["cells"] = {str(key): _extended(cell, base.get("cells", {}), path) for key, cell in cells.items()}
     settings = merged(base.get("settings", {}), values.get("settings") or {})
     return {**base, **values, "settings": settings}, path
@@ -150,7 +151,7 @@ def _read(name: str | Path, beside: Path | None = None, seen: tuple[Path, ...] =
 def _extended(cell: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return a cell with what it takes from the cell that its `extends` names."""
     if "extends" not in cell:
-        return dict(cell)
+        return {**cell, "changes": cell.get("changes") or {}}
     own = {key: value for key, value in cell.items() if key != "extends"}
     if cell["extends"] not in others:
         raise ConfigError(

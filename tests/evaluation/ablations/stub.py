@@ -37,8 +37,12 @@ def main(folder: str, config: str, steps: str, iou: str, what: str = "") -> int:
         for i, prompt in enumerate(CAPTIONS)
     ]
     summary = {"count": 2, "r_at_1": 0.5, "iou": value, "iou_by_shape": {"cube": value}}
+    family = {
+        "summary": {"count": 2, "precision": 0.3, "coverage": 0.5, "iou": 0.9},
+        "scores": [{"prompt": CAPTIONS[0], "recognised": True, "iou": 0.9}] * 2,
+    }
     (place / "scores.json").write_text(
-        json.dumps({"held_out": {"summary": summary, "scores": scores}}), encoding="utf-8"
+        json.dumps({"held_out": {"summary": summary, "scores": scores}, "family_seen": family}), encoding="utf-8"
     )
     record = {"train_steps": int(steps), "minutes": 0.1, "seed": 0}
     (place / "adapter" / "record.json").write_text(json.dumps(record), encoding="utf-8")

@@ -95,6 +95,7 @@ def test_runs_are_trained_once_and_collected(table: Ablation, tmp_path: Path) ->
     assert results["cells"]["rank=4"]["differences"] == {} and results["cells"]["rank=4"]["claimed"] is None
     run = cell["runs"]["1"]
     assert run["figures"]["held_out"] == {"r_at_1": 0.5, "iou": 0.4}  # the summary's numbers
+    assert run["figures"]["family_seen"] == {"precision": 0.3, "coverage": 0.5, "iou": 0.9}  # whatever a split has
     assert run["figures"]["cubes"] == {"r_at_1": 0.0, "iou": 0.4} and "absent" not in run["figures"]
     assert (run["steps"], run["seconds_in_steps"], run["minutes"]) == (4, 8.0, 0.1)
     assert run["curves"] == {"r_at_1": [(step, 0.5) for step in (1, 2, 3, 4)]}

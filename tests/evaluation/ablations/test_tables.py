@@ -116,6 +116,11 @@ BAD_TABLES = [
     ({"cells": "absent"}, "cells=None: must be a mapping"),
     ({"baseline": "rank=5"}, "baseline='rank=5': must be a cell: rank=2, rank=4"),
     ({"decides": {"split": "a", "figure": "b", "better": "more"}}, "decides.better"),
+    ({"cells": {}}, "baseline='rank=4': must be a cell: none is there"),
+    ({"settings": 5}, "settings=5: must be a mapping of keys"),
+    ({"cells": {"a": {"changes": ["b"]}}}, "a.changes=['b']: must be a mapping of keys"),
+    ({"extends": "k", "cells": {"a": {"extends": "K=4", "changes": 1}}}, "a.changes=1: must be a mapping of keys"),
+    ({"captions": {"a": "b"}}, "captions.a"),
     ({"cells": {"a": {"extends": "b"}}}, "extends='b': must be a cell of the table that this one extends"),
     ({"extends": "mine.yaml"}, "extends itself"),
     ({"extends": "nowhere"}, "table='nowhere': is no table; give adapters, corpus"),
@@ -124,6 +129,23 @@ BAD_TABLES = [
     ({"cells": {"rank=4": {"changes": {"benchmark": None}}}}, "benchmark=null: nothing would be measured"),
     ({"recipe": "toybx"}, "config='toybx': no such file"),
 ]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"a: [", "is not YAML"),
+        (b"- a\n", "a config is a mapping"),
+        (b"", "cells=None: must be a mapping"),
+        (b"\xff\xfe\x00", "mine.yaml"),
+        (b"1: 2\ncells: {}\n", "mine.yaml: title: Field required"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_table(tmp_path / "mine.yaml")
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("changes, said", BAD_TABLES, ids=[said for _, said in BAD_TABLES])
