@@ -45,10 +45,15 @@ def _run(words: Sequence[str]) -> int:
     _add_embed(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
+    commands.add_parser("ablate", help="rerun tables of the paper with several seeds", add_help=False)
     if words[:1] == ["train"]:
         return _train(words[1:])
-    args = parser.parse_args(words)
     try:
+        if words[:1] == ["ablate"]:
+            from prd.evaluation.ablations.command import ablate
+
+            return ablate(words[1:])
+        args = parser.parse_args(words)
         if args.command == "runs":
             return _runs(args)
         return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
