@@ -108,6 +108,7 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
 
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", load)
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", load)
+    monkeypatch.setattr("prd.generators.published.published_state", lambda path: {})
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])
     one_sentence(capsys, ["convert", "a.pth", str(tmp_path / "a"), "--base", "me/b", *place])
