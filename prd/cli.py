@@ -45,10 +45,15 @@ def _run(words: Sequence[str]) -> int:
     _add_embed(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
+    commands.add_parser("ablate", help="rerun tables of the paper with several seeds", add_help=False)
     if words[:1] == ["train"]:
         return _train(words[1:])
-    args = parser.parse_args(words)
     try:
+        if words[:1] == ["ablate"]:
+            from prd.evaluation.ablations.command import ablate
+
+            return ablate(words[1:])
+        args = parser.parse_args(words)
         if args.command == "runs":
             return _runs(args)
         return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
@@ -177,14 +182,15 @@ def _convert(args: argparse.Namespace) -> int:
     output = check_writable_folder("output", args.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"output={args.output!r}: exists and is no adapter folder; name a new one")
-    from prd.generators.published import model_from_published
+    from prd.generators.published import model_from_published, published_state
     from prd.hub.repositories import write_card
     from prd.loading.stable_diffusion import load_base
 
+    state = published_state(args.checkpoint)  # what is wrong with it is known before the base is loaded
     base = load_base(  # a single file does not say what it predicts; Stable Diffusion 2.1-base predicts epsilon
         args.base, text=False, prediction_type="epsilon", revision=args.revision, token=args.token
     )
-    model, added = model_from_published(args.checkpoint, base, latent_size=args.latent_size)
+    model, added = model_from_published(state, base, source=args.checkpoint, latent_size=args.latent_size)
     model.save_pretrained(output)
     write_card(output)
     print(f"{output}: {added}")
@@ -209,11 +215,11 @@ def _embed(args: argparse.Namespace) -> int:
         raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
     names = ("source", "column", "split", "revision")
     try:
-        asked = PromptsConfig(stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+        asked = PromptsConfig(stack_fraction=0.5, open_fraction=0.5, **{name: getattr(args, name) for name in names})
     except ValidationError as error:
         raise ConfigError(explain(error, [f"prompts.{name}" for name in names], "prompts")) from None
     output = check_writable_folder("output", args.output)
-    texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
+    texts = load_corpus(asked).prompts  # the fractions: of the toy box, single objects and stacks, closed and open
     print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for place in [place for name in args.encoder for place in [*map(str, shipped_encoders(name))] or [expanded(name)]]:

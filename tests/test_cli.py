@@ -70,7 +70,7 @@ def test_what_is_asked_is_checked_before_anything_is_loaded(words, message, caps
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--source", "$ABSENT/a.txt", "--output", "e"], "prompts.source: .*ABSENT is not set"),
+        (["--source", "$ABSENT/a.txt", "--output", "e"], "prompts.source=.*ABSENT is not set"),
         (["--source", "a.csv", "--output", "e"], "a.csv, line 2: has 2 fields, the header 1"),
         (["--source", "a.txt", "--output", "a.txt"], "output='a.txt': is a file; name a folder"),
         (["--source", "a.txt", "--column", "b", "--output", "e"], "prompts.column='b': a.txt has no columns"),
@@ -108,6 +108,7 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
 
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", load)
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", load)
+    monkeypatch.setattr("prd.generators.published.published_state", lambda path: {})
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])
     one_sentence(capsys, ["convert", "a.pth", str(tmp_path / "a"), "--base", "me/b", *place])

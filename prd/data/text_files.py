@@ -78,7 +78,9 @@ def lines_of(path: Path, error: type[ConfigError]) -> Iterator[tuple[int, str]]:
 def check_column(column: str, columns: Sequence[str], source: str) -> None:
     """Raise CorpusError unless a table has one column of this name."""
     if column not in columns:
-        raise CorpusError(f"prompts.column={column!r}: {source} has the columns {list(columns)}; name one of them")
+        other = next((sign for sign in (";", "\t") if len(columns) == 1 and sign in columns[0]), None)
+        remedy = f"separate the columns by commas, not by {other!r}" if other else "name one of them"
+        raise CorpusError(f"prompts.column={column!r}: {source} has the columns {list(columns)}; {remedy}")
     if list(columns).count(column) > 1:
         raise CorpusError(f"prompts.column={column!r}: {source} has {list(columns).count(column)} columns of this name")
 
@@ -113,9 +115,10 @@ def _read_csv(path: Path, column: str, source: str) -> Iterator[str | None]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise CorpusError(
-                f"{path}, line {number}: is no CSV ({error}); close every quote, and double those in a text"
-            ) from None
+            remedy = "close every quote, and double those in a text"
+            if "field limit" in str(error):
+                remedy = f"a text has at most {csv.field_size_limit():,} characters; shorten it, or {remedy}"
+            raise CorpusError(f"{path}, line {number}: is no CSV ({error}); {remedy}") from None
         if header is None:
             check_column(column, row, source)
             header = row

@@ -8,6 +8,7 @@ No momentum in its optimiser, no suffix of the view in its text: those belong to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from prd.fields.triplane import colour_from_features
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, DensityAlpha
 from prd.utils.arguments import one_or_more
-from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius, Size
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius, SavedPlace, Size
 from prd.utils.construction import float32_weights
 
 
@@ -31,14 +32,16 @@ from prd.utils.construction import float32_weights
 class Att3dConfig:
     """The sizes of ATT3D. Those of the paper are in its appendix, which is not at hand: these are ours."""
 
-    text_encoder: Place = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_encoder: SavedPlace = (
+        "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    )
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     hidden_width: Count = 32  # of the vector v between the two linear maps (Eq. 4)
     resolutions: tuple[Size, ...] = (9, 14, 22, 36, 58)  # nodes per axis of the grid's levels
     features: Count = 4  # channels of a level
     table_size: Count = 1 << 19  # entries from which a level is hashed
-    feature_gain: Positive = 1.0  # factor of w: spectral norms of 1 leave the entries of a long vector small
+    feature_gain: Positive | None = None  # factor of w; null: that which makes its entries as large as those of v
     head_width: Count = 64  # hidden width of the NeRF head
     representation: Literal["density", "sdf"] = "density"  # the paper's, or a signed distance, to compare encodings
     density_scale: Positive = 25.0  # density = density_scale * softplus(head + blob), 1 / scene units
@@ -59,6 +62,8 @@ class Att3dModel(SinglePassModel):
         inputs = (config.text_length or 0) * (config.text_width or 0)
         self.first = spectral_norm(nn.Linear(inputs, config.hidden_width))
         self.second = spectral_norm(nn.Linear(config.hidden_width, self.grids.num_parameters, bias=False))
+        # a map of spectral norm 1 keeps the length of a vector: the entries of a long one are small, 1e-3 of a million
+        self.feature_gain = config.feature_gain or math.sqrt(self.grids.num_parameters / config.hidden_width)
         self.head = nn.Sequential(
             nn.Linear(self.grids.channels, config.head_width), nn.ReLU(), nn.Linear(config.head_width, 4)
         )
@@ -69,7 +74,7 @@ class Att3dModel(SinglePassModel):
         """m(c): the grid's parameters w [B, num_parameters] of embeddings [B, L, Ct] (Eq. 4 and 5)."""
         self.check_embeds(prompt_embeds)
         v = F.silu(self.first(prompt_embeds.flatten(1)))
-        return self.config.feature_gain * self.second(v)
+        return self.feature_gain * self.second(v)
 
     def generate(
         self, prompt_embeds: Tensor, generator: Any = None, *, num_inference_steps: int | None = None

@@ -70,19 +70,28 @@ def count_added(state: dict[str, Tensor], unet: UNet2DConditionModel, vae: Autoe
     )
 
 
-def model_from_published(
-    path: str | Path, base: Base, *, latent_size: int | None = None
-) -> tuple[TriplaneTurboModel, AddedParameters]:
-    """Return the model of a published `.pth`, and what it adds to its base.
-
-    latent_size  h = w of the latents that are drawn; None: 32 as published, or the base's own size if that is smaller
-
-    Raises FileNotFoundError, ValueError for a latent size or a base that it cannot have, and CheckpointError naming
-    missing, unknown or misshapen entries, or another base.
-    """
+def published_state(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a published `.pth`; FileNotFoundError, or CheckpointError for one that holds no adapter."""
     path = expanded_path(path, "checkpoint")
     if not path.is_file():
         raise MissingFile(f"{path}: no such file; give the published .pth")
+    state = read_published(path)
+    if not any(name.startswith(LAYERS) for name in state):
+        raise CheckpointError(f"{path}: holds no tensor of {LAYERS}*; give the published .pth")
+    return state
+
+
+def model_from_published(
+    state: dict[str, Tensor], base: Base, *, source: str | Path, latent_size: int | None = None
+) -> tuple[TriplaneTurboModel, AddedParameters]:
+    """Return the model of a published `.pth`, and what it adds to its base.
+
+    state        from `published_state`; source is its file, for messages
+    latent_size  h = w of the latents that are drawn; None: 32 as published, or the base's own size if that is smaller
+
+    Raises ValueError for a latent size or a base that it cannot have, and CheckpointError naming missing, unknown or
+    misshapen entries, or another base.
+    """
     if (found := base.scheduler.config.prediction_type) != "epsilon":
         raise ValueError(
             f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts "
@@ -93,7 +102,6 @@ def model_from_published(
         raise ValueError(
             f"latent_size={latent_size}: must be a positive multiple of {multiple}, as its U-Net halves it"
         )
-    state = read_published(path)
     backbone = SixPlaneBackbone(base.unet, base.vae, PetaConfig())
     width = state.get("geometry.sdf_network.layers.0.weight")
     try:
@@ -109,5 +117,5 @@ def model_from_published(
         model = TriplaneTurboModel(base.unet, base.vae, base.scheduler, peta, config, base_hash=base.hashes)
         model.load_trained_state_dict(converted)
     except ValueError as error:
-        raise CheckpointError(f"{path} on the base {base.name!r}: {error}") from error
+        raise CheckpointError(f"{source} on the base {base.name!r}: {error}") from error
     return model, count_added(state, base.unet, base.vae)

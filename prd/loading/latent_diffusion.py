@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from prd.errors import CheckpointError
+from prd.loading.weights import has_non_finite
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # prefixes of the keys
 RESNET = {
@@ -190,7 +191,7 @@ def assign_tensors(model: torch.nn.Module, tensors: dict[str, Tensor], prefix: s
     for key, value in tensors.items():
         if not value.is_floating_point():
             raise CheckpointError(f"{prefix}*: {key} is of type {value.dtype}, no floating point weights")
-        if not value.is_meta and not bool(torch.isfinite(value).all()):
+        if not value.is_meta and has_non_finite(value):
             raise CheckpointError(f"{prefix}*: {key} holds NaN or infinity; get the file anew")
     model.load_state_dict({key: value.contiguous() for key, value in tensors.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from prd.loading.weights import (
     STEMS,
     check_no_pointer,
     find_weights,
+    has_non_finite,
     read_object,
     read_tensors,
     stored_dtype,
@@ -54,8 +55,8 @@ def load_strict(
 
     The libraries themselves fill a missing tensor with random numbers and drop an unexpected one, with a warning at
     most. Raises CheckpointError for another class of model, for files that are missing, damaged, pickled or not fetched
-    (`prd.loading.weights`), and for a tensor that is missing, left over or of another shape; OSError if the Hub gives
-    no access.
+    (`prd.loading.weights`), and for a tensor that is missing, left over, of another shape or not finite; OSError if the
+    Hub gives no access.
     """
     part, local = subfolder or "", Path(folder).expanduser()
     place = f"{folder}/{part}" if part else str(folder)
@@ -78,6 +79,8 @@ def load_strict(
         stored = stored_dtype(stored_types(files, lambda key: key.endswith(UNUSED)))
     except ValueError as error:
         raise CheckpointError(f"{place}: {error}") from error
+    if broken := [key for key, tensor in tensors.items() if has_non_finite(tensor)]:
+        raise CheckpointError(f"{place}: {broken[0]} holds NaN or infinity; {AGAIN}")
     return assign(model, _renamed(model, tensors), place, dtype or stored)
 
 

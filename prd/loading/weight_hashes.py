@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prd.errors import PrdError
+from prd.loading.weights import has_non_finite
 from prd.utils.dtypes import HALF_PRECISIONS
 
 TEXT = "text_encoder."  # before the names of the text encoder's hashes
@@ -70,7 +71,7 @@ def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name].detach().cpu()
-        if stored.numel() and not all(bool(end.isfinite()) for end in stored.aminmax()):
+        if has_non_finite(stored):
             raise NonFiniteWeights(f"{name} holds NaN or infinity")
         values = stored.to(dtype).contiguous()
         digest.update(f"{name} {list(values.shape)}".encode())

@@ -167,3 +167,8 @@ def stored_dtype(names: Iterable[str]) -> torch.dtype:
         raise ValueError(f"holds {', '.join(sorted(unknown))} tensors; give weights in float32, float16 or bfloat16")
     dtypes = {STORED[name] for name in found}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def has_non_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of numbers holds NaN or infinity."""
+    return bool(tensor.numel()) and tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax())

@@ -54,14 +54,13 @@ class Estimates:
     cameras: Cameras
     metrics: MeanMetrics
 
-    def draws(self, stream: int) -> list[torch.Generator]:
-        """The generators of a stream, one per sample."""
-        return self.batch.draws(stream, *self.ks)
+    def draws(self, stream: int, *places: int) -> list[torch.Generator]:
+        """The generators of a stream, one per sample.
 
-    def fake_draws(self, renderer: int, teacher: int) -> list[torch.Generator]:
-        """The generators of a fake score's training on the pictures of a renderer, by their numbers; one per sample."""
+        places  numbers of the renderer, and of the teacher, for a stream that each has of its own
+        """
         key, samples = (self.batch.seed, self.batch.step), self.batch.samples
-        return [sample_generator(*key, i, FAKE, k, renderer, teacher) for k in self.ks for i in samples]
+        return [sample_generator(*key, i, stream, k, *places) for k in self.ks for i in samples]
 
 
 class Objective:
@@ -202,7 +201,7 @@ class Objective:
                 teachers,
                 batch.prompts * count,
                 config=config.distillation,
-                generator=estimates.draws(TEACHERS),
+                generator=estimates.draws(TEACHERS, list(self.parts.renderers).index(name)),  # each renderer's own
                 metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,
@@ -224,7 +223,7 @@ class Objective:
                 fake = None
                 if self.fakes is not None:
                     places = list(self.parts.renderers).index(renderer), list(parts).index(name)
-                    fake = self.fakes.reference(name, estimates.fake_draws(*places))
+                    fake = self.fakes.reference(name, estimates.draws(FAKE, *places))
                 found.append(WeightedTeacher(parts[name], settings, fake))
         return found
 

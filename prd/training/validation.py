@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from prd.data.prompts import held_out_prompts
@@ -23,7 +24,7 @@ from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_promp
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
-from prd.utils.checked_types import CHECKS, Count, Prompt, Size
+from prd.utils.checked_types import CHECKS, Count, Int, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class ValidationConfig:
     num_inference_steps: Count = 4  # denoising steps of the model
     views: Count = 4  # views per prompt on the contact sheet
     stacks: Count = 24  # captions measured at the end of each split that is sampled, as the toy box's stacks are
+    families: Annotated[Int, Field(ge=0)] = (
+        0  # draws measured at the end of each caption with several right answers, as "a cube"; 0: none
+    )
     resolution: Count = 128  # image height and width on the contact sheet, pixels
     isosurface_resolution: Size = 64  # grid of the exported meshes
 
@@ -134,6 +138,12 @@ class Validation:
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
         return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
+    def splits(self) -> dict[str, list[str]]:
+        """Captions that are measured after the last step, by split."""
+        assert self.benchmark is not None
+        settings = self.config.validation
+        return measured_splits(self.benchmark, self.config.prompts, settings.stacks, settings.families)
+
     def seconds_after(self) -> float | None:
         """Seconds that sheet, meshes and scores after the last step will take, by timing three captions.
 
@@ -142,8 +152,7 @@ class Validation:
         if self.benchmark is None:
             return None
         self.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
-        splits = measured_splits(self.benchmark, self.config.prompts, self.config.validation.stacks)
-        captions = [caption for split in splits.values() for caption in split]
+        captions = [caption for split in self.splits().values() for caption in split]
         seconds = 0.0
         for some in (captions[:1], captions[1:4]):  # the first one warms up
             begun = time.monotonic()
@@ -171,9 +180,7 @@ class Validation:
         """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
         assert self.benchmark is not None
         report: dict[str, Any] = {}
-        for name, prompts in measured_splits(
-            self.benchmark, self.config.prompts, self.config.validation.stacks
-        ).items():
+        for name, prompts in self.splits().items():
             scores = self.measure(prompts)
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
         summaries = {name: part["summary"] for name, part in report.items()}

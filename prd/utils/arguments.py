@@ -84,32 +84,45 @@ def check_prompt(name: str, text: object) -> str:
     return text
 
 
+def place_fault(text: str) -> str | None:
+    """Say what keeps a string from naming a place on the disk or the Hub; None if nothing does."""
+    if not text.strip():
+        return "is empty; give a file, a folder or a Hub id, '.' for the current folder"
+    if "\0" in text:
+        return "holds the NUL character, which no path has; remove it"
+    if "$" in text and not os.path.lexists(text):
+        names = [braced or bare for braced, bare in VARIABLE.findall(text)]
+        if absent := [variable for variable in names if variable not in os.environ]:
+            return f"the environment variable {absent[0]} is not set; set it or correct it"
+    try:
+        os.lstat(_expand(text))
+    except UnicodeEncodeError:
+        return text_fault(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return "is longer than a name of a file may be; shorten it"
+    return None
+
+
+def _expand(text: str) -> str:
+    if "$" in text and not os.path.lexists(text):
+        text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
+    return os.path.expanduser(text)
+
+
 def expanded(place: str | os.PathLike[str], name: str = "path") -> str:
     """Return a place on the disk with the home folder for a leading ~ and its value for every $NAME and ${NAME}.
 
     Every other text, as a Hub id, comes back as it is; so does a place that is there under a name with a $. Raises
-    ValueError for a variable that is not set and for what no file can be named, and TypeError for what is neither a
-    string nor a path.
+    ConfigError for a variable that is not set and for what names no place, and TypeError for what is neither a string
+    nor a path.
     """
     text = os.fspath(place) if isinstance(place, str | os.PathLike) else None
     if not isinstance(text, str):
         raise TypeError(f"{name}={place!r}: must be a string or a path")
-    if "\0" in text:
-        raise ConfigError(f"{name}={text!r}: holds the NUL character, which no path has; remove it")
-    if "$" in text and not os.path.lexists(text):
-        names = [braced or bare for braced, bare in VARIABLE.findall(text)]
-        if absent := [variable for variable in names if variable not in os.environ]:
-            raise ConfigError(f"{name}={text!r}: the environment variable {absent[0]} is not set; set it or correct it")
-        text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
-    path = os.path.expanduser(text)
-    try:
-        os.lstat(path)
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name}={shown(text)}: {text_fault(text)}") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise ConfigError(f"{name}={shown(text)}: is longer than a name of a file may be; shorten it") from None
-    return path
+    if fault := place_fault(text):
+        raise ConfigError(f"{name}={shown(text)}: {fault}")
+    return _expand(text)
 
 
 def expanded_path(place: str | os.PathLike[str], name: str = "path") -> Path:
@@ -140,8 +153,6 @@ def check_writable_file(name: str, place: str | os.PathLike[str], suffixes: Sequ
 def check_writable_folder(name: str, place: str | os.PathLike[str]) -> Path:
     """Return the path of a folder that is there and can be written, or can be made; ValueError for any other."""
     path = expanded_path(place, name)
-    if not os.fspath(place):
-        raise ConfigError(f"{name}='': name a folder")
     absolute = path.absolute()
     there = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     if not there.is_dir():

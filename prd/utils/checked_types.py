@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from prd.utils.arguments import MAX_SEED, expanded, integer, is_bool, prompt_fault, text_fault
+from prd.utils.arguments import MAX_SEED, expanded, integer, is_bool, place_fault, prompt_fault, text_fault
 
 
 def _number(value: Any) -> Any:
@@ -39,7 +39,15 @@ def _seed(value: int) -> int:
 
 
 def _place(value: Any) -> Any:
-    return expanded(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(value, str | os.PathLike):
+        return value
+    if fault := place_fault(os.fspath(value)):
+        raise PydanticCustomError("place", "{fault}", {"fault": fault})
+    return expanded(value)
+
+
+def _saved_place(value: Any) -> Any:
+    return value if value == "" else _place(value)
 
 
 def _without_fault(text: str) -> str:
@@ -64,6 +72,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Radius = Annotated[Float, Field(gt=0, lt=1)]
 Place = Annotated[str, BeforeValidator(_place)]  # a file, a folder, or a name that is neither, as a Hub id
+SavedPlace = Annotated[str, BeforeValidator(_saved_place)]  # the same, or "" for what a saved model does not name
 Text = Annotated[str, AfterValidator(_without_fault)]  # any text, also none
 Prompt = Annotated[str, AfterValidator(_prompt)]
 

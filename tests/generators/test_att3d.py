@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from prd.generators.att3d import Att3dModel, threshold
+from prd.generators.att3d import Att3dConfig, Att3dModel, threshold
 from prd.rendering.alpha import DensityAlpha
 from tests.generators.tiny_single_pass import ATT3D, embeddings, make, some_points
 
@@ -25,6 +26,22 @@ def test_both_linear_maps_have_spectral_norm_one() -> None:
     model.generate(embeddings(1))
     assert len(vectors) == 4  # evaluation iterates no further
     assert all(torch.equal(buffer, vectors[name]) for name, buffer in model.named_buffers() if name in vectors)
+
+
+@pytest.mark.parametrize("resolutions", [(5, 9), (9, 14, 22, 36, 58)])
+def test_parameters_are_as_large_as_the_vector_that_makes_them(resolutions: tuple[int, ...]) -> None:
+    """At every size, so that prompts differ from the start; a gain of 1 leaves a million entries of 1e-3."""
+    sizes = {"resolutions": resolutions, "text_length": 16, "text_width": 64, "hidden_width": 32}
+    prompts = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Att3dModel(Att3dConfig(**sizes)).eval()
+        weak = Att3dModel(Att3dConfig(**sizes, feature_gain=1.0)).eval()
+    with torch.no_grad():
+        v, w, small = F.silu(model.first(prompts.flatten(1))), model.mapping(prompts), weak.mapping(prompts)
+    assert 0.3 < float(w.square().mean().sqrt() / v.square().mean().sqrt()) < 1.0  # 1 along the longest direction
+    spread, weak_spread = (float((a - b).square().mean().sqrt()) for a, b in (w, small))
+    assert spread == pytest.approx(model.feature_gain * weak_spread, rel=0.3) and spread > 0.05
 
 
 def test_interpolation_is_symmetric_and_ends_at_the_prompts() -> None:

@@ -169,7 +169,7 @@ def test_weights_that_do_not_belong_are_refused(folder: Path) -> None:
         "unet: 1 unexpected tensors, odd.weight among them",
         {**state, "odd.weight": torch.ones(1)},
     )
-    refused("unet.conv_in.weight holds NaN", {**state, first: torch.full_like(state[first], float("nan"))})
+    refused("unet: conv_in.weight holds NaN", {**state, first: torch.full_like(state[first], float("nan"))})
     refused("I8 tensors; give weights in", {**state, first: state[first].to(torch.int8)})
     save_file(state, path, metadata={"format": "pt"})
     config = folder / "unet/config.json"

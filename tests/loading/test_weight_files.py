@@ -211,6 +211,14 @@ def empty(folder: Path) -> None:
     path.write_bytes(b"")
 
 
+def not_a_number(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, path)
+
+
 def index_of_elsewhere(folder: Path) -> None:
     sharded(folder)
     (path,) = folder.glob("*.index.json")
@@ -229,6 +237,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     missing_shard_without_index: "lacks 1 of the 2 files of its weights, .*-00001-of-00002.safetensors",
     truncated: "is not a whole safetensors file .*download it again",
     empty: "is not a whole safetensors file .*download it again",
+    not_a_number: "holds NaN or infinity",
     index_of_elsewhere: "must list files beside it",
 }
 

@@ -108,7 +108,7 @@ def test_home_and_variables_mean_the_same_in_every_place(key, tmp_path, monkeypa
         assert value(config, key) == str(tmp_path / "a")
     assert value(parse_args([f"--{key}=$SOMEWHERE"]), key) == "runs/b"
     assert value(parse_args([f"--{key}=owner/name"]), key) == "owner/name"
-    with pytest.raises(ConfigError, match=f"^{key}: .*ABSENT is not set"):
+    with pytest.raises(ConfigError, match=rf"^{key}='\$ABSENT/a': the environment variable ABSENT is not set"):
         parse_args([f"--{key}=$ABSENT/a"])
 
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prd.distillation.asd import NonFinitePrediction
+from prd.distillation.asd import AsdResult, NonFinitePrediction
+from prd.distillation.distill import AsdLoss
 from prd.errors import ConfigError
 from prd.training.parts import Parts, build_parts
 from prd.training.recipes import load_config
@@ -254,3 +255,23 @@ def test_two_processes_train_one_fake_score(random_toybox: Path, tmp_path: Path)
         found[processes] = torch.cat([tensor.flatten() for name, tensor in sorted(tensors.items()) if "fake." in name])
     assert bool(found[1].any())
     assert float((found[2] - found[1]).norm() / found[1].norm()) < 1e-3
+
+
+class Recorded(AsdLoss):
+    """The loss, and the seeds of the generators that each of its calls was given."""
+
+    def __init__(self) -> None:
+        self.seeds: list[tuple[int, ...]] = []
+
+    def __call__(self, *words: Any, generator: Any, **named: Any) -> AsdResult:
+        self.seeds.append(tuple(g.initial_seed() for g in generator))
+        return super().__call__(*words, generator=generator, **named)
+
+
+def test_each_renderer_has_draws_of_its_own(make: Make) -> None:
+    """Their sum then varies less than with the same timesteps and noises for both."""
+    loss = Recorded()
+    make("--renderer_schedule", "all", loss=loss).train_step(0)
+    assert len(loss.seeds) == 2 * len(TEACHERS)
+    volume, surface = set(loss.seeds[:3]), set(loss.seeds[3:])  # the teachers of a renderer draw one after the other
+    assert len(volume) == len(surface) == 1 and not set(*volume) & set(*surface)

@@ -11,6 +11,7 @@ import torch
 import trimesh
 from PIL import Image
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
 from prd.generators.triplane_turbo import TriplaneTurboModel
@@ -19,6 +20,7 @@ from prd.toybox.benchmark import ToyBox
 from prd.training.galleries import mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from prd.training.validation import Validation, measure
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
@@ -78,6 +80,24 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))[0]["mesh"] is None
     picture = Image.open(tmp_path / "sheet.png").crop((0, LABEL_HEIGHT, 24, LABEL_HEIGHT + 24))
     assert picture.getextrema() == ((64, 64),) * 3
+
+
+def test_a_caption_that_is_measured_several_times_has_other_noise_each_time(student_and_encoder):
+    student, encoder = student_and_encoder
+    scores = measure(student, encoder, ["a red toy"] * 3, ToyBox(), seed=0, num_inference_steps=1)
+    assert len({score.score for score in scores}) == 3
+    summary = ToyBox().summary(scores)
+    assert summary["precision"] == pytest.approx(sum(score.score for score in scores) / 3, abs=1e-4)
+    assert summary["coverage"] == len({score.reached for score in scores} - {None}) / 3
+
+
+def test_families_are_measured_after_a_run_where_its_config_asks(student_and_encoder):
+    """By default no caption is measured twice, so that the end of a fitted run costs what it did."""
+    for words, times in ((), 0), (("--validation.families", "2"), 2):
+        config = load_config("toybox", [*SMALL, "--validation.prompts", "[]", *words])
+        splits = Validation(config, *student_and_encoder, (), benchmark=ToyBox()).splits()
+        assert splits == ToyBox().splits(held_out_prompts(config.prompts), 24, times)
+        assert sum(map(len, splits.values())) == 96 + 26 * times
 
 
 def test_every_prompt_has_a_file_name_of_its_own():

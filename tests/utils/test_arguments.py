@@ -82,7 +82,7 @@ def test_home_and_variables_are_expanded_in_a_place(tmp_path, monkeypatch):
     monkeypatch.delenv("ABSENT", raising=False)
     assert expanded("~/a") == str(tmp_path / "a") == expanded(Path("~/a"))
     assert expanded("$WHERE/a") == expanded("${WHERE}/a") == "somewhere/a"
-    for plain in ("owner/name", "toybox", "a~b", "[1]*?", "5$", "", "caf\udce9"):
+    for plain in ("owner/name", "toybox", "a~b", "[1]*?", "5$", "caf\udce9"):
         assert expanded(plain) == plain
     with pytest.raises(ValueError, match=r"folder='\$ABSENT/a': the environment variable ABSENT is not set"):
         expanded("$ABSENT/a", "folder")
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     for name in ("file", "file/a"):
         with pytest.raises(ValueError, match="output=.*is a file; name a folder"):
             check_writable_folder("output", tmp_path / name)
-    with pytest.raises(ValueError, match="output='': name a folder"):
+    with pytest.raises(ValueError, match="output='': is empty; give a file, a folder"):
         check_writable_folder("output", "")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="cannot be written; name another"):
@@ -133,6 +133,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
             r"^k=.x+.\.\.\. \(300 characters\): is longer than a name of a file",
         ),
         ("a/\ud800", ValueError, r"^k='a/\\ud800': holds half a character"),
+        ("", ValueError, "^k='': is empty; give a file, a folder or a Hub id"),
+        (" ", ValueError, "^k=' ': is empty; give a file, a folder or a Hub id"),
         (5, TypeError, "^k=5: must be a string or a path$"),
         (None, TypeError, "^k=None: must be a string or a path$"),
     ],
