@@ -77,16 +77,6 @@ def measure_geometry(mesh: FileMesh) -> dict[str, Any]:
     return row | _texture_figures(mesh, faces, kept)
 
 
-def summarise_geometry(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return shares of the yes-or-no figures and means of the others over rows that hold them, and two shares more."""
-    names = [name for name in (rows or [{}])[0] if name not in ("file", "caption")]
-    summary: dict[str, Any] = {}
-    for name in names:
-        values = [float(row[name]) for row in rows if row.get(name) is not None]
-        summary[name] = float(np.mean(values)) if values else None
-    return summary
-
-
 def _welded(mesh: FileMesh) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     """Vertices in the unit cube, those at one place merged, the faces that are left, and which of all they are."""
     used = np.unique(mesh.faces)
