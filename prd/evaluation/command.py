@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prd.evaluation.run import EvaluationConfig
 
 NAMES = (  # of the protocols, so that `--help` need not import them; a test compares
     *("prd-paper", "prd-code", "rprob", "scaledreamer", "diffsplat", "t3bench-quality", "views"),
@@ -49,40 +53,55 @@ def run_evaluate(args: argparse.Namespace) -> int:
     for name in ("source", "protocol", "output"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name}: is missing; prd evaluate FOLDER --protocol NAME -o OUT")
-    from prd.evaluation.inputs import prompt_set, read_items
+    from prd.evaluation.inputs import check_captions, prompt_set, read_items
     from prd.evaluation.protocols import find_protocol
-    from prd.evaluation.run import EvaluationConfig, Processes, check_settings, evaluate
-    from prd.utils.arguments import check_writable_folder
+    from prd.evaluation.run import EvaluationConfig, Processes, evaluate
 
     protocol = find_protocol(args.protocol)
-    output = check_writable_folder("output", args.output)
-    queries = () if args.queries is None else tuple(prompt_set(args.queries))
     config = EvaluationConfig(
         protocol=args.protocol,
-        output=output,
+        output=args.output,
         clip=args.clip,
         up=args.up,
         reference=args.reference,
-        queries=queries,
+        queries=() if args.queries is None else tuple(prompt_set(args.queries)),
         device=args.device,
     )
-    check_settings(protocol, config)
-    processes = Processes.join()
-    if args.prompts is None:
-        items = read_items(args.source)
+    if args.prompts is not None:
+        report = _generate_and_evaluate(args, config)
     else:
-        from prd.evaluation.generate import generate_items
-
-        items = generate_items(args, prompt_set(args.prompts, split=args.split, column=args.column), config, processes)
-    report = evaluate(items, config, processes)
-    if processes.rank:
+        items = read_items(args.source)
+        if protocol.candidates != "none":
+            check_captions(items, protocol.name)
+        report = evaluate(items, config, Processes.join())
+    if not report:  # of the other processes
         return 0
-    print(f"{report['card']}\n{Path(output) / 'report.html'}")
+    print(f"{report['card']}\n{Path(args.output) / 'report.html'}")
     if not report["summary"]["judged"]:
         first = report["rows"][0]["error"]
-        print(f"prd evaluate: none of {len(items)} could be judged; the first: {first}", file=sys.stderr)
+        print(f"prd evaluate: nothing could be judged; the first row: {first}", file=sys.stderr)
         return 2
     return 0
+
+
+def _generate_and_evaluate(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, Any]:
+    """Make the meshes of a model for its prompts, then judge them."""
+    from prd.evaluation.generate import GenerationConfig, generate_items, generated_items, load_generator
+    from prd.evaluation.inputs import prompt_set
+    from prd.evaluation.run import Processes, begin, evaluate
+    from prd.utils.arguments import expanded_path
+
+    prompts = prompt_set(args.prompts, split=args.split, column=args.column)
+    names = ("seed", "steps", "resolution", "faces", "texture", "device")
+    generation = GenerationConfig(model=args.source, **{name: getattr(args, name) for name in names})
+    config = replace(config, generated=generation.digest(prompts))
+    output = expanded_path(args.output, "output")
+    processes = Processes.join()
+    pipe = load_generator(generation)
+    judge = begin(config)
+    generate_items(pipe, prompts, generation, output, rank=processes.rank, count=processes.count)
+    processes.wait()
+    return evaluate(generated_items(prompts, output), config, processes, judge)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -97,9 +97,7 @@ def _areas(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[n
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 
 
-def _heights(
-    vertices: NDArray[np.float64], faces: NDArray[np.int64], area: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _heights(vertices: NDArray[np.float64], faces: NDArray[np.int64], area: NDArray[np.float64]) -> NDArray[np.float64]:
     """The least height of each face: twice its area over its longest side."""
     sides = [np.linalg.norm(vertices[faces[:, k]] - vertices[faces[:, k - 1]], axis=1) for k in range(3)]
     return 2 * area / np.maximum(np.max(sides, axis=0), 1e-300) if len(faces) else area

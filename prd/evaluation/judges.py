@@ -129,7 +129,9 @@ class ClipJudge(Judge):
     def _counted(self, item: Item, settings: Pictures) -> Sequence[Path]:
         count = _count(settings)
         if self.protocol.fixed_views and len(item.pictures) != count:
-            raise ValueError(f"{item.file}: {len(item.pictures)} pictures, and {self.protocol.name} judges {count} views")
+            raise ValueError(
+                f"{item.file}: {len(item.pictures)} pictures, and {self.protocol.name} judges {count} views"
+            )
         return item.pictures
 
     def _checked(self, path: Path, settings: Pictures, item: Item) -> Image.Image:
@@ -144,7 +146,9 @@ class ClipJudge(Judge):
     def look(self, item: Item, key: str) -> Found:
         images, places = self.pictures(item, key)
         features = self.scorer.image_features(images, self.protocol.resize)
-        names = [Path(place).stem for place in places] if item.mesh is None else [f"rgb_{k}" for k in range(len(places))]
+        names = (
+            [Path(place).stem for place in places] if item.mesh is None else [f"rgb_{k}" for k in range(len(places))]
+        )
         return {"features": features.astype(float).tolist(), "pictures": places, "names": names}
 
     def aggregate(self, rows: Rows, names: Sequence[str], counts: Sequence[int]) -> dict[str, Any]:
@@ -259,7 +263,9 @@ class DistanceJudge(ClipJudge):
     def __init__(self, protocol: Protocol, config: EvaluationConfig, output: Path) -> None:
         super().__init__(protocol, config, output)
         folder = expanded_path(config.reference or "", "reference")
-        self.references = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+        self.references = (
+            sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+        )
         if len(self.references) < 2:
             raise ConfigError(f"reference={str(folder)!r}: must be a folder with at least two pictures")
 

@@ -50,6 +50,7 @@ class EvaluationConfig:
     reference  folder of pictures that `render-fid` and `kid` compare with
     queries    further captions to choose from, for protocols with candidates: those of a query set
     device     None: cuda where there is one
+    generated  hash of the settings of what is generated first; None: the items were there
     """
 
     protocol: str
@@ -59,6 +60,7 @@ class EvaluationConfig:
     reference: str | Path | None = None
     queries: tuple[str, ...] = ()
     device: str | None = None
+    generated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,38 @@ class Processes:
             self.state.wait_for_everyone()
 
 
-def evaluate(items: Sequence[Item], config: EvaluationConfig, processes: Processes | None = None) -> dict[str, Any]:
-    """Judge items by a protocol and write `report.json` and `report.html`; returns the report.
+def begin(config: EvaluationConfig) -> Judge:
+    """Check settings and folder, load the model, and make the folder this evaluation's; returns its judge.
 
-    An item that cannot be judged is a row with `error`. Raises ConfigError for what cannot begin, and EvaluationError
-    where the folder holds an evaluation by other settings.
+    Raises ConfigError for what cannot begin, and EvaluationError where the folder holds an evaluation by other settings.
+    Nothing is written before all of it is found right.
     """
-    processes = processes or Processes.join()
     protocol = find_protocol(config.protocol)
     output = check_writable_folder("output", config.output)
     check_settings(protocol, config)
+    wanted = _claim(protocol, config)
+    check_claim(output, wanted)
+    judge = judge_of(protocol, config, output)
+    claim(output, wanted)
+    return judge
+
+
+def evaluate(
+    items: Sequence[Item], config: EvaluationConfig, processes: Processes | None = None, judge: Judge | None = None
+) -> dict[str, Any]:
+    """Judge items by a protocol and write `report.json` and `report.html`; returns the report.
+
+    judge  of `begin`, where it was called already
+
+    An item that cannot be judged is a row with `error`. Raises as `begin` does, and InputError for a caption that is
+    given twice where the protocol tells captions apart.
+    """
+    processes = processes or Processes.join()
+    protocol = find_protocol(config.protocol)
     if protocol.candidates != "none":
         check_captions(items, protocol.name)
-    check_claim(output, _claim(protocol, config))
-    judge = judge_of(protocol, config, output)  # a model that is not there ends it before anything is written
-    claim(output, _claim(protocol, config))
+    judge = judge or begin(config)
+    output = judge.output
     keys = [work_key(item, protocol, judge, config) for item in items]
     places = [output / WORK / f"{key}.json" for key in keys]
     mine = list(range(processes.rank, len(items), processes.count))
@@ -139,6 +158,7 @@ def _claim(protocol: Protocol, config: EvaluationConfig) -> dict[str, Any]:
         "clip": config.clip or protocol.model,
         "up": config.up,
         "reference": None if config.reference is None else str(config.reference),
+        "generated": config.generated,
         "queries": hashlib.sha256("\n".join(config.queries).encode()).hexdigest()[:16] if config.queries else None,
     }
     return {"protocol": protocol.name, "record": protocol.digest(), **settings}
