@@ -141,6 +141,10 @@ class ClipJudge(Judge):
                 f"{item.file}: {path.name} is {picture.size[0]}x{picture.size[1]}, and {self.protocol.name} judges "
                 f"pictures of {settings.size}x{settings.size}"
             )
+        if self.protocol.alpha == "composited" and picture.has_transparency_data:
+            grey = round(255 * settings.background)
+            back = Image.new("RGBA", picture.size, (grey, grey, grey, 255))
+            return Image.alpha_composite(back, picture.convert("RGBA")).convert("RGB")
         return picture
 
     def look(self, item: Item, key: str) -> Found:
@@ -152,7 +156,7 @@ class ClipJudge(Judge):
         return {"features": features.astype(float).tolist(), "pictures": places, "names": names}
 
     def aggregate(self, rows: Rows, names: Sequence[str], counts: Sequence[int]) -> dict[str, Any]:
-        """Return the means of figures over prompts (or pictures) and their intervals, as the protocol treats failures."""
+        """Return the means of figures over prompts or pictures and their intervals; a miss counts as 0."""
         figures: dict[str, Any] = {}
         intervals: dict[str, Any] = {}
         for name in names:

@@ -33,7 +33,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
         f"<h2>Summary</h2>{_summary(summary)}",
         _distribution(rows, ranked) if ranked else "",
         f"<h2>Prompts, worst first</h2>{_rows(worst_first(rows), path.parent)}",
-        f"<h2>Protocol</h2><details><summary>all that decides the numbers</summary>{_plain(report['settings'])}</details>",
+        f"<h2>Protocol</h2><details><summary>what decides the numbers</summary>{_plain(report['settings'])}</details>",
     ]
     write_atomic(path, _document(report["protocol"], "\n".join(part for part in body if part)))
 
@@ -142,7 +142,8 @@ def write_comparison_page(
     body = (
         f"<h1>{html.escape(comparison['protocol'])}</h1><p>A: {html.escape(comparison['a'])}<br>"
         f"B: {html.escape(comparison['b'])}</p><table><tr>{heads}</tr>{figures}</table>"
-        f"<h2>Prompts, largest loss first</h2><table><tr><th>caption</th><th>A</th><th>B</th></tr>{''.join(lines)}</table>"
+        "<h2>Prompts, largest loss first</h2><table><tr><th>caption</th><th>A</th><th>B</th></tr>"
+        f"{''.join(lines)}</table>"
     )
     write_atomic(path, _document(f"{comparison['protocol']}: A and B", body))
 

@@ -26,8 +26,9 @@ def compare(one: str | Path, other: str | Path, output: str | Path | None = None
 
     output  folder of `comparison.json` and `comparison.html`; None: nothing is written
 
-    A failure counts as 0 where its protocol counts it as a miss, else its prompt is left out. Raises EvaluationError for
-    a folder without a report, and for reports of different protocols, models, candidate sets or prompts.
+    A failure counts as 0 where its protocol counts it as a miss, else its prompt is left out.
+
+    Raises EvaluationError for a folder without a report, and for reports of different protocols, models or candidates.
     """
     place = None if output is None else check_writable_folder("output", output)
     (a, folder_a), (b, folder_b) = _read(one), _read(other)

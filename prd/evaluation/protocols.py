@@ -51,6 +51,7 @@ class Protocol:
     candidates   the captions to choose from: "all", or "judged": those of items with pictures
     failures     items without a mesh: "miss" (0 for each figure), "left out", or "black" (judged as black pictures)
     fixed_views  whether a folder of pictures must hold as many as there are views
+    alpha        of such pictures: composited over the background, or dropped
     quirks       what a careful reader would not expect, each on purpose
     """
 
@@ -72,6 +73,7 @@ class Protocol:
     candidates: Literal["all", "judged", "none"] = "all"
     failures: Literal["miss", "left out", "black"] = "miss"
     fixed_views: bool = True
+    alpha: Literal["composited", "dropped"] = "composited"
     quirks: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ PRD_CODE = Protocol(
     candidates="judged",
     failures="left out",
     fixed_views=False,
+    alpha="dropped",
     quirks=(
         "no space between 'A photo depicts' and the caption",
         "captions are read from folder names: commas and full stops are deleted, underscores become spaces",
@@ -159,6 +162,7 @@ SCALEDREAMER = Protocol(
     replaced=True,
     failures="left out",
     fixed_views=False,
+    alpha="dropped",
     quirks=(
         "pictures are resized bilinearly after the left square is cut out",
         "prompts without pictures leave the averages and stay candidates",
@@ -200,7 +204,7 @@ VIEWS = Protocol(
     pictures=Pictures(),
     template="{view} view of {}",
     model=VIT_B_32,
-    formula="for each view the probability of its own words among the view words of its caption; the least of the views",
+    formula="for each view the probability of its own words among the words of all views; the least of the views",
     weight=100.0,
     candidates="none",
 )

@@ -91,8 +91,8 @@ class Processes:
 def begin(config: EvaluationConfig) -> Judge:
     """Check settings and folder, load the model, and make the folder this evaluation's; returns its judge.
 
-    Raises ConfigError for what cannot begin, and EvaluationError where the folder holds an evaluation by other settings.
-    Nothing is written before all of it is found right.
+    Raises ConfigError for what cannot begin, EvaluationError where the folder holds an evaluation by other settings;
+    nothing is written before all of it is found right.
     """
     protocol = find_protocol(config.protocol)
     output = check_writable_folder("output", config.output)

@@ -146,7 +146,7 @@ class OpenClip(ClipScorer):
     def __init__(self, place: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         try:
             import open_clip
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError) as error:  # the second: of a torchvision that does not fit torch
             raise ConfigError(
                 f"clip={place!r}: open_clip cannot be imported ({error}); install the extra `eval`, with a torchvision "
                 "that fits torch, or give a folder or Hub id of transformers' CLIP"

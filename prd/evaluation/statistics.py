@@ -25,7 +25,7 @@ def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None 
 
 
 def paired_difference(one: Sequence[float], other: Sequence[float]) -> dict[str, object]:
-    """Return the mean of other - one over the prompts of both, its 95 % interval, and the share of resamples above 0."""
+    """Return the mean of other - one over prompts, its 95 % interval, and the share of resamples above 0."""
     difference = np.asarray(other, np.float64) - np.asarray(one, np.float64)
     means = _resampled_means(difference, None)
     return {
