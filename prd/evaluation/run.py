@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,32 @@ def evaluate(
         write_page(report, output / PAGE)
     processes.wait()
     return report
+
+
+def load_judge(config: EvaluationConfig) -> Judge:
+    """Return the judge of a protocol for a folder that is shared with other things; raises as `begin` does."""
+    protocol = find_protocol(config.protocol)
+    check_settings(protocol, config)
+    return judge_of(protocol, config, Path(config.output))
+
+
+def gallery_figures(judge: Judge, folder: Path) -> dict[str, float]:
+    """Judge the meshes of a gallery of a training run and write its report in `evaluation`; returns its figures.
+
+    folder  with `metrics.json`, as `prd.training.galleries.save_gallery` writes it
+    """
+    rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    items = [
+        Item(row["mesh"], row["prompt"], mesh=folder / row["mesh"])
+        if row.get("mesh")
+        else Item(row["prompt"], row["prompt"], fault="the model made no surface for this prompt")
+        for row in rows
+    ]
+    judge.output = folder / "evaluation"
+    (judge.output / WORK).mkdir(parents=True, exist_ok=True)
+    report = evaluate(items, replace(judge.config, output=judge.output), Processes(), judge)
+    summary = report["summary"]
+    return {f"{judge.protocol.name}/{name}": value for name, value in summary.items() if isinstance(value, float)}
 
 
 def check_settings(protocol: Protocol, config: EvaluationConfig) -> None:

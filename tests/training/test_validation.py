@@ -19,6 +19,7 @@ from prd.toybox.benchmark import ToyBox
 from prd.training.galleries import mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from prd.training.validation import Validation
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
@@ -84,6 +85,33 @@ def test_every_prompt_has_a_file_name_of_its_own():
     names = mesh_names(["A cat!", "a cat 2", "a cat", "a  cat?", "猫", "...", "x" * 300])
     assert names[0] == "a_cat.glb" and names[4] == "猫.glb" and names[5] == "prompt.glb"
     assert len(set(names)) == len(names) and max(map(len, names)) < 100
+
+
+def test_a_protocol_of_the_field_judges_a_gallery(student_and_encoder, tmp_path):
+    words = ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--output_dir", str(tmp_path)]
+    config = load_config("toybox", [*SMALL, *words, "--validation.prompts", "[a red cube, a blue mug]"])
+    values = Validation(config, *student_and_encoder, ["a red cube"]).gallery(2)
+    assert values["gallery/geometry/watertight"] == 1 and values["gallery/geometry/coverage"] == 1
+    report = json.loads((tmp_path / "gallery/step-000002/evaluation/report.json").read_text(encoding="utf-8"))
+    assert [row["caption"] for row in report["rows"]] == ["a red cube", "a blue mug"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--validation.protocol", "geometry"], "gallery_steps"),
+        (["--validation.protocol", "prd", "--validation.gallery_steps", "2"], "prd-paper"),
+        (["--validation.protocol", "kid", "--validation.gallery_steps", "2"], "reference"),
+        (["--validation.clip", "somewhere"], "validation.protocol"),
+        (
+            ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--validation.clip", "a"],
+            "no model",
+        ),
+    ],
+)
+def test_a_protocol_that_cannot_judge_galleries_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config("toybox", words)
 
 
 def test_a_gallery_of_no_prompts_is_refused():
