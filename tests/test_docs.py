@@ -34,7 +34,7 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs) |python |accelerate launch |pytest|\.ci/)")
+INLINE = re.compile(r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|evaluate) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
@@ -168,6 +168,7 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.loading.stable_diffusion.load_base",
         "prd.data.prompts.load_corpus",
         "prd.evaluation.report.runs_table",
+        "prd.cli.run_evaluate",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):
