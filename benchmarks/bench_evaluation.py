@@ -1,11 +1,11 @@
 """What an evaluation's pictures cost: seconds to read finished meshes, draw four views at 512 x 512 and keep them.
 
-    python benchmarks/bench_evaluation.py                               # 415 meshes, as DreamFusion's prompts; one process
+    python benchmarks/bench_evaluation.py                           # 415 meshes, as DreamFusion's prompts
     python benchmarks/bench_evaluation.py --meshes 40 --processes 2
-    python benchmarks/bench_evaluation.py --against open3d              # the same views by another renderer, if installed
+    python benchmarks/bench_evaluation.py --against open3d          # the same views by another renderer
 
 Meshes are made up: bumpy balls of --faces triangles with vertex colours, each another. The work is what a process of
-`prd evaluate` does before a model looks at the pictures; processes share the meshes as `accelerate launch` does. Seconds
+`prd evaluate` does before a model looks at the pictures; processes share the meshes as in `accelerate launch`. Seconds
 are of the clock, and of the processors. The JSON goes to benchmarks/results/.
 """
 
