@@ -20,7 +20,7 @@ from prd.meshes.files import FileMesh
 SNAP = 2.0**-20  # of the longest side of the box
 THIN = 0.01  # of the longest side: what is thinner is a thin part
 RAYS = 4000  # faces whose thickness is measured, at most
-YES_NO = ("watertight", "manifold", "orientable")
+GOOD = ("watertight", "manifold", "orientable", "without_self_intersections")  # shares of the summary
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _thin_share(
     picked = np.arange(len(faces)) if len(faces) <= RAYS else np.linspace(0, len(faces) - 1, RAYS).astype(np.int64)
     inward = -_normals(vertices, faces[picked]) * sign[picked, None]
     centre = vertices[faces[picked]].mean(axis=1)
-    distance = first_hits(tree, centre + inward * 1e-7, inward)
+    distance = first_hits(tree, centre + inward * 1e-7, inward, THIN)
     weight = area[picked]
     return round(float(weight[distance < THIN].sum() / max(weight.sum(), 1e-300)), 6)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,9 +88,10 @@ def read_items(folder: str | Path) -> list[Item]:
             raise InputError(f"{where}: names no file; write its name relative to the folder")
         if fault := prompt_fault(caption):
             raise InputError(f"{where}: the caption of {file} {fault}")
-        if file in seen:
-            raise InputError(f"{where}: {file} is listed twice (before in line {seen[file]}); keep one of the rows")
-        seen[file] = line
+        place = os.path.normpath(file)
+        if place in seen:
+            raise InputError(f"{where}: {file} is listed twice (before in line {seen[place]}); keep one of the rows")
+        seen[place] = line
     listed = {(folder / file).resolve() for _, file, _ in rows}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.resolve() not in listed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 from prd.errors import ConfigError
 from prd.evaluation import formulas
 from prd.evaluation.drawing import draw
-from prd.evaluation.geometry import YES_NO, measure_geometry
+from prd.evaluation.geometry import GOOD, measure_geometry
 from prd.evaluation.inputs import PICTURES, Item
 from prd.evaluation.protocols import VIEW_WORDS, Pictures, Protocol
 from prd.evaluation.statistics import bootstrap_interval, weighted_mean
@@ -83,10 +85,8 @@ class GeometryJudge(Judge):
             figures[name] = weighted_mean(values) if values else None
             intervals[name] = bootstrap_interval(values)
         if judged:
-            for name in (*YES_NO, "self_intersections"):
-                good = [bool(row[name]) != (name == "self_intersections") for row in judged]
-                label = "without_self_intersections" if name == "self_intersections" else name
-                figures[label], intervals[label] = weighted_mean(good), bootstrap_interval(good)
+            clean = [float(row["self_intersections"] == 0) for row in judged]
+            figures[GOOD[-1]], intervals[GOOD[-1]] = weighted_mean(clean), bootstrap_interval(clean)
         return rows, figures | ({"intervals": intervals} if judged else {})
 
 
@@ -153,7 +153,7 @@ class ClipJudge(Judge):
         names = (
             [Path(place).stem for place in places] if item.mesh is None else [f"rgb_{k}" for k in range(len(places))]
         )
-        return {"features": features.astype(float).tolist(), "pictures": places, "names": names}
+        return {"features": packed(features), "pictures": places, "names": names}
 
     def aggregate(self, rows: Rows, names: Sequence[str], counts: Sequence[int]) -> dict[str, Any]:
         """Return the means of figures over prompts or pictures and their intervals; a miss counts as 0."""
@@ -186,7 +186,7 @@ class RetrievalJudge(ClipJudge):
                 right = index[self.protocol.text(item.caption)]
                 figures = formulas.retrieval(self.protocol, _array(one), features, right)
             rows.append(row_of(item, one, figures))
-            counts.append(len(one.get("features", ())))
+            counts.append(len(one.get("pictures", ())))
         names = ["r_probability", "r_at_1"] if self.protocol.probability else [_score_name(self.protocol), "r_at_1"]
         summary: dict[str, Any] = {"candidates": len(texts)} | self.aggregate(rows, names, counts)
         if self.protocol.name == "prd-code" and any("error" not in row for row in rows):
@@ -320,8 +320,6 @@ def save_picture(path: Path, image: NDArray[np.uint8]) -> None:
 
 def picture_key(item: Item, settings: Pictures, up: str | None) -> str:
     """Return the name of an item's pictures: by the contents of its files and how they are drawn."""
-    import hashlib
-
     return hashlib.sha256(f"{item.digest()} {settings} {up}".encode()).hexdigest()[:32]
 
 
@@ -339,8 +337,15 @@ def _opened(path: Path) -> Image.Image:
         raise ValueError(f"{path.name}: cannot be read as a picture ({type(error).__name__}: {error})") from None
 
 
+def packed(features: NDArray[np.float32]) -> dict[str, Any]:
+    """Return an array as plain values that are small and exact."""
+    data = np.ascontiguousarray(features, "<f4")
+    return {"shape": list(data.shape), "float32": base64.b64encode(data.tobytes()).decode("ascii")}
+
+
 def _array(found: Found) -> NDArray[np.float32]:
-    return np.asarray(found["features"], np.float32)
+    kept = found["features"]
+    return np.frombuffer(base64.b64decode(kept["float32"]), "<f4").reshape(kept["shape"])
 
 
 def _score_name(protocol: Protocol) -> str:

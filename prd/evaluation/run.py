@@ -21,16 +21,18 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from prd.errors import ConfigError, PrdError
+from prd.evaluation.geometry import GOOD
 from prd.evaluation.inputs import Item, check_captions
 from prd.evaluation.judges import Judge, judge_of
 from prd.evaluation.page import write_page
-from prd.evaluation.protocols import Protocol, find_protocol
+from prd.evaluation.protocols import GEOMETRY, Protocol, find_protocol
 from prd.utils.arguments import check_writable_folder, shown
 from prd.utils.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
 REPORT, PAGE, CLAIM, WORK = "report.json", "report.html", "evaluation.json", "work"
+AGAIN = "again"  # of what is found: a failure of the machine, perhaps, as of memory, tried again by the next run
 FORMAT = 1  # of what is kept in the work folder; another number computes anew
 WAIT = timedelta(days=7)  # for the other processes
 
@@ -123,7 +125,7 @@ def evaluate(
     keys = [work_key(item, protocol, judge, config) for item in items]
     places = [output / WORK / f"{key}.json" for key in keys]
     mine = list(range(processes.rank, len(items), processes.count))
-    missing = [k for k in mine if _read(places[k]) is None]
+    missing = [k for k in mine if (_read(places[k]) or {AGAIN: True}).get(AGAIN)]
     for k in tqdm(missing, desc=protocol.name, disable=not missing or processes.rank > 0):
         found = judge_one(judge, items[k], keys[k])
         write_atomic(places[k], json.dumps(found) + "\n")
@@ -229,8 +231,9 @@ def judge_one(judge: Judge, item: Item, key: str) -> dict[str, Any]:
         return judge.look(item, key)
     except Exception as error:  # of readers of foreign files, which share no class; the row shows what it was
         sentence = " ".join(str(error).split())[:500] or type(error).__name__
-        kind = "" if isinstance(error, PrdError | ValueError) else f"{type(error).__name__}: "
-        return {"error": f"{kind}{sentence}"}
+        if isinstance(error, PrdError | ValueError):
+            return {"error": sentence}
+        return {"error": f"{type(error).__name__}: {sentence}", AGAIN: True}
 
 
 def _read(place: Path) -> dict[str, Any] | None:
@@ -262,7 +265,7 @@ def card_line(name: str, summary: dict[str, Any]) -> str:
     intervals = summary.get("intervals", {})
     parts = []
     for figure, value in summary.items():
-        if isinstance(value, float) and figure != "coverage":
+        if isinstance(value, float) and figure != "coverage" and (name != GEOMETRY.name or figure in GOOD):
             low_high = intervals.get(figure)
             parts.append(f"{figure} {value:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
     about = f"coverage {summary['coverage']:.1%} of {summary['prompts']} prompts"

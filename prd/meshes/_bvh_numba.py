@@ -76,14 +76,19 @@ def intersecting_pairs(tree: Tree) -> int:
     return int(found.sum())
 
 
-def first_hits(tree: Tree, origins: NDArray[np.float64], directions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the distances [N] from origins [N, 3] along unit directions to the first triangle; inf for none."""
+def first_hits(
+    tree: Tree, origins: NDArray[np.float64], directions: NDArray[np.float64], most: float
+) -> NDArray[np.float64]:
+    """Return the distances [N] from origins [N, 3] along unit directions to the first triangle nearer than `most`.
+
+    inf where there is none.
+    """
     out = np.full(len(origins), np.inf)
     jobs = -(-len(origins) // PER_JOB)
 
     def cast(job: int) -> None:
         part = slice(job * PER_JOB, (job + 1) * PER_JOB)
-        _cast(tree.points, tree.low, tree.high, origins[part], directions[part], out[part])
+        _cast(tree.points, tree.low, tree.high, origins[part], directions[part], most, out[part])
 
     share(cast, jobs, torch.get_num_threads())
     return out
@@ -243,13 +248,19 @@ def _hit(t: np.ndarray, o: np.ndarray, d: np.ndarray) -> float:
 
 @jit
 def _cast(
-    points: np.ndarray, low: np.ndarray, high: np.ndarray, origins: np.ndarray, directions: np.ndarray, out: np.ndarray
+    points: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    origins: np.ndarray,
+    directions: np.ndarray,
+    most: float,
+    out: np.ndarray,
 ) -> None:
-    """Distances out [N] of rays to the first triangle."""
+    """Distances out [N] of rays to the first triangle nearer than `most`, else inf."""
     leaves = low.shape[0] // 2
     stack = np.empty(DEPTH, np.int64)
     for r in range(origins.shape[0]):
-        best = np.inf
+        best = most
         stack[0], size = 1, 1
         while size > 0:
             size -= 1
@@ -272,4 +283,4 @@ def _cast(
             start = (node - leaves) * LEAF
             for g in range(start, min(start + LEAF, points.shape[0])):
                 best = min(best, _hit(points[g], origins[r], directions[r]))
-        out[r] = best
+        out[r] = best if best < most else np.inf

@@ -6,7 +6,11 @@ import csv
 import json
 import shutil
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from prd.evaluation.protocols import PROTOCOLS
 from tests.evaluation.test_report import Links
 from tests.evaluation.tiny_clip import save_tiny_clip
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = {"box.glb": "a box, plain.", "torus.obj": "a torus", "ball.ply": 'a "ball"', "cone.stl": "a cone of ice"}
 
 
@@ -154,6 +159,7 @@ TABLES: list[tuple[str, str, tuple[str, ...]]] = [
     ("captions.csv", "file,caption\nbox.glb,\n", ("line 2", "caption of box.glb", "is empty")),
     ("captions.csv", "file,caption\n,a box\n", ("line 2", "names no file")),
     ("captions.csv", "file,caption\nbox.glb,a box\nbox.glb,a cube\n", ("line 3", "box.glb", "twice")),
+    ("captions.csv", "file,caption\nbox.glb,a box\n./box.glb,a cube\n", ("line 3", "box.glb", "twice")),
     ("captions.csv", "file,caption\nbox.glb,a box, red\n", ("line 2", "3 fields", "quotes")),
     ("captions.csv", 'file,caption\nbox.glb,"a box\n', ("is no CSV",)),
     ("captions.csv", "file,caption\nother.glb,a box\n", ("box.glb", "no caption", "add a row")),
@@ -240,6 +246,47 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(
     files = list(CAPTIONS)
     assert calls == [files[0], files[1], files[1], files[2], files[2], files[3]]  # none was judged twice
     assert run(meshes, protocol, tmp_path / "out", *words) == whole and len(calls) == 6
+
+
+def test_a_failure_of_the_machine_is_tried_again(meshes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(meshes, "geometry", tmp_path / "whole")
+    look = GeometryJudge.look
+
+    def full(self: Any, item: Any, key: str) -> Any:
+        if item.file == "box.glb":
+            raise MemoryError
+        return look(self, item, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GeometryJudge, "look", full)
+        assert "MemoryError" in run(meshes, "geometry", tmp_path / "out")["rows"][0]["error"]
+    assert run(meshes, "geometry", tmp_path / "out") == whole
+
+
+@pytest.mark.slow
+def test_killed_twice_an_evaluation_ends_with_the_same_report(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "meshes"
+    folder.mkdir()
+    rows = {}
+    for k in range(60):
+        mesh = creation.icosphere(4)
+        mesh.apply_scale([1, 1, 1 + k / 60])
+        mesh.export(folder / f"{k}.ply")
+        rows[f"{k}.ply"] = f"a ball {k}"
+    write_captions(folder, rows)
+    words = [str(folder), "--protocol", "prd-paper", "--clip", str(clip)]
+    whole = run(folder, "prd-paper", tmp_path / "whole", *words[3:])
+    command_line = [sys.executable, "-m", "prd.cli", "evaluate", *words, "-o", str(tmp_path / "out")]
+    for wanted in (10, 30):
+        process = subprocess.Popen(command_line, stderr=subprocess.DEVNULL)
+        while len(list(tmp_path.glob("out/work/*.json"))) < wanted and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out" / "report.json").exists()
+    assert subprocess.run(command_line, check=False).returncode == 0
+    assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+    assert whole["summary"]["judged"] == 60
 
 
 def test_a_mesh_that_changes_is_judged_again(meshes: Path, tmp_path: Path) -> None:
@@ -404,6 +451,15 @@ def test_front_on_all_sides_does_not_pass_as_views() -> None:
     janus = formulas.views_figures(PROTOCOLS["views"], words[[0, 0, 0, 0]], words)
     assert right["view_score"] > 0.99 and right["janus"] < 0.01
     assert janus["view_score"] < 0.01 and janus["janus"] > 0.99
+
+
+def test_a_planted_second_front_is_told_from_right_shapes(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the toy box's exact shapes, by the pictures alone: random weights know no words of views."""
+    bench = SourceFileLoader("bench_janus", str(ROOT / "benchmarks" / "bench_janus.py")).load_module()
+    monkeypatch.setattr(bench, "COLORS", ("red", "green"))
+    assert bench.measure(str(clip), tmp_path, 32)["front_back_similarity"] > 0.9
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
