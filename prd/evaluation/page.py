@@ -45,8 +45,8 @@ def ranked_by(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 def worst_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows sorted: failures, then by the figure of their protocol."""
-    name = ranked_by(rows)
-    sign = 1 if name is None or RANKED[name] else -1
+    name = ranked_by(rows) or ""
+    sign = 1 if RANKED.get(name, True) else -1
     return sorted(rows, key=lambda row: (0, 0.0) if "error" in row else (1, sign * float(row.get(name, 0.0) or 0.0)))
 
 
