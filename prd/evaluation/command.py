@@ -107,5 +107,5 @@ def _generate_and_evaluate(args: argparse.Namespace, config: EvaluationConfig) -
 def _compare(args: argparse.Namespace) -> int:
     from prd.evaluation.paired import compare
 
-    print("\n".join(compare(*args.compare, output=args.output)))
+    print("\n".join(compare(args.compare[0], args.compare[1], args.output)))
     return 0

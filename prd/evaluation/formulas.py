@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prd.evaluation.drawing import icosphere
 from prd.evaluation.protocols import VIEW_WORDS, Protocol
 
-Features = NDArray[np.float32]  # unit, [pictures, D] or [texts, D]
+Features = NDArray[np.floating]  # unit, [pictures, D] or [texts, D]
 LOGIT_SCALE = 100.0  # of CLIP
 
 
@@ -71,7 +71,7 @@ def views_figures(protocol: Protocol, pictures: Features, words: Features) -> di
     }
 
 
-def quality(scores: NDArray[np.float64]) -> float:
+def quality(scores: NDArray[np.floating]) -> float:
     """Return T3Bench's quality of scores [162, 5] of the views: see the protocol's formula."""
     sphere = icosphere()
     smooth = np.asarray(scores, np.float64).max(axis=1)

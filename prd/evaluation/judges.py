@@ -231,7 +231,8 @@ class QualityJudge(ClipJudge):
         if item.mesh is None:
             raise ValueError(f"{item.file}: {self.protocol.name} draws {_count(settings)} views and needs a mesh")
         mesh = read_file_mesh(item.mesh, up=self.config.up)
-        scores, best, batch = [], (-np.inf, None), []
+        scores: list[NDArray[np.float32]] = []
+        best, batch = (-np.inf, np.zeros((1, 1, 3), np.uint8)), list[NDArray[np.uint8]]()
         for image in draw(mesh, settings):
             batch.append(image)
             if len(batch) == 90:  # a divisor of 810

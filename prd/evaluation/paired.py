@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def compare(one: str | Path, other: str | Path, output: str | Path | None = None
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
         write_atomic(place / NAMES[0], json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-        pairs = [(_placed(rows_a[c], folder_a), _placed(rows_b[c], folder_b)) for c in common]
+        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [
+            (_placed(rows_a[c], folder_a), _placed(rows_b[c], folder_b)) for c in common
+        ]
         write_comparison_page(comparison, sorted(pairs, key=_loss), place / NAMES[1])
     return [f"{a['protocol']}: B - A over {len(kept)} prompts"] + [_line(name, part) for name, part in figures.items()]
 
@@ -81,7 +84,7 @@ def _read(place: str | Path) -> tuple[dict[str, Any], Path]:
 
 def _figures(report: dict[str, Any]) -> list[str]:
     """The figures that rows hold, in the order of the first that was judged."""
-    row = next((row for row in report["rows"] if "error" not in row), {})
+    row: dict[str, Any] = next((row for row in report["rows"] if "error" not in row), {})
     return [name for name, value in row.items() if isinstance(value, int | float)]
 
 
@@ -90,7 +93,7 @@ def _placed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row | {"pictures": [(folder / name).absolute().as_posix() for name in row.get("pictures", [])]}
 
 
-def _loss(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
+def _loss(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
     """What the second of two rows gains over the first, by the figure they are sorted by."""
     name = ranked_by(pair)
     if name is None:

@@ -251,7 +251,7 @@ def _report(
     looked = [one if one is not None else {"error": "was not judged: its file was removed meanwhile"} for one in found]
     rows, figures = judge.conclude(items, looked)
     judged = sum("error" not in row for row in rows)
-    summary = {"prompts": len(rows), "judged": judged, "failed": len(rows) - judged}
+    summary: dict[str, Any] = {"prompts": len(rows), "judged": judged, "failed": len(rows) - judged}
     summary |= {"coverage": judged / len(rows), "model": judge.model, "model_hash": judge.digest or None, **figures}
     return {"protocol": protocol.name, "record": protocol.digest(), "settings": protocol.record()} | {
         "summary": summary,

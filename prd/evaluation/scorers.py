@@ -211,13 +211,13 @@ def pixels_of(image: Image.Image | NDArray[np.uint8], size: int, resize: Resize 
     width, height = picture.size
     if resize == "bilinear":
         picture = picture.convert("RGB").crop((0, 0, height, height)).resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(picture, np.float32) / 255
+        return np.asarray(picture, np.float32) / np.float32(255)
     picture = picture.convert("RGB") if picture.mode not in ("RGB", "RGBA") else picture
     short = min(width, height)
     scaled = (int(size * width / short), int(size * height / short))
     picture = picture if scaled == (width, height) else picture.resize(scaled, Image.Resampling.BICUBIC)
     left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-    return np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB"), np.float32) / 255
+    return np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB"), np.float32) / np.float32(255)
 
 
 def _unit(features: Tensor) -> NDArray[np.float32]:

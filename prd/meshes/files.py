@@ -158,7 +158,7 @@ def _part(geometry: trimesh.Trimesh, linear: bool) -> FileMesh:
     if visual.kind == "texture":
         picture, factor = _material(visual.material)
         colors = np.broadcast_to(_display(factor, linear), (len(vertices), 3))
-        stored = geometry.vertex_attributes.get("color")
+        stored: Any = geometry.vertex_attributes.get("color")
         if stored is not None and len(stored) == len(vertices):
             colors = colors * _display(_unit(stored), linear)
     elif visual.kind == "vertex":

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import trimesh
 from trimesh import creation
-from trimesh.util import concatenate
 
 from prd.evaluation.geometry import measure_geometry
 from prd.meshes.files import read_file_mesh
@@ -31,6 +30,12 @@ RIGHT = {
 
 def moved(mesh: trimesh.Trimesh, *by: float) -> trimesh.Trimesh:
     return mesh.copy().apply_translation(by)
+
+
+def concatenate(meshes: list[trimesh.Trimesh]) -> trimesh.Trimesh:
+    joined = trimesh.util.concatenate(meshes)
+    assert isinstance(joined, trimesh.Trimesh)
+    return joined
 
 
 def raw(vertices: Any, faces: Any) -> trimesh.Trimesh:
