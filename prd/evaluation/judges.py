@@ -26,7 +26,7 @@ from prd.utils.files import replace_file
 
 if TYPE_CHECKING:
     from prd.evaluation.run import EvaluationConfig
-    from prd.evaluation.scorers import ClipScorer
+    from prd.evaluation.scorers import FeatureScorer
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ class ClipJudge(Judge):
         place = config.clip or protocol.model
         if place is None:
             raise ConfigError(f"clip: {protocol.name} takes any scorer and names none; give one")
-        self.scorer: ClipScorer = load_scorer(place, config.device, half_on_cuda=protocol.half_on_cuda)
+        self.scorer: FeatureScorer = load_scorer(
+            place, config.device, half_on_cuda=protocol.half_on_cuda, features=protocol.measure != "quality"
+        )
 
     @property
     def model(self) -> str | None:

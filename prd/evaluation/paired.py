@@ -20,6 +20,7 @@ SAME = (  # what two reports must have in common, and where it is
     ("candidate set", lambda report: report["summary"].get("candidates")),
 )
 NAMES = ("comparison.json", "comparison.html")
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # rows of one caption
 
 
 def compare(one: str | Path, other: str | Path, output: str | Path | None = None) -> list[str]:
@@ -93,7 +94,7 @@ def _placed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row | {"pictures": [(folder / name).absolute().as_posix() for name in row.get("pictures", [])]}
 
 
-def _loss(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
+def _loss(pair: Pair) -> float:
     """What the second of two rows gains over the first, by the figure they are sorted by."""
     name = ranked_by(pair)
     if name is None:

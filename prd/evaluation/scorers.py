@@ -10,6 +10,7 @@ Pictures are resized by Pillow alone, so that transformers' CLIP needs no torchv
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +26,11 @@ from prd.errors import ConfigError, ModelMismatch
 from prd.hub.shipped import HUB_ID, shipped, shipped_names
 from prd.loading.weight_hashes import weights_hash
 from prd.utils.arguments import expanded_path
+from prd.utils.imports import load_class
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
 OPEN_CLIP = "open_clip:"
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 BATCH = 64  # pictures or texts at a time
 Resize = Literal["bicubic", "bilinear"]
 Images = Sequence[Image.Image | NDArray[np.uint8]]
@@ -180,10 +183,22 @@ class OpenClip(ClipScorer):
         return self.module.encode_text(self.tokenizer(texts).to(self._place[0]))  # type: ignore[operator]
 
 
-def load_scorer(place: str, device: str | None = None, *, half_on_cuda: bool = False) -> ClipScorer:
-    """Return the CLIP that a place names: "open_clip:MODEL/TAG_OR_FILE", a shipped name, a folder or a Hub id.
+@runtime_checkable
+class FeatureScorer(Scorer, Protocol):
+    """A scorer with unit features of pictures and texts, whose products are its scores; `ClipScorer` is one."""
 
-    device  default: cuda where there is one
+    def image_features(self, images: Images, resize: Resize = "bicubic") -> NDArray[np.float32]: ...
+
+    def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+
+
+def load_scorer(place: str, device: str | None = None, *, half_on_cuda: bool = False, features: bool = True) -> Any:
+    """Return the scorer that a place names.
+
+    place     "open_clip:MODEL/TAG_OR_FILE", a shipped name, a folder or Hub id of transformers' CLIP, or an import path
+              of a class of one's own, which is made without arguments
+    device    default: cuda where there is one
+    features  whether it must be a `FeatureScorer`, as protocols with candidates need, or any `Scorer`
 
     Raises ConfigError or ModelMismatch, in one sentence, for one that is not there or cannot be loaded.
     """
@@ -192,11 +207,13 @@ def load_scorer(place: str, device: str | None = None, *, half_on_cuda: bool = F
     if place.startswith(OPEN_CLIP):
         return OpenClip(place, device, dtype)
     path = shipped(place, "clip") or expanded_path(place, "clip")
+    if not path.is_dir() and IMPORT_PATH.fullmatch(place):
+        return load_class(place, FeatureScorer if features else Scorer, key="clip")()
     if not path.is_dir() and not HUB_ID.fullmatch(place):
         names = shipped_names("clip")
         raise ConfigError(
-            f"clip={place!r}: is no folder, no Hub id owner/name and no {OPEN_CLIP}MODEL/TAG_OR_FILE; "
-            + (f"these ship: {', '.join(names)}" if names else "no CLIP ships with the package")
+            f"clip={place!r}: is no folder, no Hub id owner/name, no {OPEN_CLIP}MODEL/TAG_OR_FILE and no "
+            "import path; " + (f"these ship: {', '.join(names)}" if names else "no CLIP ships with the package")
         )
     return TransformersClip(str(path) if path.is_dir() else place, device, dtype)
 

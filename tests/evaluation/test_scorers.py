@@ -78,6 +78,24 @@ def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: P
         load_scorer(str(tmp_path / "clip"), "cpu")
 
 
+OWN = """
+import numpy as np
+class Brightness:
+    name, digest = "brightness", "1"
+    def score(self, images, texts):
+        return np.array([[np.asarray(image).mean() / 255] * len(texts) for image in images], np.float32)
+"""
+
+
+def test_a_scorer_of_ones_own_judges_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_scorer.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = load_scorer("own_scorer.Brightness", features=False)
+    assert isinstance(scorer, Scorer) and scorer.score(images(2), ["a", "b", "c"]).shape == (2, 3)
+    with pytest.raises(ConfigError, match="image_features"):
+        load_scorer("own_scorer.Brightness")
+
+
 def open_clip() -> object:
     try:
         return importlib.import_module("open_clip")
