@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prd.evaluation.command import add_evaluate, run_evaluate
 from prd.utils.arguments import (
     check_prompt,
     check_seed,
@@ -43,6 +44,7 @@ def _run(words: Sequence[str]) -> int:
     runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
     runs.add_argument("folder", help="a folder that holds run folders, at any depth")
     _add_embed(commands)
+    add_evaluate(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
     commands.add_parser("ablate", help="rerun tables of the paper with several seeds", add_help=False)
@@ -56,7 +58,8 @@ def _run(words: Sequence[str]) -> int:
         args = parser.parse_args(words)
         if args.command == "runs":
             return _runs(args)
-        return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
+        run = {"convert": _convert, "embed": _embed, "generate": _generate, "evaluate": run_evaluate}
+        return run[args.command](args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -47,7 +47,7 @@ from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
 from prd.training.budget import Fit
 from prd.training.optimizers import OptimizerConfig
-from prd.training.validation import ValidationConfig
+from prd.training.validation import ValidationConfig, check_judged
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Place, Positive, Seed, resolved
 
 __all__ = ["ConfigError", "Stage", "TrainConfig"]
@@ -149,6 +149,7 @@ class TrainConfig:
             self._check_asd(self.distillation)
         if self.validation.gallery_steps and not self.validation.prompts:
             raise ValueError("validation.gallery_steps: a gallery draws validation.prompts, of which there are none")
+        check_judged(self.validation.protocol, self.validation.clip, self.validation.gallery_steps)
         for name, k in (
             ("num_denoising_steps", self.num_denoising_steps),
             ("validation.num_inference_steps", self.validation.num_inference_steps),

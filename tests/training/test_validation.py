@@ -106,6 +106,33 @@ def test_every_prompt_has_a_file_name_of_its_own():
     assert len(set(names)) == len(names) and max(map(len, names)) < 100
 
 
+def test_a_protocol_of_the_field_judges_a_gallery(student_and_encoder, tmp_path):
+    words = ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--output_dir", str(tmp_path)]
+    config = load_config("toybox", [*SMALL, *words, "--validation.prompts", "[a red cube, a blue mug]"])
+    values = Validation(config, *student_and_encoder, ["a red cube"]).gallery(2)
+    assert values["gallery/geometry/watertight"] == 1 and values["gallery/geometry/coverage"] == 1
+    report = json.loads((tmp_path / "gallery/step-000002/evaluation/report.json").read_text(encoding="utf-8"))
+    assert [row["caption"] for row in report["rows"]] == ["a red cube", "a blue mug"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--validation.protocol", "geometry"], "gallery_steps"),
+        (["--validation.protocol", "prd", "--validation.gallery_steps", "2"], "prd-paper"),
+        (["--validation.protocol", "kid", "--validation.gallery_steps", "2"], "reference"),
+        (["--validation.clip", "somewhere"], "validation.protocol"),
+        (
+            ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--validation.clip", "a"],
+            "no model",
+        ),
+    ],
+)
+def test_a_protocol_that_cannot_judge_galleries_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config("toybox", words)
+
+
 def test_a_gallery_of_no_prompts_is_refused():
     with pytest.raises(ConfigError, match="gallery_steps"):
         load_config("toybox", ["--validation.gallery_steps", "5", "--validation.prompts", "[]"])
