@@ -41,8 +41,8 @@ def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     assert "texture_size=8: must be an integer in 16..8192" in one_sentence(capsys, ["generate", "a", "--texture", "8"])
-    error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
-    assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
+    error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.fbx"])
+    assert "output='cube.fbx'" in error and ".glb, .obj, .ply" in error
 
 
 @pytest.mark.parametrize(

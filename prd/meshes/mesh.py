@@ -9,7 +9,8 @@ the files whose convention is Y up: see `Mesh.export`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,7 +25,7 @@ from prd.fields.protocol import Field
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
-from prd.meshes.export import SUFFIXES, export_mesh, to_trimesh, visual_of
+from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
 from prd.meshes.simplify import clean, decimate, vertex_normals, weld
 from prd.meshes.texture import paint, texel_points, unwrap
@@ -44,6 +45,8 @@ class Mesh:
     vertex_colors  [V, 3]  float32 in [0, 1], sRGB
     uv             [V, 2]  float32 in [0, 1], v up; None without a texture
     texture        [H, W, 3]  uint8 sRGB, row 0 at v = 1; None without a texture
+    metadata       what made it, stored in its files: prompt, seed, model, licence; values that JSON holds
+    lods           coarser levels of detail of the same object, the next finest first
     """
 
     vertices: NDArray[np.float32]
@@ -52,6 +55,8 @@ class Mesh:
     vertex_colors: NDArray[np.float32]
     uv: NDArray[np.float32] | None = None
     texture: NDArray[np.uint8] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    lods: tuple[Mesh, ...] = ()
 
     def __repr__(self) -> str:
         size = "None" if self.texture is None else f"{self.texture.shape[1]}x{self.texture.shape[0]}"
@@ -95,24 +100,33 @@ class Mesh:
 
     def to_trimesh(self) -> trimesh.Trimesh:
         """The mesh in trimesh, in the scene's axes, with its texture in a PBR material or else its vertex colours."""
-        return to_trimesh(self, visual_of(self), [0, 1, 2])
+        return to_trimesh(self)
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
+    def export(self, path: str | os.PathLike[str], **options: Unpack[ExportKeywords]) -> Path:
         """Write the mesh; the suffix names the format. Returns the path.
 
-        .glb  glTF 2.0 binary: +Y up, front +Z; base colour texture in a PBR material (metallic 0, roughness 1), or
-              without a texture linear COLOR_0 in float32
-        .obj  +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
-        .ply  the scene's own axes (+Z up, front +X); welded, with vertex colours
+        .glb   glTF 2.0 binary, in metres: +Y up, front +Z; base colour texture, or without a texture linear COLOR_0 in
+               16 bits, in a PBR material (metallic 0, roughness 1); `metadata` in asset.extras; `lods` under MSFT_lod
+        .gltf  the same as JSON, in one file
+        .obj   +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
+        .ply   +Y up, front +Z; welded, with vertex colours
+        .stl   for printers, in millimetres: +Z up, front -Y, welded, its lowest corner at the origin
+        .3mf   as .stl, with vertex colours
+        .usdz  in metres, +Y up, front +Z, as .glb; needs usd-core, the extra `usd`
+
+        up       "y" (+Y up, front +Z) or "z" (+Z up, front -Y) of .obj, .ply and .stl; None: as above
+        height   of the object, a number and its unit (mm, cm, m, in), as "60mm"; None: a scene unit is 1 m, 50 mm for
+                 printers. .obj and .ply say no unit and take no height
+        picture  "png" or "webp" (lossless; a smaller file for readers of EXT_texture_webp) of .glb and .gltf
 
         The file that `path` names is replaced. NAME.mtl and NAME.png are replaced only where they say that they were
         written for this .obj; else they are called NAME_2, NAME_3, ... NAME is the .obj's own, with other characters
         than ASCII letters, digits and "._-" left out, for not every reader takes them.
 
         Each file is written aside and renamed, so that a reader never sees half of one. Raises ValueError for another
-        suffix and OSError where the folder cannot be written.
+        suffix and options that the format does not have, and OSError where the folder cannot be written.
         """
-        return export_mesh(self, path)
+        return export_mesh(self, Export(path, **options, levels=1 + len(self.lods)))
 
 
 def extract_mesh(

@@ -40,14 +40,27 @@ def weld(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> tuple[*Arra
 
     Returns vertices [V', 3], faces [F', 3] and first [V'], a vertex of the input at each position.
     """
+    positions, first, merged = merge_positions(vertices)
+    faces = merged[faces]
+    return positions, faces[is_proper(faces)], first
+
+
+def merge_positions(
+    vertices: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions [V', 3], each once, first [V'] (a vertex at each) and merged [V] (each vertex's position)."""
     snapped = np.round(vertices.astype(np.float64) / WELD).astype(np.int64)
     _, first, merged = np.unique(snapped, axis=0, return_index=True, return_inverse=True)
-    faces = merged.reshape(-1)[faces]
+    return (snapped[first] * WELD).astype(np.float32), first, merged.reshape(-1)
+
+
+def is_proper(faces: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return [F] False for slivers, with one vertex twice, and for the faces of pairs on the same three vertices."""
     a, b, c = faces.T
-    faces = faces[(a != b) & (b != c) & (c != a)]
-    _, same, count = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True, return_counts=True)
-    faces = faces[count[same.reshape(-1)] == 1]  # two faces back to back enclose nothing: both go, edges stay paired
-    return (snapped[first] * WELD).astype(np.float32), faces, first
+    proper = (a != b) & (b != c) & (c != a)
+    _, same, count = np.unique(np.sort(faces[proper], axis=1), axis=0, return_inverse=True, return_counts=True)
+    proper[proper] = count[same.reshape(-1)] == 1  # two faces back to back enclose nothing: both go, edges stay paired
+    return proper
 
 
 def decimate(vertices: NDArray[np.float32], faces: NDArray[np.int64], target_faces: int) -> Arrays:
