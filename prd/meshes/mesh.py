@@ -8,9 +8,10 @@ the files whose convention is Y up: see `Mesh.export`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,11 +27,14 @@ from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
 from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
+from prd.meshes.handles import close_handles
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
-from prd.meshes.simplify import clean, decimate, vertex_normals, weld
-from prd.meshes.texture import paint, texel_points, unwrap
+from prd.meshes.simplify import clean, decimate, merge_near, vertex_normals, weld
+from prd.meshes.texture import paint, texel_points, texture_size, unwrap
 
 __all__ = ["SUFFIXES", "Mesh", "MeshOptions", "build_mesh", "extract_mesh", "extract_surfaces"]
+
+logger = logging.getLogger(__name__)
 
 QUERY = 1 << 18  # points in one call of field.rgb
 
@@ -175,6 +179,8 @@ def build_mesh(
 ) -> Mesh:
     """Return the coloured mesh of the raw surface of a field of one sample: clean, decimate, unwrap, bake.
 
+    A warning says how many handles were closed, and which number of triangles could not be met.
+
     Raises ValueError for options out of range, a surface that encloses no volume and a field whose colours are not
     finite.
     """
@@ -182,14 +188,55 @@ def build_mesh(
     device = surface[0].device
     raw_vertices, raw_faces = (tensor.detach().cpu().numpy() for tensor in surface)
     vertices, faces = clean(raw_vertices, raw_faces, options.keep)
-    if options.target_faces is not None:
-        vertices, faces = decimate(vertices, faces, options.target_faces)
+    if options.close_handles and trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+        vertices, faces, closed = close_handles(vertices, faces, options.close_handles)
+        if closed:
+            logger.warning(
+                "closed %d handle(s) narrower than %g scene units; close_handles=0 (--close-handles 0) keeps them",
+                *(closed, options.close_handles),
+            )
+    levels: list[Mesh] = []
+    for level in range(options.lods):
+        target = options.target_faces or len(faces)
+        vertices, faces = _simplified(vertices, faces, max(4, target >> 2 * level), options)
+        levels.append(_coloured(field, vertices, faces, options, device))
+    return replace(levels[0], lods=tuple(levels[1:]))
+
+
+def _simplified(
+    vertices: NDArray[np.float32], faces: NDArray[np.int64], target: int, options: MeshOptions
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return a surface of at most `target` triangles, or of as few as can be had, with a warning."""
+    vertices, faces = decimate(vertices, faces, target, options.topology)
+    if len(faces) > target:
+        remedy = "" if options.topology == "free" else "; topology='free' (--topology free) changes it"
+        logger.warning(
+            "target_faces=%d: %d triangles were reached, for fewer would change the topology%s",
+            *(target, len(faces), remedy),
+        )
+    elif not trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+        logger.warning("target_faces=%d: the surface of so few triangles is not closed; take more", target)
+    return vertices, faces
+
+
+def _coloured(
+    field: Field,
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.int64],
+    options: MeshOptions,
+    device: torch.device,
+) -> Mesh:
+    """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
+    if options.texture_size is None:
+        return Mesh(vertices, faces, vertex_normals(vertices, faces), query_rgb(field, vertices, device))
+    vertices, faces = merge_near(vertices, faces)
     colors = query_rgb(field, vertices, device)
     normals = vertex_normals(vertices, faces)
-    if options.texture_size is None:
-        return Mesh(vertices, faces, normals, colors)
-    source, faces, uv = unwrap(vertices, faces, options.texture_size)
-    texels = texel_points(vertices[source], faces, uv, options.texture_size)
+    size = options.texture_size
+    if size == "auto":
+        size = texture_size(vertices, faces, partial(query_rgb, field, device=device))
+    source, faces, uv = unwrap(vertices, faces, size)
+    texels = texel_points(vertices[source], faces, uv, size)
     texture = paint(texels, query_rgb(field, texels.points, device))
     return Mesh(vertices[source], faces, normals[source], colors[source], uv, texture)
 

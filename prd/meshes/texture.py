@@ -5,16 +5,24 @@ UV coordinates have their origin at the lower left (v up), as in OBJ; row 0 of a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import trimesh
 import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from prd.rendering.rasterize import interpolate_covered, rasterize
 
+SIZES = (256, 512, 1024)  # texels per side to choose from
+SAMPLES = 4096  # points of a surface whose colours say how much detail there is
+FAITHFUL = 1.5 / 255  # of a colour
+SHARP = 0.02  # of the points, on edges of colour that no texture holds
+USED = 0.7  # of a texture, by charts
 PADDING = 4  # texels between charts: keeps bilinear filtering and two mip levels inside a chart's own gutter
 
 
@@ -53,6 +61,32 @@ def unwrap(
         raise ValueError(f"texture_size={size}: too small for the charts of {len(faces)} faces; take a larger one")
     source, charted, uv = atlas.get_mesh(0)
     return source.astype(np.int64), charted.astype(np.int64), uv.astype(np.float32)
+
+
+def texture_size(
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.int64],
+    rgb: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+) -> int:
+    """Return the smallest of `SIZES` that holds the detail of a surface's colours.
+
+    vertices [V, 3], faces [F, 3]; rgb: the colours [N, 3] at points [N, 3]. A texture holds it if a texel's colour is
+    within `FAITHFUL` of the mean of its four corners' at all but `SHARP` of the points tried.
+    """
+    surface = trimesh.Trimesh(vertices, faces, process=False)
+    points, on = trimesh.sample.sample_surface(surface, SAMPLES, seed=0)
+    normal = surface.face_normals[on]
+    along = np.cross(normal, np.roll(normal, 1, axis=1) + [[0.0, 0.1, 0.2]])
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    across = np.cross(normal, along)
+    here = rgb(points.astype(np.float32))
+    for size in SIZES:
+        half = math.sqrt(float(surface.area) / USED) / size / 2
+        corners = [points + half * (a * along + b * across) for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+        error = np.abs(np.mean([rgb(corner.astype(np.float32)) for corner in corners], axis=0) - here).max(axis=1)
+        if np.mean(error > FAITHFUL) <= SHARP:
+            return size
+    return SIZES[-1]
 
 
 def texel_points(
