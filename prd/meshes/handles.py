@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components, dijkstra, minimum_spannin
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 ROUNDS = 3  # of looking for shorter loops
+PASSES = 24  # at most, each of which closes handles that lie apart: more are a foam, which stays one
 PART = 0.25  # of the way to its neighbours, by which a vertex of a cut moves to its side
 
 
@@ -28,7 +29,10 @@ def close_handles(vertices: NDArray[np.float32], faces: NDArray[np.int64], width
     pi. Returns vertices and faces, and how many handles were closed. Pieces stay as many as they are.
     """
     closed = 0
-    while loops := _short_loops(vertices, faces, width * math.pi):
+    for _ in range(PASSES):
+        loops = _short_loops(vertices, faces, width * math.pi)
+        if not loops:
+            break
         pieces = _pieces(faces)
         apart = _apart(loops, faces)
         for chosen in (apart, apart[:1]):  # several together may separate the surface

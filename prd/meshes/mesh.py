@@ -207,7 +207,7 @@ def _simplified(
     vertices: NDArray[np.float32], faces: NDArray[np.int64], target: int, options: MeshOptions
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return a surface of at most `target` triangles, or of as few as can be had, with a warning."""
-    vertices, faces = decimate(vertices, faces, target, options.topology)
+    vertices, faces = merge_near(*decimate(vertices, faces, target, options.topology))
     if len(faces) > target:
         remedy = "" if options.topology == "free" else "; topology='free' (--topology free) changes it"
         logger.warning(
@@ -229,7 +229,6 @@ def _coloured(
     """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
     if options.texture_size is None:
         return Mesh(vertices, faces, vertex_normals(vertices, faces), query_rgb(field, vertices, device))
-    vertices, faces = merge_near(vertices, faces)
     colors = query_rgb(field, vertices, device)
     normals = vertex_normals(vertices, faces)
     size = options.texture_size
