@@ -124,7 +124,7 @@ def _collapsed(vertices: NDArray[np.float32], faces: NDArray[np.int64], target_f
 
 
 def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Arrays:
-    """Merge vertices nearer than `NEAR`, which only make needles, where the topology of a closed surface stays."""
+    """Merge vertices nearer than `NEAR`, which only make needles, where topology and volume of the surface stay."""
     pairs = cKDTree(vertices).query_pairs(NEAR, output_type="ndarray")
     if not len(pairs):
         return vertices, faces
@@ -136,7 +136,7 @@ def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Array
     result = compact(welded, kept)
     before, after = (trimesh.Trimesh(*surface, process=False) for surface in ((vertices, faces), result))
     same = after.is_watertight == before.is_watertight and after.euler_number == before.euler_number
-    return result if same else (vertices, faces)
+    return result if same and abs(after.volume - before.volume) < DUST * abs(before.volume) else (vertices, faces)
 
 
 def vertex_normals(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> NDArray[np.float32]:

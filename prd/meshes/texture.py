@@ -18,7 +18,7 @@ import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from prd.meshes.packing import pack
+from prd.meshes.packing import charts_of, pack
 from prd.rendering.rasterize import interpolate_covered, rasterize
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,9 @@ CELLS = 256  # per side of the grid on which charts are placed, at most
 GAP = (
     1  # cells between charts, a texel of the smallest texture chosen: bilinear filtering stays in a chart's own gutter
 )
-MAX_COST = 4.0  # of a chart's growth in xatlas: larger charts than its default of 2
+MAX_COST = 16.0  # of a chart's growth in xatlas: larger charts than its default of 2
+CRUMB = 4  # triangles of a chart, at most, that are moved into others
+MIRRORED = 1e-6  # of the area, at most, that a needle moved so may lie there turned over
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,40 @@ def unwrap(
     atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
     options, packing = xatlas.ChartOptions(), xatlas.PackOptions()
     options.fix_winding, options.max_cost = True, MAX_COST
+    options.normal_deviation_weight = options.normal_seam_weight = 1.0  # charts may bend more than by default
     packing.rotate_charts = False  # it mirrors them
     atlas.generate(options, packing)
     source, charted, uv = atlas.get_mesh(0)
-    charted = charted.astype(np.int64)
-    uv = pack(uv, charted, min(size, CELLS), GAP)
-    seconds, count = time.perf_counter() - started, atlas.chart_count
+    charted, used = _without_crumbs(source, charted.astype(np.int64), uv)
+    source, uv = source[used].astype(np.int64), pack(uv[used], charted, min(size, CELLS), GAP)
+    seconds, count = time.perf_counter() - started, charts_of(charted, len(uv))[0]
     logger.info(
         "unwrapped %d triangles in %.2f s: %d charts, %.2f s per chart; %.0f %% of the texture used",
         *(len(faces), seconds, count, seconds / count, 100 * used_area(charted, uv)),
     )
-    return source.astype(np.int64), charted, uv
+    return source, charted, uv
+
+
+def _without_crumbs(
+    source: NDArray[np.uint32], faces: NDArray[np.int64], uv: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Move the needles that xatlas leaves as charts of their own into a chart that has all of their corners.
+
+    source [V], faces [F, 3], uv [V, 2]. Returns faces, and the vertices [V'] into which they lead.
+    """
+    count, label = charts_of(faces, len(uv))
+    chart_of = label[faces[:, 0]]
+    sizes = np.bincount(chart_of, minlength=count)
+    faces, least = faces.copy(), -MIRRORED * used_area(faces, uv)
+    for face in np.flatnonzero(sizes[chart_of] <= CRUMB):
+        copies = [np.flatnonzero(source == source[corner]) for corner in faces[face]]
+        for chart in np.flatnonzero(sizes > CRUMB):
+            corners = [int(same[label[same] == chart][0]) for same in copies if (label[same] == chart).any()]
+            if len(corners) == 3 and used_area(np.array([corners]), uv) >= least:
+                faces[face] = corners
+                break
+    used, faces = np.unique(faces, return_inverse=True)
+    return faces.reshape(-1, 3), used
 
 
 def used_area(faces: NDArray[np.int64], uv: NDArray[np.float32]) -> float:
