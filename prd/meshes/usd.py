@@ -23,8 +23,8 @@ PICTURE = "texture.png"
 def usdz(mesh: Mesh, extras: dict[str, Any], scale: float) -> bytes:
     """Return a mesh as USDZ; extras: what made it, in the layer's custom data; scale: metres per scene unit."""
     with tempfile.TemporaryDirectory() as folder:  # a crate file is written to a disk alone
-        layer = Path(folder) / "mesh.usdc"
-        _stage(mesh, extras, scale).GetRootLayer().Export(str(layer))
+        layer, stage = Path(folder) / "mesh.usdc", _stage(mesh, extras, scale)  # a layer lives no longer than its stage
+        stage.GetRootLayer().Export(str(layer))
         files = {layer.name: layer.read_bytes()}
     if mesh.texture is not None:
         files[PICTURE] = encoded(mesh.texture, "png")
