@@ -39,8 +39,8 @@ def pack(uv: NDArray[np.float32], faces: NDArray[np.int64], cells: int, gap: int
     stretched that much upwards. Raises ValueError where the grid is too small.
     """
     count, label = charts_of(faces, len(uv))
-    uv = uv.astype(np.float64)
-    charts = [_Chart(uv, np.flatnonzero(label == i), faces[label[faces[:, 0]] == i]) for i in range(count)]
+    exact = uv.astype(np.float64)
+    charts = [_Chart(exact, np.flatnonzero(label == i), faces[label[faces[:, 0]] == i]) for i in range(count)]
     charts.sort(key=lambda chart: -chart.extent)
     found = _best(charts, cells // 2, gap, USED)  # about how much has room, on a coarser grid
     if found is None:
@@ -83,7 +83,7 @@ class _Chart:
             draw = ImageDraw.Draw(picture)
             for corners in (points[self.triangles] - 0.5).reshape(-1, 6).tolist():  # a pixel's middle is its number
                 draw.polygon(corners, fill=1, outline=1)
-            self.touched[turn] = np.argwhere(np.asarray(picture)) + 0.5
+            self.touched[turn] = np.argwhere(np.asarray(picture)).astype(np.float64) + 0.5
         cells = (self.touched[turn] * (scale / self.fine)).astype(np.int64) + gap
         mask = np.zeros(cells.max(axis=0) + gap + 1, bool)
         mask[tuple(cells.T)] = True

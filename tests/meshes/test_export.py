@@ -60,7 +60,8 @@ def test_every_grey_level_comes_back_from_a_glb(tmp_path: Path) -> None:
     mesh = coloured(np.concatenate([LEVELS / 255, np.random.default_rng(0).uniform(0, 0.1, 300)]))
     found = srgb(glb_attribute(mesh.export(tmp_path / "ball.glb"), "COLOR_0"))
     np.testing.assert_allclose(found, mesh.vertex_colors, atol=0.05 / 255)
-    (loaded,) = trimesh.load(tmp_path / "ball.glb", process=False).geometry.values()  # which leaves them unnormalised
+    scene: Any = trimesh.load(tmp_path / "ball.glb", process=False)  # which leaves them unnormalised
+    (loaded,) = scene.geometry.values()
     linear = loaded.visual.vertex_attributes["color"][:, :3] / 65535
     np.testing.assert_array_equal(linear, glb_attribute(tmp_path / "ball.glb", "COLOR_0"))
 

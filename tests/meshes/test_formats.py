@@ -37,12 +37,12 @@ def box(textured: bool) -> Mesh:
     shape.apply_translation((0.3, 0.2, 0.1))
     corners = np.asarray(shape.vertices[shape.faces.reshape(-1)], np.float32)
     faces = np.arange(len(corners)).reshape(-1, 3)
-    colors = np.tile(np.float32([0.2, 0.5, 1.0]), (len(corners), 1))
-    outward = corners - np.float32([0.3, 0.2, 0.1])
+    colors = np.tile(np.array([0.2, 0.5, 1.0], np.float32), (len(corners), 1))
+    outward = corners - np.array([0.3, 0.2, 0.1], np.float32)
     normals = outward / np.linalg.norm(outward, axis=1, keepdims=True)
     if not textured:
         return Mesh(corners, faces, normals, colors, metadata=METADATA)
-    uv = np.tile(np.float32([[0, 0], [0.5, 0], [0.5, 1], [0.5, 0.25], [1, 0.25], [1, 0.75]]), (6, 1))
+    uv = np.tile(np.array([[0, 0], [0.5, 0], [0.5, 1], [0.5, 0.25], [1, 0.25], [1, 0.75]], np.float32), (6, 1))
     texture = np.arange(16 * 16 * 3).astype(np.uint8).reshape(16, 16, 3)
     return Mesh(corners, faces, normals, colors, uv, texture, METADATA)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def tori(*radii: float) -> tuple[np.ndarray, np.ndarray]:
         part = trimesh.creation.torus(0.15, radius, major_sections=48, minor_sections=16)
         part.apply_translation((0.5 * i, 0, 0))
         parts.append(part)
-    whole = trimesh.util.concatenate(parts)
+    whole: Any = trimesh.util.concatenate(parts)
     return np.asarray(whole.vertices, np.float32), np.asarray(whole.faces, np.int64)
 
 
@@ -118,7 +119,7 @@ def test_near_vertices_are_merged_where_the_topology_stays() -> None:
     assert len(merge_near(vertices, faces)[0]) == len(vertices) == len(split.vertices)
     near = vertices.copy()
     a, b = faces[0, :2]
-    near[b] = near[a] + np.float32([1e-3, 0, 0])
+    near[b] = near[a] + np.array([1e-3, 0, 0], np.float32)
     points, triangles = merge_near(near, faces)
     assert len(points) == len(vertices) - 1 and euler(points, triangles) == 2
     thin = trimesh.creation.box(extents=(1.0, 1.0, 1e-3))  # merged, it would be nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import trimesh
@@ -59,7 +61,7 @@ def covered(uv: np.ndarray, faces: np.ndarray, size: int) -> np.ndarray:
 
 def test_all_charts_have_one_scale() -> None:
     """Squares of two sizes: their sides keep their ratio, however they are turned."""
-    uv = np.float32([[0, 0], [2, 0], [2, 2], [0, 2], [0, 0], [1, 0], [1, 1], [0, 1]])
+    uv = np.array([[0, 0], [2, 0], [2, 2], [0, 2], [0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
     faces = np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]])
     packed = pack(uv, faces, 128, 1)
     areas = signed_areas(packed, faces)
@@ -68,13 +70,17 @@ def test_all_charts_have_one_scale() -> None:
 
 def test_too_many_charts_for_a_small_texture_are_named() -> None:
     count = 3000
-    uv = np.tile(np.float32([[0, 0], [1, 0], [0, 1]]), (count, 1))
+    uv = np.tile(np.array([[0, 0], [1, 0], [0, 1]], np.float32), (count, 1))
     with pytest.raises(ValueError, match="texture_size=16: too small for 3000 charts of 3000 faces; take a larger one"):
         pack(uv, np.arange(3 * count).reshape(-1, 3), 16, 1)
+
+
+def waves(frequency: float, points: np.ndarray) -> np.ndarray:
+    return (np.sin(frequency * points) * 0.5 + 0.5).astype(np.float32)
 
 
 def test_the_texture_is_as_large_as_its_detail() -> None:
     ball = shape("ball")
     assert texture_size(*ball, lambda points: points * 0.5 + 0.5) == 256
-    assert texture_size(*ball, lambda points: np.sin(150 * points) * 0.5 + 0.5) == 1024
-    assert texture_size(*ball, lambda points: np.sin(40 * points) * 0.5 + 0.5) in (512, 1024)
+    assert texture_size(*ball, partial(waves, 150)) == 1024
+    assert texture_size(*ball, partial(waves, 40)) in (512, 1024)
