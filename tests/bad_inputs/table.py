@@ -201,6 +201,8 @@ FLAGS = {
     "target_faces": "--faces",
     "texture_size": "--texture",
     "coarse_factor": "--coarse-factor",
+    "close_handles": "--close-handles",
+    "lods": "--lods",
     "prompt": "",
 }
 CALL = [
@@ -230,6 +232,13 @@ CALL = [
     value("texture_size", 9000, "in 16..8192"),
     value("coarse_factor", 1, "in 2..159"),
     value("coarse_factor", 500, "in 2..159"),
+    value("close_handles", -0.5, "in 0..2"),
+    value("close_handles", 3, "in 0..2"),
+    value("close_handles", math.nan, "in 0..2"),
+    value("close_handles", math.inf, "in 0..2"),
+    value("lods", 0, "in 1..8"),
+    value("lods", 9, "in 1..8"),
+    value("topology", "any", "'any'", "'keep', 'free'"),
     value("keep", "some", "'some'", "'all', 'largest'"),
     value("on_empty", "ignore", "'ignore'", "'raise', 'flag'"),
     value("output_type", "usd", "'usd'", "'mesh', 'field', 'planes'"),
