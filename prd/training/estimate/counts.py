@@ -38,9 +38,9 @@ from prd.training.precision import dtype_of
 from prd.utils.checked_types import resolved
 from prd.utils.counting import Work, counting, weight_bytes
 
-FEW = (8, 16)  # sides in pixels of the two images that a renderer is counted on
+FEW = (6, 12)  # sides in pixels of the two images that a renderer is counted on
 FEW_NODES = 24  # per axis of a grid that is counted, at most
-FEW_RAYS = 32  # at a time, where a renderer makes some again in the backward pass
+FEW_RAYS = (8, 32)  # at a time, where a renderer makes some again in the backward pass
 
 
 @dataclass(frozen=True)
@@ -246,9 +246,11 @@ def count_renderer(renderer: Renderer, config: TrainConfig, plane_bytes: int) ->
     total = rays * ray + nodes
     kept, backward = total.kept, total.backward
     if chunk is not None and chunk < rays:
-        again, _ = _per_ray(_without_chunks(renderer, FEW_RAYS), config)
+        fewer, more = (_without_chunks(renderer, count) for count in FEW_RAYS)
+        again, _ = _per_ray(fewer, config)
         total = rays * again + nodes
-        kept, backward = total.kept, chunk * (ray.kept + ray.backward) + nodes.backward
+        ends = [_measured(some, config, FEW[1]).backward for some in (fewer, more)]
+        kept, backward = total.kept, chunk * (ends[1] - ends[0]) / (FEW_RAYS[1] - FEW_RAYS[0]) + nodes.backward
     channels = config.model.plane_channels
     taps = 6 * 4 * channels * 4  # six planes, four texels, float32
     if isinstance(own, SurfaceConfig):  # colours of pixels: texture planes alone
