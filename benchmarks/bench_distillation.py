@@ -50,7 +50,7 @@ from prd.teachers import (  # noqa: E402
     StableDiffusionTeacher,
 )
 from prd.teachers.base import TeacherConfig, UNetTeacher  # noqa: E402
-from prd.teachers.convert import stable_diffusion_scheduler  # noqa: E402
+from prd.teachers.convert import WIDTHS, stable_diffusion_scheduler  # noqa: E402
 from prd.teachers.multiview import CAMERA_DIMENSIONS  # noqa: E402
 from prd.teachers.offload import resident, set_offload  # noqa: E402
 from prd.toybox.models import make_tokenizer  # noqa: E402
@@ -123,10 +123,13 @@ def make_teacher(name: str, full: bool, checkpoint_vae: bool) -> UNetTeacher:
         return DeepFloydTeacher(unet, cosine, tokenizer, text)
     own = name == "richdreamer"
     sizes = ((SD15 if own else SD21) if full else TINY) | ({} if name == "stable_diffusion" else CAMERA)
+    real_text = VIT_L if own else VIT_H
     pixels = {"stable_diffusion": 64, "mvdream": 32, "richdreamer": 32}[name] if full else 8
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": (320, 640, 1280, 1280)} | sizes))
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **((VIT_L if own else VIT_H) if full else TINY_TEXT)))
+        unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": WIDTHS} | sizes))
+        text = CLIPTextModel(
+            CLIPTextConfig(vocab_size=VOCABULARY, **(real_text if full else TINY_TEXT))
+        )
         vae = None if own else make_vae(full)
     if vae is not None:
         vae.decoder = vae.post_quant_conv = None  # as loading does

@@ -5,8 +5,8 @@
 
 The counts are those of `prd train --dry-run` (`prd.training.estimate`): networks on the meta device, by running the
 trainer's own calls of the student and of every teacher, backward passes and recomputation included; renderers by
-running a few rays on the CPU. They go to benchmarks/results/training_sd21_counts.json, the tables between the markers in
-docs/scaling.md. All times are estimates: no GPU was at hand.
+running a few rays on the CPU. They go to benchmarks/results/training_sd21_counts.json, the tables between the markers
+in docs/scaling.md. All times are estimates: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ COUNTS, RESULTS = "training_sd21_counts.json", HERE / "results"
 GENERATOR = "generator_sd21_bf16_cpu.json"  # measured parts
 DOCUMENT, BEGIN, END = HERE.parent / "docs" / "scaling.md", "<!-- tables -->", "<!-- end of tables -->"
 RECIPE = "triplane_turbo_sd21"
-HALF = ("--mixed_precision=bf16", *(f"--teachers.{name}.dtype=null" for name in ("stable_diffusion", "mvdream", "richdreamer")))
+THREE = ("stable_diffusion", "mvdream", "richdreamer")
+HALF = ("--mixed_precision=bf16", *(f"--teachers.{name}.dtype=null" for name in THREE))
 PAPER_HOURS = 40  # paper 4.1, on 8 H20
 ETHERNET = 25 / 8  # gigabytes per second between machines: 25 Gbit/s
 

@@ -357,9 +357,7 @@ class TriplaneTurboModel(nn.Module):
         saved adapter of these sizes to start from. Raises what `load_base` raises, FileNotFoundError without an adapter
         there, and ModelMismatch for one that does not fit.
         """
-        base = load_base(
-            config.base, revision=config.revision, text=True, prediction_type=config.prediction_type
-        )
+        base = load_base(config.base, revision=config.revision, text=True, prediction_type=config.prediction_type)
         assert base.encoder is not None  # text=True
         model = cls.from_base(base, config, num_denoising_steps)
         if init_from is not None:

@@ -70,8 +70,8 @@ def make_fields(model: Model, embeds: Tensor, generators: Sequence[torch.Generat
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
     """Cameras [batch, views] of what is shown: evenly spaced azimuths at one elevation, as `validation` says."""
     own = config.validation
-    azimuth = (own.azimuth + torch.arange(own.views, dtype=torch.float32, device="cpu") * 360 / own.views).expand(batch, -1)
-    distance, fovy = config.cameras.middle
+    turns = torch.arange(own.views, dtype=torch.float32, device="cpu") / own.views
+    azimuth, (distance, fovy) = (own.azimuth + 360 * turns).expand(batch, -1), config.cameras.middle
     elevation = torch.full_like(azimuth, own.elevation)
     return orbit_cameras(elevation, azimuth, own.distance or distance, own.fovy or fovy)
 

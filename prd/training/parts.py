@@ -33,7 +33,8 @@ from prd.training.precision import dtype_of, teachers_dtype
 from prd.training.recipes import from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
 
-PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name not in ("path", "dtype"))  # settings of a teacher that load nothing
+LOADING = ("path", "dtype")  # settings of a teacher that it is loaded by
+PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name not in LOADING)
 
 
 @dataclass

@@ -83,9 +83,9 @@ def base_architecture(place: str) -> Architecture:
         file = SingleFile(Path(place))
         return replace(published(file.context), source="the file's header")
     folder = folder_of(place)
-    if folder is not None and all((folder / part / "config.json").is_file() for part in ("unet", "vae", "text_encoder")):
-        unet, vae, text = (folder / part for part in ("unet", "vae", "text_encoder"))
-        return Architecture(unet, vae, text, "config.json")
+    parts = [] if folder is None else [folder / part for part in ("unet", "vae", "text_encoder")]
+    if parts and all((part / "config.json").is_file() for part in parts):
+        return Architecture(*parts, "config.json")
     is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
     return published(768 if is_first else 1024)
 
@@ -119,7 +119,8 @@ def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtyp
     place, folder = config.path, folder_of(config.path, kind.name)
     settings = TEACHERS[kind]() if kind in TEACHERS else None
     if folder is None or not (folder / "unet/config.json").is_file():
-        parts = base_architecture(place) if settings is None else published(1024 if kind is MVDreamTeacher else 768, True)
+        context = 1024 if kind is MVDreamTeacher else 768
+        parts = base_architecture(place) if settings is None else published(context, camera=True)
         text = "ViT-H" if parts.text.hidden_size == VIT_H["hidden_size"] else "ViT-L"
     else:
         if settings is not None and (folder / CONFIG_NAME).is_file():

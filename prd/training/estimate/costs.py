@@ -155,7 +155,7 @@ class Switch:
 
 
 def switches(config: TrainConfig) -> list[Switch]:
-    """The changes that lower the memory of a config and are not made yet, the cheapest first, each on top of those before."""
+    """The changes that lower a config's memory and are not made yet, the cheapest first, each on top of the last."""
     found: list[Switch] = []
 
     def add(words: str, exact: bool = True, **changes: Any) -> None:
@@ -213,7 +213,7 @@ def _in_dtype(count: TeacherCount, dtype: str) -> TeacherCount:
 
 
 def checkpoint_bytes(counts: StepCounts, config: TrainConfig) -> int:
-    """Bytes of one checkpoint: the trained weights, the optimiser's state, the average of the weights if there is one."""
+    """Bytes of one checkpoint: trained weights, the optimiser's state, the average of the weights if there is one."""
     return 4 * counts.trained * (1 + optimizer_copies(config) + (config.ema_decay is not None))
 
 

@@ -144,7 +144,6 @@ def count_student(config: TrainConfig) -> StudentCount:
         decode, kept, size = count.work(), count.bytes.live, planes.numel() * planes.element_size()
         first, found = count.peak(lambda: torch.autograd.grad(planes.sum(), [x, *decoder], allow_unused=True))
         decode_backward = count.work()
-        del planes
         second, _ = count.peak(lambda: torch.autograd.grad(x, unet, found[0], allow_unused=True) if unet else None)
         denoise_backward = count.work()
     number = sum(p.numel() for p in model.trainable_parameters())
@@ -199,7 +198,7 @@ def count_teacher(made: MetaTeacher, settings: TeacherConfig, config: TrainConfi
 
 def _renderings(size: int, views: int) -> Views:
     """Renderings of one prompt without memory; their cameras are anywhere."""
-    cameras = _camera(config_distance=2.0, fovy=60.0, views=views)
+    cameras = _camera(2.0, 60.0, views)
     for name in ("camera_to_world", "fovy"):  # set past the checks of their values, which the meta device has not
         object.__setattr__(cameras, name, getattr(cameras, name).to("meta"))
     rgb, normal, depth, disparity, opacity = (
@@ -208,9 +207,9 @@ def _renderings(size: int, views: int) -> Views:
     return Views(rgb, normal, depth, disparity, opacity, cameras)
 
 
-def _camera(config_distance: float, fovy: float, views: int = 1) -> Cameras:
+def _camera(distance: float, fovy: float, views: int = 1) -> Cameras:
     elevation = torch.full((1, views), 15.0, dtype=torch.float32, device="cpu")
-    return orbit_cameras(elevation, torch.zeros_like(elevation), config_distance, fovy)
+    return orbit_cameras(elevation, torch.zeros_like(elevation), distance, fovy)
 
 
 # -- renderers ---------------------------------------------------------------------------------------------------------
@@ -289,10 +288,12 @@ def _per_ray(renderer: Renderer, config: TrainConfig) -> tuple[_Cost, _Cost]:
 def _measured(renderer: Renderer, config: TrainConfig, side: int) -> _Cost:
     """One image of `side` pixels of the field that training begins with, there and back, on the CPU."""
     model = config.model
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     planes = 0.01 * torch.randn(1, 6, model.plane_channels, 8, 8, generator=generator, dtype=torch.float32)
     planes.requires_grad_()
-    heads = TriplaneHeads(model.plane_channels, model.head_width, model.sdf_init_scale)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        heads = TriplaneHeads(model.plane_channels, model.head_width, model.sdf_init_scale)
     field = TriplaneField(planes, heads, model.sphere_radius)
     leaves: list[Tensor] = [planes, *heads.parameters()]
     cameras = _camera(*config.cameras.middle)

@@ -143,8 +143,11 @@ def _time(counts: StepCounts, config: TrainConfig) -> str:
     for device in DEVICES:
         bound, measured = (step_seconds(counts, config, device, prompts, share) for share in (1.0, SHARES))
         hours = f"{bound * steps / 3600:.1f} to {measured * steps / 3600:.1f}"
-        rows.append([device.name, f"{bound:.3g} to {measured:.3g}", hours, _verdict(counts, config, device.memory)])
-    title = f"Seconds per step and hours of {steps:,} steps, from every unit at its peak to the shares measured on a CPU"
+        seconds, verdict = f"{bound:.3g} to {measured:.3g}", _verdict(counts, config, device.memory)
+        rows.append([device.name, seconds, hours, verdict])
+    title = (
+        f"Seconds per step and hours of {steps:,} steps: all at its peak, and at the shares measured on a CPU"
+    )
     blocks += [title, grid(["GPU, one per process", "s per step", "hours", "memory"], rows)]
     if config.max_train_minutes is not None:
         blocks.append(f"max_train_minutes={config.max_train_minutes:g}: steps are fitted to it, and no more is taken.")

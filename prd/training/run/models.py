@@ -86,8 +86,8 @@ def _base_faults(model: TriplaneTurboConfig) -> Iterator[str]:
         file = SingleFile(place)
         if file.context == 1024 and "v_pred" not in file.shapes and model.prediction_type is None:
             raise ConfigError(
-                f"model.prediction_type=None: {model.base} is a single file of Stable Diffusion 2.x, which does not say "
-                "what it predicts; give epsilon (2.0-base, 2.1-base: 512 pixels) or v_prediction (2.0, 2.1: 768 pixels)"
+                f"model.prediction_type=None: {model.base} is a single file of Stable Diffusion 2.x, which does not "
+                "say what it predicts; give epsilon (2.0-base, 2.1-base: 512 pixels) or v_prediction (2.0, 2.1: 768)"
             )
         file.scheduler(model.prediction_type)
 
@@ -169,6 +169,6 @@ def _embedding_faults(folder: str, encoders: list[_Encoder]) -> Iterator[ConfigE
         if not any(width == (encoder.width or width) and dtype == encoder.dtype for width, dtype in there):
             made = ", ".join(f"{m['name']} in {m['dtype']}" for m in manifests)
             yield ConfigError(
-                f"prompts.embeddings={folder!r}: holds {made}, and {encoder.key} is loaded in {encoder.dtype}; add them "
-                f"by `prd embed --encoder {encoder.place} --dtype {encoder.dtype}` with the same source and output"
+                f"prompts.embeddings={folder!r}: holds {made}, and {encoder.key} is loaded in {encoder.dtype}; add "
+                f"them by `prd embed --encoder {encoder.place} --dtype {encoder.dtype}` with the same source and output"
             )
