@@ -19,7 +19,6 @@ import gc
 import json
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,15 +50,14 @@ from prd.teachers import (  # noqa: E402
     StableDiffusionTeacher,
 )
 from prd.teachers.base import TeacherConfig, UNetTeacher  # noqa: E402
-from prd.teachers.convert import stable_diffusion_scheduler  # noqa: E402
+from prd.teachers.convert import WIDTHS, stable_diffusion_scheduler  # noqa: E402
 from prd.teachers.multiview import CAMERA_DIMENSIONS  # noqa: E402
 from prd.teachers.offload import resident, set_offload  # noqa: E402
 from prd.toybox.models import make_tokenizer  # noqa: E402
+from prd.training.estimate.architectures import CAMERA, SD15, SD21, VAE, VIT_H, VIT_L, VOCABULARY  # noqa: E402
+from prd.utils.counting import LiveBytes, fused_attention, weight_bytes  # noqa: E402
 
 THREE = ("stable_diffusion", "mvdream", "richdreamer")
-CAMERA = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
-SD21 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
-SD15 = {"attention_head_dim": 8, "cross_attention_dim": 768}
 IF_XL: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 6,
@@ -79,8 +75,6 @@ IF_XL: dict[str, Any] = {
     "layers_per_block": 3,
     "resnet_time_scale_shift": "scale_shift",
 }
-VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 TINY = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4} | {
     "down_block_types": ("CrossAttnDownBlock2D",) * 2,
@@ -104,13 +98,14 @@ TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2
 
 def make_vae(full: bool) -> AutoencoderKL:
     """The VAE of Stable Diffusion, or a tiny one of two levels; teachers then drop its decoder."""
-    widths = (128, 256, 512, 512) if full else (16, 32)
+    if full:
+        return AutoencoderKL(**VAE)
     return AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        layers_per_block=2 if full else 1,
-        norm_num_groups=32 if full else 8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
     )
 
 
@@ -128,10 +123,11 @@ def make_teacher(name: str, full: bool, checkpoint_vae: bool) -> UNetTeacher:
         return DeepFloydTeacher(unet, cosine, tokenizer, text)
     own = name == "richdreamer"
     sizes = ((SD15 if own else SD21) if full else TINY) | ({} if name == "stable_diffusion" else CAMERA)
+    real_text = VIT_L if own else VIT_H
     pixels = {"stable_diffusion": 64, "mvdream": 32, "richdreamer": 32}[name] if full else 8
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": (320, 640, 1280, 1280)} | sizes))
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **((VIT_L if own else VIT_H) if full else TINY_TEXT)))
+        unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": WIDTHS} | sizes))
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **(real_text if full else TINY_TEXT)))
         vae = None if own else make_vae(full)
     if vae is not None:
         vae.decoder = vae.post_quant_conv = None  # as loading does
@@ -153,40 +149,6 @@ def fill(teacher: UNetTeacher, dtype: torch.dtype, device: str) -> UNetTeacher:
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return teacher
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the live tensors made inside the block, and their peak, on any device (the meta device too)."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self.note(value)
-        return out
-
-    def note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def gone(_: Any) -> None:
-            self.live -= size
-            self.seen.pop(key, None)
-
-        self.seen[key] = weakref.ref(storage, gone)
-
-
-def weight_bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def renderings(prompts: int, size: int, device: str, views: int = 4) -> Views:
@@ -246,26 +208,6 @@ def peak_of(call: Callable[[], None], known: list[Tensor], device: str, weights:
     return weights + live.peak
 
 
-class FusedAttention(torch.autograd.Function):
-    """The memory of a fused attention kernel, without its numbers: what it keeps are its inputs and its output."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """In the place of `F.scaled_dot_product_attention`, which the meta device takes apart."""
-    return FusedAttention.apply(query, key, value)
-
-
 def activation_bytes(teacher: UNetTeacher, args: argparse.Namespace) -> dict[str, int]:
     """Largest live activations of a call from shapes alone: encoding, the U-Net's passes, the encoder's backward."""
     views = leaf_views(renderings(args.prompts, args.render_size, "meta", views=teacher.num_views))
@@ -295,7 +237,7 @@ def student_bytes() -> dict[str, int]:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), sample_size=64, **SD21)
-        vae, text = make_vae(True), CLIPTextModel(CLIPTextConfig(vocab_size=49408, **VIT_H))
+        vae, text = make_vae(True), CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **VIT_H))
         student = TriplaneTurboModel(unet, vae, stable_diffusion_scheduler(), PetaConfig(), SavedConfig())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return {

@@ -20,6 +20,7 @@ from prd.utils.arguments import (
 from prd.utils.printing import keep_printing
 
 DTYPES = ("float32", "bfloat16", "float16")
+DRY_RUN = ("--dry-run", "--dry_run")
 INTERRUPTED = 128 + 2  # what shells report of a process that SIGINT ended
 
 
@@ -272,11 +273,12 @@ def _embed(args: argparse.Namespace) -> int:
     return 0
 
 
-TRAIN_HELP = """usage: prd train [--config RECIPE_OR_YAML] [--section.key VALUE ...]
+TRAIN_HELP = """usage: prd train [--dry-run] [--config RECIPE_OR_YAML] [--section.key VALUE ...]
 
 Every value of the configuration can be set by its dotted name; without options the default recipe is trained.
 Text is taken as it is, lists of texts are written in brackets, "[a red cube, a mug]", and all other values are YAML.
 A recipe's max_train_minutes fits steps and schedules to them; --max_train_steps alone is a fixed number of steps.
+--dry-run loads and writes nothing: it prints what the run needs (memory, hours, disk) and what is missing.
 Common ones: --output_dir, --max_train_steps, --seed, --mixed_precision, --resume_from_checkpoint latest, --report_to.
 The keys and their defaults (recipes change them):
 """
@@ -293,8 +295,14 @@ def _train(overrides: Sequence[str]) -> int:
         return 0
     from prd.errors import ConfigError
 
+    words = [word for word in overrides if word not in DRY_RUN]
     try:
-        config = parse_args(overrides)
+        config = parse_args(words)
+        if len(words) < len(overrides):
+            from prd.training.estimate.report import dry_run
+
+            print(dry_run(config))
+            return 0
         from prd.training.run.folder import check_run
 
         check_run(config)

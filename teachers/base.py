@@ -30,6 +30,7 @@ from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Place, Schedu
 from prd.utils.dtypes import accepts_torch_dtype
 
 Resize = Literal["bilinear", "area"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -42,13 +43,14 @@ class TeacherConfig:
     guidance_scale: Schedule = 7.5  # classifier-free guidance
     eta: Fraction = 0.0  # largest timestep shift over t - T_min (ASD); 0: no third pass
     negative_prompt: Text = ""  # of the classifier-free guidance
+    dtype: Dtype | None = None  # of its weights; null: teacher_options.dtype
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
 class TeacherOptions:
     """Settings that all teachers of a training run share."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of their weights; null: as mixed_precision says
+    dtype: Dtype | None = None  # of their weights; null: as mixed_precision says
     checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
     offload: bool = False  # keep idle teachers in main memory
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -28,10 +27,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prd.errors import CheckpointError
+from prd.errors import CheckpointError, MissingFile
+from prd.loading.download import may_be_hub_id
 from prd.loading.latent_diffusion import UNET, VAE, convert_unet, convert_vae
 from prd.loading.strict import load_strict
 from prd.loading.weights import check_no_pointer, find_weights, read_tensors, visible_files
+from prd.loading.whose_weights import other_model
 from prd.teachers.loading import CONFIG_NAME, load_schedule
 from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig
@@ -178,14 +179,17 @@ def convert_mvdream(
     """Write MVDream's `sd-v2.1-base-4view.pt`, or a community copy, as a folder for `MVDreamTeacher.from_pretrained`.
 
     path: see `read_checkpoint`
-    base: the Stable Diffusion 2.1 whose text encoder it shares (a Hub id, or a folder beside this one as "../name")
+    base: the Stable Diffusion 2.1 whose text encoder it shares: a Hub id, or a folder (beside this one as "../name")
     heads, head_channels: attention heads, or channels of each; 64 channels for a U-Net of the released widths
 
-    Raises CheckpointError for another model, ValueError for a folder that holds other files.
+    Raises CheckpointError for another model, MissingFile for a base that is not there, ValueError for a folder that
+    holds other files.
     """
     path, folder = expanded_path(path, "checkpoint"), expanded_path(folder, "folder")
     _check_folder(folder)
+    own_base = _named_base(base, folder)
     state = read_checkpoint(path)
+    _check_owner(path, state, "MVDream")
     account_for(state, UNET, VAE)
     given = _heads(state, {"head_channels": 64}, heads, head_channels)
     vae = _read_copied_vae(str(path)) if path.is_dir() else convert_vae(state, sample_size=256)
@@ -193,7 +197,7 @@ def convert_mvdream(
     _check_kind(unet, "MVDream", 1024, linear=True)
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
-    _save_settings(folder, MVDreamConfig(base=_from_folder(base, folder)))
+    _save_settings(folder, MVDreamConfig(base=own_base))
 
 
 def _read_copied_vae(path: str) -> AutoencoderKL:
@@ -210,26 +214,48 @@ def convert_richdreamer(
 ) -> None:
     """Write RichDreamer's `nd_mv_ema.ckpt` (or the file without EMA) as a folder for `RichDreamerTeacher`.
 
-    base: the Stable Diffusion 1.5 whose text encoder it uses (a Hub id, or a folder beside this one as "../name")
+    base: the Stable Diffusion 1.5 whose text encoder it uses: a Hub id, or a folder (beside this one as "../name")
     heads, head_channels: attention heads, or channels of each; 8 heads for a U-Net of the released widths
 
     Raises as `convert_mvdream` does.
     """
     path, folder = expanded_path(path, "checkpoint"), expanded_path(folder, "folder")
     _check_folder(folder)
+    own_base = _named_base(base, folder)
     state = read_checkpoint(path)
+    _check_owner(path, state, "RichDreamer")
     account_for(state, UNET)
     unet = convert_unet(state, sample_size=32, **_heads(state, {"heads": 8}, heads, head_channels))
     _check_kind(unet, "RichDreamer", 768, linear=False)
     unet.save_pretrained(folder / "unet")
-    _save_settings(folder, RichDreamerConfig(base=_from_folder(base, folder)))
+    _save_settings(folder, RichDreamerConfig(base=own_base))
 
 
-def _from_folder(base: str, folder: Path) -> str:
-    """Return `base` as a teacher's settings name it: a folder that is here, as models/sd, is no Hub id."""
-    if base.startswith(".") or Path(base).is_absolute() or not Path(base).is_dir():
+def _check_owner(path: Path, state: Mapping[str, Tensor], model: str) -> None:
+    """Raise CheckpointError, saying what it is and where it goes, for a file of another model's weights."""
+    if other := other_model(state, model):
+        raise CheckpointError(f"{path}: {other}")
+
+
+def _named_base(base: str, folder: Path) -> str:
+    """Return `base` as a teacher's settings name it: "../name" beside its folder, another place in full, or a Hub id.
+
+    Raises MissingFile for a folder that is not there or has no text encoder, and for what can be no Hub id.
+    """
+    beside = (folder / base).resolve()
+    place = beside if base.startswith(".") and beside.exists() else expanded_path(base, "base").resolve()
+    if not place.exists():
+        if base.startswith((".", "/", "~")) or not may_be_hub_id(base):
+            raise MissingFile(
+                f"base={base!r}: no such folder; give the folder of the Stable Diffusion whose text encoder the "
+                "teacher uses, or a Hub id 'owner/name'"
+            )
         return base
-    return Path(os.path.relpath(base, folder)).as_posix()
+    if not (place / "text_encoder/config.json").is_file():
+        raise MissingFile(
+            f"base={base!r}: has no text_encoder/config.json; give a Stable Diffusion's folder in diffusers' layout"
+        )
+    return f"../{place.name}" if place.parent == folder.resolve().parent else str(place)
 
 
 def _save_settings(folder: Path, config: MVDreamConfig | RichDreamerConfig) -> None:

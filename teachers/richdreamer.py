@@ -40,9 +40,8 @@ class RichDreamerTeacherConfig(TeacherConfig):
 class RichDreamerConfig:
     """Settings of a normal-depth model, in `teacher_config.json`; the defaults are RichDreamer's own.
 
-    The published TriplaneTurbo feeds the same model image_range (0, 1) and resize "area". Its other difference, a
-    disparity multiplied by opacity twice, is no setting: it needs depth along the ray, which `Views` does not hold (see
-    `prd.rendering.views.published_disparity`).
+    The published TriplaneTurbo feeds the same model image_range (0, 1) and resize "area". Its other difference, the
+    disparity, is a setting of the renderers (`disparity: triplane_turbo`).
     """
 
     num_views: int = 4  # views that attend to each other

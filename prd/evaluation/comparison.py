@@ -28,7 +28,7 @@ from prd.evaluation.report import STYLE, chart, shown
 from prd.fields.fast import one_sample
 from prd.text.encoders import PromptEncoder
 from prd.training.config import TrainConfig
-from prd.training.galleries import generate_fields, sheet_views
+from prd.training.galleries import generate_fields, sheet_views, shown_background
 from prd.training.parts import build_model
 from prd.training.recipes import load_config
 from prd.training.run.checkpoints import checkpoint_folders, load_checkpoint
@@ -152,7 +152,7 @@ def side_by_side(runs: Sequence[str | Path], prompts: Sequence[str], path: str |
             for i in range(len(part)):
                 drawn = sheet_views(one_sample(field, i, len(part)), config, generator.device)
                 size = config.validation.resolution
-                images = torch.full((3, 3, size, size), config.background, dtype=torch.float32, device="cpu")
+                images = torch.full((3, 3, size, size), shown_background(config), dtype=torch.float32, device="cpu")
                 if drawn is not None:
                     chosen = [drawn.rgb[0, 0], drawn.rgb[0, 1], (drawn.camera_normal()[0, 1] + 1) / 2]
                     images = torch.stack(chosen).permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ from prd.errors import MissingFile
 from prd.generators.adapter_files import SavedConfig
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import Base
+from prd.loading.whose_weights import other_file, other_model
 from prd.utils.arguments import expanded_path
 
 LATENT_SIZE = 32  # of the published pipeline, whatever its base draws
@@ -75,9 +76,15 @@ def published_state(path: str | Path) -> dict[str, Tensor]:
     path = expanded_path(path, "checkpoint")
     if not path.is_file():
         raise MissingFile(f"{path}: no such file; give the published .pth")
-    state = read_published(path)
+    try:
+        state = read_published(path)
+    except CheckpointError as error:
+        if other := other_file(path, "TriplaneTurbo"):
+            raise CheckpointError(f"{path}: {other}") from error
+        raise
     if not any(name.startswith(LAYERS) for name in state):
-        raise CheckpointError(f"{path}: holds no tensor of {LAYERS}*; give the published .pth")
+        other = other_model(state, "TriplaneTurbo") or f"holds no tensor of {LAYERS}*; give the published .pth"
+        raise CheckpointError(f"{path}: {other}")
     return state
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -39,6 +39,7 @@ class TriplaneTurboConfig:
 
     base: Place = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
     revision: str | None = None  # branch, tag or commit of a Hub id
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None  # of a base in one file that does not say it
     rank: Count = 16  # rank of every LoRA pair
     plane_wise: bool = True  # one LoRA pair per plane in the self-attention; False: one pair for all six
     self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
@@ -356,7 +357,7 @@ class TriplaneTurboModel(nn.Module):
         saved adapter of these sizes to start from. Raises what `load_base` raises, FileNotFoundError without an adapter
         there, and ModelMismatch for one that does not fit.
         """
-        base = load_base(config.base, revision=config.revision, text=True)
+        base = load_base(config.base, revision=config.revision, text=True, prediction_type=config.prediction_type)
         assert base.encoder is not None  # text=True
         model = cls.from_base(base, config, num_denoising_steps)
         if init_from is not None:

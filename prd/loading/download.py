@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from prd.errors import MissingFile
+from prd.hub.shipped import HUB_ID
 from prd.loading.weights import STEMS, visible_files
 
 VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
@@ -28,6 +29,11 @@ def download(name: str, patterns: list[str], hub: dict[str, Any], ignore: list[s
         raise MissingFile(
             f"{name}: is no folder here, and the Hub did not give it ({type(error).__name__}: {reason})"
         ) from error
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Return True for 'owner/name' by its form; whether the Hub has it is not asked."""
+    return HUB_ID.fullmatch(name) is not None
 
 
 def download_weights(name: str, parts: Sequence[str], others: list[str], hub: dict[str, Any]) -> Path:

@@ -23,7 +23,15 @@ from prd.rendering.alpha import AlphaModel
 from prd.rendering.antialias import antialias
 from prd.rendering.protocol import Draws, Rendered, Renderer
 from prd.rendering.rasterize import Fragments, interpolate_covered, rasterize
-from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
+from prd.rendering.views import (
+    Disparity,
+    Views,
+    background_like,
+    check_image_size,
+    disparity_from_depth,
+    published_disparity,
+    published_mesh_depth,
+)
 from prd.utils.checked_types import CHECKS, Count, Int, Schedule, number
 from prd.utils.gradients import scale_gradient
 
@@ -122,6 +130,7 @@ class SurfaceConfig:
     isosurface: Literal["cubes", "tetrahedra"] = "cubes"  # marching cubes, or DMTet's marching tetrahedra
     antialias: bool = True  # blend silhouettes analytically: what lets images move the outline
     supersample: Count = 1  # rendered at this multiple of the size and averaged
+    disparity: Disparity = "camera"  # of the depth along the viewing axis; triplane_turbo: in clip space, as published
     detach_corrected: bool = False  # keep images of a corrected surface from moving it (InstantMesh)
 
 
@@ -205,7 +214,11 @@ class SurfaceRenderer(Renderer):
     ) -> Views:
         factor = self.config.supersample
         images = self._draw(field, meshes, cameras, size[0] * factor, size[1] * factor)
-        return composite(_average(images, factor), cameras, background)
+        views = composite(_average(images, factor), cameras, background)
+        if self.config.disparity == "triplane_turbo":
+            depth = published_mesh_depth(views.depth, views.opacity)
+            views = replace(views, disparity=published_disparity(depth, views.opacity, cameras))
+        return views
 
     def meshes(self, field: Field, cameras: Cameras) -> tuple[list[Surface], Tensor]:
         """The field's B surfaces, and which of them had to be forced, bool [B]."""

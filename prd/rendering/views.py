@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class Views:
         return (flipped + self.opacity) / 2 + (1 - self.opacity) * empty
 
 
+Disparity = Literal["camera", "triplane_turbo"]  # of depth along the viewing axis, or as TriplaneTurbo published it
+
+
 def disparity_from_depth(depth: Tensor, cameras: Cameras) -> Tensor:
     """clamp((far - depth) / (far - near), 0, 1) with near / far = distance -/+ sqrt(3); depth [B, V, H, W, 1]."""
     near, far = (plane[:, :, None, None, None] for plane in cameras.near_far)
@@ -59,7 +63,7 @@ def disparity_from_depth(depth: Tensor, cameras: Cameras) -> Tensor:
 
 
 def published_disparity(depth: Tensor, opacity: Tensor, cameras: Cameras) -> Tensor:
-    """TriplaneTurbo's published disparity, for parity: `depth` is multiplied by an opacity it already contains.
+    """TriplaneTurbo's published disparity: `depth` is multiplied by an opacity it already contains.
 
     depth [B, V, H, W, 1]: sum of w t along the ray from the volume renderer, or `published_mesh_depth`; not composited.
     """
@@ -68,7 +72,7 @@ def published_disparity(depth: Tensor, opacity: Tensor, cameras: Cameras) -> Ten
 
 
 def published_mesh_depth(depth: Tensor, opacity: Tensor, near: float = 0.1, far: float = 1000.0) -> Tensor:
-    """Depth as TriplaneTurbo's mesh renderer has it, for parity: z in clip space where a surface is, else 0.
+    """Depth as TriplaneTurbo's mesh renderer has it: z in clip space where a surface is, else 0.
 
     depth [B, V, H, W, 1] along the viewing axis; near, far of the published projection, scene units.
     """

@@ -25,7 +25,14 @@ from prd.rendering.alpha import AlphaModel, NeusAlpha, VolSDFAlpha, render_weigh
 from prd.rendering.culling import NORMAL_EPS, facing, relevant_segments, segments
 from prd.rendering.protocol import Draws, GradientSamples, Rendered, Renderer
 from prd.rendering.rays import RayBundle, cube_near_far, edges_around, jittered_shares, sample_pdf
-from prd.rendering.views import Views, background_like, check_image_size, disparity_from_depth
+from prd.rendering.views import (
+    Disparity,
+    Views,
+    background_like,
+    check_image_size,
+    disparity_from_depth,
+    published_disparity,
+)
 from prd.utils.checked_types import (
     CHECKS,
     Count,
@@ -61,6 +68,7 @@ class VolumeConfig:
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
     max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
+    disparity: Disparity = "camera"  # of the depth along the viewing axis; triplane_turbo: along the ray, as published
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
     rgb_weight_gradient_scale: Schedule = 1.0  # scale of the RGB images' gradient to the compositing weights (geometry)
 
@@ -216,6 +224,8 @@ class VolumeRenderer(Renderer):
         rgb = colour + (1 - image("rgb_opacity")) * back
         normal = F.normalize(image("normal"), dim=-1, eps=NORMAL_EPS) * opacity
         disparity = disparity_from_depth(depth, cameras)
+        if self.config.disparity == "triplane_turbo":
+            disparity = published_disparity(image("distance"), opacity, cameras)
         views = Views(rgb, normal, depth, disparity, opacity, cameras, image("variance"))
         nodes = node_gradient(field)
         samples = _samples(parts) if nodes is None else GradientSamples(nodes.flatten(1, -2), None)

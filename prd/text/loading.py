@@ -58,7 +58,9 @@ def load_encoder(
     """
     place = str(shipped(place, "text_encoder") or expanded(place, "encoder"))
     if has_suffix(place, ".safetensors"):
-        encoder = load_base(place, dtype=dtype, text=True, **hub).encoder
+        encoder = load_base(  # what its U-Net predicts is no matter; a file that says it says v
+            place, dtype=dtype, text=True, prediction_type="v_prediction", **hub
+        ).encoder
         assert encoder is not None  # text=True
         encoder.model.to(device)
         return encoder

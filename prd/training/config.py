@@ -95,6 +95,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of the teachers' weights and the model's autocast
     train_batch_size: Count = 2  # prompts per process and micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches per optimiser step
+    global_batch_size: Count | None = None  # prompts per step that optimizer.lr is for: others are warned of; null: any
     num_denoising_steps: Count = 4  # K of Algorithm 1; a single-pass model has no such steps
     rollout_batch_size: Count = 1  # of these K, decoded and judged in one batch: for small models; memory of as many
     stages: tuple[dict[str, Any], ...] = ()  # parts of the run that change some values, each with its `until`

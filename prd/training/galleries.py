@@ -69,10 +69,17 @@ def make_fields(model: Model, embeds: Tensor, generators: Sequence[torch.Generat
 
 
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
-    """Evenly spaced azimuths from 30 degrees (all four quarters), elevation 20, in the middle of the training range."""
-    views = config.validation.views
-    azimuth = (30 + torch.arange(views, dtype=torch.float32, device="cpu") * 360 / views).expand(batch, -1)
-    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, *config.cameras.middle)
+    """Cameras [batch, views] of what is shown: evenly spaced azimuths at one elevation, as `validation` says."""
+    own = config.validation
+    turns = torch.arange(own.views, dtype=torch.float32, device="cpu") / own.views
+    azimuth, (distance, fovy) = (own.azimuth + 360 * turns).expand(batch, -1), config.cameras.middle
+    elevation = torch.full_like(azimuth, own.elevation)
+    return orbit_cameras(elevation, azimuth, own.distance or distance, own.fovy or fovy)
+
+
+def shown_background(config: TrainConfig) -> float:
+    """Grey level behind what is shown."""
+    return config.background if config.validation.background is None else config.validation.background
 
 
 def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Views | None:
@@ -81,7 +88,7 @@ def sheet_views(sample: Field, config: TrainConfig, device: torch.device) -> Vie
     renderer = SurfaceRenderer(SurfaceConfig(grid_resolution=config.validation.isosurface_resolution, supersample=2))
     cameras = evaluation_cameras(config, 1).to(device)
     try:
-        return renderer(sample, cameras, height=size, width=size, background=config.background)
+        return renderer(sample, cameras, height=size, width=size, background=shown_background(config))
     except EmptySurfaceError:
         return None
 
@@ -100,7 +107,7 @@ def _row(drawn: Views | None, config: TrainConfig, device: torch.device) -> Tens
     """Colours and normals of one sample, [2 * views, 3, H, W]; background without a surface."""
     size, views = config.validation.resolution, config.validation.views
     if drawn is None:
-        return torch.full((2 * views, 3, size, size), config.background, dtype=torch.float32, device=device)
+        return torch.full((2 * views, 3, size, size), shown_background(config), dtype=torch.float32, device=device)
     return torch.cat([drawn.rgb[0], (drawn.camera_normal()[0] + 1) / 2]).permute(0, 3, 1, 2)  # [V, H, W, 3] each
 
 

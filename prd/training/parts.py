@@ -29,11 +29,12 @@ from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
 from prd.training.classes import SECTIONS, class_name_of, given_class, part_class, settings_by_key
 from prd.training.config import TrainConfig
+from prd.training.precision import dtype_of, teachers_dtype
 from prd.training.recipes import from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
 
-PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name != "path")  # settings of a teacher that load nothing
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOADING = ("path", "dtype")  # settings of a teacher that it is loaded by
+PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name not in LOADING)
 
 
 @dataclass
@@ -160,20 +161,14 @@ def build_regularizers(config: TrainConfig, stages: Sequence[TrainConfig]) -> di
 
 def build_teachers(config: TrainConfig, stages: Sequence[TrainConfig]) -> dict[str, Teacher]:
     """The teachers that any stage enables, by name, frozen, on the CPU."""
-    dtype = teachers_dtype(config)
     loaded: dict[str, Teacher] = {}
     for name in dict.fromkeys(name for stage in stages for name in stage.teachers):
         if (settings := _as_loaded(name, stages)) is not None:
             kind = _class_of(config, f"teachers.{name}", stages)
+            dtype = dtype_of(config, settings)
             loaded[name] = kind.from_config(_placed(kind, settings), options=config.teacher_options, dtype=dtype)
     share_texts(list(loaded.values()))
     return loaded
-
-
-def teachers_dtype(config: TrainConfig) -> torch.dtype:
-    """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model."""
-    given = config.teacher_options.dtype
-    return getattr(torch, given) if given else PRECISIONS[config.mixed_precision]
 
 
 def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from prd.cameras import Angle, Elevation
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.benchmark import Benchmark, Score, measured_splits
@@ -25,7 +26,7 @@ from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_promp
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
-from prd.utils.checked_types import CHECKS, Count, Int, Place, Prompt, Size
+from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Int, Place, Positive, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
 
 if TYPE_CHECKING:
@@ -48,9 +49,13 @@ class ValidationConfig:
     num_inference_steps: Count = 4  # denoising steps of the model
     views: Count = 4  # views per prompt on the contact sheet
     stacks: Count = 24  # captions measured at the end of each split that is sampled, as the toy box's stacks are
-    families: Annotated[Int, Field(ge=0)] = (
-        0  # draws measured at the end of each caption with several right answers, as "a cube"; 0: none
-    )
+    # draws measured at the end of each caption with several right answers, as "a cube"; 0: none
+    families: Annotated[Int, Field(ge=0)] = 0
+    elevation: Elevation = 20.0  # of these views, degrees
+    azimuth: Float = 30.0  # of the first of them, degrees; the others follow evenly
+    distance: Positive | None = None  # scene units; null: the middle of the training range
+    fovy: Angle | None = None  # degrees; null: the middle of the training range
+    background: Fraction | None = None  # grey level behind them; null: that of the run
     resolution: Count = 128  # image height and width on the contact sheet, pixels
     isosurface_resolution: Size = 64  # grid of the exported meshes
     protocol: str | None = None  # of `prd evaluate`, which judges each gallery's meshes; null: none

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prd.teachers.convert import (
     read_checkpoint,
     schedule_buffers,
 )
+from prd.teachers.loading import shared_folder
 from tests.parity import teachers as parity
 from tests.recordings import OFFICIAL
 from tests.teachers.tiny import random_views, save_teacher
@@ -55,15 +57,26 @@ def test_converted_folders_load_and_predict_the_same(tmp_path, monkeypatch):
     assert not io.failures
 
 
-def test_a_base_in_the_current_directory_is_no_hub_id(tmp_path, monkeypatch):
+def test_a_base_on_this_machine_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "sd").mkdir(parents=True)
-    for base, named in (("models/sd", "../../models/sd"), ("owner/sd", "owner/sd"), ("../sd", "../sd")):
-        convert_richdreamer(ND, f"teachers/{base.replace('/', '')}", base, heads=4)
-        settings = json.loads(
-            (tmp_path / "teachers" / base.replace("/", "") / "teacher_config.json").read_text(encoding="utf-8")
-        )
+    for place in ("models/sd", "teachers/sd", "here/sd"):
+        save_teacher(tmp_path / place, "stable_diffusion")
+    elsewhere = str((tmp_path / "models" / "sd").resolve())
+    for number, (base, named) in enumerate(
+        [
+            ("models/sd", elsewhere),  # in the current directory
+            ("./models/sd", elsewhere),
+            (elsewhere, elsewhere),
+            ("../sd", "../sd"),  # beside the teacher's folder: they move together
+            ("teachers/sd", "../sd"),
+            ("owner/sd", "owner/sd"),
+        ]
+    ):
+        convert_richdreamer(ND, f"teachers/{number}", base, heads=4)
+        settings = json.loads((tmp_path / "teachers" / str(number) / "teacher_config.json").read_text(encoding="utf-8"))
         assert settings["base"] == named
+        if base != "owner/sd":
+            assert (Path(shared_folder(f"teachers/{number}", named)) / "text_encoder" / "config.json").is_file()
 
 
 def test_a_checkpoint_of_another_model_or_with_a_key_too_few_or_many():
@@ -87,6 +100,7 @@ def test_a_checkpoint_of_another_model_or_with_a_key_too_few_or_many():
 
 def test_community_copies_of_mvdream_become_the_same_folder(tmp_path):
     state = read_checkpoint(MV)
+    save_teacher(tmp_path / "sd", "stable_diffusion")
     convert_mvdream(MV, tmp_path / "mv", "../sd", head_channels=16)
     save_file(state, tmp_path / "mv.safetensors")
     convert_mvdream(tmp_path / "mv.safetensors", tmp_path / "from_file", "../sd", head_channels=16)

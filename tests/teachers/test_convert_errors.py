@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from prd.errors import CheckpointError
+from prd.generators.published import published_state
 from prd.loading.latent_diffusion import UNET, VAE, convert_unet, convert_vae, unet_config
 from prd.teachers.convert import (
     WIDTHS,
@@ -18,6 +19,13 @@ from prd.teachers.convert import (
 from tests.recordings import OFFICIAL
 
 MV, ND = OFFICIAL / "teachers" / "mvdream_tiny.pt", OFFICIAL / "teachers" / "nd_mv_tiny_ema.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def _base(tmp_path):
+    """A base beside the teachers' folders, of which the converter asks that it has a text encoder."""
+    (tmp_path / "sd" / "text_encoder").mkdir(parents=True)
+    (tmp_path / "sd" / "text_encoder" / "config.json").write_text("{}", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def test_released_widths_are_those_of_the_full_size_models(name, given):
 def test_the_other_multi_view_model_is_refused(mv, nd, tmp_path):
     alone = {key: value for key, value in mv.items() if not key.startswith(VAE)}
     torch.save(alone, tmp_path / "mv.ckpt")
-    with pytest.raises(CheckpointError, match="is no RichDreamer: its linear projections: True, expected False"):
+    with pytest.raises(CheckpointError, match="mv.ckpt: holds MVDream's weights, not RichDreamer's; give .* mvdream`"):
         convert_richdreamer(tmp_path / "mv.ckpt", tmp_path / "rd", "../sd", head_channels=16)
     wider = nd | {f"{UNET}camera_embed.0.weight": nd[f"{UNET}camera_embed.0.weight"].repeat(1, 2)}
     torch.save(wider, tmp_path / "camera.ckpt")
@@ -81,7 +89,7 @@ def test_the_other_multi_view_model_is_refused(mv, nd, tmp_path):
     torch.save(nd | {first: nd[first].repeat(1, 2, 1, 1)}, tmp_path / "channels.ckpt")
     with pytest.raises(CheckpointError, match="in_channels: 8, expected 4"):
         convert_richdreamer(tmp_path / "channels.ckpt", tmp_path / "rd", "../sd", heads=4)
-    with pytest.raises(CheckpointError, match="no autoencoder"):
+    with pytest.raises(CheckpointError, match="holds RichDreamer's weights, not MVDream's; give .* richdreamer`"):
         convert_mvdream(ND, tmp_path / "mv", "../sd", heads=4)
     assert not (tmp_path / "rd").exists() and not (tmp_path / "mv").exists()
 
@@ -149,3 +157,43 @@ def test_other_peoples_folders_are_not_written_to(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
     for _ in range(2):  # a teacher's own folder may be made anew
         assert command(capsys, "richdreamer", ND, tmp_path / "rd", *words)[0] == 0
+
+
+UNETS = f"{UNET}input_blocks.0.0.weight"
+OTHERS = {
+    "TriplaneTurbo's weights": ({"geometry.space_generator.peft_layers.layers.0.a.weight": 2}, "prd convert"),
+    "Stable Diffusion's weights": ({UNETS: 4, f"{VAE}quant_conv.weight": 4}, "--base or model.base"),
+    "Stable Diffusion XL's weights": ({UNETS: 4, "conditioner.embedders.0.a": 2}, "no part of this library"),
+    "a LoRA": ({"lora_unet_down.lora_up.weight": 2}, "merge it"),
+}
+
+
+@pytest.mark.parametrize("owner", OTHERS)
+@pytest.mark.parametrize("model", ["mvdream", "richdreamer"])
+def test_a_file_of_another_model_says_what_it_is(owner, model, tmp_path, capsys):
+    shapes, remedy = OTHERS[owner]
+    torch.save({"state_dict": {key: torch.zeros((1,) * n) for key, n in shapes.items()}}, tmp_path / "a.ckpt")
+    status, _, err = command(capsys, model, tmp_path / "a.ckpt", tmp_path / "out", "--base", "../sd")
+    assert status == 2 and err.count("\n") == 1 and f"holds {owner}" in err and remedy in err, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path, remedy", [(MV, "convert mvdream"), (ND, "convert richdreamer")])
+def test_a_teachers_file_is_no_adapter(path, remedy):
+    with pytest.raises(CheckpointError, match=f"not TriplaneTurbo's; give it to .*{remedy}"):
+        published_state(path)
+
+
+@pytest.mark.parametrize("base", ["sd21", "../nothing", "./sd21", "/absent/sd", "a/b/c", "", "~/nothing"])
+def test_a_base_that_is_not_there_is_refused_before_the_checkpoint_is_read(base, tmp_path, capsys):
+    status, _, err = command(capsys, "richdreamer", tmp_path / "absent", tmp_path / "rd", "--base", base)
+    assert status == 2 and err.count("\n") == 1 and f"base={base!r}" in err, err
+
+
+def test_a_base_without_a_text_encoder_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "base.safetensors").write_bytes(b"x")
+    for base in ("../empty", str(tmp_path / "empty"), str(tmp_path / "base.safetensors")):
+        status, _, err = command(capsys, "richdreamer", ND, tmp_path / "rd", "--base", base, "--heads", 4)
+        assert status == 2 and f"base={base!r}: has no text_encoder" in err, err
+    assert not (tmp_path / "rd").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -11,6 +12,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from prd.training.estimate import costs
+from prd.training.estimate.counts import count_student
+from prd.training.estimate.report import RESERVE
 from prd.training.run.processes import run_data_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,37 +33,45 @@ def scaling(monkeypatch):
     import scaling
 
     yield scaling
-    for name in ("scaling", "bench_distillation", "machine"):
+    for name in ("scaling", "machine"):
         sys.modules.pop(name, None)
 
 
 def test_the_document_holds_the_tables_of_the_counts(scaling):
     text = scaling.DOCUMENT.read_text(encoding="utf-8")
-    assert text.split(scaling.BEGIN)[1].split(scaling.END)[0].strip() == scaling.tables(scaling.load(scaling.COUNTS))
+    assert text.split(scaling.BEGIN)[1].split(scaling.END)[0].strip() == scaling.tables()
+
+
+def test_the_shares_are_those_measured(scaling):
+    assert costs.SHARES == pytest.approx(scaling.shares(scaling.load(scaling.GENERATOR)), abs=0.005)
 
 
 def test_the_counts_are_those_of_the_code(scaling):
-    counts = scaling.load(scaling.COUNTS)
-    now = scaling.count_student()
-    for key in ("denoise", "denoise_backward", "decode", "decode_backward", "trained_parameters"):
-        assert now[key] == pytest.approx(counts["student"][key], rel=0.02), key
+    released, half = scaling.counted()
+    now = count_student(scaling.configs()[0])
+    for key in ("denoise", "denoise_backward", "decode", "decode_backward"):
+        assert getattr(now, key).total == pytest.approx(getattr(released.student, key).total, rel=0.02), key
+    assert now.trained == released.student.trained
     # with checkpointing the backward pass runs the forward pass again: more than once, at most about twice and a half
-    assert 1.5 < now["denoise_backward"] / now["denoise"] < 2.5
-    teacher = scaling.count_teacher("richdreamer")
-    assert teacher["pass"] == pytest.approx(counts["teachers"]["richdreamer"]["pass"], rel=0.02)
+    assert 1.5 < now.denoise_backward.total / now.denoise.total < 2.5
+    assert released.teachers["mvdream"].weight_bytes == pytest.approx(
+        2 * half.teachers["mvdream"].weight_bytes, rel=1e-3
+    )
 
 
 def test_the_paper_run_is_reproduced_at_its_share_and_times_scale(scaling):
-    counts = scaling.load(scaling.COUNTS)
-    share = scaling.paper_share(counts)
-    seconds = scaling.step_seconds(counts, scaling.H20, scaling.PAPER_PROMPTS, share)
-    assert seconds * scaling.STEPS / 3600 == pytest.approx(scaling.PAPER_HOURS, rel=1e-3) and 0.05 < share < 1
-    assert scaling.step_seconds(counts, scaling.H20, 4, 0.5) == pytest.approx(
-        2 * scaling.step_seconds(counts, scaling.H20, 2, 0.5)
+    (counts, half), (config, lean) = scaling.counted(), scaling.configs()
+    share = scaling.paper_share(counts, config)
+    seconds = costs.step_seconds(counts, config, costs.H20, 2, share)
+    assert seconds * config.max_train_steps / 3600 == pytest.approx(scaling.PAPER_HOURS, rel=1e-3) and 0.05 < share < 1
+    assert costs.step_seconds(counts, config, costs.H20, 4, 0.5) == pytest.approx(
+        2 * costs.step_seconds(counts, config, costs.H20, 2, 0.5)
     )
     assert scaling.exchange_seconds(1e9, 2, 10.0) == pytest.approx(0.1)  # each half goes once each way
-    whole = scaling.memory(counts, 1)
-    assert sum(scaling.memory(counts, 1, offload=True).values()) < sum(whole.values()) < 24
+    one = dataclasses.replace(lean, train_batch_size=1)
+    offload = dataclasses.replace(one, teacher_options=dataclasses.replace(one.teacher_options, offload=True))
+    least, most = (sum(costs.memory(half, own).values()) for own in (offload, one))
+    assert least < most and least + RESERVE < 24
 
 
 def test_accelerate_reads_every_shipped_launch_config():

@@ -20,10 +20,10 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from filelock import FileLock, Timeout
 
-from prd.errors import ConfigError
+from prd.errors import ConfigError, PrdError
 from prd.training.run.checkpoints import named_checkpoint
 from prd.training.run.launcher import read_launch
-from prd.training.run.places import check_places
+from prd.training.run.places import check_places, place_faults
 from prd.utils.arguments import check_writable_folder
 from prd.utils.environment import in_force
 from prd.utils.files import read_json, write_atomic
@@ -58,6 +58,17 @@ def check_named(config: TrainConfig) -> None:
     """Raise for a place or a tracker that the config names and that is not there; ConfigError and CorpusError."""
     check_places(config)
     check_tracker(config)
+
+
+def run_faults(config: TrainConfig) -> list[str]:
+    """Every reason for which `check_run` would raise, in one sentence each; writes nothing."""
+    found = [str(error) for error in place_faults(config)]
+    for check in (check_tracker, check_output_folder):
+        try:
+            check(config)
+        except PrdError as error:
+            found.append(str(error))
+    return found
 
 
 def check_output_folder(config: TrainConfig) -> None:

@@ -118,6 +118,14 @@ def warn_of_differences(launch: Launch, config: TrainConfig, num_processes: int)
                 "%s=%s of the training config decides, not the launcher's %s %s; write --%s %s after the script's name",
                 *(name, ours, option, theirs, name, theirs),
             )
+    prompts = num_processes * config.gradient_accumulation_steps * config.train_batch_size
+    if config.global_batch_size not in (None, prompts):
+        logger.warning(
+            "%d prompts per step, and optimizer.lr=%g is for the %d of global_batch_size: start %s, set "
+            "--gradient_accumulation_steps, or choose another learning rate and --global_batch_size %d",
+            *(prompts, config.optimizer.lr, config.global_batch_size),
+            *(_processes_for(config), prompts),
+        )
     if launch.dynamo_backend is not None:
         logger.warning("the launcher's dynamo_backend %s is ignored: training compiles nothing", launch.dynamo_backend)
     if launch.num_processes is not None and launch.num_processes > num_processes:
@@ -128,3 +136,9 @@ def warn_of_differences(launch: Launch, config: TrainConfig, num_processes: int)
             *(launch.num_processes, num_processes, f"{num_processes}/{launch.num_processes}", launch.num_processes),
             config.gradient_accumulation_steps * launch.num_processes // num_processes,
         )
+
+
+def _processes_for(config: TrainConfig) -> str:
+    """Say how many processes take the config's global batch."""
+    number, rest = divmod(config.global_batch_size or 0, config.gradient_accumulation_steps * config.train_batch_size)
+    return f"{number} processes (accelerate launch --num_processes {number})" if not rest else "other processes"

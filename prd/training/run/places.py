@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from prd.data.prompts import check_source
-from prd.errors import ConfigError
+from prd.errors import ConfigError, PrdError
 from prd.hub.shipped import HUB_ID, is_shipped
 from prd.training.run.checkpoints import named_checkpoint
+from prd.training.run.models import model_faults
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -36,24 +38,34 @@ def _is_place(text: str) -> bool:
 
 
 def check_places(config: TrainConfig) -> None:
-    """Raise for a file or folder named in the config that does not exist.
+    """Raise for a file or folder named in the config that does not exist, or holds another model than it should.
 
     What may be a Hub id ("owner/name") is left to the function that loads it. Raises CorpusError for the corpus and
     ConfigError for every other place.
     """
-    check_source(config.prompts)
+    for fault in place_faults(config):
+        raise fault
+
+
+def place_faults(config: TrainConfig) -> Iterator[PrdError]:
+    """Every reason for which `check_places` would raise, the corpus first."""
+    try:
+        check_source(config.prompts)
+    except PrdError as error:
+        yield error
     for key, folder in (("prompts.embeddings", config.prompts.embeddings), ("library.source", config.library.source)):
         if folder is not None and not is_shipped(folder) and not Path(folder).is_dir():
-            raise ConfigError(f"{key}={folder!r}: no such folder; correct it or leave it out")
+            yield ConfigError(f"{key}={folder!r}: no such folder; correct it or leave it out")
     for key, place in _models(config).items():
         if not _is_known(place):
-            raise ConfigError(f"{key}={place!r}: no such file or folder; correct it or give a Hub id 'owner/name'")
+            yield ConfigError(f"{key}={place!r}: no such file or folder; correct it or give a Hub id 'owner/name'")
     name = config.resume_from_checkpoint
     if name not in (None, "latest") and not named_checkpoint(name, config.output_dir).exists():
-        raise ConfigError(
+        yield ConfigError(
             f"resume_from_checkpoint={name!r}: neither a folder nor a checkpoint in {config.output_dir}; give one of "
             "these or 'latest'"
         )
+    yield from model_faults(config)
 
 
 def _models(config: TrainConfig) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What a training run needs, from its config alone: parameters, memory, time, disk, and what is missing."""

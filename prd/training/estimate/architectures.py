@@ -1,0 +1,143 @@
+"""The networks of a run without memory, on the meta device: from configs on this machine, else as published.
+
+The architectures of Stable Diffusion 1.5 and 2.1, MVDream and RichDreamer are known: what is not here yet is built by
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+
+from prd.generators.triplane_turbo import TriplaneTurboConfig, TriplaneTurboModel
+from prd.hub.shipped import HUB_ID, shipped
+from prd.loading.single_file import SingleFile
+from prd.loading.stable_diffusion import Base
+from prd.loading.strict import build
+from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher
+from prd.teachers.convert import WIDTHS, stable_diffusion_scheduler
+from prd.teachers.loading import CONFIG_NAME, read_config, shared_folder
+from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher
+from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.utils.arguments import has_suffix
+
+CAMERA = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
+SD21 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+SD15 = {"attention_head_dim": 8, "cross_attention_dim": 768}
+VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+VOCABULARY = 49408  # of CLIP's tokenizer
+TEACHERS: dict[Any, Any] = {MVDreamTeacher: MVDreamConfig, RichDreamerTeacher: RichDreamerConfig}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Configs of a Stable Diffusion's or a teacher's parts: a folder's config.json, or settings as published.
+
+    source  where they are from: "config.json", or "as published"
+    """
+
+    unet: Any
+    vae: Any
+    text: Any
+    source: str = "as published"
+
+
+def published(context: int, camera: bool = False) -> Architecture:
+    """Stable Diffusion 2.1-base (context 1024) or 1.5 (768); with cameras, MVDream's or RichDreamer's U-Net."""
+    sizes, text = (SD21, VIT_H) if context == 1024 else (SD15, VIT_L)
+    unet = {"block_out_channels": WIDTHS, "sample_size": 32 if camera else 64, **sizes, **(CAMERA if camera else {})}
+    return Architecture(unet, VAE, CLIPTextConfig(vocab_size=VOCABULARY, **text))
+
+
+def folder_of(place: str, part: str = "base") -> Path | None:
+    """The folder of a model that is on this machine: shipped, a folder, or a Hub id in the Hub's cache."""
+    if (found := shipped(place, part)) is not None:
+        return found
+    if Path(place).is_dir():
+        return Path(place)
+    if HUB_ID.fullmatch(place):
+        cached = try_to_load_from_cache(place, "unet/config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.parent
+    return None
+
+
+def base_architecture(place: str) -> Architecture:
+    """The parts of a Stable Diffusion: of its folder or file, else those of its published version by its name."""
+    if has_suffix(Path(place), ".safetensors") and Path(place).is_file():
+        file = SingleFile(Path(place))
+        return replace(published(file.context), source="the file's header")
+    folder = folder_of(place)
+    parts = [] if folder is None else [folder / part for part in ("unet", "vae", "text_encoder")]
+    if parts and all((part / "config.json").is_file() for part in parts):
+        return Architecture(*parts, "config.json")
+    is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
+    return published(768 if is_first else 1024)
+
+
+def meta_text_encoder(config: Any) -> PreTrainedModel:
+    """A CLIP text encoder without memory, of a folder or a config."""
+    return build(CLIPTextModel, config)
+
+
+def meta_student(config: TriplaneTurboConfig, architecture: Architecture, num_denoising_steps: int) -> Any:
+    """The model that a run trains, without memory."""
+    unet, vae = build(UNet2DConditionModel, architecture.unet), build(AutoencoderKL, architecture.vae)
+    base = Base(config.base, unet, vae, stable_diffusion_scheduler(), None)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return TriplaneTurboModel.from_base(base, config, num_denoising_steps)
+
+
+@dataclass(frozen=True)
+class MetaTeacher:
+    """A teacher without memory, and what identifies its text encoder: two of one text and dtype share it."""
+
+    teacher: UNetTeacher
+    text: str
+    source: str
+
+
+def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtype: torch.dtype) -> MetaTeacher | None:
+    """A teacher of the library's without memory; None for another class, of which nothing is known."""
+    if kind not in (StableDiffusionTeacher, *TEACHERS):
+        return None
+    place, folder = config.path, folder_of(config.path, kind.name)
+    settings = TEACHERS[kind]() if kind in TEACHERS else None
+    if folder is None or not (folder / "unet/config.json").is_file():
+        context = 1024 if kind is MVDreamTeacher else 768
+        parts = base_architecture(place) if settings is None else published(context, camera=True)
+        text = "ViT-H" if parts.text.hidden_size == VIT_H["hidden_size"] else "ViT-L"
+    else:
+        if settings is not None and (folder / CONFIG_NAME).is_file():
+            settings = read_config(str(folder), type(settings))
+        base = shared_folder(str(folder), getattr(settings, "base", None))
+        shared = base_architecture(base) if base else None
+        shares_vae = getattr(settings, "shares_vae", False)
+        text_config = shared.text if shared else folder / "text_encoder"
+        vae = shared.vae if shared and shares_vae else folder / "vae"
+        parts = Architecture(folder / "unet", vae, text_config, "config.json")
+        text = str(Path(base).resolve() if base and Path(base).exists() else base or folder.resolve())
+    unet, encoder = build(UNet2DConditionModel, parts.unet), meta_text_encoder(parts.text)
+    own: dict[str, Any] = {"unet": unet, "scheduler": stable_diffusion_scheduler(), "tokenizer": None}
+    own |= {"text_encoder": encoder} | ({} if settings is None else {"config": settings})
+    if kind is not RichDreamerTeacher:
+        vae = build(AutoencoderKL, parts.vae)
+        vae.decoder = vae.post_quant_conv = None  # as loading does
+        own |= {"vae": vae, "checkpoint_vae": options.checkpoint_vae}
+    teacher = kind(**own).to(device="meta", dtype=dtype)
+    return MetaTeacher(teacher, text, parts.source)

@@ -1,0 +1,24 @@
+"""Precision of the networks that a run loads, by its config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from prd.teachers.base import TeacherConfig
+    from prd.training.config import TrainConfig
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed_precision
+
+
+def teachers_dtype(config: TrainConfig) -> torch.dtype:
+    """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model."""
+    given = config.teacher_options.dtype
+    return getattr(torch, given) if given else PRECISIONS[config.mixed_precision]
+
+
+def dtype_of(config: TrainConfig, settings: TeacherConfig) -> torch.dtype:
+    """Precision of one teacher's weights: its own `dtype` if it has one."""
+    return getattr(torch, settings.dtype) if settings.dtype else teachers_dtype(config)
