@@ -127,9 +127,7 @@ def make_teacher(name: str, full: bool, checkpoint_vae: bool) -> UNetTeacher:
     pixels = {"stable_diffusion": 64, "mvdream": 32, "richdreamer": 32}[name] if full else 8
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=pixels, **({"block_out_channels": WIDTHS} | sizes))
-        text = CLIPTextModel(
-            CLIPTextConfig(vocab_size=VOCABULARY, **(real_text if full else TINY_TEXT))
-        )
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **(real_text if full else TINY_TEXT)))
         vae = None if own else make_vae(full)
     if vae is not None:
         vae.decoder = vae.post_quant_conv = None  # as loading does

@@ -145,9 +145,7 @@ def _time(counts: StepCounts, config: TrainConfig) -> str:
         hours = f"{bound * steps / 3600:.1f} to {measured * steps / 3600:.1f}"
         seconds, verdict = f"{bound:.3g} to {measured:.3g}", _verdict(counts, config, device.memory)
         rows.append([device.name, seconds, hours, verdict])
-    title = (
-        f"Seconds per step and hours of {steps:,} steps: all at its peak, and at the shares measured on a CPU"
-    )
+    title = f"Seconds per step and hours of {steps:,} steps: all at its peak, and at the shares measured on a CPU"
     blocks += [title, grid(["GPU, one per process", "s per step", "hours", "memory"], rows)]
     if config.max_train_minutes is not None:
         blocks.append(f"max_train_minutes={config.max_train_minutes:g}: steps are fitted to it, and no more is taken.")
