@@ -83,9 +83,10 @@ def base_architecture(place: str) -> Architecture:
         file = SingleFile(Path(place))
         return replace(published(file.context), source="the file's header")
     folder = folder_of(place)
-    parts = [] if folder is None else [folder / part for part in ("unet", "vae", "text_encoder")]
-    if parts and all((part / "config.json").is_file() for part in parts):
-        return Architecture(*parts, "config.json")
+    if folder is not None:
+        unet, vae, text = (folder / part for part in ("unet", "vae", "text_encoder"))
+        if all((part / "config.json").is_file() for part in (unet, vae, text)):
+            return Architecture(unet, vae, text, "config.json")
     is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
     return published(768 if is_first else 1024)
 
@@ -98,7 +99,7 @@ def meta_text_encoder(config: Any) -> PreTrainedModel:
 def meta_student(config: TriplaneTurboConfig, architecture: Architecture, num_denoising_steps: int) -> Any:
     """The model that a run trains, without memory."""
     unet, vae = build(UNet2DConditionModel, architecture.unet), build(AutoencoderKL, architecture.vae)
-    base = Base(config.base, unet, vae, stable_diffusion_scheduler(), None)  # type: ignore[arg-type]
+    base = Base(config.base, unet, vae, stable_diffusion_scheduler(), None)
     with torch.device("meta"):
         return TriplaneTurboModel.from_base(base, config, num_denoising_steps)
 

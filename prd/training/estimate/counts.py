@@ -6,6 +6,7 @@ counted for one prompt; what a step of several takes is theirs times the number 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -241,6 +242,7 @@ def count_renderer(renderer: Renderer, config: TrainConfig, plane_bytes: int) ->
     """A renderer of the library: what a ray and a node of its grid cost, on two small images of the first field."""
     own: Any = renderer.config
     rays, chunk, planes = config.cameras.views * rays_of(own), getattr(own, "max_rays", None), plane_bytes
+    _measured(_without_chunks(renderer), config, FEW[0])  # fills what is made once and kept, as a grid's nodes
     ray, nodes = _per_ray(_without_chunks(renderer), config)
     total = rays * ray + nodes
     kept, backward = total.kept, total.backward
@@ -304,6 +306,7 @@ def _measured(renderer: Renderer, config: TrainConfig, side: int) -> _Cost:
         loss = views.rgb.sum() + views.normal.sum() + views.disparity.sum()
         if rendered.samples is not None:
             loss = loss + eikonal_loss(rendered.samples)
+        gc.collect()  # what is in cycles and not part of the graph
         kept = count.bytes.live
         backward, _ = count.peak(lambda: torch.autograd.grad(loss, leaves, allow_unused=True))
         work = count.work()
