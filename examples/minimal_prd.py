@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default=PROMPTS[0], help="what is made at the end; trained on as well")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--output", default="minimal.glb", help="file ending in .glb, .obj or .ply")
+    parser.add_argument("--output", default="minimal.glb", help="file ending in .glb, .obj, .ply, .stl, ...")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -3,18 +3,23 @@
     python examples/train_toybox.py                                 # all stages, into prd/toybox/assets
     python examples/train_toybox.py --stages richdreamer --threads 1 --assets /tmp/assets
     python examples/train_toybox.py --device cuda --batch_scale 8
+    python examples/train_toybox.py --held_out fifth --assets /tmp/assets   # no image of what the student never sees
+    python examples/train_toybox.py --resume                        # go on where the same command was stopped
 
 Stages may run side by side where they do not lean on each other: richdreamer beside vae, stable_diffusion, and then
 mvdream beside controlnet.
-Every stage writes its folder in diffusers' layout (fp16 safetensors), a log (log_STAGE.jsonl) and a picture of samples.
+Every stage writes its folder in diffusers' layout (fp16 safetensors), a log (log_STAGE.jsonl; its first line says what
+the stage is trained with) and a picture of samples. Every few minutes its state is saved in unfinished_STAGE,
+which is removed when the stage is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables bef
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -30,7 +35,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from prd.evaluation.pictures import save_sheet
 from prd.teachers.depth_control import control_images
 from prd.teachers.multiview import camera_vector, set_joint_attention
-from prd.toybox.check import REQUIRED_DEPTH_RATIO, REQUIRED_RATIO, camera_ratios, depth_ratios, silhouette_iou
+from prd.toybox.check import (
+    REQUIRED_DEPTH_RATIO,
+    REQUIRED_RATIO,
+    camera_ratios,
+    depth_images,
+    depth_ratios,
+    silhouette_iou,
+)
 from prd.toybox.data import ViewPool, ViewSets
 from prd.toybox.diffusion import (
     SHOWN,
@@ -42,23 +54,20 @@ from prd.toybox.diffusion import (
     sample,
     sample_views,
 )
-from prd.toybox.models import (
-    make_controlnet,
-    make_normal_unet,
-    make_scheduler,
-    make_text_encoder,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-)
+from prd.toybox.folders import load_stable_diffusion, load_vae, save_mvdream, save_richdreamer, save_stable_diffusion
+from prd.toybox.models import make_controlnet, make_normal_unet, make_text_encoder, make_tokenizer, make_unet, make_vae
+from prd.toybox.splits import held_out_rules
+from prd.training.run import checkpoints
+from prd.training.run.folder import open_metrics
 
 STEPS = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
 STAGES = tuple(STEPS)  # a stage's place seeds its draws
+DONE = {"done": True}  # the last line of a log
 HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
 
 
 class Run:
-    """One stage: its random numbers, data, optimizer, average of weights, log."""
+    """One stage: its random numbers, data, optimizer, average of weights, log, and the state to resume from."""
 
     def __init__(self, stage: str, modules: list[nn.Module], args: argparse.Namespace, lr: float) -> None:
         self.stage, self.modules, self.device = stage, modules, args.device
@@ -66,17 +75,49 @@ class Run:
         self.steps = max(1, int(STEPS[stage] * args.steps_scale))
         self.generator = torch.Generator().manual_seed(args.seed + STAGES.index(stage))
         self.pool: ViewPool = load_pool(args)
+        self.exclude = frozenset(held_out_rules()[args.held_out]) if args.held_out else frozenset[str]()
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         self.lr = lr
         self.average = [p.detach().clone() for p in self.parameters]
-        self.log = (self.assets / f"log_{stage}.jsonl").open("w", encoding="utf-8")
-        self.start = time.time()
         self.running: float | None = None
+        self.unfinished, self.save_seconds = unfinished(args, stage), 60 * args.save_minutes
+        self.saved = self.start = time.time()
+        self.first = self.restore() if checkpoints.latest_checkpoint(self.unfinished) else 0
+        self.log = log_path(args, stage)
+        with open_metrics(self.log, self.first) as log:
+            log.write("" if self.first else json.dumps(settings(args)) + "\n")
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps aside, then in the place of the one before."""
+        optimizer, settings = checkpoints.optimizer_state(self.optimizer)
+        draws = {**checkpoints.rng_state(), "generator": self.generator.get_state()}
+        tensors: dict[str, dict[str, Tensor]] = {"optimizer": optimizer, "draws": draws}
+        for group, own in (("weights", self.parameters), ("average", self.average)):
+            tensors[group] = {str(i): tensor for i, tensor in enumerate(own)}
+        state = {"optimizer": settings, "running": self.running, "seconds": time.time() - self.start}
+        checkpoints.save_checkpoint(self.unfinished, step, tensors, state, total_limit=1)
+        self.saved = time.time()
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Undo `save`; returns the number of steps that are done."""
+        folder = checkpoints.latest_checkpoint(self.unfinished)
+        assert folder is not None
+        found = checkpoints.load_checkpoint(folder)
+        for group, own in (("weights", self.parameters), ("average", self.average)):
+            for i, tensor in enumerate(own):
+                tensor.copy_(found.tensors[group][str(i)])
+        checkpoints.load_optimizer_state(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
+        self.generator.set_state(found.tensors["draws"].pop("generator"))
+        checkpoints.set_rng_state(found.tensors["draws"])
+        self.running, self.start = found.state["running"], time.time() - found.state["seconds"]
+        return found.step
 
     def each_step(self) -> Iterator[int]:
         """Yield step numbers with the learning rate set: 3 % warm-up, constant, linear decay over the second half."""
-        for step in tqdm(range(self.steps), desc=self.stage, mininterval=5):
+        numbers = range(self.first, self.steps)
+        for step in tqdm(numbers, desc=self.stage, mininterval=5, initial=self.first, total=self.steps):
             done = step / self.steps
             factor = min(1.0, (step + 1) / (0.03 * self.steps)) * min(1.0, max(0.02, 2 * (1 - done)))
             for group in self.optimizer.param_groups:
@@ -95,10 +136,18 @@ class Run:
         self.running = value if self.running is None else 0.98 * self.running + 0.02 * value
         if step % 100 == 99 or step + 1 == self.steps:
             self.write(step=step + 1, loss=round(self.running, 5))
+        if step + 1 < self.steps and time.time() - self.saved >= self.save_seconds:
+            self.save(step + 1)
+
+    def draw(self, count: int) -> ViewSets:
+        """`count` four-view sets, none of them of a held-out caption's object."""
+        return self.pool.draw(count, self.generator, exclude=self.exclude)
 
     def write(self, **values: Any) -> None:
-        self.log.write(json.dumps({"seconds": round(time.time() - self.start, 1), **values}) + "\n")
-        self.log.flush()
+        """Add a line to the log, by default of the last step."""
+        line = {"seconds": round(time.time() - self.start, 1), "step": self.steps, **values}
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -107,6 +156,38 @@ class Run:
             parameter.copy_(average)
         for module in self.modules:
             module.eval()
+
+
+def unfinished(args: argparse.Namespace, stage: str) -> Path:
+    """The folder of a stage's states while it is trained."""
+    return args.assets / f"unfinished_{stage}"
+
+
+def log_path(args: argparse.Namespace, stage: str) -> Path:
+    return args.assets / f"log_{stage}.jsonl"
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides what a stage becomes: the first line of its log."""
+    names = ("held_out", "seed", "sets", "batch_scale", "steps_scale")
+    return {"step": 0, **{name: getattr(args, name) for name in names}}
+
+
+def is_done(args: argparse.Namespace, stage: str) -> bool:
+    """Whether a stage is to be left out: it is done, and the command resumes.
+
+    SystemExit where a state would be lost, or where one to resume was made with other settings.
+    """
+    place, log = unfinished(args, stage), log_path(args, stage)
+    stopped = checkpoints.latest_checkpoint(place) is not None
+    if stopped and not args.resume:
+        raise SystemExit(f"{place}: {stage} was stopped in the middle; give --resume to go on, or remove the folder")
+    first, *rest = (log.read_text(encoding="utf-8") if log.is_file() else "").splitlines() or [""]
+    done = bool(args.resume and rest and rest[-1] == json.dumps(DONE))
+    if (stopped or done) and first != json.dumps(settings(args)):
+        given = f"{first or 'nothing known'}, not {json.dumps(settings(args))}"
+        raise SystemExit(f"{log}: {stage} was begun with {given}; give the same, or begin anew without --resume")
+    return done
 
 
 def load_pool(args: argparse.Namespace) -> ViewPool:
@@ -122,7 +203,7 @@ def draw_images(run: Run, count: int) -> tuple[Tensor, Tensor, list[str]]:
 
     Both in [0, 1].
     """
-    batch = run.pool.draw(count, run.generator)
+    batch = run.draw(count)
     one = torch.arange(count), torch.randint(4, (count,), generator=run.generator)
     return batch.rgb[one].to(run.device), batch.disparity[one].to(run.device), batch.captions
 
@@ -139,7 +220,7 @@ def train_vae(args: argparse.Namespace) -> None:
         run.update(step, loss)
     run.finish()
     with torch.no_grad():
-        images = run.pool.draw(64, run.generator).rgb.flatten(0, 1).to(args.device) * 2 - 1
+        images = run.draw(64).rgb.flatten(0, 1).to(args.device) * 2 - 1
         latents = vae.encode(images).latent_dist.mean
         restored = vae.decode(latents).sample
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))
@@ -151,16 +232,6 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.half().save_pretrained(args.assets / "stable_diffusion" / "vae")
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(args.assets / "stable_diffusion", subfolder="vae", dtype=torch.float32)
-    return vae.to(args.device).eval().requires_grad_(False)
-
-
-def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel.from_pretrained(args.assets / "stable_diffusion", subfolder="unet", dtype=torch.float32)
-    return unet.to(args.device).eval().requires_grad_(False)
-
-
 def encode_views(run: Run, vae: AutoencoderKL, batch: ViewSets) -> Tensor:
     """Latents [4 * n, 4, h, w] of n four-view sets."""
     return encode_images(vae, batch.rgb.flatten(0, 1).to(run.device), run.generator)
@@ -168,7 +239,7 @@ def encode_views(run: Run, vae: AutoencoderKL, batch: ViewSets) -> Tensor:
 
 def train_stable_diffusion(args: argparse.Namespace) -> None:
     """Single views; the text encoder is trained with the U-Net."""
-    vae, tokenizer = load_vae(args), make_tokenizer()
+    vae, tokenizer = load_vae(args.assets, args.device), make_tokenizer()
     text_encoder, unet = make_text_encoder(tokenizer).to(args.device), make_unet(cameras=False).to(args.device)
     run = Run("stable_diffusion", [unet, text_encoder], args, lr=1e-3)
     for step in run.each_step():
@@ -178,36 +249,19 @@ def train_stable_diffusion(args: argparse.Namespace) -> None:
     run.finish()
     samples = sample(plain(unet), text_encoder, tokenizer, SHOWN * 4, size=unet.config.sample_size, seed=args.seed)
     save_sheet(decode_images(vae, samples), args.assets / "stable_diffusion.png", columns=8)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(args.assets / "stable_diffusion")
-
-
-def load_text(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    folder = args.assets / "stable_diffusion"
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
-    return tokenizer, encoder.to(args.device).eval().requires_grad_(False)
+    save_stable_diffusion(args.assets, vae, unet, text_encoder, tokenizer)
 
 
 def train_mvdream(args: argparse.Namespace) -> None:
     """Four views, cameras by Fourier features; starts from the Stable Diffusion, whose text encoder stays."""
-    vae, (tokenizer, text_encoder) = load_vae(args), load_text(args)
+    vae, base, tokenizer, text_encoder = load_stable_diffusion(args.assets, args.device)
     unet = make_unet(cameras=True)
     camera_embedding = {k: v for k, v in unet.state_dict().items() if k.startswith("class_embedding")}
-    unet.load_state_dict({**load_unet(args).state_dict(), **camera_embedding})
+    unet.load_state_dict({**base.state_dict(), **camera_embedding})
     set_joint_attention(unet.to(args.device), 4)
     run = Run("mvdream", [unet], args, lr=1e-3)
     for step in run.each_step():
-        batch = run.pool.draw(8 * args.batch_scale, run.generator)
+        batch = run.draw(8 * args.batch_scale)
         x = encode_views(run, vae, batch)
         predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
         run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, batch.captions, run.generator, views=4))
@@ -215,10 +269,7 @@ def train_mvdream(args: argparse.Namespace) -> None:
     samples = sample_views(unet, text_encoder, tokenizer, seed=args.seed)
     save_sheet(decode_images(vae, samples), args.assets / "mvdream.png", columns=8)
     check_cameras(run, unet, text_encoder, tokenizer, lambda batch: encode_views(run, vae, batch))
-    unet.half().save_pretrained(args.assets / "mvdream" / "unet")
-    make_scheduler().save_pretrained(args.assets / "mvdream" / "scheduler")
-    shared = {"base": "../stable_diffusion", "shares_vae": True}
-    write_settings(args.assets / "mvdream", {"num_views": 4, "camera_encoding": "fourier", **shared})
+    save_mvdream(args.assets, unet)
 
 
 def train_richdreamer(args: argparse.Namespace) -> None:
@@ -228,7 +279,7 @@ def train_richdreamer(args: argparse.Namespace) -> None:
     set_joint_attention(unet, 4)
     run = Run("richdreamer", [unet, text_encoder], args, lr=1e-3)
     for step in run.each_step():
-        batch = run.pool.draw(8 * args.batch_scale, run.generator)
+        batch = run.draw(8 * args.batch_scale)
         x = batch.normal_disparity.flatten(0, 1).to(args.device)
         predict = plain(unet, camera_vector(batch.cameras, "fourier").to(args.device))
         run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, batch.captions, run.generator, views=4))
@@ -237,30 +288,12 @@ def train_richdreamer(args: argparse.Namespace) -> None:
     images = torch.stack([samples[:, :3], samples[:, 3:].expand(-1, 3, -1, -1)], dim=1).flatten(0, 1)
     save_sheet(images, args.assets / "richdreamer.png", columns=8)
     check_cameras(run, unet, text_encoder, tokenizer, lambda batch: batch.normal_disparity.flatten(0, 1).to(run.device))
-    save_richdreamer(args, unet, text_encoder, tokenizer)
-
-
-def save_richdreamer(
-    args: argparse.Namespace, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
-) -> None:
-    folder = args.assets / "richdreamer"
-    for module, name in ((unet, "unet"), (text_encoder, "text_encoder")):
-        dtype = next(module.parameters()).dtype
-        module.half().save_pretrained(folder / name)
-        module.to(dtype)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    make_scheduler().save_pretrained(folder / "scheduler")
-    images = {"image_range": [-1.0, 1.0], "normal_background": [0.5, 0.5, 0.5], "resize": "area"}
-    write_settings(folder, {"num_views": 4, "camera_encoding": "fourier", **images})
-
-
-def write_settings(folder: Path, settings: dict) -> None:
-    (folder / "teacher_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_richdreamer(args.assets, unet, text_encoder, tokenizer)
 
 
 def train_controlnet(args: argparse.Namespace) -> None:
     """Single views, shown with their depth; the Stable Diffusion and its text encoder stay."""
-    vae, unet, (tokenizer, text_encoder) = load_vae(args), load_unet(args), load_text(args)
+    vae, unet, tokenizer, text_encoder = load_stable_diffusion(args.assets, args.device)
     controlnet = make_controlnet(unet).to(args.device)
     run = Run("controlnet", [controlnet], args, lr=1e-3)
     for step in run.each_step():
@@ -270,7 +303,9 @@ def train_controlnet(args: argparse.Namespace) -> None:
         run.update(step, diffusion_loss(predict, text_encoder, tokenizer, x, captions, run.generator))
     run.finish()
     held_out = ViewPool(4, torch.Generator().manual_seed(args.seed + HELD_OUT_SEED))
-    measure_silhouettes(run, unet, controlnet, text_encoder, tokenizer, vae, held_out, seed=args.seed)
+    batch = held_out.draw(32, run.generator)
+    made = depth_images(unet, controlnet, text_encoder, tokenizer, vae, batch, seed=args.seed)
+    measure_outlines(run, made, batch.disparity.flatten(0, 1).to(run.device))
     ratios = depth_ratios(
         unet,
         controlnet,
@@ -285,31 +320,14 @@ def train_controlnet(args: argparse.Namespace) -> None:
     controlnet.half().save_pretrained(args.assets / "controlnet")
 
 
-def measure_silhouettes(
-    run: Run,
-    unet: UNet2DConditionModel,
-    controlnet: ControlNetModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
-    pool: ViewPool,
-    *,
-    seed: int,
-) -> None:
-    """Log how well images, made with the depth of 128 views and without, fill its outline; write the sheet.
+def measure_outlines(run: Run, images: dict[str, Tensor], disparity: Tensor) -> None:
+    """Log how well images [4 * n, 3, H, W], made with a depth and without, fill its outline; write the sheet.
 
     The sheet shows 16 objects in rows of eight: the depth, the image made of it, and the rendering it is the depth of.
     """
-    batch = pool.draw(32, run.generator)
-    disparity, rgb = (images.flatten(0, 1).to(run.device) for images in (batch.disparity, batch.rgb))
-    captions = [caption for caption in batch.captions for _ in range(4)]
-    images = {"rendering": rgb}
-    for name, predict in (("controlled", controlled(unet, controlnet, disparity)), ("plain", plain(unet))):
-        latents = sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
-        images[name] = decode_images(vae, latents)
     run.write(silhouette_iou={k: round(silhouette_iou(v, disparity).mean().item(), 3) for k, v in images.items()})
-    rows = torch.stack([control_images(disparity), images["controlled"], rgb])[:, ::4][:, :16]  # [3, 16, 3, H, W]
-    sheet = rows.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
+    rows = torch.stack([control_images(disparity), images["controlled"], images["rendering"]])[:, ::4][:, :16]
+    sheet = rows.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)  # of [3, 16, 3, H, W]
     save_sheet(sheet, run.assets / "controlnet.png", columns=8)
 
 
@@ -343,7 +361,7 @@ TRAINERS = {
 }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "prd" / "toybox" / "assets"
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -352,16 +370,27 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=96, help="four-view sets rendered of every shape and stack")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: every core)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--held_out", choices=held_out_rules(), help="rule: captions whose objects are never shown")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out stages that are done, go on with the stopped one"
+    )
+    parser.add_argument("--save_minutes", type=float, default=3.0, help="minutes between two states to resume from")
     parser.add_argument("--batch_scale", type=int, default=1, help="multiplies every batch size")
     parser.add_argument("--steps_scale", type=float, default=1.0, help="multiplies every number of steps")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.threads:
         torch.set_num_threads(args.threads)
     args.assets.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
-        torch.manual_seed(args.seed)
-        TRAINERS[stage](args)
+        if is_done(args, stage):
+            print(f"{stage}: is done")
+        else:
+            torch.manual_seed(args.seed)
+            TRAINERS[stage](args)
+            with log_path(args, stage).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(DONE) + "\n")
+        shutil.rmtree(unfinished(args, stage), ignore_errors=True)
 
 
 if __name__ == "__main__":

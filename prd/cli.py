@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prd.evaluation.command import add_evaluate, run_evaluate
 from prd.utils.arguments import (
     check_prompt,
     check_seed,
-    check_writable_file,
     check_writable_folder,
     expanded,
 )
@@ -44,15 +44,22 @@ def _run(words: Sequence[str]) -> int:
     runs = commands.add_parser("runs", help="compare the training runs of a folder in a table")
     runs.add_argument("folder", help="a folder that holds run folders, at any depth")
     _add_embed(commands)
+    add_evaluate(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
+    commands.add_parser("ablate", help="rerun tables of the paper with several seeds", add_help=False)
     if words[:1] == ["train"]:
         return _train(words[1:])
-    args = parser.parse_args(words)
     try:
+        if words[:1] == ["ablate"]:
+            from prd.evaluation.ablations.command import ablate
+
+            return ablate(words[1:])
+        args = parser.parse_args(words)
         if args.command == "runs":
             return _runs(args)
-        return {"convert": _convert, "embed": _embed, "generate": _generate}[args.command](args)
+        run = {"convert": _convert, "embed": _embed, "generate": _generate, "evaluate": run_evaluate}
+        return run[args.command](args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -61,7 +68,9 @@ def _run(words: Sequence[str]) -> int:
 def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
     generate.add_argument("prompt")
-    generate.add_argument("-o", "--output", default="mesh.glb", help="file ending in .glb, .obj or .ply")
+    generate.add_argument(
+        "-o", "--output", default="mesh.glb", help="file ending in .glb, .gltf, .obj, .ply, .stl, .3mf or .usdz"
+    )
     generate.add_argument(
         "--model",
         "--adapter",
@@ -78,8 +87,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
     generate.add_argument("--resolution", type=int, default=160, help="nodes per axis of the isosurface grid")
-    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to, if the topology allows")
-    generate.add_argument("--texture", type=int, default=1024, help="texels per side of the texture")
+    _add_surface(generate)
     generate.add_argument(
         "--coarse-factor",
         type=int,
@@ -88,6 +96,42 @@ def _add_generate(commands: Any) -> None:
     )
     generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
+
+
+def _add_surface(generate: argparse.ArgumentParser) -> None:
+    """Add what becomes of the surface, and how it is written."""
+    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to, if the topology allows")
+    generate.add_argument(
+        "--topology",
+        default="keep",
+        choices=("keep", "free"),
+        help="free: change it where --faces is not met otherwise",
+    )
+    generate.add_argument(
+        "--close-handles", type=float, default=0.1, metavar="WIDTH", help="close narrower ones first, 0: none (0.1)"
+    )
+    generate.add_argument(
+        "--lods", type=int, default=1, help="levels of detail in one .glb, each a quarter of the last"
+    )
+    colors = generate.add_mutually_exclusive_group()
+    colors.add_argument(
+        "--texture", type=_texture_size, default="auto", help="texels per side of the texture (default: by its detail)"
+    )
+    colors.add_argument("--vertex-colors", action="store_true", help="a colour per vertex instead of a texture")
+    generate.add_argument(
+        "--picture", default="png", choices=("png", "webp"), help="of the texture, in a .glb or .gltf"
+    )
+    generate.add_argument("--up", default=None, choices=("y", "z"), help="of .obj and .ply (default: y), .stl (z)")
+    generate.add_argument(
+        "--height",
+        default=None,
+        metavar="60mm",
+        help="of the object, in mm, cm, m or in (default: a scene unit is 1 m, in .stl and .3mf 50 mm)",
+    )
+
+
+def _texture_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _add_convert(commands: Any) -> None:
@@ -120,11 +164,11 @@ def _add_embed(commands: Any) -> None:
 def _generate(args: argparse.Namespace) -> int:
     import torch  # here, not above: `prd --help` must not wait for it
 
-    from prd.meshes.export import SUFFIXES
+    from prd.meshes.export import Export, export_mesh
 
     check_prompt("prompt", args.prompt)
     check_seed("seed", args.seed)
-    output = check_writable_file("output", args.output, SUFFIXES)
+    export = Export(args.output, args.up, args.height, args.picture, name="output", levels=args.lods)
     from transformers.utils import logging as transformers_logging
 
     from prd.meshes.options import MeshOptions
@@ -135,9 +179,13 @@ def _generate(args: argparse.Namespace) -> int:
     options = MeshOptions(
         isosurface_resolution=args.resolution,
         target_faces=args.faces,
-        texture_size=args.texture,
+        texture_size=None if args.vertex_colors else args.texture,
         coarse_factor=args.coarse_factor,
+        topology=args.topology,
+        close_handles=args.close_handles,
+        lods=args.lods,
     )
+    logging.getLogger("prd.meshes").setLevel(logging.INFO)  # what the surface was cut into
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     asked = {
@@ -159,7 +207,7 @@ def _generate(args: argparse.Namespace) -> int:
     assert isinstance(result, TextTo3DOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
-    path = mesh.export(output)
+    path = export_mesh(mesh, export)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     print(f"{path}: {len(mesh.faces)} triangles ({pipe.device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
     return 0
@@ -211,11 +259,11 @@ def _embed(args: argparse.Namespace) -> int:
         raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
     names = ("source", "column", "split", "revision")
     try:
-        asked = PromptsConfig(stack_fraction=0.5, **{name: getattr(args, name) for name in names})
+        asked = PromptsConfig(stack_fraction=0.5, open_fraction=0.5, **{name: getattr(args, name) for name in names})
     except ValidationError as error:
         raise ConfigError(explain(error, [f"prompts.{name}" for name in names], "prompts")) from None
     output = check_writable_folder("output", args.output)
-    texts = load_corpus(asked).prompts  # stack_fraction: of the toy box, single objects and stacks
+    texts = load_corpus(asked).prompts  # the fractions: of the toy box, single objects and stacks, closed and open
     print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for place in [place for name in args.encoder for place in [*map(str, shipped_encoders(name))] or [expanded(name)]]:

@@ -8,6 +8,7 @@ epsilon or v prediction) stays behind these three calls, so a new teacher is one
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -155,12 +156,14 @@ class UNetTeacher(nn.Module):
     view_dependent  append the side a view is seen from to its prompt; see `view_prompts`
 
     The attribute `offload` says whether the teacher stays in main memory between calls; see `prd.teachers.offload`.
+    `passes` counts the images that the U-Net has evaluated.
     Raises ValueError for parts that do not fit each other.
     """
 
     name = "unet"
     num_views = 1
     offload = False
+    passes = 0
     config_class: ClassVar[type[TeacherConfig]] = TeacherConfig
     takes_cameras: ClassVar[bool] = False
     tokenizer_class: ClassVar[Any] = CLIPTokenizer
@@ -208,6 +211,13 @@ class UNetTeacher(nn.Module):
         """Stay in evaluation mode, even when a model that holds the teacher is put in training mode."""
         return super().train(False)
 
+    def with_unet(self, unet: nn.Module) -> UNetTeacher:
+        """Return the same teacher with another U-Net in the place of its own; all else is shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "unet": unet}
+        other.passes = 0
+        return other
+
     @property
     def image_size(self) -> int:
         """Height and width of x, the U-Net's sample_size."""
@@ -252,7 +262,16 @@ class UNetTeacher(nn.Module):
     def predict_noise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Epsilon [n, C, h, w], float32, from whatever the U-Net predicts; see `Teacher.predict_noise`.
 
-        Raises ValueError for images of another size or number, and for timesteps outside the schedule.
+        Raises ValueError as `predict` does.
+        """
+        predicted = self.predict(x_t, t, condition)
+        return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The U-Net's own prediction [n, C, h, w], float32: epsilon, v or the sample, as `prediction_type` says.
+
+        Differentiable in weights that require a gradient. Raises ValueError for images of another size or number, and
+        for timesteps outside the schedule.
         """
         channels, size, steps = self.unet.config.in_channels, self.image_size, len(self.alphas_cumprod)
         if x_t.shape[1:] != (channels, size, size) or len(t) != len(x_t) or len(condition.prompt_embeds) != len(x_t):
@@ -271,8 +290,8 @@ class UNetTeacher(nn.Module):
             raise ValueError(f"camera: {given} for {len(x_t)} images; {self.name} takes one camera vector for each")
         if t.is_floating_point() or t.dtype == torch.bool or bool(((t < 0) | (t >= steps)).any()):
             raise ValueError(f"t={t.tolist()}: must be integers in 0..{steps - 1}")
-        predicted = self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
-        return epsilon_from(predicted, x_t.float(), self.alphas_cumprod.to(t.device)[t], self.prediction_type)
+        self.passes += len(x_t)
+        return self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Output of the U-Net [n, C', h, w] for x_t [n, C, h, w], in its own precision."""
@@ -320,6 +339,17 @@ def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_t
     if prediction_type == "sample":
         return (x_t - a.sqrt() * predicted) / (1 - a).sqrt()
     raise ValueError(f"prediction_type={prediction_type!r}: must be 'epsilon', 'v_prediction' or 'sample'")
+
+
+def target_of(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """What a U-Net of a prediction type is trained to predict for x and noise [n, C, h, w]: epsilon, v or the sample.
+
+    alpha_bar [n]: the schedule at each image's timestep. The inverse of `epsilon_from`.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * x if prediction_type == "v_prediction" else x
 
 
 def to_images(pixels: Tensor, size: int, resize: Resize = "bilinear") -> Tensor:

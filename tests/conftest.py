@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -59,34 +58,16 @@ def _writes_nothing_here(_empty_folder: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def random_toybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy box's models with random weights, in the folders the trained ones have, and a student on them."""
-    from diffusers import StableDiffusionPipeline
-
     from prd.toybox import models
+    from prd.toybox.folders import save_mvdream, save_richdreamer, save_stable_diffusion
 
     folder = tmp_path_factory.mktemp("assets")
     torch.manual_seed(0)
-    tokenizer, scheduler = models.make_tokenizer(), models.make_scheduler()
-    StableDiffusionPipeline(
-        vae=models.make_vae(),
-        text_encoder=models.make_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=models.make_unet(cameras=False),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16).save_pretrained(folder / "stable_diffusion")
-    views = {"num_views": 4, "camera_encoding": "fourier"}
-    images = {"image_range": [-1.0, 1.0], "normal_background": [0.5, 0.5, 0.5], "resize": "area"}
-    for name, unet, settings in (
-        ("mvdream", models.make_unet(cameras=True), {"base": "../stable_diffusion", "shares_vae": True}),
-        ("richdreamer", models.make_normal_unet(), images),
-    ):
-        unet.half().save_pretrained(folder / name / "unet")
-        scheduler.save_pretrained(folder / name / "scheduler")
-        (folder / name / "teacher_config.json").write_text(json.dumps({**views, **settings}), encoding="utf-8")
-    models.make_text_encoder(tokenizer).half().save_pretrained(folder / "richdreamer" / "text_encoder")
-    tokenizer.save_pretrained(folder / "richdreamer" / "tokenizer")
+    tokenizer = models.make_tokenizer()
+    vae, text_encoder, unet = models.make_vae(), models.make_text_encoder(tokenizer), models.make_unet(cameras=False)
+    save_stable_diffusion(folder, vae, unet, text_encoder, tokenizer)
+    save_mvdream(folder, models.make_unet(cameras=True))
+    save_richdreamer(folder, models.make_normal_unet(), models.make_text_encoder(tokenizer), tokenizer)
     shutil.copy(Path(prd.__file__).parent / "toybox/assets/index.json", folder)
     _save_random_adapter(folder)
     return folder

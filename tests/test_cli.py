@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,28 @@ def test_generate_writes_a_glb(random_toybox, tmp_path):
     assert mesh.visual.material.baseColorTexture.size == (32, 32)
 
 
+def test_what_generate_is_asked_for_reaches_the_files(random_toybox, tmp_path, caplog):
+    """Vertex colours, what made it, sizes in millimetres, and a warning where the number of triangles is not met."""
+    places = ["--adapter", str(random_toybox / "adapter"), "--base", str(random_toybox / "stable_diffusion")]
+    generate = ["generate", "a red cube", *places, "--resolution", "24", "--seed", "7"]
+    assert main([*generate, "-o", str(tmp_path / "v.glb"), "--vertex-colors", "--faces", "300"]) == 0
+    data = (tmp_path / "v.glb").read_bytes()
+    tree = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")])
+    extras = tree["asset"]["extras"]
+    assert (extras["prompt"], extras["seed"], extras["model"]) == ("a red cube", 7, "TriplaneTurbo")
+    assert extras["generator"].startswith("prd ") and extras["licence"]
+    assert str(tmp_path.parent).encode() not in data and str(random_toybox).encode() not in data
+    (primitive,) = tree["meshes"][0]["primitives"]
+    assert "COLOR_0" in primitive["attributes"] and "images" not in tree
+    caplog.clear()
+    assert main([*generate, "-o", str(tmp_path / "x.stl"), "--vertex-colors", "--faces", "4", "--height", "6cm"]) == 0
+    shape = trimesh.load(tmp_path / "x.stl")
+    assert shape.extents[2] == pytest.approx(60, rel=1e-4)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if len(shape.faces) > 4:
+        assert any("target_faces=4" in line and str(len(shape.faces)) in line for line in warnings)
+
+
 def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     """What a failing command prints: a single line, no traceback, exit status 2."""
     assert main(words) == 2
@@ -41,8 +64,8 @@ def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     assert "texture_size=8: must be an integer in 16..8192" in one_sentence(capsys, ["generate", "a", "--texture", "8"])
-    error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.stl"])
-    assert "output='cube.stl'" in error and ".glb, .obj, .ply" in error
+    error = one_sentence(capsys, ["generate", "a red cube", "-o", "cube.fbx"])
+    assert "output='cube.fbx'" in error and ".glb, .obj, .ply" in error
 
 
 @pytest.mark.parametrize(
@@ -57,6 +80,13 @@ def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
         (["a", "-o", "folder.glb"], "output='folder.glb': is a folder"),
         (["a", "-o", "$ABSENT/cube.glb"], "the environment variable ABSENT is not set"),
         (["a", "--resolution", "1"], "isosurface_resolution=1: must be an integer in 2..2048"),
+        (["a", "-o", "cube.obj", "--height", "60mm"], "height='60mm': .obj says no unit of length; write one of .glb"),
+        (["a", "-o", "cube.stl", "--height", "60"], "height='60': must be 0.01mm to 1000m, a number and mm, cm, m"),
+        (["a", "-o", "cube.glb", "--up", "z"], "up='z': a .glb is +Y up; leave it out"),
+        (["a", "-o", "cube.stl", "--lods", "2"], "lods=2: .stl holds one mesh; write a .glb or .gltf"),
+        (["a", "-o", "cube.ply", "--picture", "webp"], "picture='webp': .ply takes none but png"),
+        (["a", "--close-handles", "nan"], "close_handles=nan: must be a width in 0..2 scene units; 0 closes none"),
+        (["a", "--lods", "9"], "lods=9: must be an integer in 1..8"),
     ],
 )
 def test_what_is_asked_is_checked_before_anything_is_loaded(words, message, capsys, monkeypatch, tmp_path):
@@ -108,6 +138,7 @@ def test_options_of_sharing_reach_what_they_are_for(capsys, monkeypatch, tmp_pat
 
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", load)
     monkeypatch.setattr("prd.loading.stable_diffusion.load_base", load)
+    monkeypatch.setattr("prd.generators.published.published_state", lambda path: {})
     place = ["--revision", "v1", "--token", "hf_x"]
     one_sentence(capsys, ["generate", "a red cube", "--adapter", "me/a", *place, "--allow-other-base"])
     one_sentence(capsys, ["convert", "a.pth", str(tmp_path / "a"), "--base", "me/b", *place])

@@ -27,6 +27,8 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from prd import cli
+from prd.evaluation.ablations.plan import plan_runs
+from prd.evaluation.ablations.tables import load_table
 from prd.training import recipes
 from prd.training.classes import SECTIONS
 from prd.training.config import TrainConfig
@@ -34,7 +36,9 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs) |python |accelerate launch |pytest|\.ci/)")
+INLINE = re.compile(
+    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate) |python |accelerate launch |pytest|\.ci/)"
+)
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
@@ -166,8 +170,11 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
     for place in (
         "prd.pipelines.auto.load_pipeline",
         "prd.loading.stable_diffusion.load_base",
+        "prd.generators.published.published_state",
         "prd.data.prompts.load_corpus",
         "prd.evaluation.report.runs_table",
+        "prd.evaluation.ablations.command.load_table",
+        "prd.cli.run_evaluate",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):
@@ -229,6 +236,7 @@ def test_a_command_is_read_by_its_parser(words: list[str], here: pytest.MonkeyPa
         "prd generate 'a red cube' -o cube.stl",
         "prd train --optimizer.speed 1",
         "prd bake cube.glb",
+        "prd ablate k --seeds 0",
         "accelerate launch examples/train_prd.py --renderers both_of_them",
         "accelerate launch examples/train_mvdream.py",
         "accelerate launch --config_file configs/accelerate/tpu.yaml examples/train_prd.py",
@@ -290,6 +298,9 @@ def test_recipes_load(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: P
             (tmp_path / own_file(other)).write_text(other.text, encoding="utf-8")
     path = tmp_path / "recipe.yaml"
     path.write_text(block.text, encoding="utf-8")
+    if "cells" in values:  # a table of ablations
+        assert plan_runs(load_table(path), tmp_path).runs
+        return
     assert recipes.load_config(path).max_train_steps >= 1
 
 

@@ -75,6 +75,7 @@ def test_the_wheel_holds_every_module_and_recipe(wheel_files):
         assert modules and modules <= wheel_files
     assert "prd/py.typed" in wheel_files
     assert {f"prd/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= wheel_files
+    assert {f"prd/configs/ablations/{path.name}" for path in (ROOT / "configs/ablations").glob("*.yaml")} <= wheel_files
 
 
 def test_the_wheel_holds_the_toy_box_models(wheel_files):

@@ -21,7 +21,7 @@ from prd.training.config import Stage
 from prd.utils.checked_types import number
 
 # streams of random numbers
-PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS = range(8)
+PROMPTS, NOISE, CAMERAS, JITTER, TEACHERS, SHADING, INTERPOLATION, CLOUDS, FAKE = range(9)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from prd.data.worlds import find_world
 from prd.utils.checked_types import CHECKS, Fraction, Place, Prompt, Text
 
 __all__ = [
-    *("Corpus", "CorpusError", "MixedPrompts", "PromptsConfig", "ShuffledPrompts"),
+    *("Corpus", "CorpusError", "PromptsConfig", "ShuffledPrompts"),
     *("held_out_prompts", "load_corpus", "shuffled"),
 ]
 
@@ -33,6 +33,7 @@ class PromptsConfig:
     embeddings: Place | None = None  # folder `prd embed` wrote; null: prompts are encoded in the batch
     held_out: Text | tuple[Text, ...] = ()  # prompts never trained on: texts, or the name of a rule of the benchmark
     stack_fraction: Fraction = 0.0  # toy box: probability of drawing "a .. on a .." instead of a single object
+    open_fraction: Fraction = 0.0  # toy box: probability of leaving a word open, as in "a cube" and "a red toy"
 
 
 def held_out_prompts(config: PromptsConfig) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ def load_corpus(config: PromptsConfig, seed: int = 0) -> Corpus:
         return ShuffledPrompts(list(dict.fromkeys(config.texts)), seed, "prompts.texts")
     held_out = held_out_prompts(config)
     if (world := find_world(config.source, "prompts.source")) is not None:
-        return world.corpus(held_out, seed=seed, stack_fraction=config.stack_fraction)
+        fractions = {"stack_fraction": config.stack_fraction, "open_fraction": config.open_fraction}
+        return world.corpus(held_out, seed=seed, **fractions)
     if config.source in SETS:
         splits = SETS[config.source]()
         if config.split not in splits:

@@ -55,10 +55,18 @@ class World(Protocol):
         """Return the sets of captions that `prompts.held_out` may name, in their order."""
         return {}
 
-    def corpus(self, held_out: Sequence[str] = (), *, seed: int = 0, stack_fraction: float = 0.0) -> Corpus:
+    def corpus(
+        self,
+        held_out: Sequence[str] = (),
+        *,
+        seed: int = 0,
+        stack_fraction: float = 0.0,
+        open_fraction: float = 0.0,
+    ) -> Corpus:
         """Return the captions that are trained on: those not held out, each once per epoch, in the order of a seed.
 
         stack_fraction  the probability of a composed caption, of a world that has them (`prompts.stack_fraction`)
+        open_fraction   the probability of a caption with several right answers, likewise (`prompts.open_fraction`)
 
         Raises CorpusError for a held-out text that is no caption, or if no caption is left.
         """

@@ -1,32 +1,36 @@
 """Asynchronous score distillation for every teacher (PRD, supplement B, Eq. 1-2; ScaleDreamer, 2407.02040).
 
 `asd_loss` is pure: every random draw is an argument. `prd.distillation.distill` draws for it. Score distillation losses
-of other names are settings of the same expression:
+of other names are settings of the same expression (docs/teachers.md has them all with their papers):
 
-    ASD   reference="shifted", t_plus > t
-    CSD   reference="shifted", t_plus=None: (s - 1)(eps(text) - eps(negative)), the direction of guidance alone
-    SDS   reference="noise"; with x0_from="noisy" the second estimate is then x itself, (x - x0_cfg) / (mean|.| + delta)
-    VSD   the argument `reference`: a model of the renderings, or its prediction
+    ASD         reference="shifted", t_plus > t
+    CSD         reference="shifted", t_plus=None: (s - 1)(eps(text) - eps(negative)), the direction of guidance alone
+    SDS         reference="noise"; with x0_from="noisy" the second estimate is x itself, (x - x0_cfg) / (mean|.| + d)
+    SDI         the same, noise="inversion": not drawn, but what the teacher sees in x
+    SDS-Bridge  reference="negative_prompt": the prediction for a text that describes what the renderings look like
+    VSD, DMD    reference="fake": the argument `reference`, a model of the renderings, or its prediction
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import pydantic
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from prd.distillation.fake_score import FakeScoreConfig
 from prd.distillation.timesteps import NO_SIGNAL, last_timestep
 from prd.errors import PrdError
 from prd.teachers.base import Condition, Teacher
-from prd.utils.checked_types import CHECKS, MOVES, Float, Int, Positive
+from prd.utils.checked_types import CHECKS, MOVES, Count, Float, Int, Positive, Text
 
 Weighting = Literal["dmd", "uniform", "sds", "sqrt"]
+Reference = Literal["shifted", "noise", "negative_prompt", "fake"]
 Timestep = Annotated[Float, Field(ge=1, le=999)]
 
 
@@ -38,7 +42,12 @@ class AsdConfig:
     t_max: Annotated[Int, Field(ge=1, le=1000)] = 980  # end of the teacher timesteps drawn, excluded
     weighting: Weighting = "dmd"  # w(t); "dmd" is Eq. 2
     delta: Positive = 0.1  # added to the denominator of Eq. 2
-    reference: Literal["shifted", "noise"] = "shifted"  # ASD (without a shift CSD), or SDS
+    reference: Reference = "shifted"  # ASD (without a shift CSD); "noise": SDS; SDS-Bridge; "fake": VSD, DMD
+    reference_prompt: Text | None = None  # of "negative_prompt"; {prompt} is the prompt, null the teacher's own text
+    fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)  # of "fake"
+    noise: Literal["random", "inversion"] = "random"  # "inversion": what the teacher sees in x (SDI)
+    inversion_steps: Count = 10  # of DDIM, from x to t
+    inversion_guidance_scale: Float = 1.0  # of these; 1: the text, 0: the negative prompt, each by one pass per step
     x0_from: Literal["noisy", "clean"] = "noisy"  # latent of the x0 estimates: the paper's, or the published code's
     average_over: Literal["prompt", "image"] = "prompt"  # the mean of Eq. 2: the paper's, or the published code's
     mean_over_views: bool = True  # divide a prompt's loss by its number of views, as published; false: the sum
@@ -49,6 +58,11 @@ class AsdConfig:
         for t_min in self.t_min if isinstance(self.t_min, tuple) else (self.t_min,):
             if t_min >= self.t_max:
                 raise ValueError(f"t_min={t_min}: must be below t_max={self.t_max}, which is excluded")
+        if self.reference_prompt is not None and self.reference != "negative_prompt":
+            raise ValueError(
+                f"reference_prompt={self.reference_prompt!r}: must be null with reference={self.reference!r}; set "
+                "reference to 'negative_prompt'"
+            )
         return self
 
 
@@ -119,7 +133,8 @@ def asd_loss(
     noise      [n, C, h, w] standard normal, shared by x_t and x_{t+}
     config     default AsdConfig(); its t_min and t_max are for whoever draws t
     reference  replaces the second prediction of `config.reference`: a noise prediction [n, C, h, w], a condition for
-               the teacher to predict with, or another model; the last two predict at t_plus if it is given, else at t
+               the teacher to predict with, or another model; the last two predict at t_plus if it is given, else at t.
+               "fake" needs one; "negative_prompt" without one takes the negative prediction of guidance
     other      a second condition and its share [n] in [0, 1]: the predictions for both are interpolated
 
     The settings select the expression. `weighting` "dmd": the difference of the two estimates of x over
@@ -136,6 +151,8 @@ def asd_loss(
     """
     config = config or AsdConfig()
     views = teacher.num_views
+    if reference is None and config.reference == "fake":
+        raise ValueError("reference=None: config.reference='fake' takes a model of the renderings; give one")
     t, t_plus = _check_inputs(teacher, x, condition, t, noise, t_plus, guidance_scale, reference)
     with torch.no_grad():
         clean, noise = x.detach().float(), noise.to(x.device, torch.float32)
@@ -161,7 +178,8 @@ def asd_loss(
         text, *shifted = _interpolate(first[:count], first[count : 2 * count], other)
         guided = negative + guidance_scale * (text - negative)
         if reference is None:
-            second = noise if config.reference == "noise" else (shifted or [text])[0]
+            others = {"noise": noise, "negative_prompt": negative}
+            second = others.get(config.reference, (shifted or [text])[0])
         elif isinstance(reference, Tensor):
             second = reference.to(guided)
         elif isinstance(reference, Condition):
@@ -170,22 +188,41 @@ def asd_loss(
             second = reference.predict_noise(x_plus, t if t_plus is None else t_plus, condition).to(guided)
             _check_finite(teacher, "prediction of the reference model", second, t)
 
-        if config.weighting == "dmd":
-            if config.x0_from == "clean":
-                x_t, x_plus, a_plus = clean, clean, a
-            _check_signal(teacher, a, a_plus)
-            x0_cfg = (x_t - (1 - a).sqrt() * guided) / a.sqrt()
-            x0_reference = (x_plus - (1 - a_plus).sqrt() * second) / a_plus.sqrt()
-            weight = (clean - x0_cfg).abs().flatten(1).mean(dim=1)  # [n], Eq. 2
-            if config.average_over == "prompt":
-                weight = weight.view(-1, views).mean(dim=1).repeat_interleave(views)
-            gradient = (x0_reference - x0_cfg) / (weight.view(-1, 1, 1, 1) + config.delta)  # Eq. 1
-        else:
-            weight = _noise_weight(config.weighting, a.flatten())
-            gradient = weight.view(-1, 1, 1, 1) * (guided - second)
-        if config.grad_clip is not None:
-            gradient = gradient.clamp(-config.grad_clip, config.grad_clip)
+        estimates = _Noisy(clean, x_t, a, guided), _Noisy(clean, x_plus, a_plus, second)
+        gradient, weight = _gradient(teacher, config, *estimates)
     return _surrogate(x, gradient, weight, views, config.mean_over_views)
+
+
+class _Noisy(NamedTuple):
+    """Noisy images [n, C, h, w] of x, the schedule [n, 1, 1, 1] at their timesteps, and the noise predicted in them."""
+
+    x: Tensor
+    x_t: Tensor
+    a: Tensor
+    noise: Tensor
+
+    def x0(self, config: AsdConfig, a: Tensor) -> Tensor:
+        """Estimate of x from the noisy image; from the clean one with the schedule `a` if the settings say so."""
+        image, a = (self.x_t, self.a) if config.x0_from == "noisy" else (self.x, a)
+        return (image - (1 - a).sqrt() * self.noise) / a.sqrt()
+
+
+def _gradient(teacher: Teacher, config: AsdConfig, first: _Noisy, second: _Noisy) -> tuple[Tensor, Tensor]:
+    """w(t) (x0_second - x0_first), or the difference of the noises, and w's part [n] that the result tells."""
+    a, views = first.a, teacher.num_views
+    if config.weighting == "dmd":
+        _check_signal(teacher, a, second.a if config.x0_from == "noisy" else a)
+        x0_cfg, x0_reference = first.x0(config, a), second.x0(config, a)
+        weight = (first.x - x0_cfg).abs().flatten(1).mean(dim=1)  # [n], Eq. 2
+        if config.average_over == "prompt":
+            weight = weight.view(-1, views).mean(dim=1).repeat_interleave(views)
+        gradient = (x0_reference - x0_cfg) / (weight.view(-1, 1, 1, 1) + config.delta)  # Eq. 1
+    else:
+        weight = _noise_weight(config.weighting, a.flatten())
+        gradient = weight.view(-1, 1, 1, 1) * (first.noise - second.noise)
+    if config.grad_clip is not None:
+        gradient = gradient.clamp(-config.grad_clip, config.grad_clip)
+    return gradient, weight
 
 
 def _surrogate(x: Tensor, gradient: Tensor, weight: Tensor, views: int, mean_over_views: bool) -> AsdResult:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.distillation.distill import AsdLoss, view_tensors
+from prd.distillation.fake_score import FakeReference
 from prd.distillation.interpolation import PromptInterpolation
 from prd.distillation.protocol import DistillationLoss
 from prd.rendering.views import Views
@@ -20,10 +21,14 @@ from prd.teachers.offload import resident
 
 @dataclass(frozen=True)
 class WeightedTeacher:
-    """A teacher with its settings at this step: weight in the loss, guidance scale, eta, negative prompt."""
+    """A teacher with its settings at this step: weight in the loss, guidance scale, eta, negative prompt.
+
+    fake  the fake score that the loss is given along with it; None: the loss is given none
+    """
 
     teacher: Teacher
     settings: TeacherConfig
+    fake: FakeReference | None = None
 
 
 @dataclass
@@ -84,6 +89,7 @@ def multi_teacher_loss(
     earlier: dict[str, list[dict[str, Tensor]]] = {}
     for weighted in teachers:
         teacher, settings = weighted.teacher, weighted.settings
+        extra: dict[str, Any] = {} if weighted.fake is None else {"fake": weighted.fake}
         with resident(teacher, views.rgb.device):
             result = loss(
                 teacher,
@@ -93,6 +99,7 @@ def multi_teacher_loss(
                 config=config,
                 generator=generator,
                 interpolation=interpolation,
+                **extra,
             )
             mean = result.loss.view(num_estimates, -1).mean(dim=1).sum()
             gradient = rendering_gradient(settings.weight * mean, leaves)

@@ -87,12 +87,14 @@ class Benchmark(World, Protocol):
             for split, summary in summaries.items()
         ]
 
-    def splits(self, held_out: Sequence[str] = (), limit: int | None = None) -> dict[str, list[str]]:
+    def splits(self, held_out: Sequence[str] = (), limit: int | None = None, draws: int = 0) -> dict[str, list[str]]:
         """Return the captions to measure, by split: "seen" and "held_out", all; a split without captions is left out.
 
         Names of splits end in "seen" or "held_out"; a benchmark of several kinds of captions puts the kind before.
 
         limit  captions of a split that is a sample, where a benchmark is too large to be measured whole; None: no limit
+        draws  times that each caption with several right answers is listed in splits of its own, of a benchmark that
+               has such captions; 0: no such splits
         """
         hidden = set(held_out)
         seen = [text for text in self.captions() if text not in hidden]
@@ -127,15 +129,17 @@ def resolve_benchmark(name: str | None, source: str | None, texts: Sequence[str]
     return world
 
 
-def measured_splits(benchmark: Benchmark, prompts: PromptsConfig, limit: int | None = None) -> dict[str, list[str]]:
+def measured_splits(
+    benchmark: Benchmark, prompts: PromptsConfig, limit: int | None = None, draws: int = 0
+) -> dict[str, list[str]]:
     """Return the captions by which a run with these prompts is measured, by split: "seen" are those it trains on.
 
-    limit  as for `Benchmark.splits`
+    limit, draws  as for `Benchmark.splits`
     """
     held_out: Sequence[str] = held_out_prompts(prompts)
     if prompts.texts:
         held_out = [text for text in benchmark.captions() if text not in prompts.texts]
-    return benchmark.splits(held_out, limit)
+    return benchmark.splits(held_out, limit, draws)
 
 
 def spread(texts: Sequence[str], limit: int | None) -> list[str]:

@@ -86,10 +86,11 @@ def read_run(folder: str | Path) -> Run:
     if not isinstance(config, dict):
         raise RunError(f"{folder}: its config.yaml is no mapping")
     config, _ = with_todays_keys(config)  # of a run of before: its keys are compared with today's
-    return Run(folder, _flat(config), _read_metrics(folder / "metrics.jsonl"), sessions, scores)
+    return Run(folder, _flat(config), read_metrics(folder / "metrics.jsonl"), sessions, scores)
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a metrics.jsonl, one per step; a line that is half written ends them, no file is no row."""
     rows: list[dict[str, float]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -181,7 +182,7 @@ def chart(
 
     The vertical axis is logarithmic where all values are positive and span more than two orders of magnitude.
     """
-    drawn = {name: _thinned(points) for name, points in lines.items()}
+    drawn = {name: thinned(points) for name, points in lines.items()}
     steps = [x for points in drawn.values() for x, _ in points]
     values = [y for points in drawn.values() for _, y in points]
     low, high = min(values), max(values)
@@ -218,9 +219,9 @@ def chart(
     )
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Reduce points to at most POINTS: means of neighbours."""
-    size = -(-len(points) // POINTS)
+def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """Reduce points to at most `most`: means of neighbours, at the last of their steps."""
+    size = -(-len(points) // most)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
 

@@ -18,7 +18,7 @@ from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneFi
 from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
-from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius, SavedPlace
 from prd.utils.construction import float32_weights
 
 
@@ -26,7 +26,9 @@ from prd.utils.construction import float32_weights
 class AtomConfig:
     """The sizes of AToM; the paper gives those of its heads, the others are ours."""
 
-    text_encoder: Place = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_encoder: SavedPlace = (
+        "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    )
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     plane_channels: Count = 32  # C_T

@@ -24,7 +24,7 @@ from prd.fields.triplane import colour_from_features
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, DensityAlpha
 from prd.utils.arguments import one_or_more
-from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius, Size
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius, SavedPlace, Size
 from prd.utils.construction import float32_weights
 
 
@@ -32,7 +32,9 @@ from prd.utils.construction import float32_weights
 class Att3dConfig:
     """The sizes of ATT3D. Those of the paper are in its appendix, which is not at hand: these are ours."""
 
-    text_encoder: Place = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_encoder: SavedPlace = (
+        "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    )
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     hidden_width: Count = 32  # of the vector v between the two linear maps (Eq. 4)

@@ -24,7 +24,7 @@ from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneFi
 from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.point_encoder import PointEncoder, dummy_cloud
 from prd.generators.single_pass import SinglePassModel
-from prd.utils.checked_types import CHECKS, Count, Place, Positive, Radius
+from prd.utils.checked_types import CHECKS, Count, Positive, Radius, SavedPlace
 from prd.utils.construction import float32_weights
 
 
@@ -32,7 +32,9 @@ from prd.utils.construction import float32_weights
 class Latte3dConfig:
     """The sizes of LATTE3D; ours (docs/latte3d.md)."""
 
-    text_encoder: Place = "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    text_encoder: SavedPlace = (
+        "toybox"  # folder or Hub id of the text encoder and its tokenizer; "toybox": the shipped one
+    )
     text_length: Count | None = None  # tokens per prompt; null: as the text encoder gives them
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     num_points: Count = 2048  # of a point cloud

@@ -1,175 +1,190 @@
-"""Files of meshes: glTF binary, Wavefront OBJ and PLY, each in the axes and colours that its readers expect."""
+"""Files of meshes: which formats there are, what each can hold, and writing them whole."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
+import importlib.util
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import trimesh
-from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from trimesh.exchange.obj import export_obj
 from trimesh.visual import ColorVisuals, TextureVisuals
-from trimesh.visual.material import PBRMaterial, SimpleMaterial
+from trimesh.visual.material import PBRMaterial
 
+import prd
+from prd.errors import ConfigError
+from prd.meshes.axes import NOTES, Up, turned
+from prd.meshes.gltf import PictureFormat, glb, gltf, srgb_to_linear
+from prd.meshes.obj import free_stem, obj
+from prd.meshes.options import check_one_of
+from prd.meshes.printing import MM_PER_UNIT, stl, threemf
 from prd.meshes.simplify import weld
 from prd.meshes.texture import to_bytes
+from prd.meshes.usd import usdz
 from prd.utils.arguments import check_writable_file
-from prd.utils.files import file_stem, replace_file
+from prd.utils.files import replace_file
 
 if TYPE_CHECKING:
     from prd.meshes.mesh import Mesh
 
-SUFFIXES = (".glb", ".obj", ".ply")
-PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # a name that every reader of OBJ and MTL files takes
-SOFTWARE = "prd"  # in the pictures that are written here
-TO_Y_UP = [1, 2, 0]  # scene X -> Z, Y -> X, Z -> Y: +Y up, front +Z (glTF 2.0, section 3.4); a rotation
+__all__ = ["FORMATS", "SUFFIXES", "Export", "ExportKeywords", "export_mesh", "parse_length", "ply", "srgb_to_linear"]
 
 
-def export_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
+@dataclass(frozen=True)
+class Format:
+    """Abilities of a file format.
+
+    up        ways up it can have, the default first
+    unit      of its lengths, millimetres; None where it says none
+    pictures  formats of the texture's picture to choose from
+    levels    whether it holds levels of detail
+    """
+
+    up: tuple[Up, ...]
+    unit: float | None = None
+    pictures: tuple[PictureFormat, ...] = ("png",)
+    levels: bool = False
+
+
+FORMATS = {
+    ".glb": Format(("y",), 1000.0, ("png", "webp"), levels=True),
+    ".obj": Format(("y", "z")),
+    ".ply": Format(("y", "z")),
+    ".gltf": Format(("y",), 1000.0, ("png", "webp"), levels=True),
+    ".stl": Format(("z", "y"), 1.0),
+    ".3mf": Format(("z",), 1.0),
+    ".usdz": Format(("y",), 1000.0),
+}
+SUFFIXES = tuple(FORMATS)
+LENGTH = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(mm|cm|m|in)", re.ASCII)
+MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "in": 25.4}
+
+
+class ExportKeywords(TypedDict, total=False):
+    """Options of `Mesh.export`, for type checkers."""
+
+    up: Up | None
+    height: str | None
+    picture: PictureFormat
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file to be written and what is asked of it, checked when it is made; the options are those of `Mesh.export`.
+
+    name    of the argument that gave `path`, for messages
+    levels  of detail that the mesh has
+    """
+
+    path: str | os.PathLike[str]
+    up: Up | None = None
+    height: str | None = None
+    picture: PictureFormat = "png"
+    name: str = "path"
+    levels: int = 1
+
+    def __post_init__(self) -> None:
+        path = check_writable_file(self.name, self.path, SUFFIXES)
+        object.__setattr__(self, "path", path)
+        suffix, format = path.suffix.lower(), FORMATS[path.suffix.lower()]
+        if self.up is not None:
+            check_one_of("up", self.up, ("y", "z"))
+            if self.up not in format.up:
+                raise ConfigError(f"up={self.up!r}: a {suffix} is +{format.up[0].upper()} up; leave it out")
+        check_one_of("picture", self.picture, ("png", "webp"))
+        if self.picture not in format.pictures:
+            raise ConfigError(f"picture={self.picture!r}: {suffix} takes none but png; leave it out, or write a .glb")
+        if self.height is not None and parse_length("height", self.height) and format.unit is None:
+            united = ", ".join(name for name, other in FORMATS.items() if other.unit)
+            raise ConfigError(f"height={self.height!r}: {suffix} says no unit of length; write one of {united}")
+        if self.levels > 1 and not format.levels:
+            able = " or ".join(name for name, other in FORMATS.items() if other.levels)
+            raise ConfigError(f"lods={self.levels}: {suffix} holds one mesh; write a {able}, or take lods=1")
+        if suffix == ".usdz" and importlib.util.find_spec("pxr") is None:
+            raise ConfigError(
+                f"{self.name}={os.fspath(self.path)!r}: .usdz needs usd-core, which is not installed; pip install "
+                "'prd-3d[usd]', or write a .glb"
+            )
+
+
+def parse_length(name: str, text: str) -> float:
+    """Return a length in millimetres; ValueError unless it is a positive number and its unit, as "60mm"."""
+    found = LENGTH.fullmatch(text) if isinstance(text, str) else None
+    millimetres = float(found[1]) * MILLIMETRES[found[2]] if found else 0.0
+    if not 0.01 <= millimetres <= 1e6:
+        raise ConfigError(f"{name}={text!r}: must be 0.01mm to 1000m, a number and mm, cm, m or in, as 60mm")
+    return millimetres
+
+
+def export_mesh(mesh: Mesh, export: Export) -> Path:
     """Write a mesh to a file; see `Mesh.export`."""
-    path = check_writable_file("path", path, SUFFIXES)
-    suffix = path.suffix.lower()
-    if suffix == ".glb":
-        _write(path, glb(mesh))
+    path = Path(export.path)
+    suffix, format = path.suffix.lower(), FORMATS[path.suffix.lower()]
+    up, extras, scale = export.up or format.up[0], asset_extras(mesh), _scale(mesh, export, format)
+    if suffix in (".glb", ".gltf"):
+        write = glb if suffix == ".glb" else gltf
+        _write(path, write((mesh, *mesh.lods), extras, scale, export.picture))
     elif suffix == ".obj":
-        text, beside = obj(mesh, _free_stem(path), path.name)
+        text, beside = obj(mesh, free_stem(path), path.name, up)
         for name, data in beside.items():  # before the file that refers to them
             _write(path.with_name(name), data)
         _write(path, text)
+    elif suffix == ".ply":
+        _write(path, ply(mesh, up))
+    elif suffix == ".stl":
+        _write(path, stl(mesh, scale, up))
     else:
-        _write(path, ply(mesh))
+        _write(path, (threemf if suffix == ".3mf" else usdz)(mesh, extras, scale))
     return path
 
 
-def glb(mesh: Mesh) -> bytes:
-    """Return a mesh as glTF 2.0 binary; vertex colours are linear there (COLOR_0), in float32."""
-    if mesh.texture is not None:
-        return _bytes(to_trimesh(mesh, visual_of(mesh), TO_Y_UP).export(file_type="glb", include_normals=True))
-    out = to_trimesh(mesh, ColorVisuals(), TO_Y_UP)  # trimesh's own vertex colours are bytes: too coarse for linear
-    out.vertex_attributes["_LINEAR"] = srgb_to_linear(mesh.vertex_colors.clip(0, 1))
-    return _bytes(out.export(file_type="glb", include_normals=True, tree_postprocessor=_name_colors))
+def asset_extras(mesh: Mesh) -> dict[str, Any]:
+    """Return what a file says about its making: `Mesh.metadata` and this library's name and version."""
+    return {**mesh.metadata, "generator": f"prd {prd.__version__}"}
 
 
-def _name_colors(tree: dict[str, Any]) -> None:
-    """Give the vertex attribute that holds the colours glTF's name for it."""
-    for shape in tree["meshes"]:
-        for primitive in shape["primitives"]:
-            primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_LINEAR")
+def _scale(mesh: Mesh, export: Export, format: Format) -> float:
+    """Return the file's units of length per scene unit."""
+    if export.height is None or format.unit is None:
+        return MM_PER_UNIT if format.unit == 1.0 else 1.0
+    extent = mesh.vertices[:, 2].max() - mesh.vertices[:, 2].min()
+    if not extent > 0:
+        raise ConfigError(f"height={export.height!r}: the mesh is flat, it has no height; leave it out")
+    return parse_length("height", export.height) / format.unit / float(extent)
 
 
-def obj(mesh: Mesh, stem: str, owner: str) -> tuple[bytes, dict[str, bytes]]:
-    """Return the text of an OBJ file and, by file name, what lies beside it.
-
-    stem   name, without suffix, of the material and its picture
-    owner  name of the OBJ file, by which those files are known as belonging to it
-    """
-    visual = visual_of(mesh)
-    if isinstance(visual, TextureVisuals) and mesh.texture is not None:
-        white = [255, 255, 255, 255]  # the factors of the picture, which takes its file name from the material
-        visual.material = SimpleMaterial(
-            Image.fromarray(mesh.texture), name=stem, diffuse=white, ambient=white, specular=[0, 0, 0, 255]
-        )
-    text, beside = export_obj(
-        to_trimesh(mesh, visual, TO_Y_UP),
-        include_normals=True,
-        return_texture=True,
-        mtl_name=f"{stem}.mtl",
-        header="prd: +Y up, front +Z",
-    )
-    if mesh.texture is not None:
-        beside[f"{stem}.mtl"] = f"{_mark(owner)}\n".encode() + beside[f"{stem}.mtl"]
-        beside[f"{stem}.png"] = _png(mesh.texture, owner)
-    return text.encode(), beside
-
-
-def _free_stem(path: Path) -> str:
-    """Return the stem of what lies beside an OBJ file: no file there that was not written for it has that name."""
-    own = path.stem if PLAIN.fullmatch(path.stem) else file_stem(path.stem.encode("ascii", "ignore").decode(), "mesh")
-
-    def is_free(stem: str) -> bool:
-        beside = [path.with_name(f"{stem}{suffix}") for suffix in (".mtl", ".png")]
-        return all(not os.path.lexists(file) or _belongs_to(file, path.name) for file in beside)
-
-    tries = itertools.chain((own,), (f"{own}_{number}" for number in itertools.count(2)))
-    return next(stem for stem in tries if is_free(stem))
-
-
-def _mark(owner: str) -> str:
-    """Return the first line of a material file, which says whose it is."""
-    return f"# prd: beside {json.dumps(owner)}"
-
-
-def _png(texture: NDArray[np.uint8], owner: str) -> bytes:
-    """Return a picture that says whose it is."""
-    says, data = PngInfo(), io.BytesIO()
-    says.add_text("Software", SOFTWARE)
-    says.add_text("Title", json.dumps(owner))
-    Image.fromarray(texture).save(data, format="png", pnginfo=says)
-    return data.getvalue()
-
-
-def _belongs_to(file: Path, owner: str) -> bool:
-    """Return True if a material file or a picture says that it was written here, beside the OBJ file `owner`."""
-    try:
-        if file.suffix == ".mtl":
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                return lines.readline().rstrip() == _mark(owner)
-        with Image.open(file) as picture:
-            return (picture.info.get("Software"), picture.info.get("Title")) == (SOFTWARE, json.dumps(owner))
-    except OSError:  # a folder, or no picture
-        return False
-
-
-def ply(mesh: Mesh) -> bytes:
-    """Return a mesh as binary PLY, welded, with vertex colours."""
+def ply(mesh: Mesh, up: Up = "y") -> bytes:
+    """Return a mesh as binary PLY, welded, with vertex normals and colours."""
     vertices, faces, first = weld(mesh.vertices, mesh.faces)
-    out = trimesh.Trimesh(
-        vertices,
-        faces,
-        vertex_normals=mesh.vertex_normals[first],
-        vertex_colors=to_bytes(mesh.vertex_colors[first]),
-        process=False,
-    )
-    return _bytes(out.export(file_type="ply", vertex_normal=True))
+    reals, colors = ("x", "y", "z", "nx", "ny", "nz"), ("red", "green", "blue")
+    rows = np.zeros(len(vertices), np.dtype([("reals", "<f4", 6), ("colors", "u1", 3)]))
+    rows["reals"][:, :3], rows["reals"][:, 3:] = turned(vertices, up), turned(mesh.vertex_normals[first], up)
+    rows["colors"] = to_bytes(mesh.vertex_colors[first].clip(0, 1))
+    triangles = np.zeros(len(faces), np.dtype([("count", "u1"), ("corners", "<i4", 3)]))
+    triangles["count"], triangles["corners"] = 3, faces
+    header = [
+        *("ply", "format binary_little_endian 1.0", f"comment {NOTES[up]}", f"element vertex {len(vertices)}"),
+        *(f"property float {name}" for name in reals),
+        *(f"property uchar {name}" for name in colors),
+        *(f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header\n"),
+    ]
+    return "\n".join(header).encode() + rows.tobytes() + triangles.tobytes()
 
 
-def visual_of(mesh: Mesh) -> ColorVisuals | TextureVisuals:
-    """Return a mesh's texture in a PBR material, or else its vertex colours."""
+def to_trimesh(mesh: Mesh) -> trimesh.Trimesh:
+    """Return a mesh in trimesh, in the scene's axes, with its texture in a PBR material or else its vertex colours."""
+    visual: ColorVisuals | TextureVisuals
     if mesh.uv is None or mesh.texture is None:
-        return ColorVisuals(vertex_colors=to_bytes(mesh.vertex_colors))
-    picture = Image.fromarray(mesh.texture)  # sRGB by glTF's definition of a base colour: stored as it is
-    material = PBRMaterial(name="surface", baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
-    return TextureVisuals(uv=mesh.uv, material=material)
-
-
-def to_trimesh(mesh: Mesh, visual: ColorVisuals | TextureVisuals, axes: list[int]) -> trimesh.Trimesh:
-    """Return a mesh in trimesh, its coordinates in the order of `axes`."""
-    return trimesh.Trimesh(
-        mesh.vertices[:, axes],
-        mesh.faces,
-        vertex_normals=mesh.vertex_normals[:, axes],
-        visual=visual,
-        process=False,
-    )
-
-
-def srgb_to_linear(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Display values in [0, 1] to linear light (IEC 61966-2-1)."""
-    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-def _bytes(exported: object) -> bytes:
-    """Binary formats come out of trimesh as bytes; its signature promises less."""
-    assert isinstance(exported, bytes)
-    return exported
+        visual = ColorVisuals(vertex_colors=to_bytes(mesh.vertex_colors))
+    else:
+        picture = Image.fromarray(mesh.texture)
+        material = PBRMaterial(name="surface", baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
+        visual = TextureVisuals(uv=mesh.uv, material=material)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, visual=visual, process=False)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,8 +8,10 @@ the files whose convention is Y up: see `Mesh.export`.
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,12 +26,15 @@ from prd.fields.protocol import Field
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
-from prd.meshes.export import SUFFIXES, export_mesh, to_trimesh, visual_of
+from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
+from prd.meshes.handles import close_handles
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
-from prd.meshes.simplify import clean, decimate, vertex_normals, weld
-from prd.meshes.texture import paint, texel_points, unwrap
+from prd.meshes.simplify import clean, decimate, merge_near, vertex_normals, weld
+from prd.meshes.texture import paint, texel_points, texture_size, unwrap
 
 __all__ = ["SUFFIXES", "Mesh", "MeshOptions", "build_mesh", "extract_mesh", "extract_surfaces"]
+
+logger = logging.getLogger(__name__)
 
 QUERY = 1 << 18  # points in one call of field.rgb
 
@@ -44,6 +49,8 @@ class Mesh:
     vertex_colors  [V, 3]  float32 in [0, 1], sRGB
     uv             [V, 2]  float32 in [0, 1], v up; None without a texture
     texture        [H, W, 3]  uint8 sRGB, row 0 at v = 1; None without a texture
+    metadata       what made it, stored in its files: prompt, seed, model, licence; values that JSON holds
+    lods           coarser levels of detail of the same object, the next finest first
     """
 
     vertices: NDArray[np.float32]
@@ -52,6 +59,8 @@ class Mesh:
     vertex_colors: NDArray[np.float32]
     uv: NDArray[np.float32] | None = None
     texture: NDArray[np.uint8] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    lods: tuple[Mesh, ...] = ()
 
     def __repr__(self) -> str:
         size = "None" if self.texture is None else f"{self.texture.shape[1]}x{self.texture.shape[0]}"
@@ -95,24 +104,33 @@ class Mesh:
 
     def to_trimesh(self) -> trimesh.Trimesh:
         """The mesh in trimesh, in the scene's axes, with its texture in a PBR material or else its vertex colours."""
-        return to_trimesh(self, visual_of(self), [0, 1, 2])
+        return to_trimesh(self)
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
+    def export(self, path: str | os.PathLike[str], **options: Unpack[ExportKeywords]) -> Path:
         """Write the mesh; the suffix names the format. Returns the path.
 
-        .glb  glTF 2.0 binary: +Y up, front +Z; base colour texture in a PBR material (metallic 0, roughness 1), or
-              without a texture linear COLOR_0 in float32
-        .obj  +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
-        .ply  the scene's own axes (+Z up, front +X); welded, with vertex colours
+        .glb   glTF 2.0 binary, in metres: +Y up, front +Z; base colour texture, or without a texture linear COLOR_0 in
+               16 bits, in a PBR material (metallic 0, roughness 1); `metadata` in asset.extras; `lods` under MSFT_lod
+        .gltf  the same as JSON, in one file
+        .obj   +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
+        .ply   +Y up, front +Z; welded, with vertex colours
+        .stl   for printers, in millimetres: +Z up, front -Y, welded, its lowest corner at the origin
+        .3mf   as .stl, with vertex colours
+        .usdz  in metres, +Y up, front +Z, as .glb; needs usd-core, the extra `usd`
+
+        up       "y" (+Y up, front +Z) or "z" (+Z up, front -Y) of .obj, .ply and .stl; None: as above
+        height   of the object, a number and its unit (mm, cm, m, in), as "60mm"; None: a scene unit is 1 m, 50 mm for
+                 printers. .obj and .ply say no unit and take no height
+        picture  "png" or "webp" (lossless; a smaller file for readers of EXT_texture_webp) of .glb and .gltf
 
         The file that `path` names is replaced. NAME.mtl and NAME.png are replaced only where they say that they were
         written for this .obj; else they are called NAME_2, NAME_3, ... NAME is the .obj's own, with other characters
         than ASCII letters, digits and "._-" left out, for not every reader takes them.
 
         Each file is written aside and renamed, so that a reader never sees half of one. Raises ValueError for another
-        suffix and OSError where the folder cannot be written.
+        suffix and options that the format does not have, and OSError where the folder cannot be written.
         """
-        return export_mesh(self, path)
+        return export_mesh(self, Export(path, **options, levels=1 + len(self.lods)))
 
 
 def extract_mesh(
@@ -161,6 +179,8 @@ def build_mesh(
 ) -> Mesh:
     """Return the coloured mesh of the raw surface of a field of one sample: clean, decimate, unwrap, bake.
 
+    A warning says how many handles were closed, and which number of triangles could not be met.
+
     Raises ValueError for options out of range, a surface that encloses no volume and a field whose colours are not
     finite.
     """
@@ -168,14 +188,54 @@ def build_mesh(
     device = surface[0].device
     raw_vertices, raw_faces = (tensor.detach().cpu().numpy() for tensor in surface)
     vertices, faces = clean(raw_vertices, raw_faces, options.keep)
-    if options.target_faces is not None:
-        vertices, faces = decimate(vertices, faces, options.target_faces)
+    if options.close_handles and trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+        vertices, faces, closed = close_handles(vertices, faces, options.close_handles)
+        if closed:
+            logger.warning(
+                "closed %d handle(s) narrower than %g scene units; close_handles=0 (--close-handles 0) keeps them",
+                *(closed, options.close_handles),
+            )
+    levels: list[Mesh] = []
+    for level in range(options.lods):
+        target = options.target_faces or len(faces)
+        vertices, faces = _simplified(vertices, faces, max(4, target >> 2 * level), options)
+        levels.append(_coloured(field, vertices, faces, options, device))
+    return replace(levels[0], lods=tuple(levels[1:]))
+
+
+def _simplified(
+    vertices: NDArray[np.float32], faces: NDArray[np.int64], target: int, options: MeshOptions
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return a surface of at most `target` triangles, or of as few as can be had, with a warning."""
+    vertices, faces = merge_near(*decimate(vertices, faces, target, options.topology))
+    if len(faces) > target:
+        remedy = "" if options.topology == "free" else "; topology='free' (--topology free) changes it"
+        logger.warning(
+            "target_faces=%d: %d triangles were reached, for fewer would change the topology%s",
+            *(target, len(faces), remedy),
+        )
+    elif not trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+        logger.warning("target_faces=%d: the surface of so few triangles is not closed; take more", target)
+    return vertices, faces
+
+
+def _coloured(
+    field: Field,
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.int64],
+    options: MeshOptions,
+    device: torch.device,
+) -> Mesh:
+    """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
+    if options.texture_size is None:
+        return Mesh(vertices, faces, vertex_normals(vertices, faces), query_rgb(field, vertices, device))
     colors = query_rgb(field, vertices, device)
     normals = vertex_normals(vertices, faces)
-    if options.texture_size is None:
-        return Mesh(vertices, faces, normals, colors)
-    source, faces, uv = unwrap(vertices, faces, options.texture_size)
-    texels = texel_points(vertices[source], faces, uv, options.texture_size)
+    size = options.texture_size
+    if size == "auto":
+        size = texture_size(vertices, faces, partial(query_rgb, field, device=device))
+    source, faces, uv = unwrap(vertices, faces, size)
+    texels = texel_points(vertices[source], faces, uv, size)
     texture = paint(texels, query_rgb(field, texels.points, device))
     return Mesh(vertices[source], faces, normals[source], colors[source], uv, texture)
 

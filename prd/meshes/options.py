@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal, TypedDict
 
-from prd.utils.arguments import check_int
+from prd.utils.arguments import check_int, is_bool
 
 MAX_RESOLUTION = 2048  # nodes per axis: 8.6e9 nodes
+MAX_LODS = 8  # the last has 4^-7 of the triangles
 TEXTURE_SIZES = (16, 8192)  # texels per side: below, charts find no room; above, readers and GPUs refuse the picture
 
 
@@ -17,8 +19,13 @@ class MeshOptions:
     """Options of mesh extraction, checked when they are made; ValueError names the one that is out of its range.
 
     isosurface_resolution  nodes per axis of the isosurface grid over [-1, 1]^3
-    target_faces           triangles to simplify to (more where fewer would change the topology), None for all
-    texture_size           texels per side of the baked texture, None for vertex colours
+    target_faces           triangles to simplify to, None for all; a warning names the number that was reached where
+                           fewer would change the topology
+    topology               "keep" it when simplifying, or leave it "free": thin parts and handles may go
+    close_handles          width, scene units: narrower handles and tunnels are closed first, with a warning; 0: none
+    texture_size           texels per side of the baked texture, "auto" by the detail of the colours, None for vertex
+                           colours
+    lods                   levels of detail: each further one, in `Mesh.lods`, has a quarter of the triangles
     keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
     on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
     coarse_factor          None: evaluate every node of the grid. An integer: evaluate the field only near the surface,
@@ -30,19 +37,29 @@ class MeshOptions:
 
     isosurface_resolution: int = 160
     target_faces: int | None = 10_000
-    texture_size: int | None = 1024
+    texture_size: int | Literal["auto"] | None = "auto"
     keep: Literal["all", "largest"] = "all"
     on_empty: Literal["raise", "flag"] = "raise"
     coarse_factor: int | None = None
+    topology: Literal["keep", "free"] = "keep"
+    close_handles: float = 0.1
+    lods: int = 1
 
     def __post_init__(self) -> None:
         self._check_int("isosurface_resolution", 2, MAX_RESOLUTION)
         if self.target_faces is not None:
             self._check_int("target_faces", 4, None, "or None to keep every triangle")
-        if self.texture_size is not None:
-            self._check_int("texture_size", *TEXTURE_SIZES, "or None for vertex colours alone")
+        if self.texture_size is not None and self.texture_size != "auto":
+            self._check_int("texture_size", *TEXTURE_SIZES, "or None for vertex colours alone, or 'auto'")
         check_one_of("keep", self.keep, ("all", "largest"))
         check_one_of("on_empty", self.on_empty, ("raise", "flag"))
+        check_one_of("topology", self.topology, ("keep", "free"))
+        if is_bool(self.close_handles) or not isinstance(self.close_handles, Real) or not 0 <= self.close_handles <= 2:
+            raise ValueError(
+                f"close_handles={self.close_handles!r}: must be a width in 0..2 scene units; 0 closes none"
+            )
+        object.__setattr__(self, "close_handles", float(self.close_handles))
+        self._check_int("lods", 1, MAX_LODS)
         if self.coarse_factor is not None:
             self._check_int("coarse_factor", 2, self.isosurface_resolution - 1, "or None")
 
@@ -56,10 +73,13 @@ class MeshKeywords(TypedDict, total=False):
 
     isosurface_resolution: int
     target_faces: int | None
-    texture_size: int | None
+    texture_size: int | Literal["auto"] | None
     keep: Literal["all", "largest"]
     on_empty: Literal["raise", "flag"]
     coarse_factor: int | None
+    topology: Literal["keep", "free"]
+    close_handles: float
+    lods: int
 
 
 def mesh_options(options: MeshOptions | None, keywords: Mapping[str, Any]) -> MeshOptions:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prd.errors import PrdError
 from prd.isosurface.marching_cubes import Surface
+from prd.meshes.axes import noted_up, turned_back
 
 REACH = 0.9  # half the longest side of a shape that was read from a file, scene units
 
@@ -21,7 +22,11 @@ class UnreadableMesh(PrdError, ValueError):
 
 
 def read_mesh(path: Path) -> Surface:
-    """A mesh file's triangles, +Y up turned to +Z, centred and scaled into the cube; UnreadableMesh without any."""
+    """A mesh file's triangles, centred and scaled into the cube; UnreadableMesh without any.
+
+    Those of .glb, .gltf and .obj are +Y up, front +Z; other files are in the scene's axes, but for those that
+    `Mesh.export` wrote, which say which way up they are.
+    """
     if not path.is_file():
         raise UnreadableMesh(f"{path}: no such file; give a mesh that trimesh reads, as .ply, .obj or .glb")
     try:
@@ -31,8 +36,9 @@ def read_mesh(path: Path) -> Surface:
     vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
     if not len(faces) or not np.isfinite(vertices).all() or not loaded.area > 0:
         raise UnreadableMesh(f"{path}: holds no triangles with an area, or points that are not finite")
-    if path.suffix.lower() in (".glb", ".gltf", ".obj"):
-        vertices = vertices[:, [2, 0, 1]]  # the exporter's X -> Z, Y -> X, Z -> Y, turned back
+    up = noted_up(path) or ("y" if path.suffix.lower() in (".glb", ".gltf", ".obj") else None)
+    if up is not None:
+        vertices = turned_back(vertices, up)
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     vertices = (vertices - (low + high) / 2) * (2 * REACH / max(float((high - low).max()), 1e-6))
     return torch.from_numpy(vertices), torch.from_numpy(faces)

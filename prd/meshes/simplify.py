@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import fast_simplification
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from prd.meshes.handles import close_handles
 
 WELD = 2.0**-20  # scene units: vertices closer than this are one; readers merge at 1e-8 and must find nothing to merge
+NEAR = 0.002  # scene units
+CLOSE = 0.95  # part of the triangles that a step of the bisection must leave out: less is near enough
 DUST = 1e-2  # of the largest piece's volume: smaller pieces are never kept
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]  # vertices [V, 3] scene units, faces [F, 3] outward
@@ -40,32 +48,95 @@ def weld(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> tuple[*Arra
 
     Returns vertices [V', 3], faces [F', 3] and first [V'], a vertex of the input at each position.
     """
+    positions, first, merged = merge_positions(vertices)
+    faces = merged[faces]
+    return positions, faces[is_proper(faces)], first
+
+
+def merge_positions(
+    vertices: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions [V', 3], each once, first [V'] (a vertex at each) and merged [V] (each vertex's position)."""
     snapped = np.round(vertices.astype(np.float64) / WELD).astype(np.int64)
     _, first, merged = np.unique(snapped, axis=0, return_index=True, return_inverse=True)
-    faces = merged.reshape(-1)[faces]
+    return (snapped[first] * WELD).astype(np.float32), first, merged.reshape(-1)
+
+
+def is_proper(faces: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return [F] False for slivers, with one vertex twice, and for the faces of pairs on the same three vertices."""
     a, b, c = faces.T
-    faces = faces[(a != b) & (b != c) & (c != a)]
-    _, same, count = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True, return_counts=True)
-    faces = faces[count[same.reshape(-1)] == 1]  # two faces back to back enclose nothing: both go, edges stay paired
-    return (snapped[first] * WELD).astype(np.float32), faces, first
+    proper = (a != b) & (b != c) & (c != a)
+    _, same, count = np.unique(np.sort(faces[proper], axis=1), axis=0, return_inverse=True, return_counts=True)
+    proper[proper] = count[same.reshape(-1)] == 1  # two faces back to back enclose nothing: both go, edges stay paired
+    return proper
 
 
-def decimate(vertices: NDArray[np.float32], faces: NDArray[np.int64], target_faces: int) -> Arrays:
-    """Simplify by quadric edge collapse to about `target_faces` triangles.
+def decimate(
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.int64],
+    target_faces: int,
+    topology: Literal["keep", "free"] = "keep",
+) -> Arrays:
+    """Simplify by quadric edge collapse to at most `target_faces` triangles, or as few as can be had.
 
-    A closed surface stays closed and keeps its topology: where the collapse would pinch a thin part, the target is
-    doubled until it does not, at last leaving the surface as it is.
+    A closed surface stays closed and, with topology="keep", keeps its topology: where the collapse would pinch a thin
+    part, the smallest number for which it does not is found by bisection. With "free", thin parts may be pinched off;
+    where even this does not reach the number all handles are closed, and at last the surface may come open.
     """
-    before = trimesh.Trimesh(vertices, faces, process=False)
-    while target_faces < len(faces):
-        points, triangles = fast_simplification.simplify(vertices, faces.astype(np.int32), target_count=target_faces)
-        welded, kept, _ = weld(points, triangles.astype(np.int64))
-        result = compact(welded, kept)
+    if len(faces) <= target_faces:
+        return vertices, faces
+    whole = trimesh.Trimesh(vertices, faces, process=False)
+    if not whole.is_watertight:
+        return _collapsed(vertices, faces, target_faces)
+    euler = whole.euler_number if topology == "keep" else None
+    best = _bisected((vertices, faces), target_faces, euler)
+    if topology == "keep" or len(best[1]) <= target_faces:
+        return best
+    best = _bisected(close_handles(*best, math.inf)[:2], target_faces, None)
+    return best if len(best[1]) <= target_faces else _collapsed(*best, target_faces)
+
+
+def _bisected(surface: Arrays, target_faces: int, euler: int | None) -> Arrays:
+    """Return the surface with the fewest triangles, not below the target, that is closed and has this Euler number."""
+    best, part = surface, 0.0  # part of the triangles to keep in a step: first the target at once
+    while part < CLOSE and len(best[1]) > target_faces:
+        asked = max(target_faces, int(part * len(best[1])))
+        result = _collapsed(*best, asked)
         after = trimesh.Trimesh(*result, process=False)
-        if not before.is_watertight or (after.is_watertight and after.euler_number == before.euler_number):
-            return result
-        target_faces *= 2
-    return vertices, faces
+        closed = after.is_watertight and after.is_winding_consistent
+        if closed and euler in (None, after.euler_number) and len(result[1]) <= CLOSE * len(best[1]):
+            best = result
+        else:  # halfway, by the logarithm, between what does not do and what is there
+            part = math.sqrt(max(asked / len(best[1]), part))
+    return best
+
+
+def _collapsed(vertices: NDArray[np.float32], faces: NDArray[np.int64], target_faces: int) -> Arrays:
+    """Return a surface after edge collapses, whatever becomes of its topology."""
+    points, triangles = vertices, faces
+    for aggressiveness in (7, 10):  # the second where the first stops above the target
+        if len(triangles) > target_faces:
+            points, triangles = fast_simplification.simplify(
+                points, triangles.astype(np.int32), target_count=target_faces, agg=aggressiveness
+            )
+    welded, kept, _ = weld(points, triangles.astype(np.int64))
+    return compact(welded, kept)
+
+
+def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Arrays:
+    """Merge vertices nearer than `NEAR`, which only make needles, where topology and volume of the surface stay."""
+    pairs = cKDTree(vertices).query_pairs(NEAR, output_type="ndarray")
+    if not len(pairs):
+        return vertices, faces
+    count = len(vertices)
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count))
+    _, label = connected_components(graph.tocsr(), directed=False)
+    middle = np.stack([np.bincount(label, axis) for axis in vertices.T], axis=1) / np.bincount(label)[:, None]
+    welded, kept, _ = weld(middle.astype(np.float32), label[faces].astype(np.int64))
+    result = compact(welded, kept)
+    before, after = (trimesh.Trimesh(*surface, process=False) for surface in ((vertices, faces), result))
+    same = after.is_watertight == before.is_watertight and after.euler_number == before.euler_number
+    return result if same and abs(after.volume - before.volume) < DUST * abs(before.volume) else (vertices, faces)
 
 
 def vertex_normals(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> NDArray[np.float32]:

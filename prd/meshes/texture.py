@@ -5,17 +5,36 @@ UV coordinates have their origin at the lower left (v up), as in OBJ; row 0 of a
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import trimesh
 import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
+from prd.meshes.packing import charts_of, pack
 from prd.rendering.rasterize import interpolate_covered, rasterize
 
-PADDING = 4  # texels between charts: keeps bilinear filtering and two mip levels inside a chart's own gutter
+logger = logging.getLogger(__name__)
+
+SIZES = (256, 512, 1024)  # texels per side to choose from
+SAMPLES = 4096  # points of a surface whose colours say how much detail there is
+FAITHFUL = 1.5 / 255  # of a colour
+SHARP = 0.02  # of the points, on edges of colour that no texture holds
+USED = 0.7  # of a texture, by charts
+CELLS = 256  # per side of the grid on which charts are placed, at most
+GAP = (
+    1  # cells between charts, a texel of the smallest texture chosen: bilinear filtering stays in a chart's own gutter
+)
+MAX_COST = 16.0  # of a chart's growth in xatlas: larger charts than its default of 2
+CRUMB = 4  # triangles of a chart, at most, that are moved into others
+MIRRORED = 1e-6  # of the area, at most, that a needle moved so may lie there turned over
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class TexelPoints:
 def unwrap(
     vertices: NDArray[np.float32], faces: NDArray[np.int64], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Cut a surface into charts and pack them into one square (xatlas).
+    """Cut a surface into charts (xatlas) and pack them into one square, none of them mirrored.
 
     vertices [V, 3], faces [F, 3]; size: side in texels of the texture to come, from which the gutter follows.
 
@@ -43,16 +62,77 @@ def unwrap(
     faces [F, 3] into the new vertices (same triangles, same order), uv [V', 2] in [0, 1].
     Takes 0.3 s at 5k triangles and grows faster than linearly: decimate first.
     """
+    started = time.perf_counter()
     atlas = xatlas.Atlas()
     atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
-    packing = xatlas.PackOptions()
-    packing.padding = PADDING
-    packing.resolution = size
-    atlas.generate(pack_options=packing)
-    if atlas.atlas_count != 1:
-        raise ValueError(f"texture_size={size}: too small for the charts of {len(faces)} faces; take a larger one")
+    options, packing = xatlas.ChartOptions(), xatlas.PackOptions()
+    options.fix_winding, options.max_cost = True, MAX_COST
+    options.normal_deviation_weight = options.normal_seam_weight = 1.0  # charts may bend more than by default
+    packing.rotate_charts = False  # it mirrors them
+    atlas.generate(options, packing)
     source, charted, uv = atlas.get_mesh(0)
-    return source.astype(np.int64), charted.astype(np.int64), uv.astype(np.float32)
+    charted, used = _without_crumbs(source, charted.astype(np.int64), uv)
+    source, uv = source[used].astype(np.int64), pack(uv[used], charted, min(size, CELLS), GAP)
+    seconds, count = time.perf_counter() - started, charts_of(charted, len(uv))[0]
+    logger.info(
+        "unwrapped %d triangles in %.2f s: %d charts, %.2f s per chart; %.0f %% of the texture used",
+        *(len(faces), seconds, count, seconds / count, 100 * used_area(charted, uv)),
+    )
+    return source, charted, uv
+
+
+def _without_crumbs(
+    source: NDArray[np.uint32], faces: NDArray[np.int64], uv: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Move the needles that xatlas leaves as charts of their own into a chart that has all of their corners.
+
+    source [V], faces [F, 3], uv [V, 2]. Returns faces, and the vertices [V'] into which they lead.
+    """
+    count, label = charts_of(faces, len(uv))
+    chart_of = label[faces[:, 0]]
+    sizes = np.bincount(chart_of, minlength=count)
+    faces, least = faces.copy(), -MIRRORED * used_area(faces, uv)
+    for face in np.flatnonzero(sizes[chart_of] <= CRUMB):
+        copies = [np.flatnonzero(source == source[corner]) for corner in faces[face]]
+        for chart in np.flatnonzero(sizes > CRUMB):
+            corners = [int(same[label[same] == chart][0]) for same in copies if (label[same] == chart).any()]
+            if len(corners) == 3 and used_area(np.array([corners]), uv) >= least:
+                faces[face] = corners
+                break
+    used, faces = np.unique(faces, return_inverse=True)
+    return faces.reshape(-1, 3), used
+
+
+def used_area(faces: NDArray[np.int64], uv: NDArray[np.float32]) -> float:
+    """Return the part of the texture that triangles cover; a mirrored one counts negatively."""
+    (a, b), (c, d) = ((uv[faces[:, k]] - uv[faces[:, 0]]).T for k in (1, 2))
+    return float((a * d - b * c).sum(dtype=np.float64) / 2)
+
+
+def texture_size(
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.int64],
+    rgb: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+) -> int:
+    """Return the smallest of `SIZES` that holds the detail of a surface's colours.
+
+    vertices [V, 3], faces [F, 3]; rgb: the colours [N, 3] at points [N, 3]. A texture holds it if a texel's colour is
+    within `FAITHFUL` of the mean of its four corners' at all but `SHARP` of the points tried.
+    """
+    surface = trimesh.Trimesh(vertices, faces, process=False)
+    points, on = trimesh.sample.sample_surface(surface, SAMPLES, seed=0)
+    normal = surface.face_normals[on]
+    along = np.cross(normal, np.roll(normal, 1, axis=1) + [[0.0, 0.1, 0.2]])
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    across = np.cross(normal, along)
+    here = rgb(points.astype(np.float32))
+    for size in SIZES:
+        half = math.sqrt(float(surface.area) / USED) / size / 2
+        corners = [points + half * (a * along + b * across) for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+        error = np.abs(np.mean([rgb(corner.astype(np.float32)) for corner in corners], axis=0) - here).max(axis=1)
+        if np.mean(error > FAITHFUL) <= SHARP:
+            return size
+    return SIZES[-1]
 
 
 def texel_points(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
 from prd.hub.repositories import push_model, write_card
-from prd.hub.shipped import about, unknown_words
+from prd.hub.shipped import about, is_shipped, public_encoder, unknown_words
 from prd.meshes.mesh import build_mesh, extract_surfaces
 from prd.meshes.options import MeshOptions, check_one_of, mesh_options
 from prd.pipelines.output import TextTo3DOutput
@@ -34,6 +34,7 @@ class TextTo3DPipeline:
     encoder            of prompts, None if they are given as embeddings
     encoder_name       where the encoder is from; a shipped one that lists its words warns of others
     training_metadata  of the training run, for the model card
+    public_name        what the model was loaded by, if it ships or came from the Hub; "" for a place on this disk
     draws_noise        whether a call takes `generator` and `num_inference_steps`
     """
 
@@ -42,6 +43,7 @@ class TextTo3DPipeline:
     def __init__(self, model: Any, encoder: PromptEncoder | None, encoder_name: str) -> None:
         self.model, self.encoder, self.encoder_name = model.eval(), encoder, encoder_name
         self.training_metadata: dict[str, Any] = {}
+        self.public_name = ""
 
     @property
     def device(self) -> torch.device:
@@ -121,20 +123,35 @@ class TextTo3DPipeline:
         output_type: str,
         options: MeshOptions,
         return_dict: bool,
+        made: Sequence[Mapping[str, Any]] = (),
     ) -> TextTo3DOutput | tuple[Any]:
-        """Return what a call returns, with the meshes of its field if they are asked for."""
+        """Return what a call returns, with the meshes of its field if they are asked for.
+
+        made  what else the metadata of each sample says of its making
+        """
         output = TextTo3DOutput([], prompts, field, watch.seconds)
         if output_type == "mesh":
             batch = len(prompts)
             surfaces = extract_surfaces(field, options, batch=batch, device=self.device)
             watch.lap("isosurface")
             for i, surface in enumerate(surfaces):
-                mesh = None if surface is None else build_mesh(one_sample(field, i, batch), surface, options)
-                output.meshes.append(mesh)
+                if surface is None:
+                    output.meshes.append(None)
+                    continue
+                metadata = {**self._metadata(prompts[i]), **(made[i] if made else {})}
+                output.meshes.append(
+                    replace(build_mesh(one_sample(field, i, batch), surface, options), metadata=metadata)
+                )
             watch.lap("mesh")
         if return_dict:
             return output
         return (getattr(output, {"mesh": "meshes"}.get(output_type, output_type)),)
+
+    def _metadata(self, prompt: str) -> dict[str, Any]:
+        """Return what a mesh's files say of its making; a model from a place on this disk is called by its class."""
+        licence = about(self.encoder_name).get("license", "that of the model")  # the words of its card
+        model = self.public_name or type(self).__name__
+        return {"prompt": prompt or None, "seed": None, "model": model, "licence": licence}
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None
@@ -199,6 +216,12 @@ def check_device(device: str | torch.device) -> None:
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's own, by the kind of device
         reason = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"device={str(device)!r}: cannot compute here ({reason}); try 'cpu'") from None
+
+
+def public_name(name_or_path: str | Path) -> str:
+    """Return the name by which a model was loaded if others can load it by the same: of what ships, or a Hub id."""
+    name = str(name_or_path)
+    return public_encoder(name) if is_shipped(name) or not expanded_path(name, "path").exists() else ""
 
 
 def check_floating(name: str, value: object) -> None:

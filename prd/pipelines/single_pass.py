@@ -24,7 +24,7 @@ from prd.hub.find import find_model, place_in_run, read_training_metadata
 from prd.hub.shipped import public_encoder
 from prd.loading.saved_model import OWN_CLASS, loader_of, own_class_record, read_record
 from prd.meshes.options import MeshKeywords
-from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device
+from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device, public_name
 from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_hashes, load_encoder
@@ -96,6 +96,7 @@ class SinglePassPipeline(TextTo3DPipeline):
                 )
         pipe = cls(model, encoder).to(device)
         pipe.training_metadata = read_training_metadata(folder)
+        pipe.public_name = public_name(name_or_path)
         return pipe
 
     def to(self, device: str | torch.device) -> Self:
@@ -123,7 +124,7 @@ class SinglePassPipeline(TextTo3DPipeline):
         output_type    how far to go: "field" stops before the isosurface
         return_dict    False: a tuple of the meshes or the field alone
         mesh           options of `prd.meshes.options.MeshOptions`, by name: isosurface_resolution=160,
-                       target_faces=10_000, texture_size=1024, keep="all", on_empty="raise", coarse_factor=None
+                       target_faces=10_000, texture_size="auto", keep="all", on_empty="raise", ...
 
         Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
         out of its range or of another shape. The arguments of a `TriplaneTurbo` that belong to noise and steps

@@ -26,7 +26,7 @@ from prd.hub.shipped import public_base
 from prd.loading.saved_model import ADAPTER_CONFIG, OWN_CLASS, WEIGHTS, loader_of, own_class_record, read_record
 from prd.loading.stable_diffusion import Base, load_base
 from prd.meshes.options import MeshKeywords
-from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device, check_floating
+from prd.pipelines.base import Stopwatch, TextTo3DPipeline, check_device, check_floating, public_name
 from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
 from prd.utils.arguments import check_int
@@ -110,6 +110,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         if pipe.dtype != torch.float32:
             pipe.to(memory_format=torch.channels_last)
         pipe.training_metadata = read_training_metadata(folder)
+        pipe.public_name = public_name(name_or_path)
         return pipe
 
     @property
@@ -188,7 +189,7 @@ class TriplaneTurbo(TextTo3DPipeline):
                                "latents" replaces them
         return_dict            False: a tuple of the meshes, the field or the planes alone
         mesh                   options of `prd.meshes.options.MeshOptions`, by name: isosurface_resolution=160,
-                               target_faces=10_000, texture_size=1024, keep="all", on_empty="raise", coarse_factor=None
+                               target_faces=10_000, texture_size="auto", keep="all", on_empty="raise", ...
 
         Raises TypeError for a prompt that is not text, and ValueError for an empty one or any other argument that is
         out of its range or of another shape.
@@ -205,11 +206,12 @@ class TriplaneTurbo(TextTo3DPipeline):
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
         embeds = embeds.repeat_interleave(num_meshes_per_prompt, dim=0)
         watch.lap("text")
+        made = _made(None if latents is not None else generator, len(prompts))  # before numbers are drawn
         z = self._denoise(embeds, generator, k, latents, callback_on_step_end)
         watch.lap("denoise")
         field = self._decode(z, prompts)
         watch.lap("decode")
-        return self._finish(prompts, field, watch, output_type, options, return_dict)
+        return self._finish(prompts, field, watch, output_type, options, return_dict, made)
 
     def _check_start(self, samples: int, generator: sampling.Generators, latents: Tensor | None) -> None:
         """Raise TypeError or ValueError unless `samples` samples can start from these, before anything is computed."""
@@ -249,6 +251,24 @@ class TriplaneTurbo(TextTo3DPipeline):
             )
         self._release()
         return field
+
+
+def _made(generator: torch.Generator | Sequence[torch.Generator] | None, samples: int) -> list[dict[str, Any]]:
+    """Return, by sample, the seed from which its noise is drawn, and its place in a batch with one generator.
+
+    The seed is None where there is none: no generator, or one that numbers were drawn from before.
+    """
+
+    def seed_of(one: torch.Generator) -> int | None:
+        fresh = torch.Generator(one.device).manual_seed(one.initial_seed())
+        return one.initial_seed() if torch.equal(fresh.get_state(), one.get_state()) else None
+
+    if generator is None:
+        return [{}] * samples
+    if isinstance(generator, torch.Generator):
+        seed = seed_of(generator)
+        return [{"seed": seed, **({"sample": f"{i + 1} of {samples}"} if samples > 1 else {})} for i in range(samples)]
+    return [{"seed": seed_of(one)} for one in generator]
 
 
 def _check_class(model_class: type[TriplaneTurboModel], folder: Path, name: str) -> None:

@@ -17,7 +17,7 @@ from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
 from prd.toybox import splits, world
 from prd.toybox.score import ToyBoxScore, score_field, summarise
-from prd.toybox.world import ExactField, all_captions, parse_caption
+from prd.toybox.world import ExactField, all_captions, open_captions, opened_forms, parse_caption
 
 
 class ToyBox(Benchmark):
@@ -26,11 +26,11 @@ class ToyBox(Benchmark):
     name, title = "toybox", "the toy box"
 
     def captions(self) -> list[str]:
-        """Return every caption, single objects first."""
+        """Return every closed caption, single objects first; each open one asks for some of these."""
         return [caption.text for caption in all_captions()]
 
     def exact_field(self, prompts: Sequence[str]) -> ExactField:
-        """Return the exact shapes of captions; of a family of forms the first."""
+        """Return the exact shapes of captions; of a family the first member."""
         return ExactField(prompts)
 
     def score(self, field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> list[ToyBoxScore]:
@@ -46,6 +46,7 @@ class ToyBox(Benchmark):
         lines = [
             f"{name:16s} {summary['count']:4d} prompts  R@1 {summary['r_at_1']:.3f}  IoU {summary['iou']:.3f}  "
             f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
+            f"{_diversity(summary)}"
             for name, summary in summaries.items()
         ]
         if singles := summaries.get("single_seen"):
@@ -58,18 +59,38 @@ class ToyBox(Benchmark):
         """Return the rules of `prd.toybox.splits`: "fifth"."""
         return splits.held_out_rules()
 
-    def splits(self, held_out: Sequence[str] = (), limit: int | None = None) -> dict[str, list[str]]:
-        """Return single objects, all, and stacks, at most `limit`, each seen and held out; see `measured_splits`."""
-        return splits.measured_splits(held_out, limit)
+    def splits(self, held_out: Sequence[str] = (), limit: int | None = None, draws: int = 0) -> dict[str, list[str]]:
+        """Return single objects, all, and stacks, at most `limit`, each seen and held out; see `measured_splits`.
 
-    def corpus(self, held_out: Sequence[str] = (), *, seed: int = 0, stack_fraction: float = 0.0) -> Corpus:
-        """Return the captions not held out, drawn with replacement: stacks with a probability, else single objects."""
+        draws  of each caption in the splits of families
+        """
+        return splits.measured_splits(held_out, limit, draws)
+
+    def corpus(
+        self,
+        held_out: Sequence[str] = (),
+        *,
+        seed: int = 0,
+        stack_fraction: float = 0.0,
+        open_fraction: float = 0.0,
+    ) -> Corpus:
+        """Return the captions not held out, drawn with replacement: stacks with a probability, else single objects.
+
+        open_fraction  the probability of a caption that leaves one word of them open
+        """
         captions = all_captions()
+        if unclear := {caption.text for caption in open_captions()}.intersection(held_out):
+            raise CorpusError(
+                f"prompts.held_out: {min(unclear)!r} leaves a word open; hold out captions that it stands for"
+            )
         check_held_out(held_out, [c.text for c in captions], self.title)
         hidden = set(held_out)
-        singles = tuple(c.text for c in captions if not c.is_stack and c.text not in hidden)
-        stacks = tuple(c.text for c in captions if c.is_stack and c.text not in hidden)
-        groups = [(1 - stack_fraction, singles), (stack_fraction, stacks)]
+        groups: list[tuple[float, tuple[str, ...]]] = []
+        for fraction, is_stack in ((1 - stack_fraction, False), (stack_fraction, True)):
+            kept = [c for c in captions if c.is_stack == is_stack and c.text not in hidden]
+            opened = dict.fromkeys(form.text for caption in kept for form in opened_forms(caption))
+            groups += [(fraction * (1 - open_fraction), tuple(c.text for c in kept))]
+            groups += [(fraction * open_fraction, tuple(opened))]
         groups = [(p, g) for p, g in groups if p > 0]
         if any(not group for _, group in groups):
             raise CorpusError("prompts.held_out: leaves no single object or no stack to train on; hold out fewer")
@@ -84,8 +105,16 @@ class ToyBox(Benchmark):
         return world.unknown_words(prompt)
 
     def mesh(self, prompt: str) -> Surface:
-        """Return the exact surface of a caption, of a family of forms the first; colours do not matter."""
+        """Return the exact surface of a caption, of a family the first member; colours do not matter."""
         return _mesh(tuple(shape for _, shape in parse_caption(prompt).words))
+
+
+def _diversity(summary: Mapping[str, Any]) -> str:
+    """What a summary of several draws per caption has beside the rest; "" without."""
+    if "coverage" not in summary:
+        return ""
+    precision, coverage, even = (summary[name] for name in ("precision", "coverage", "coverage_of_even_draws"))
+    return f"  precision {precision:.3f}  coverage {coverage:.2f} (even draws {even:.2f})"
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -14,6 +14,7 @@ from prd.teachers.base import epsilon_from
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector
 from prd.toybox.data import BACKGROUND, ViewPool, ViewSets
+from prd.toybox.diffusion import controlled, decode_images, plain, sample
 from prd.toybox.models import make_scheduler
 from prd.toybox.world import ASYMMETRIC_SHAPES, SHAPES
 
@@ -101,6 +102,29 @@ def depth_ratios(
         text = _encode_text(text_encoder, tokenizer, batches[shape].captions, device)
         ratios[shape] = _error_ratios(predict, x, text, controls[shape], controls[other], generator, noise)
     return ratios
+
+
+def depth_images(
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    batch: ViewSets,
+    *,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return images of a batch's n captions and views, each [4 * n, 3, H, W] in about [0, 1].
+
+    "rendering" is the batch's own, "controlled" is made with the depth that it has, "plain" without.
+    """
+    disparity, rgb = (images.flatten(0, 1).to(unet.device) for images in (batch.disparity, batch.rgb))
+    captions = [caption for caption in batch.captions for _ in range(4)]
+    images = {"rendering": rgb}
+    for name, predict in (("controlled", controlled(unet, controlnet, disparity)), ("plain", plain(unet))):
+        latents = sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
+        images[name] = decode_images(vae, latents)
+    return images
 
 
 def _encode_text(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str], device: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from prd.toybox.world import (
     SHAPES,
     Caption,
     ExactField,
+    all_captions,
     light,
     opened_forms,
     parse_caption,
@@ -82,42 +84,29 @@ class ViewPool:
         stacks      share of stacks
         open_words  share of captions that leave one word open
         only        one configuration, its captions closed
-        exclude     closed captions whose objects are never drawn
+        exclude     closed captions whose objects are never drawn, under no caption
+
+        Raises ValueError for an excluded text that is no closed caption, and where nothing else is left to draw.
         """
-        singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
-        pairs = [i for i, c in enumerate(self.configurations) if not isinstance(c[1], int)]
-        # a word is drawn before its form, so that families are no more frequent than other words
-        weights = torch.tensor(
-            [1.0 / FORMS.get(self.configurations[i][0], 1) for i in singles], dtype=torch.float32, device="cpu"
-        )
+        singles, pairs = self._kinds() if only is None else ([self.configurations.index(only)], [])
+        drawn = [kind for kind, share in ((pairs, stacks), (singles, 1 - stacks if pairs else 1)) if kind and share > 0]
+        self._check_exclude(exclude, drawn)
         names = list(COLORS)
         colors = torch.tensor(list(COLORS.values()), dtype=torch.float32, device="cpu")
-
-        def uniform() -> float:
-            return float(torch.rand((), generator=generator, dtype=torch.float32, device=generator.device))
-
-        def integer(high: int) -> int:
-            return int(torch.randint(high, (), generator=generator))
-
         rows, albedo, captions, matrices, angles = [], [], [], [], []
-        while len(rows) < count:
-            if only is not None:
-                c = self.configurations.index(only)
-            elif pairs and uniform() < stacks:
-                c = pairs[integer(len(pairs))]
-            else:
-                c = singles[int(torch.multinomial(weights, 1, generator=generator))]
-            shape, second = self.configurations[c]
-            upper = integer(len(names))
-            lower = (upper + 1 + integer(len(names) - 1)) % len(names)
-            words = ((names[upper], shape),)
-            caption = Caption(words if isinstance(second, int) else (*words, (names[lower], second)))
-            if caption.text in exclude:
-                continue
-            if only is None and uniform() < open_words:
+        for _ in range(count):
+            kind = pairs if pairs and _uniform(generator) < stacks else singles
+            while True:
+                c = kind[0] if only is not None else self._configuration(kind, generator)
+                upper = _integer(len(names), generator)
+                lower = (upper + 1 + _integer(len(names) - 1, generator)) % len(names)
+                caption = _caption(self.configurations[c], names[upper], names[lower])
+                if caption.text not in exclude:
+                    break
+            if only is None and _uniform(generator) < open_words:
                 opened = opened_forms(caption)
-                caption = opened[integer(len(opened))]
-            s = integer(self.layers.shape[1])
+                caption = opened[_integer(len(opened), generator)]
+            s = _integer(self.layers.shape[1], generator)
             rows.append(self.layers[c, s])
             matrices.append(self.cameras[c].camera_to_world[s])
             angles.append(self.cameras[c].fovy[s])
@@ -127,6 +116,47 @@ class ViewPool:
         rgb, normal_disparity = compose(layers, torch.stack(albedo))
         cameras = Cameras(torch.stack(matrices), torch.stack(angles))
         return ViewSets(rgb, layers[:, :, 9:10], normal_disparity, captions, cameras)
+
+    def _kinds(self) -> tuple[list[int], list[int]]:
+        """The numbers of the configurations of single objects and of stacks."""
+        singles = [i for i, c in enumerate(self.configurations) if isinstance(c[1], int)]
+        return singles, [i for i in range(len(self.configurations)) if i not in singles]
+
+    def _configuration(self, kind: list[int], generator: torch.Generator) -> int:
+        """One of a kind. A word is drawn before its form, so that families are no more frequent than other words."""
+        if not isinstance(self.configurations[kind[0]][1], int):
+            return kind[_integer(len(kind), generator)]
+        weights = [1.0 / FORMS.get(self.configurations[i][0], 1) for i in kind]
+        drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float32, device="cpu"), 1, generator=generator)
+        return kind[int(drawn)]
+
+    def _check_exclude(self, exclude: frozenset[str], drawn: list[list[int]]) -> None:
+        """ValueError for what is no closed caption, and where all of a kind that is drawn is excluded."""
+        if not exclude:
+            return
+        if unknown := sorted(exclude - {caption.text for caption in all_captions()}):
+            raise ValueError(f"exclude: {unknown[0]!r} is no closed caption of the toy box; remove or correct it")
+        pairs = list(permutations(COLORS, 2))
+        for kind in drawn:
+            if all(_caption(self.configurations[c], *pair).text in exclude for c in kind for pair in pairs):
+                raise ValueError(
+                    f"exclude: leaves nothing of {self.configurations[kind[0]]} and its like; exclude fewer"
+                )
+
+
+def _caption(configuration: tuple, upper: str, lower: str) -> Caption:
+    """The closed caption of a configuration in two colours, of which a single object has the first."""
+    shape, second = configuration
+    top = (upper, shape)
+    return Caption((top,) if isinstance(second, int) else (top, (lower, second)))
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float32, device=generator.device))
+
+
+def _integer(high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(high, (), generator=generator))
 
 
 def compose(layers: Tensor, albedo: Tensor) -> tuple[Tensor, Tensor]:

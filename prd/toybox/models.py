@@ -23,30 +23,41 @@ NORMAL_SIZE = 16
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart into letters."""
+    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    merges: list[str] = []
+    merges: list[tuple[str, str]] = []
     for word in ("a", "on", *COLORS, *SHAPES, "an", ANY_SHAPE):
         symbols = [*word[:-1], word[-1] + "</w>"]
+        for merge in merges:  # those of the words before come first: "green" merges the "re" of "red"
+            symbols = _merged(symbols, *merge)
         while len(symbols) > 1:
-            merge, joined = f"{symbols[0]} {symbols[1]}", symbols[0] + symbols[1]
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append(joined)
-            symbols = [joined, *symbols[2:]]
+            merges.append((symbols[0], symbols[1]))
+            tokens.append(symbols[0] + symbols[1])
+            symbols = _merged(symbols, *merges[-1])
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         files = {"vocab.json": json.dumps({token: i for i, token in enumerate(tokens)})}
-        files["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+        files["merges.txt"] = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n"
         files["tokenizer_config.json"] = json.dumps(
             {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "pad_token": "<|endoftext|>"}
         )
         for name, text in files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder)
+
+
+def _merged(symbols: list[str], first: str, second: str) -> list[str]:
+    """Symbols in which every `first` that a `second` follows is one with it."""
+    joined: list[str] = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == (first, second):
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return joined
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -1,13 +1,14 @@
 """The toy box's measure: generated fields against the exact ones, in three dimensions.
 
-A prompt is recognised (R@1) if, of all captions of the world, its own has the highest score: the intersection over
-union of the occupancies on a 64^3 grid, without rotation, minus the mean absolute difference between the generated
-colour and the exact one at points of the exact surface. A caption that names a family counts its best form.
+A prompt is recognised (R@1) if, of all closed captions of the world, its own has the highest score: the intersection
+over union of the occupancies on a 64^3 grid, without rotation, minus the mean absolute difference between the generated
+colour and the exact one at points of the exact surface. A caption that names a family is measured against the member
+that fits best, and recognised if the closed caption that scores highest is one of its members. What is drawn several
+times is also asked how many of the members its draws reach.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -37,17 +38,18 @@ SURFACE_POINTS = 768
 
 @dataclass(frozen=True)
 class ToyBoxScore:
-    """Comparison of one generated field with its caption's best form."""
+    """Comparison of one generated field with the member of its caption that fits best."""
 
     prompt: str
-    recognised: bool  # its own caption scores highest
-    best: str  # the caption that does
-    score: float  # IoU - colour error against its own caption
+    recognised: bool  # a member of its own caption scores highest
+    best: str  # the closed caption that does
+    score: float  # IoU - colour error against its own caption's best member
     iou: float
     color_error: float
     orientation_margin: float | None  # IoU minus that with the best wrong quarter turn; asymmetric single shapes
     euler: int  # Euler characteristic of the occupied solid's surface
-    right_topology: bool  # as the exact form's, in as many pieces
+    right_topology: bool  # as the best member's, in as many pieces
+    reached: tuple[str, int] | None = None  # closed caption and form of the member that it is; None: not recognised
 
     def figures(self) -> dict[str, float]:
         """Return R@1, IoU and colour error, which a gallery shows and averages."""
@@ -149,10 +151,13 @@ def topology(occupancy: Tensor) -> tuple[int, int]:
 def score_field(
     field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu", query_chunk: int = 1 << 17
 ) -> list[ToyBoxScore]:
-    """Compare each of the B shapes of a field with every caption of the world; prompts [B] are captions of it.
+    """Compare each of the B shapes of a field with every closed caption of the world; prompts [B] are captions of it.
 
     device  where the field lives; the comparison is made on the CPU
+
+    Raises ValueError for a prompt that is no caption, and for colours that are not finite.
     """
+    captions = [parse_caption(prompt) for prompt in prompts]
     forms = _forms()
     keys = list(forms)
     grid = grid_points().to(device)
@@ -165,51 +170,74 @@ def score_field(
     iou = both / (inside.sum(1, keepdim=True) + exact.sum(1)[None] - both).clamp(min=1)  # [B, F]
     points = torch.cat([forms[k].points for k in keys]).to(device)
     rgb = field.rgb(points[None].expand(batch, -1, -1)).float().cpu()  # [B, F*P, 3]
+    if not bool(rgb.isfinite().all()):
+        raise ValueError("field: its colours are not finite, so that it fits no caption; look for NaN in its weights")
     colors = rgb.split([len(forms[k].points) for k in keys], dim=1)
-    return [_score(prompts[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
+    return [_score(captions[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
 
 
-def _score(prompt: str, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
-    forms = _forms()
+def _score(asked: Caption, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
+    error = _color_errors(colors, keys)
+    fits: dict[tuple[Caption, int], tuple[float, float, float]] = {}  # by closed caption and form: score and its parts
+    for caption in all_captions():
+        for form in range(caption.num_forms):
+            key = _key(caption, form)
+            wrong = sum(error[key, part, color] for part, (color, _) in enumerate(caption.words))
+            overlap = float(iou[keys.index(key)])
+            fits[caption, form] = overlap - wrong, overlap, wrong
+    best = max(fits, key=lambda answer: fits[answer][0])
+    own = max(asked.members, key=lambda answer: fits[answer][0])
+    value, overlap, wrong = fits[own]
+    volume, truth = inside.view(GRID, GRID, GRID), _forms()[_key(*own)]
+    euler, pieces = topology(volume)
+    margin = None
+    (_, shape), *rest = own[0].words
+    if not rest and shape in ASYMMETRIC_SHAPES:
+        turned = [torch.rot90(volume, k, (0, 1)).reshape(-1) for k in (1, 2, 3)]
+        wrong_turns = [float((t & truth.occupancy).sum() / (t | truth.occupancy).sum().clamp(min=1)) for t in turned]
+        margin = overlap - max(wrong_turns)
+    return ToyBoxScore(
+        prompt=asked.text,
+        recognised=best == own,
+        best=best[0].text,
+        score=value,
+        iou=overlap,
+        color_error=wrong,
+        orientation_margin=margin,
+        euler=euler,
+        right_topology=euler == truth.euler and pieces == truth.pieces,
+        reached=(own[0].text, own[1]) if best == own else None,
+    )
+
+
+def _color_errors(colors: list[Tensor], keys: list[tuple]) -> dict[tuple, float]:
+    """Mean |rgb - exact| by form, part and colour, so that a caption's error is a sum over its parts."""
     albedo = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in COLORS.items()}
-    # mean |rgb - exact| of every part and colour, so that a caption's error is a sum over its parts
     error: dict[tuple, float] = {}
     for f, key in enumerate(keys):
-        form = forms[key]
+        form = _forms()[key]
         for part in range(len(key[0])):
             mine = form.owner == part
             for name, color_value in albedo.items():
                 target = (color_value * form.shade[mine] + form.tint[mine]).clamp(0, 1)
                 error[key, part, name] = float((colors[f][mine] - target).abs().sum() / (3 * len(form.points)))
-    best, best_score = "", -math.inf
-    own: tuple[float, float, float, tuple] = (-math.inf, 0.0, 0.0, keys[0])
-    for caption in all_captions():
-        for form_index in range(caption.num_forms):
-            key = _key(caption, form_index)
-            wrong = sum(error[key, part, color] for part, (color, _) in enumerate(caption.words))
-            overlap = float(iou[keys.index(key)])
-            value = overlap - wrong
-            if value > best_score:
-                best, best_score = caption.text, value
-            if caption.text == prompt and value > own[0]:
-                own = (value, overlap, wrong, key)
-    value, overlap, wrong, key = own
-    if value == -math.inf:
-        raise ValueError(f"prompt={prompt!r}: is no caption of the toy box")
-    volume = inside.view(GRID, GRID, GRID)
-    euler, pieces = topology(volume)
-    truth = forms[key]
-    margin = None
-    if len(key[0]) == 1 and key[0][0] in ASYMMETRIC_SHAPES:
-        turned = [torch.rot90(volume, k, (0, 1)).reshape(-1) for k in (1, 2, 3)]
-        wrong_turns = [float((t & truth.occupancy).sum() / (t | truth.occupancy).sum().clamp(min=1)) for t in turned]
-        margin = overlap - max(wrong_turns)
-    right = euler == truth.euler and pieces == truth.pieces
-    return ToyBoxScore(prompt, best == prompt, best, value, overlap, wrong, margin, euler, right)
+    return error
+
+
+def even_coverage(members: int, draws: int) -> float:
+    """Return the coverage that is expected of draws which are each uniform over the members."""
+    return members * (1 - (1 - 1 / members) ** draws) / min(members, draws)
 
 
 def summarise(scores: Sequence[ToyBoxScore]) -> dict[str, float | dict[str, float]]:
-    """Return means over scores: R@1, IoU, colour error, topology; by shape: IoU and orientation margin."""
+    """Return means over scores: R@1, IoU, colour error, topology; by shape: IoU and orientation margin.
+
+    Of the captions that were measured more than once, if there are any, also
+
+    precision               mean `score` of their draws: IoU - colour error against the member that fits a draw best
+    coverage                number of distinct members reached / the lesser of members and draws, mean over captions
+    coverage_of_even_draws  the coverage to expect of draws that are each uniform over the members
+    """
     if not scores:
         return {}
 
@@ -223,12 +251,22 @@ def summarise(scores: Sequence[ToyBoxScore]) -> dict[str, float | dict[str, floa
         for name, group in by_shape.items()
         if any(s.orientation_margin is not None for s in group)
     }
-    return {
+    summary: dict[str, float | dict[str, float]] = {
         "count": len(scores),
         "r_at_1": mean([s.recognised for s in scores]),
         "iou": mean([s.iou for s in scores]),
         "color_error": mean([s.color_error for s in scores]),
         "right_topology": mean([s.right_topology for s in scores]),
-        "iou_by_shape": {name: mean([s.iou for s in group]) for name, group in by_shape.items()},
-        "orientation_margin": margins,
     }
+    by_prompt = {
+        prompt: [s for s in scores if s.prompt == prompt] for prompt in dict.fromkeys(s.prompt for s in scores)
+    }
+    repeated = {prompt: group for prompt, group in by_prompt.items() if len(group) > 1}
+    if repeated:
+        sizes = {prompt: (len(parse_caption(prompt).members), len(group)) for prompt, group in repeated.items()}
+        reached = {prompt: len({s.reached for s in group if s.reached}) for prompt, group in repeated.items()}
+        summary["precision"] = mean([s.score for group in repeated.values() for s in group])
+        summary["coverage"] = mean([reached[prompt] / min(size) for prompt, size in sizes.items()])
+        summary["coverage_of_even_draws"] = mean([even_coverage(*size) for size in sizes.values()])
+    by_shape_iou = {name: mean([s.iou for s in group]) for name, group in by_shape.items()}
+    return {**summary, "iou_by_shape": by_shape_iou, "orientation_margin": margins}

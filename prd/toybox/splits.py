@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prd.evaluation.benchmark import spread
-from prd.toybox.world import all_captions, single_captions, stack_captions
+from prd.toybox.world import Caption, all_captions, open_captions, single_captions, stack_captions
 
 # ten of the 48 single objects: each colour and each shape of them occurs in another one, which is trained on
 FIFTH_SINGLES = (
@@ -32,10 +32,14 @@ def held_out_rules() -> dict[str, tuple[str, ...]]:
     return {name: rule() for name, rule in RULES.items()}
 
 
-def measured_splits(held_out: Sequence[str], limit: int | None = None) -> dict[str, list[str]]:
+def measured_splits(held_out: Sequence[str], limit: int | None = None, draws: int = 0) -> dict[str, list[str]]:
     """Return the captions to measure: all single objects and `limit` evenly spread stacks, each seen or held out.
 
-    A split without captions is left out: {"single_seen": ..., "single_held_out": ..., "stack_seen": ..., ...}.
+    draws  times that each single object with several right answers is measured once more, for the diversity of the
+           answers, in the splits "family_seen" and "family_held_out"; 0: not at all
+
+    A split without captions is left out: {"single_seen": ..., "single_held_out": ..., "stack_seen": ..., ...}. An open
+    caption is held out where all of its members are.
     """
     hidden = set(held_out)
     splits: dict[str, list[str]] = {}
@@ -45,4 +49,12 @@ def measured_splits(held_out: Sequence[str], limit: int | None = None) -> dict[s
             captions = spread(captions, limit) if is_stack else captions
             if captions:
                 splits[f"{kind}_{name}"] = captions
+    for caption in families() if draws else ():
+        name = "family_held_out" if hidden.issuperset(member.text for member, _ in caption.members) else "family_seen"
+        splits.setdefault(name, []).extend([caption.text] * draws)
     return splits
+
+
+def families() -> list[Caption]:
+    """Return the captions of single objects with several right answers: the open ones, and words with two forms."""
+    return [c for c in (*open_captions(), *single_captions()) if not c.is_stack and len(c.members) > 1]

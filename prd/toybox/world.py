@@ -241,18 +241,27 @@ def unknown_words(text: str) -> list[str]:
     return [word for word in text.lower().split() if word not in known]
 
 
+def _member(caption: Caption, number: int) -> tuple[Part, ...]:
+    """The parts of a caption's member; of a closed caption they are numbered as its forms are."""
+    if not 0 <= number < len(caption.members):
+        raise ValueError(f"form={number}: {caption.text!r} has the members 0 to {len(caption.members) - 1}")
+    closed, form = caption.members[number]
+    return closed.parts(form)
+
+
 class ExactField(AutogradGradient):
     """Exact fields of B captions: signed distance and lit colour (`prd.fields.protocol.Field`).
 
     captions  sentences or captions
     forms     which of each caption's members; by default the first
+
+    Raises ValueError for a sentence that is no caption and for a form that its caption does not have.
     """
 
     def __init__(self, captions: Sequence[Caption | str], forms: Sequence[int] | None = None) -> None:
         parsed = [c if isinstance(c, Caption) else parse_caption(c) for c in captions]
         chosen = forms or [0] * len(parsed)
-        members = [caption.members[form] for caption, form in zip(parsed, chosen, strict=True)]
-        self.scenes = [caption.parts(form) for caption, form in members]
+        self.scenes = [_member(caption, number) for caption, number in zip(parsed, chosen, strict=True)]
 
     def _each(self, points: Tensor, evaluate: Callable[[tuple[Part, ...], Tensor], Tensor]) -> Tensor:
         if points.ndim != 3 or points.shape[0] != len(self.scenes) or points.shape[2] != 3:

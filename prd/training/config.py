@@ -33,6 +33,7 @@ from prd.cameras import CamerasConfig
 from prd.data.prompts import PromptsConfig
 from prd.data.shape_library import LibraryConfig
 from prd.distillation.asd import AsdConfig
+from prd.distillation.distill import check_interpolation
 from prd.distillation.interpolation import InterpolationConfig
 from prd.distillation.regularizers import RegularizerConfig
 from prd.errors import ConfigError
@@ -46,7 +47,7 @@ from prd.teachers.richdreamer import RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacherConfig
 from prd.training.budget import Fit
 from prd.training.optimizers import OptimizerConfig
-from prd.training.validation import ValidationConfig
+from prd.training.validation import ValidationConfig, check_judged
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Place, Positive, Seed, resolved
 
 __all__ = ["ConfigError", "Stage", "TrainConfig"]
@@ -145,12 +146,11 @@ class TrainConfig:
             given = getattr(self.library, name)
             if self.library.source is None and given not in (0, (0, 0)):
                 raise ValueError(f"library.{name}={given}: needs shapes; give library.source, or leave it at 0")
-        if getattr(self.distillation, "reference", None) == "noise" and any(
-            teacher.eta > 0 for teacher in self.enabled_teachers.values()
-        ):
-            raise ValueError("teachers.*.eta: must be 0 with distillation.reference=noise, which shifts nothing")
+        if isinstance(self.distillation, AsdConfig):
+            self._check_asd(self.distillation)
         if self.validation.gallery_steps and not self.validation.prompts:
             raise ValueError("validation.gallery_steps: a gallery draws validation.prompts, of which there are none")
+        check_judged(self.validation.protocol, self.validation.clip, self.validation.gallery_steps)
         for name, k in (
             ("num_denoising_steps", self.num_denoising_steps),
             ("validation.num_inference_steps", self.validation.num_inference_steps),
@@ -158,6 +158,23 @@ class TrainConfig:
             if 1000 % k:
                 raise ValueError(f"{name}={k}: must divide the 1000 timesteps of the base; try 1, 2 or 4")
         return self
+
+    def _check_asd(self, loss: AsdConfig) -> None:
+        """Raise ValueError for settings of the loss that do not go with the teachers or the interpolation."""
+        if loss.reference in ("noise", "negative_prompt") and any(t.eta > 0 for t in self.enabled_teachers.values()):
+            raise ValueError(
+                f"teachers.*.eta: must be 0 with distillation.reference={loss.reference}, which shifts nothing"
+            )
+        unknown = [name for name in loss.fake.teachers or () if name not in self.teachers]
+        if loss.reference == "fake" and unknown:
+            raise ValueError(
+                f"distillation.fake.teachers={unknown[0]!r}: must be null for all, or of {', '.join(self.teachers)}"
+            )
+        if self.interpolation.probability:
+            try:
+                check_interpolation(loss, self.interpolation.over)
+            except ValueError as error:
+                raise ValueError(f"interpolation: {error}") from None
 
     @property
     def enabled_teachers(self) -> dict[str, TeacherConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,9 +178,9 @@ def save_gallery(
             row: dict[str, Any] = {"prompt": prompt, "mesh": None, "coverage": 0.0, "empty": drawn is None}
             if drawn is not None:
                 resolution = settings.isosurface_resolution
-                (mesh,) = extract_mesh(sample, isosurface_resolution=resolution, texture_size=None)
+                (mesh,) = extract_mesh(sample, isosurface_resolution=resolution, texture_size=None, close_handles=0)
                 assert mesh is not None  # on_empty="raise"
-                mesh.export(folder / name)
+                replace(mesh, metadata=_metadata(model, prompt, config)).export(folder / name)
                 row |= {"mesh": name, "coverage": float(drawn.opacity.mean())}
                 row |= {"triangles": len(mesh.faces), "volume": mesh.volume}
             if scores is not None:
@@ -203,11 +204,16 @@ def export_meshes(
         embeds = text_encoder([prompt]).to(model.device)
         field = make_fields(model, embeds, [generator], config.validation.num_inference_steps)
         resolution = config.validation.isosurface_resolution
-        (mesh,) = extract_mesh(field, isosurface_resolution=resolution, on_empty="flag")
+        (mesh,) = extract_mesh(field, isosurface_resolution=resolution, on_empty="flag", close_handles=0)
         if mesh is None:
             logger.warning("%r has no surface: no mesh was written for it", prompt)
             continue
         path = folder / name
-        mesh.export(path)
+        replace(mesh, metadata=_metadata(model, prompt, config)).export(path)
         written.append(path)
     return written
+
+
+def _metadata(model: Model, prompt: str, config: TrainConfig) -> dict[str, Any]:
+    """Return what the file of a mesh says of its making."""
+    return {"prompt": prompt, "seed": config.seed, "model": type(model).__name__, "licence": "that of the model"}

@@ -37,7 +37,7 @@ def exchange_gradients(
     if accelerator.num_processes > 1:
         flags = gradients[0].new_tensor([float(wish) for wish in wishes.values()])
         whole = torch.cat([*(g.flatten() for g in gradients), flags])  # large models have no room for another copy
-        own = whole[: -len(flags)]
+        own = whole[: len(whole) - len(flags)]
         mean = accelerator.reduce(whole, reduction="mean")
         *parts, flags = mean.split([p.numel() for p in parameters] + [len(flags)])
         for p, part in zip(parameters, parts, strict=True):

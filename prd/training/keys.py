@@ -16,9 +16,17 @@ from prd.training.config import TrainConfig
 
 def known_keys(parts: Sequence[Entry]) -> list[str]:
     """The dotted key of every value that a config with these parts may have."""
-    own = [f"{part.key}.{name}" for part in parts for name in ("class", *setting_names(part.config_class))]
+    own = [key for part in parts for key in (f"{part.key}.class", *_setting_keys(part.config_class, f"{part.key}."))]
     bare = [part.key for part in parts if part.section.shorthand is not None]
     return [*_static_keys(TrainConfig), *bare, *own]
+
+
+def _setting_keys(config_class: type, prefix: str) -> Iterator[str]:
+    """The keys of a part's settings, and of settings within them."""
+    nested = [key for key, _ in _annotations(config_class, prefix)]
+    for name in setting_names(config_class):
+        inner = [key for key in nested if key.startswith(f"{prefix}{name}.")]
+        yield from inner or [f"{prefix}{name}"]
 
 
 def _static_keys(section: type, prefix: str = "") -> Iterator[str]:

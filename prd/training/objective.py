@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prd.cameras import Cameras
-from prd.data.batches import CAMERAS, JITTER, SHADING, TEACHERS, Batch
+from prd.data.batches import CAMERAS, FAKE, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
-from prd.distillation.draws import draw_uniform
+from prd.distillation.draws import draw_uniform, sample_generator
 from prd.distillation.multi_teacher import MeanMetrics, WeightedTeacher, multi_teacher_loss
 from prd.distillation.regularizers import RegularizerConfig, regularize
 from prd.errors import ConfigError, PrdError
@@ -26,6 +26,7 @@ from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
+from prd.training.fake_scores import FakeScores, fake_config
 from prd.training.parts import Parts
 from prd.utils.checked_types import number
 
@@ -53,9 +54,13 @@ class Estimates:
     cameras: Cameras
     metrics: MeanMetrics
 
-    def draws(self, stream: int) -> list[torch.Generator]:
-        """The generators of a stream, one per sample."""
-        return self.batch.draws(stream, *self.ks)
+    def draws(self, stream: int, *places: int) -> list[torch.Generator]:
+        """The generators of a stream, one per sample.
+
+        places  numbers of the renderer, and of the teacher, for a stream that each has of its own
+        """
+        key, samples = (self.batch.seed, self.batch.step), self.batch.samples
+        return [sample_generator(*key, i, stream, k, *places) for k in self.ks for i in samples]
 
 
 class Objective:
@@ -64,6 +69,7 @@ class Objective:
     configured  dotted keys of the parts that any stage's config names ("teachers.mvdream"); a part that none names is
                 the user's own and takes part in every stage
     background  made from the text, trained along; None: the stage's grey level
+    fakes       fake scores of the teachers, for a loss that asks for them
     """
 
     def __init__(
@@ -74,7 +80,9 @@ class Objective:
         *,
         configured: Iterable[str] = (),
         background: TextBackground | None = None,
+        fakes: FakeScores | None = None,
     ) -> None:
+        self.fakes = None if fake_config(stage.config) is None else fakes
         self.stage, self.parts, self.device, self.background = stage, parts, device, background
         self.configured = frozenset(configured)
         self.renderer_names = tuple(self._names("renderers", parts.renderers))
@@ -186,14 +194,14 @@ class Objective:
         config, batch, count = estimates.config, estimates.batch, len(estimates.ks)
         alpha = number(config.library.alpha)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        teachers = self.teachers(config)
+        teachers = self.teachers(estimates, name)
         if teachers:
             judged = multi_teacher_loss(
                 views,
                 teachers,
                 batch.prompts * count,
                 config=config.distillation,
-                generator=estimates.draws(TEACHERS),
+                generator=estimates.draws(TEACHERS, list(self.parts.renderers).index(name)),  # each renderer's own
                 metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,
@@ -206,11 +214,18 @@ class Objective:
             loss = loss + count * shapes_loss(views, batch.shapes.repeat(count), *weights, estimates.metrics)
         return loss
 
-    def teachers(self, config: TrainConfig) -> list[WeightedTeacher]:
-        """The teachers that are enabled, with their settings at this step."""
-        parts = self.parts.teachers
-        settings = {name: config.teachers.get(name, TeacherConfig()) for name in self._names("teachers", parts)}
-        return [WeightedTeacher(parts[name], own) for name, own in settings.items() if own.enabled]
+    def teachers(self, estimates: Estimates, renderer: str) -> list[WeightedTeacher]:
+        """The teachers that are enabled, with their settings at this step and their fake scores."""
+        parts, given = self.parts.teachers, estimates.config.teachers
+        found = []
+        for name in self._names("teachers", parts):
+            if (settings := given.get(name, TeacherConfig())).enabled:
+                fake = None
+                if self.fakes is not None:
+                    places = list(self.parts.renderers).index(renderer), list(parts).index(name)
+                    fake = self.fakes.reference(name, estimates.draws(FAKE, *places))
+                found.append(WeightedTeacher(parts[name], settings, fake))
+        return found
 
 
 def shapes_loss(views: Views, shapes: Shapes, mask: float, reconstruction: float, metrics: MeanMetrics) -> Tensor:

@@ -192,7 +192,7 @@ def _find(config: str | Path) -> Path:
 def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a YAML file in the place of those of the recipe that its `extends` names, if it names one."""
     path = _find(config)
-    values = _read_yaml(path)
+    values = read_yaml(path)
     extended = values.pop("extends", None)
     values = renamed(values, str(path), whole=extended is None)
     if extended is None:
@@ -204,7 +204,8 @@ def _read_recipe(config: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, A
     return merged(base, values)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that is a mapping, {} if it is empty; ConfigError for any other."""
     text = "".join(line for _, line in lines_of(path, ConfigError))
     try:
         values = parse_yaml(text)

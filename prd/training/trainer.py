@@ -23,10 +23,12 @@ from prd.rendering.background import TextBackground
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.ema import WeightAverage
+from prd.training.fake_scores import build_fake_scores, fake_config
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
 from prd.training.parts import Parts, build_parts, check_parts, with_classes
+from prd.training.passes import TeacherPasses
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts
 from prd.training.run.clock import TIME_IS_UP, Clock
@@ -70,6 +72,8 @@ class Trainer:
         self.background = TextBackground(width).to(self.device) if config.text_background else None
         self.background_parameters = [] if self.background is None else list(self.background.parameters())
         self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
+        self.fakes = build_fake_scores(self.plan.stages, parts.teachers, self.accelerator, config.seed)
+        self.passes = TeacherPasses(parts.teachers, self.fakes, self.accelerator.num_processes)
         self.enter(self.plan.stages[0])
         self.average: WeightAverage | None = None
         if config.ema_decay is not None:
@@ -113,7 +117,9 @@ class Trainer:
     def follow(self, stage: Stage) -> None:
         """Take the schedules and the objective of a stage, and leave what is trained as it is."""
         self.stage, configured = stage, configured_parts(self.plan.stages)
-        self.objective = Objective(stage, self.parts, self.device, configured=configured, background=self.background)
+        self.objective = Objective(
+            stage, self.parts, self.device, configured=configured, background=self.background, fakes=self.fakes
+        )
 
     def follow_plan(self, done: int) -> None:
         """Follow the schedules that hold after `done` steps; the stage is left when the next step is taken."""
@@ -161,9 +167,17 @@ class Trainer:
             self.skipped.skip(step, reason, own, diagnostics)
         log.add("skipped", float(not finite))
         log.add("skipped_total", float(self.skipped.total))
+        self.train_fakes(step, finite, log)
+        self.passes.count(log)
         self.frames += self.frames_of(step)
         log.add("frames_per_prompt", self.frames_per_prompt)
         return {"lr": lr, "gradient_norm": float(norm), **log.means(), "seconds": time.time() - begun}
+
+    def train_fakes(self, step: int, finite: bool, log: MeanMetrics) -> None:
+        """Train the fake scores on the renderings of a step; of one that was left out they are dropped."""
+        if self.fakes is not None:
+            config = fake_config(self.stage.at(step)) if finite else None
+            self.fakes.forget() if config is None else self.fakes.update(config, log)
 
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes."""

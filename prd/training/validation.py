@@ -8,15 +8,17 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from prd.cameras import Angle, Elevation
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.benchmark import Benchmark, Score, measured_splits
+from prd.evaluation.protocols import find_protocol
 from prd.evaluation.report import update_report
 from prd.generators.protocol import Model
 from prd.text.encoders import PromptEncoder
@@ -24,10 +26,11 @@ from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_promp
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
 from prd.training.run.folder import peak_memory
-from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Positive, Prompt, Size
+from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Int, Place, Positive, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
 
 if TYPE_CHECKING:
+    from prd.evaluation.judges import Judge
     from prd.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class ValidationConfig:
     num_inference_steps: Count = 4  # denoising steps of the model
     views: Count = 4  # views per prompt on the contact sheet
     stacks: Count = 24  # captions measured at the end of each split that is sampled, as the toy box's stacks are
+    # draws measured at the end of each caption with several right answers, as "a cube"; 0: none
+    families: Annotated[Int, Field(ge=0)] = 0
     elevation: Elevation = 20.0  # of these views, degrees
     azimuth: Float = 30.0  # of the first of them, degrees; the others follow evenly
     distance: Positive | None = None  # scene units; null: the middle of the training range
@@ -53,6 +58,8 @@ class ValidationConfig:
     background: Fraction | None = None  # grey level behind them; null: that of the run
     resolution: Count = 128  # image height and width on the contact sheet, pixels
     isosurface_resolution: Size = 64  # grid of the exported meshes
+    protocol: str | None = None  # of `prd evaluate`, which judges each gallery's meshes; null: none
+    clip: Place | None = None  # the protocol's model, as --clip of `prd evaluate`; null: the one that it names
 
 
 class Validation:
@@ -77,6 +84,7 @@ class Validation:
         self.benchmark = benchmark
         self.config, self.model, self.text_encoder, self.average = config, model, text_encoder, average
         self.folder = Path(config.output_dir)
+        self.judge = _judge(config)
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, corpus)
 
     def shown_weights(self) -> AbstractContextManager[None]:
@@ -125,8 +133,20 @@ class Validation:
         folder, means = self.folder / "gallery" / f"step-{done:06d}", dict[str, float]()
         with self.shown_weights(), only_shown(folder):
             means = save_gallery(self.model, self.text_encoder, self.config, folder, self.benchmark)
+            if self.judge is not None:
+                means |= self.judged(self.judge, folder)
         update_report(self.folder)
         return {f"gallery/{name}": value for name, value in means.items()}
+
+    @staticmethod
+    def judged(judge: Judge, folder: Path) -> dict[str, float]:
+        """Return the figures of `validation.protocol` for a gallery's meshes; a failure is a warning."""
+        from prd.evaluation.run import gallery_figures
+
+        figures = dict[str, float]()
+        with only_shown(folder / "evaluation", ValueError):
+            figures = gallery_figures(judge, folder)
+        return figures
 
     def quick_recognition(self) -> float:
         """R@1 of the validation prompts, shown in the progress bar and used for nothing else."""
@@ -140,6 +160,12 @@ class Validation:
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
         return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
 
+    def splits(self) -> dict[str, list[str]]:
+        """Captions that are measured after the last step, by split."""
+        assert self.benchmark is not None
+        settings = self.config.validation
+        return measured_splits(self.benchmark, self.config.prompts, settings.stacks, settings.families)
+
     def seconds_after(self) -> float | None:
         """Seconds that sheet, meshes and scores after the last step will take, by timing three captions.
 
@@ -148,8 +174,7 @@ class Validation:
         if self.benchmark is None:
             return None
         self.model.eval()  # spectral norms, which iterate in training, stay as they are; a step sets its own mode
-        splits = measured_splits(self.benchmark, self.config.prompts, self.config.validation.stacks)
-        captions = [caption for split in splits.values() for caption in split]
+        captions = [caption for split in self.splits().values() for caption in split]
         seconds = 0.0
         for some in (captions[:1], captions[1:4]):  # the first one warms up
             begun = time.monotonic()
@@ -177,9 +202,7 @@ class Validation:
         """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
         assert self.benchmark is not None
         report: dict[str, Any] = {}
-        for name, prompts in measured_splits(
-            self.benchmark, self.config.prompts, self.config.validation.stacks
-        ).items():
+        for name, prompts in self.splits().items():
             scores = self.measure(prompts)
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
         summaries = {name: part["summary"] for name, part in report.items()}
@@ -189,6 +212,31 @@ class Validation:
             with only_shown(path):
                 write_atomic(path, json.dumps(contents, indent=1) + "\n")
         print("\n".join(self.benchmark.describe(summaries)))
+
+
+def _judge(config: TrainConfig) -> Judge | None:
+    """What judges galleries by `validation.protocol`; None without one."""
+    if config.validation.protocol is None:
+        return None
+    from prd.evaluation.run import EvaluationConfig, load_judge  # here: with the readers of mesh files it takes a while
+
+    clip, folder = config.validation.clip, Path(config.output_dir)
+    return load_judge(EvaluationConfig(protocol=config.validation.protocol, output=folder, clip=clip))
+
+
+def check_judged(protocol: str | None, clip: str | None, gallery_steps: int | None) -> None:
+    """ConfigError for a protocol that there is not or that judges no gallery, and for a model without a protocol."""
+    if protocol is None:
+        if clip is not None:
+            raise ConfigError(f"validation.clip={clip!r}: is the model of validation.protocol, which is null; name it")
+        return
+    found = find_protocol(protocol, "validation.protocol")
+    if found.measure in ("fid", "kid"):
+        raise ConfigError(f"validation.protocol={protocol!r}: compares with reference pictures; use `prd evaluate`")
+    if not gallery_steps:
+        raise ConfigError(f"validation.protocol={protocol!r}: judges galleries; set validation.gallery_steps")
+    if found.measure == "geometry" and clip is not None:
+        raise ConfigError(f"validation.clip={clip!r}: {protocol} uses no model; leave it out")
 
 
 def check_captions(benchmark: Benchmark, prompts: Sequence[str]) -> None:

@@ -46,6 +46,10 @@ def _place(value: Any) -> Any:
     return expanded(value)
 
 
+def _saved_place(value: Any) -> Any:
+    return value if value == "" else _place(value)
+
+
 def _without_fault(text: str) -> str:
     if fault := text_fault(text):
         raise PydanticCustomError("text", "{fault}", {"fault": fault})
@@ -68,6 +72,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Radius = Annotated[Float, Field(gt=0, lt=1)]
 Place = Annotated[str, BeforeValidator(_place)]  # a file, a folder, or a name that is neither, as a Hub id
+SavedPlace = Annotated[str, BeforeValidator(_saved_place)]  # the same, or "" for what a saved model does not name
 Text = Annotated[str, AfterValidator(_without_fault)]  # any text, also none
 Prompt = Annotated[str, AfterValidator(_prompt)]
 

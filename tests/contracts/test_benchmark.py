@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,6 +148,19 @@ def test_splits_tell_seen_from_held_out(world: Benchmark) -> None:
     assert set(few) == set(splits) and all(set(texts) <= set(splits[name]) for name, texts in few.items())
 
 
+def test_captions_with_several_answers_are_repeated_in_splits_of_their_own(world: Benchmark) -> None:
+    hidden = world.captions()[1:3]
+    once, thrice = world.splits(hidden), world.splits(hidden, None, 3)
+    assert list(thrice)[: len(once)] == list(once)  # and after them the others
+    assert {name: texts for name, texts in thrice.items() if name in once} == once
+    source = world.name if world.name in shipped_benchmarks() else CUSTOM
+    assert measured_splits(world, PromptsConfig(source=source, held_out=tuple(hidden)), None, 3) == thrice
+    for name in set(thrice) - set(once):
+        assert name.endswith(("seen", "held_out")) and set(Counter(thrice[name]).values()) == {3}
+        for text in set(thrice[name]):
+            world.check_prompt(text)
+
+
 def test_what_is_held_out_is_never_drawn(world: Benchmark) -> None:
     captions = world.captions()
     hidden = captions[1:3]
@@ -160,6 +174,7 @@ def test_what_is_held_out_is_never_drawn(world: Benchmark) -> None:
     assert set(drawn) == set(corpus.prompts) and drawn == draw(600)
     tokenizer = AutoTokenizer.from_pretrained(asset("stable_diffusion") + "/tokenizer")
     assert corpus.report(tokenizer, 16) is None
+    assert set(world.corpus(hidden, seed=3, open_fraction=0.5).prompts) >= set(corpus.prompts)
     with pytest.raises(CorpusError, match="held_out: 'a marble dragon' is not a prompt of"):
         world.corpus(["a marble dragon"])
     with pytest.raises(CorpusError, match="hold out fewer"):
@@ -223,6 +238,8 @@ def test_the_words_a_shipped_encoder_lists_are_those_of_its_benchmark(world: Ben
     if world.name not in shipped_benchmarks():
         assert about == {}
         return
-    assert set(about["vocabulary"]) == {word for text in world.captions() for word in text.split()}
+    words = {word for text in world.captions() for word in text.split()}
+    asked = {word for texts in world.splits((), 0, 1).values() for text in texts for word in text.split()}
+    assert words <= set(about["vocabulary"]) <= words | asked  # encoders that know open captions have their words too
     assert about["title"] == world.title
     assert shipped.unknown_words(world.name, "A marble red dragon") == world.unknown_words("A marble red dragon")

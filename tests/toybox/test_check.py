@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, encode_latents
 from prd.toybox import asset
@@ -29,6 +30,7 @@ def test_a_controlnet_that_adds_nothing_fails(pool):
         lambda batch: encode_latents(teacher.vae, batch.rgb.flatten(0, 1) * 2 - 1),
         generator=torch.Generator().manual_seed(1),
         count=1,
+        scheduler=DDIMScheduler.from_pretrained(asset("stable_diffusion"), subfolder="scheduler"),
     )
     assert set(ratios) == set(SHAPES)
     assert {ratio for by_time in ratios.values() for ratio in by_time.values()} == {1.0}

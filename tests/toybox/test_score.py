@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prd.toybox.score import GRID, grid_points, score_field, summarise, topology
+from prd.toybox.score import GRID, even_coverage, grid_points, score_field, summarise, topology
 from prd.toybox.world import ExactField, parse_caption, scene_sdf
 
 
@@ -59,8 +59,64 @@ def test_a_wrongly_coloured_cube_is_recognised_as_the_other():
 
 
 def test_a_prompt_outside_the_world_is_an_error():
-    with pytest.raises(ValueError, match="no caption of the toy box"):
+    with pytest.raises(ValueError, match="caption='a red dragon': the toy box knows"):
         score_field(ExactField(["a red cube"]), ["a red dragon"])
+
+
+def test_colours_that_are_no_numbers_fit_no_caption():
+    field = ExactField(["a red sphere"])
+    field.rgb = lambda points: torch.full_like(points, torch.nan)
+    with pytest.raises(ValueError, match="field: its colours are not finite"):
+        score_field(field, ["a red sphere"])
+
+
+FAMILIES = ["a cube", "a red toy", "an arrow on a green cube", "a red cone on a cylinder", "a cone", "a blue cylinder"]
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_every_member_is_a_right_answer_and_is_named(text):
+    members = parse_caption(text).members
+    scores = score_field(ExactField([text] * len(members), range(len(members))), [text] * len(members))
+    for score, (closed, form) in zip(scores, members, strict=True):
+        assert score.prompt == text and score.recognised and score.reached == (closed.text, form)
+        assert score.best == closed.text and score.right_topology
+        assert score.iou == pytest.approx(1.0) and score.color_error < 1e-3
+    summary = summarise(scores)
+    assert summary["r_at_1"] == summary["coverage"] == 1.0 and summary["precision"] == pytest.approx(1.0, abs=1e-3)
+    assert summary["coverage_of_even_draws"] == pytest.approx(even_coverage(len(members), len(members)), abs=1e-4)
+
+
+def test_what_is_no_member_is_measured_against_the_nearest():
+    asked = ["a cube", "a red toy", "an arrow on a green cube", "a red cone"]
+    made = ["a red sphere", "a blue torus", "a red arrow on a blue cube", "a blue cone"]
+    for score, text in zip(score_field(ExactField(made), asked), made, strict=True):
+        assert not score.recognised and score.reached is None and score.best == text
+    toy = score_field(ExactField(["a blue torus"]), ["a red toy"])[0]
+    assert toy.iou == pytest.approx(1.0) and toy.color_error > 0.2 and toy.right_topology  # of the red torus
+    arrow = score_field(ExactField(["a red arrow"]), ["a red toy"])[0]
+    assert arrow.orientation_margin is not None and arrow.orientation_margin > 0.2
+
+
+def test_the_summary_of_several_draws_tells_how_many_members_they_reach():
+    def summary(*numbers):
+        return summarise(score_field(ExactField(["a cube"] * len(numbers), list(numbers)), ["a cube"] * len(numbers)))
+
+    assert "coverage" not in summary(0) and "precision" not in summary(0)  # measured once
+    collapsed, two, all_of_them = summary(0, 0, 0, 0), summary(0, 1, 0, 1), summary(*range(6), 0, 0)
+    assert collapsed["coverage"] == 0.25 and two["coverage"] == 0.5 and all_of_them["coverage"] == 1.0
+    assert collapsed["precision"] == two["precision"] == pytest.approx(1.0, abs=1e-3)
+    assert collapsed["coverage_of_even_draws"] == pytest.approx(6 * (1 - (5 / 6) ** 4) / 4, abs=1e-4)
+    wrong = score_field(ExactField(["a red sphere"] * 2), ["a cube"] * 2)  # draws that reach no member
+    assert summarise(wrong)["coverage"] == 0 and summarise(wrong)["precision"] < 0.8
+    mixed = summarise([*wrong, *score_field(ExactField(["a mug"] * 2, [0, 3]), ["a mug"] * 2)])
+    assert mixed["coverage"] == 0.5  # the mean over captions
+
+
+@pytest.mark.parametrize(("members", "draws"), [(1, 4), (2, 2), (6, 16), (10, 3)])
+def test_even_draws_cover_what_the_formula_says(members, draws):
+    drawn = torch.randint(members, (20000, draws), generator=torch.Generator().manual_seed(0))
+    found = sum(((drawn == m).any(dim=1)).double() for m in range(members)) / min(members, draws)
+    assert even_coverage(members, draws) == pytest.approx(float(found.mean()), abs=0.01)
 
 
 def test_topology_counts_holes_and_pieces():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
 from prd.data.prompts import held_out_prompts
 from prd.hub.find import find_model
@@ -75,6 +75,7 @@ def test_multi_view_teachers_heed_their_cameras(name: str) -> None:
         encode,
         generator=torch.Generator().manual_seed(6),
         count=6,
+        scheduler=DDIMScheduler.from_pretrained(asset(name), subfolder="scheduler"),
     )
     for shape in ASYMMETRIC_SHAPES:
         for t in CHECKED_TIMESTEPS:
@@ -98,6 +99,7 @@ def test_the_controlnet_heeds_its_depth(unseen: ViewPool) -> None:
         lambda batch: encode_latents(teacher.vae, batch.rgb.flatten(0, 1) * 2 - 1),
         generator=torch.Generator().manual_seed(9),
         count=4,
+        scheduler=DDIMScheduler.from_pretrained(asset("stable_diffusion"), subfolder="scheduler"),
     )
     for shape in SHAPES:
         for t in CHECKED_TIMESTEPS:
@@ -110,7 +112,7 @@ def test_diffusers_draws_to_the_depth(unseen: ViewPool) -> None:
         asset("stable_diffusion"), controlnet=controlnet, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    batch = unseen.draw(8, torch.Generator().manual_seed(10))
+    batch = unseen.draw(8, torch.Generator().manual_seed(10), open_words=0.0)
     disparity = batch.disparity[:, 0]
 
     def overlap(scale: float) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
 
+import pytest
+import torch
+
+from prd.data.corpora import MixedPrompts
 from prd.data.prompts import CorpusError, PromptsConfig, held_out_prompts, load_corpus
 from prd.toybox.benchmark import ToyBox
-from prd.toybox.world import all_captions
+from prd.toybox.world import COLORS, all_captions, open_captions, parse_caption, single_captions
 from prd.training.recipes import load_config
 
 FIFTH = """
@@ -162,4 +166,64 @@ def test_single_objects_are_measured_whole_and_stacks_are_a_sample() -> None:
     }
     assert splits["single_held_out"] != list(TEXTS[:10]) and set(splits["single_held_out"]) == set(TEXTS[:10])
     assert set(ToyBox().splits(TEXTS, 0)) == {"single_seen", "single_held_out"}
+    assert ToyBox().splits(TEXTS, 24, 0) == splits
     assert len(ToyBox().splits(TEXTS)["stack_held_out"]) == 100
+
+
+def test_families_are_measured_where_asked_each_as_often_as_asked() -> None:
+    splits = ToyBox().splits(TEXTS, 0, 5)
+    assert list(splits) == ["single_seen", "single_held_out", "family_seen", "family_held_out"]
+    seen, unseen = splits["family_seen"], splits["family_held_out"]
+    assert unseen == ["a blue cone"] * 5 + ["a cyan cone"] * 5
+    assert seen[:5] == [seen[0]] * 5 and set(Counter(seen).values()) == {5}
+    opened = {caption.text for caption in open_captions() if not caption.is_stack}
+    forms = {f"a {color} {shape}" for color in COLORS for shape in ("cone", "cylinder")}
+    assert set(seen) == (opened | forms) - set(unseen)
+
+
+def test_a_family_is_held_out_with_the_last_of_its_members() -> None:
+    red = [caption.text for caption in single_captions() if caption.words[0][0] == "red"]
+    assert "a red toy" in ToyBox().splits(red[1:], 0, 2)["family_seen"]
+    assert "a red toy" in ToyBox().splits(red, 0, 2)["family_held_out"]
+
+
+def test_a_summary_of_families_is_described() -> None:
+    asked = ["a cube"] * 2
+    summary = ToyBox().summary(ToyBox().score(ToyBox().exact_field(asked), asked))
+    (line, *_) = ToyBox().describe({"family_seen": summary})
+    assert line.startswith("family_seen") and line.endswith("precision 1.000  coverage 0.50 (even draws 0.92)")
+
+
+@pytest.mark.parametrize(("stacks", "open_words"), [(0.0, 0.0), (0.3, 0.25), (0.5, 1.0), (1.0, 0.5)])
+def test_words_are_left_open_as_often_as_asked(stacks: float, open_words: float) -> None:
+    corpus = load_corpus(PromptsConfig(held_out="fifth", stack_fraction=stacks, open_fraction=open_words))
+    assert isinstance(corpus, MixedPrompts) and len(set(corpus.prompts)) == len(corpus.prompts)
+    drawn = [parse_caption(text) for text in corpus.draw(2000, torch.Generator().manual_seed(1))]
+    assert sum(c.is_open for c in drawn) / 2000 == pytest.approx(open_words, abs=0.04)
+    assert sum(c.is_stack for c in drawn) / 2000 == pytest.approx(stacks, abs=0.04)
+    hidden = set(TEXTS)
+    for caption in drawn:
+        assert caption.text not in hidden
+        assert not hidden.issuperset(member.text for member, _ in caption.members)
+
+
+def test_no_open_words_draw_what_they_always_did() -> None:
+    corpus = load_corpus(PromptsConfig(held_out="fifth", stack_fraction=0.3))
+    assert corpus == load_corpus(PromptsConfig(held_out="fifth", stack_fraction=0.3, open_fraction=0.0))
+    assert isinstance(corpus, MixedPrompts) and corpus.probabilities == (0.7, 0.3)
+    assert [len(group) for group in corpus.groups] == [38, 380]
+
+
+def test_an_open_caption_is_not_held_out_but_its_members_are() -> None:
+    with pytest.raises(
+        CorpusError, match="held_out: 'a cube' leaves a word open; hold out captions that it stands for"
+    ):
+        load_corpus(PromptsConfig(held_out=("a red cube", "a cube")))
+
+
+@pytest.mark.parametrize("text", ["a red toy", "an arrow on a green cube", "a red cone on a cylinder"])
+def test_an_open_caption_has_the_shape_of_its_first_member(text: str) -> None:
+    closed, form = parse_caption(text).members[0]
+    vertices = torch.as_tensor(ToyBox().mesh(text)[0])
+    assert float(ToyBox().exact_field([text]).sdf(vertices[None]).abs().max()) < 0.04
+    assert ToyBox().exact_field([text]).scenes == [closed.parts(form)]

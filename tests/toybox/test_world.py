@@ -7,12 +7,18 @@ import torch
 
 from prd.toybox.score import GRID, grid_points, surface_points, topology
 from prd.toybox.world import (
+    ANY_COLOR,
+    ANY_SHAPE,
+    BASES,
     COLORS,
     FORMS,
     LOWEST,
     SHAPES,
+    Caption,
     ExactField,
     all_captions,
+    open_captions,
+    opened_forms,
     parse_caption,
     scene_sdf,
     shape_sdf,
@@ -35,7 +41,12 @@ def test_the_world_is_large_enough_and_has_no_caption_twice():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a red", "a pink cube", "a red cube on a red cylinder", "a red cube on a blue mug"]
+    "text",
+    [
+        *("", "a red", "a pink cube", "a red cube on a red cylinder", "a red cube on a blue mug"),
+        *("a toy", "a arrow", "an red arrow", "an cube", "a red arrow on an blue cube"),
+        *("a red cube on a toy", "a red toy on a red cube", "a toy on a cube", "a cube on a cylinder"),
+    ],
 )
 def test_an_unknown_caption_says_what_is_known(text):
     with pytest.raises(ValueError, match=r"caption=.*colours red, green.*shapes sphere.*bases cube"):
@@ -44,6 +55,71 @@ def test_an_unknown_caption_says_what_is_known(text):
 
 def test_unknown_words_are_listed_in_order():
     assert unknown_words("A shiny red cube on a whale") == ["shiny", "whale"]
+    assert unknown_words("an arrow on a green toy") == []
+
+
+def test_texts_of_every_caption_are_read_back():
+    singles = [c for c in open_captions() if not c.is_stack]
+    assert len(singles) == len(SHAPES) + len(COLORS)
+    stacks = len(SHAPES) * len(COLORS) * len(BASES) * 2 + len(COLORS) * (len(COLORS) - 1) * len(BASES)
+    assert len(open_captions()) == len(singles) + stacks
+    captions = (*all_captions(), *open_captions())
+    assert len({c.text for c in captions}) == len(captions)
+    assert all(parse_caption(c.text) == c and unknown_words(c.text) == [] for c in captions)
+    assert not any(c.is_open for c in all_captions()) and all(c.is_open for c in open_captions())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([(ANY_COLOR, "arrow")], "an arrow"),
+        ([("red", "arrow")], "a red arrow"),
+        ([(ANY_COLOR, "mug")], "a mug"),
+        ([("cyan", ANY_SHAPE)], "a cyan toy"),
+        ([(ANY_COLOR, "arrow"), ("green", "cube")], "an arrow on a green cube"),
+        ([("red", "arrow"), (ANY_COLOR, "cylinder")], "a red arrow on a cylinder"),
+        ([("red", ANY_SHAPE), ("blue", "cube")], "a red toy on a blue cube"),
+    ],
+)
+def test_what_is_left_open_is_not_said(words, text):
+    assert Caption(tuple(words)).text == text and parse_caption(text).words == tuple(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        *(("a red sphere", 1), ("a red cone", 2), ("a red cone on a blue cube", 1)),
+        *(("a sphere", 6), ("a cone", 12), ("a red toy", 10)),
+        *(("a cone on a blue cube", 5), ("a red toy on a blue cube", 8), ("a red cone on a cube", 5)),
+    ],
+)
+def test_members_are_the_right_answers(text, count):
+    caption = parse_caption(text)
+    assert len(caption.members) == len(set(caption.members)) == count
+    for closed, form in caption.members:
+        assert not closed.is_open and 0 <= form < closed.num_forms
+        assert closed == caption or caption in opened_forms(closed)
+
+
+def test_a_caption_is_a_member_of_what_it_opens_to_and_of_nothing_else():
+    opened = {c.text: {member.text for member, _ in c.members} for c in open_captions()}
+    for closed in all_captions()[::7]:
+        asking = {text for text, members in opened.items() if closed.text in members}
+        assert asking == {c.text for c in opened_forms(closed)} and len(asking) == (3 if closed.is_stack else 2)
+
+
+def test_an_open_caption_has_no_parts_and_its_field_is_of_a_member():
+    with pytest.raises(ValueError, match="'a red toy' leaves its colour or shape open; take the parts of one of its"):
+        parse_caption("a red toy").parts()
+    members = parse_caption("a red toy").members
+    points = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for number, (closed, form) in enumerate(members):
+        field, exact = ExactField(["a red toy"], [number]), ExactField([closed], [form])
+        assert torch.equal(field.sdf(points), exact.sdf(points)) and torch.equal(field.rgb(points), exact.rgb(points))
+    assert ExactField(["a red toy"]).scenes == [members[0][0].parts(members[0][1])]
+    for number in (-1, len(members)):
+        with pytest.raises(ValueError, match=f"form={number}: 'a red toy' has the members 0 to 9"):
+            ExactField(["a red toy"], [number])
 
 
 @pytest.mark.parametrize("shape, form", SINGLES)

@@ -31,6 +31,9 @@ def main(out: str, *overrides: str) -> None:
     result["reductions"] = torch.tensor(len(reductions))
     result["processes"] = torch.tensor(trainer.accelerator.num_processes)
     result["finite"] = torch.tensor(row["skipped"] == 0)
+    if trainer.fakes is not None:
+        moments = trainer.fakes.optimizer.state
+        result |= {f"fake.{key}": moments[p]["exp_avg"] for key, p in trainer.fakes.state_dict().items()}
     for name, make in OPTIMIZERS.items():
         with torch.no_grad():
             for p, value in zip(trainer.parameters, start, strict=True):

@@ -11,6 +11,7 @@ import torch
 import trimesh
 from PIL import Image
 
+from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
 from prd.generators.triplane_turbo import TriplaneTurboModel
@@ -19,6 +20,7 @@ from prd.toybox.benchmark import ToyBox
 from prd.training.galleries import mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from prd.training.validation import Validation, measure
 
 SMALL = ["--validation.resolution", "24", "--validation.isosurface_resolution", "16", "--validation.views", "4"]
 
@@ -80,10 +82,55 @@ def test_a_prompt_without_a_surface_is_a_grey_row_and_no_mesh(student_and_encode
     assert picture.getextrema() == ((64, 64),) * 3
 
 
+def test_a_caption_that_is_measured_several_times_has_other_noise_each_time(student_and_encoder):
+    student, encoder = student_and_encoder
+    scores = measure(student, encoder, ["a red toy"] * 3, ToyBox(), seed=0, num_inference_steps=1)
+    assert len({score.score for score in scores}) == 3
+    summary = ToyBox().summary(scores)
+    assert summary["precision"] == pytest.approx(sum(score.score for score in scores) / 3, abs=1e-4)
+    assert summary["coverage"] == len({score.reached for score in scores} - {None}) / 3
+
+
+def test_families_are_measured_after_a_run_where_its_config_asks(student_and_encoder):
+    """By default no caption is measured twice, so that the end of a fitted run costs what it did."""
+    for words, times in ((), 0), (("--validation.families", "2"), 2):
+        config = load_config("toybox", [*SMALL, "--validation.prompts", "[]", *words])
+        splits = Validation(config, *student_and_encoder, (), benchmark=ToyBox()).splits()
+        assert splits == ToyBox().splits(held_out_prompts(config.prompts), 24, times)
+        assert sum(map(len, splits.values())) == 96 + 26 * times
+
+
 def test_every_prompt_has_a_file_name_of_its_own():
     names = mesh_names(["A cat!", "a cat 2", "a cat", "a  cat?", "猫", "...", "x" * 300])
     assert names[0] == "a_cat.glb" and names[4] == "猫.glb" and names[5] == "prompt.glb"
     assert len(set(names)) == len(names) and max(map(len, names)) < 100
+
+
+def test_a_protocol_of_the_field_judges_a_gallery(student_and_encoder, tmp_path):
+    words = ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--output_dir", str(tmp_path)]
+    config = load_config("toybox", [*SMALL, *words, "--validation.prompts", "[a red cube, a blue mug]"])
+    values = Validation(config, *student_and_encoder, ["a red cube"]).gallery(2)
+    assert values["gallery/geometry/watertight"] == 1 and values["gallery/geometry/coverage"] == 1
+    report = json.loads((tmp_path / "gallery/step-000002/evaluation/report.json").read_text(encoding="utf-8"))
+    assert [row["caption"] for row in report["rows"]] == ["a red cube", "a blue mug"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--validation.protocol", "geometry"], "gallery_steps"),
+        (["--validation.protocol", "prd", "--validation.gallery_steps", "2"], "prd-paper"),
+        (["--validation.protocol", "kid", "--validation.gallery_steps", "2"], "reference"),
+        (["--validation.clip", "somewhere"], "validation.protocol"),
+        (
+            ["--validation.protocol", "geometry", "--validation.gallery_steps", "2", "--validation.clip", "a"],
+            "no model",
+        ),
+    ],
+)
+def test_a_protocol_that_cannot_judge_galleries_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config("toybox", words)
 
 
 def test_a_gallery_of_no_prompts_is_refused():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
+ABLATION = "PRD_ABLATION"  # set by `prd ablate` for its runs: its process id
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", ABLATION)  # set by accelerate launch and torchrun
 FOLLOWED = ("mixed_precision", "gradient_accumulation_steps")
 ENTRY_POINTS = ("accelerate-launch", "accelerate.commands.launch", "launch.py")  # words before the launcher's own
 COMMANDS = ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py")  # the same, and a word `launch`

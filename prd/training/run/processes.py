@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
-from prd.training.run.launcher import LAUNCHED, launched_by, read_launch, warn_of_differences
+from prd.training.run.launcher import ABLATION, LAUNCHED, launched_by, read_launch, warn_of_differences
 from prd.utils.memory import keep_freed_memory
 from prd.utils.printing import keep_printing
 
@@ -107,7 +107,7 @@ def end_with_launcher() -> bool:
         return False
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
         return False
-    if os.getppid() != parent:  # it died before it could be watched
+    if os.getppid() != parent or os.environ.get(ABLATION, str(parent)) != str(parent):  # it died before it was watched
         os.kill(os.getpid(), signal.SIGTERM)
     return True
 

@@ -69,6 +69,7 @@ def end_session(trainer: Trainer, done: int) -> None:
         cost = {
             "fits": to_dict(trainer.plan.config)["fits"],
             "frames_per_prompt": round(trainer.frames_per_prompt, 1),
+            "teacher_passes": trainer.passes.total,
             "minutes": round(trainer.clock.minutes_of_run(), 1),
         }
         with full_disk_explained(trainer.folder):

@@ -41,9 +41,12 @@ def save_trainer(trainer: Trainer, step: int) -> Path:
         "prompts_drawn": trainer.prompts_drawn(step),  # the position in the corpus
         "skipped_total": trainer.skipped.total,
         "frames": trainer.frames,
+        "teacher_passes": trainer.passes.total,
         "minutes": trainer.clock.minutes_of_run(),
         "best_spread": trainer.validation.watch.best,
     }
+    if trainer.fakes is not None:
+        trainer.fakes.save(groups, values)
     if trainer.accelerator.is_main_process:
         save_checkpoint(trainer.folder, step, groups, values, total_limit=trainer.config.checkpoints_total_limit)
     return trainer.folder / f"checkpoint-{step}"
@@ -66,12 +69,15 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> int:
         if "average" not in tensors:
             raise CheckpointError("the checkpoint holds no averaged weights; resume without ema_decay")
         trainer.average.load_state_dict(tensors["average"])
+    if trainer.fakes is not None:
+        trainer.fakes.restore(tensors, state)
     if (scaler := trainer.accelerator.scaler) is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     if own := tensors.get(f"rng-{trainer.accelerator.process_index}"):  # none for a process that has joined
         set_rng_state(own)
     trainer.first, trainer.first_prompt = checkpoint.step, state["prompts_drawn"]
     trainer.skipped.total, trainer.frames = state["skipped_total"], state["frames"]
+    trainer.passes.total = state.get("teacher_passes", 0)  # none until 0.2
     trainer.validation.watch.best, trainer.clock.minutes_before = state["best_spread"], state["minutes"]
     trainer.follow_plan(checkpoint.step)
     trainer.resumed = None  # its tensors are no longer needed

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_a_run_is_asked_to_stop_when_its_launcher_is_killed():
     launcher.kill()
     assert launcher.stdout.readline() == "SIGTERM\n"  # the child has what the launcher wrote to
     launcher.wait()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+@pytest.mark.parametrize("other, asked", [(0, []), (1, [signal.SIGTERM])])
+def test_a_run_whose_ablation_was_killed_while_it_loaded_is_asked_to_stop(other, asked, monkeypatch):
+    """`prd ablate` tells its runs its own process id: another one is their parent by then."""
+    sent: list[int] = []
+    monkeypatch.setenv(processes.ABLATION, str(os.getppid() + other))
+    monkeypatch.setattr(processes, "launched_by", lambda *args: True)
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda *args, **options: SimpleNamespace(prctl=lambda *args: 0))
+    monkeypatch.setattr(processes.os, "kill", lambda process, number: sent.append(number))
+    assert processes.end_with_launcher() and sent == asked
 
 
 def test_who_started_a_process_is_a_launcher_if_it_set_what_it_had_not(launcher, tmp_path):

@@ -1,0 +1,66 @@
+"""What other software says of our files: the Khronos validator of glTF, and pymeshlab. Skipped where they are absent.
+
+`npm install gltf-validator` in any folder, named by the variable PRD_NODE_MODULES; `pip install pymeshlab`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prd.meshes.mesh import Mesh, extract_mesh
+from prd.toybox.world import ExactField
+
+pytestmark = pytest.mark.slow
+
+NODE_MODULES = Path(os.environ.get("PRD_NODE_MODULES", "node_modules")).absolute()
+VALIDATE = """
+const validator = require(process.argv[1]), fs = require('fs');
+validator.validateBytes(new Uint8Array(fs.readFileSync(process.argv[2])))
+  .then(report => console.log(JSON.stringify(report.issues)));
+"""
+METADATA = {"prompt": "a mug", "seed": 0, "model": "toybox", "licence": "apache-2.0"}
+
+
+@pytest.fixture(scope="module")
+def mug() -> Mesh:
+    (mesh,) = extract_mesh(ExactField(["a red mug"]), isosurface_resolution=64, target_faces=3000, lods=3)
+    assert mesh is not None
+    return replace(mesh, metadata=METADATA)
+
+
+def bare(mesh: Mesh) -> Mesh:
+    return replace(mesh, uv=None, texture=None)
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".gltf"])
+@pytest.mark.parametrize("kind", ["texture", "webp", "vertex colours", "levels"])
+def test_the_khronos_validator_has_nothing_to_say(kind: str, suffix: str, mug: Mesh, tmp_path: Path) -> None:
+    package = NODE_MODULES / "gltf-validator"
+    if shutil.which("node") is None or not package.is_dir():
+        pytest.skip("needs node and gltf-validator; see the head of this file")
+    mesh = mug if kind == "levels" else replace(mug, lods=())
+    mesh = bare(mesh) if kind == "vertex colours" else mesh
+    path = mesh.export(tmp_path / f"mug{suffix}", picture="webp" if kind == "webp" else "png")
+    command = ["node", "-e", VALIDATE, str(package), str(path)]
+    issues = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"]
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".ply", ".stl", ".3mf", ".glb"])
+@pytest.mark.parametrize("textured", [True, False], ids=["texture", "vertex colours"])
+def test_pymeshlab_finds_no_open_edge(textured: bool, suffix: str, mug: Mesh, tmp_path: Path) -> None:
+    pymeshlab = pytest.importorskip("pymeshlab", reason="needs pymeshlab")
+    mesh = replace(mug if textured else bare(mug), lods=())
+    meshes = pymeshlab.MeshSet()
+    meshes.load_new_mesh(str(mesh.export(tmp_path / f"mug{suffix}")))
+    if suffix in (".stl", ".glb"):  # whose triangles or charts have vertices of their own
+        meshes.meshing_remove_duplicate_vertices()
+    found = meshes.get_topological_measures()
+    assert (found["boundary_edges"], found["non_two_manifold_edges"], found["genus"]) == (0, 0, 1)
