@@ -34,7 +34,8 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|evaluate) |python |accelerate launch |pytest|\.ci/)")
+PRD = r"prd (generate|train|embed|convert|runs|evaluate) "
+INLINE = re.compile(rf"([A-Z]+=\S+ )?({PRD}|python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
