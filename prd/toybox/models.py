@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
@@ -22,14 +23,17 @@ TEXT_WIDTH = 64
 NORMAL_SIZE = 16
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """Make CLIP's byte-level BPE with one token for every word of the world; other words fall apart."""
+def make_tokenizer(words: Sequence[str] = (), length: int = TEXT_LENGTH) -> CLIPTokenizer:
+    """Make CLIP's byte-level BPE with one token for every word of the world and of `words`; others fall apart.
+
+    length  tokens of a text, at most
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     merges: list[tuple[str, str]] = []
-    for word in ("a", "on", *COLORS, *SHAPES, "an", ANY_SHAPE):
+    for word in ("a", "on", *COLORS, *SHAPES, "an", ANY_SHAPE, *words):
         symbols = [*word[:-1], word[-1] + "</w>"]
         for merge in merges:  # those of the words before come first: "green" merges the "re" of "red"
             symbols = _merged(symbols, *merge)
@@ -42,7 +46,7 @@ def make_tokenizer() -> CLIPTokenizer:
         files = {"vocab.json": json.dumps({token: i for i, token in enumerate(tokens)})}
         files["merges.txt"] = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n"
         files["tokenizer_config.json"] = json.dumps(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "pad_token": "<|endoftext|>"}
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": "<|endoftext|>"}
         )
         for name, text in files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
