@@ -177,7 +177,7 @@ DIFFSPLAT = Protocol(
     pictures=Pictures(elevation=10.0),
     model=VIT_B_32,
     formula="cosine and R-precision of each view, elevation 10",
-    quirks=("its ImageReward is left out: no well-kept package has it",),
+    quirks=("its ImageReward is left out: the package was not tried",),
 )
 T3BENCH_QUALITY = Protocol(
     name="t3bench-quality",
@@ -208,6 +208,7 @@ VIEWS = Protocol(
     weight=100.0,
     candidates="none",
 )
+INCEPTION = ("features are those of the picture side of --clip: the source's are Inception's, and its numbers others",)
 RENDER_FID = Protocol(
     name="render-fid",
     source="LATTE3D (arXiv 2403.15385), Render-FID; resize of clean-fid (arXiv 2104.11222)",
@@ -216,6 +217,7 @@ RENDER_FID = Protocol(
     formula="Frechet distance of features of all pictures and of a folder of reference pictures",
     candidates="none",
     failures="left out",
+    quirks=INCEPTION,
 )
 KID = Protocol(
     name="kid",
@@ -225,6 +227,7 @@ KID = Protocol(
     formula="unbiased MMD^2, kernel (x.y / d + 1)^3, 100 subsets of at most 1000 pictures",
     candidates="none",
     failures="left out",
+    quirks=INCEPTION,
 )
 PROTOCOLS = {
     protocol.name: protocol
