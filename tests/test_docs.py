@@ -233,7 +233,7 @@ def test_a_command_is_read_by_its_parser(words: list[str], here: pytest.MonkeyPa
     "command",
     [
         "prd generate 'a red cube' --nodes 64",
-        "prd generate 'a red cube' -o cube.stl",
+        "prd generate 'a red cube' -o cube.fbx",
         "prd train --optimizer.speed 1",
         "prd bake cube.glb",
         "prd ablate k --seeds 0",

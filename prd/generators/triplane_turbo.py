@@ -353,7 +353,7 @@ class TriplaneTurboModel(nn.Module):
     ) -> tuple[Self, PromptEncoder]:
         """Build a model to train on the base that the config names, and return it with the base's text encoder.
 
-        num_denoising_steps: K of a rollout; text_dtype: unused, all is float32; init_from: a saved adapter to start from.
+        num_denoising_steps: K of a rollout; text_dtype: unused, all is float32; init_from: saved adapter to start from.
         Raises as `load_base` does, FileNotFoundError without an adapter there, ModelMismatch for one that does not fit.
         """
         base = load_base(config.base, revision=config.revision, text=True, prediction_type=config.prediction_type)

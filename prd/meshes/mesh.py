@@ -29,13 +29,15 @@ from prd.isosurface.marching_cubes import Surface
 from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
 from prd.meshes.handles import close_handles
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
-from prd.meshes.simplify import clean, decimate, merge_near, vertex_normals, weld
+from prd.meshes.packing import charts_of
+from prd.meshes.simplify import NEAR, clean, decimate, merge_near, vertex_normals, weld
 from prd.meshes.texture import paint, texel_points, texture_size, unwrap
 
 __all__ = ["SUFFIXES", "Mesh", "MeshOptions", "build_mesh", "extract_mesh", "extract_surfaces"]
 
 logger = logging.getLogger(__name__)
 
+MANY_CHARTS = 20
 QUERY = 1 << 18  # points in one call of field.rgb
 
 
@@ -229,12 +231,14 @@ def _coloured(
     """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
     if options.texture_size is None:
         return Mesh(vertices, faces, vertex_normals(vertices, faces), query_rgb(field, vertices, device))
-    colors = query_rgb(field, vertices, device)
-    normals = vertex_normals(vertices, faces)
     size = options.texture_size
     if size == "auto":
         size = texture_size(vertices, faces, partial(query_rgb, field, device=device))
-    source, faces, uv = unwrap(vertices, faces, size)
+    source, charted, uv = unwrap(vertices, faces, size)
+    if charts_of(charted, len(uv))[0] > MANY_CHARTS:  # of needles, on which a chart's growth stops: merge more of them
+        vertices, faces = merge_near(vertices, faces, 2 * NEAR)
+        source, charted, uv = unwrap(vertices, faces, size)
+    colors, normals, faces = query_rgb(field, vertices, device), vertex_normals(vertices, faces), charted
     texels = texel_points(vertices[source], faces, uv, size)
     texture = paint(texels, query_rgb(field, texels.points, device))
     return Mesh(vertices[source], faces, normals[source], colors[source], uv, texture)

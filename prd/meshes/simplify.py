@@ -123,9 +123,9 @@ def _collapsed(vertices: NDArray[np.float32], faces: NDArray[np.int64], target_f
     return compact(welded, kept)
 
 
-def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Arrays:
-    """Merge vertices nearer than `NEAR`, which only make needles, where topology and volume of the surface stay."""
-    pairs = cKDTree(vertices).query_pairs(NEAR, output_type="ndarray")
+def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64], near: float = NEAR) -> Arrays:
+    """Merge vertices nearer than `near`, scene units, which only make needles; not where topology or volume change."""
+    pairs = cKDTree(vertices).query_pairs(near, output_type="ndarray")
     if not len(pairs):
         return vertices, faces
     count = len(vertices)
