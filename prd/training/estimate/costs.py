@@ -17,7 +17,7 @@ from prd.utils.counting import Work
 
 # Share of a processor's matrix rate that networks reached where they ran (two CPU cores with AMX, bfloat16; written by
 # benchmarks/bench_generator.py), by kind of network. That a GPU reaches the same is an assumption.
-SHARES = {"unet": 0.38, "autoencoder": 0.76, "renderer": 0.31}
+SHARES = {"unet": 0.38, "autoencoder": 0.71, "renderer": 0.28}
 FLOAT32 = "float32"
 MAX_RAYS = 4096
 
