@@ -1,7 +1,7 @@
-"""Train the toy box's CLIP from scratch on its exact renderings: what `prd evaluate --clip toybox` judges pictures by.
+"""Train a CLIP of the toy box from scratch on its exact renderings, to judge pictures of its captions by.
 
-    python examples/train_toyclip.py                  # into prd/toybox/assets/clip; a quarter of an hour on one core
-    python examples/train_toyclip.py --steps 50 --assets /tmp/assets    # a smoke run
+    python examples/train_toyclip.py --assets CLIP            # into CLIP/clip: an hour on one core
+    prd evaluate FOLDER --protocol views --clip CLIP/clip -o out
 
 It reads captions of the world, alone or in the words of the protocols ("A photo depicts a red cube", "left side view of
 a green mug"), and sees objects before backgrounds from black to white, larger and smaller than the teachers see them.
@@ -96,9 +96,10 @@ def measure(model: CLIPModel, tokenizer: CLIPTokenizer, pool: ViewPool, seed: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent.parent / "prd" / "toybox" / "assets"
-    parser.add_argument("--assets", type=Path, default=default, help="folder that receives clip/ and its log")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument(
+        "--assets", type=Path, default=Path("runs/toyclip"), help="folder that receives clip/ and its log"
+    )
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sets", type=int, default=48, help="four-view sets rendered of every shape and stack")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")

@@ -1,0 +1,69 @@
+"""The toy box's CLIP: its words, the sides of cameras, its training."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prd.cameras import orbit_cameras
+from prd.evaluation.protocols import VIEW_WORDS
+from prd.evaluation.scorers import load_scorer
+from prd.toybox.clip import SIDES, TEXT_LENGTH, TEXTS, WORDS, make_clip, make_clip_tokenizer, view_words
+from prd.toybox.data import ViewPool
+from prd.toybox.world import COLORS, SHAPES, all_captions
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_toyclip.py"
+
+
+def test_every_word_of_the_protocols_is_one_token_and_no_text_is_cut() -> None:
+    tokenizer = make_clip_tokenizer()
+    for word in (*WORDS, *COLORS, *SHAPES):
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    longest = max(text.format(caption=c.text, view=SIDES[1]) for c in all_captions() for text in TEXTS)
+    assert len(tokenizer(longest).input_ids) <= TEXT_LENGTH
+
+
+def test_sides_are_those_of_the_protocols() -> None:
+    azimuth = torch.tensor([[10.0, 80.0, 170.0, 280.0], [-10.0, 130.0, 230.0, 320.0]])
+    words = view_words(orbit_cameras(torch.full_like(azimuth, 15.0), azimuth, 2.4, 50.0))
+    assert tuple(words[0]) == SIDES == VIEW_WORDS
+    assert words[1] == ["front", "left side", "right side", "front"]
+
+
+def test_it_is_small() -> None:
+    assert sum(p.numel() for p in make_clip(make_clip_tokenizer()).parameters()) < 1_000_000
+
+
+def test_it_trains_and_judges_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example for two steps; what it saves is a CLIP that `prd evaluate --clip FOLDER` reads."""
+    words = ["train_toyclip.py", "--assets", str(tmp_path), "--steps", "2", "--sets", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr("prd.toybox.data.ViewPool.__init__", few_shapes(ViewPool.__init__))
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in (tmp_path / "log_clip.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["step"] == 2 and math.isfinite(rows[0]["loss"]) and set(rows[1]) == {"r_at_1", "side"}
+    scorer = load_scorer(str(tmp_path / "clip"))
+    assert scorer.size == 32 and scorer.mean == (0.5, 0.5, 0.5)
+    scores = scorer.score([np.full((40, 30, 3), 128, np.uint8)] * 2, ["a red cube", "front view of a red cube", "x"])
+    assert scores.shape == (2, 3) and (np.abs(scores) <= 1.001).all()
+
+
+def few_shapes(make: Callable[..., None]) -> Callable[..., None]:
+    """A pool of a shape and a stack: rendering all takes minutes."""
+
+    def made(self: ViewPool, sets: int, generator: torch.Generator) -> None:
+        make(self, sets, generator, [("cube", 0), ("mug", 0), ("mug", "cube")])
+
+    return made
