@@ -43,7 +43,8 @@ class FilmModel(SinglePassModel):
         inputs = [3 + 6 * config.frequencies] + [config.width] * (config.depth - 1)
         self.film = nn.Linear(config.text_width or 0, 2 * config.depth * config.width)
         self.layers = nn.ModuleList(nn.Linear(channels, config.width) for channels in inputs)
-        self.out = nn.Linear(config.width, 4)
+        self.out = nn.Linear(config.width, 4, bias=False)
+        nn.init.normal_(self.out.weight, std=0.01)  # training starts near the sphere
 
     def generate(
         self, prompt_embeds: Tensor, generator: object = None, *, num_inference_steps: int | None = None

@@ -22,7 +22,7 @@ AT_ONCE = 4  # views that are drawn together
 def cameras_of(pictures: Pictures) -> Cameras:
     """Return the cameras [1, V] of a protocol: its azimuths, or, on the sphere, each vertex with each field of view."""
     if not pictures.sphere:
-        azimuth = torch.tensor([pictures.azimuths], dtype=torch.float64)
+        azimuth = torch.tensor([pictures.azimuths], dtype=torch.float64, device="cpu")
         return orbit_cameras(torch.full_like(azimuth, pictures.elevation), azimuth, pictures.distance, pictures.fovy)
     back = np.asarray(icosphere().vertices)
     up = np.where(np.abs(back[:, 2:]) < 0.99, [[0.0, 0.0, 1.0]], [[0.0, 1.0, 0.0]])
@@ -32,7 +32,7 @@ def cameras_of(pictures: Pictures) -> Cameras:
     pose[:, :3, :3] = np.stack([right, np.cross(back, right), back], axis=2)
     pose[:, :3, 3] = back * pictures.distance
     each = torch.from_numpy(pose).repeat_interleave(len(pictures.fovys), dim=0)
-    fovy = torch.deg2rad(torch.tensor(pictures.fovys, dtype=torch.float64)).repeat(len(back))
+    fovy = torch.deg2rad(torch.tensor(pictures.fovys, dtype=torch.float64, device="cpu")).repeat(len(back))
     return Cameras(each[None], fovy[None])
 
 

@@ -88,7 +88,8 @@ class ClipScorer:
         parts = []
         for start in range(0, len(images), BATCH):
             arrays = [pixels_of(image, self.size, resize) for image in images[start : start + BATCH]]
-            pixels = (torch.from_numpy(np.stack(arrays)) - torch.tensor(self.mean)) / torch.tensor(self.std)
+            mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")
+            pixels = (torch.from_numpy(np.stack(arrays)) - mean) / std
             parts.append(self.encode_images(pixels.permute(0, 3, 1, 2).contiguous().to(device, dtype)).float().cpu())
         return _unit(torch.cat(parts))
 

@@ -19,6 +19,7 @@ import trimesh
 from numpy.typing import NDArray
 from PIL import Image
 
+from prd.meshes.axes import noted_up, turned_back
 from prd.meshes.read import UnreadableMesh
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
@@ -81,6 +82,8 @@ def read_file_mesh(path: Path, *, up: str | None = None, max_faces: int = MAX_FA
         raise UnreadableMesh(f"{path.name}: a face names a vertex that is not there")
     if not np.isfinite(mesh.vertices[mesh.faces]).all():
         raise UnreadableMesh(f"{path.name}: holds vertices that are NaN or infinite")
+    if up is None and (noted := noted_up(path)) is not None:  # of a file that `Mesh.export` wrote
+        return _with_vertices(mesh, turned_back(mesh.vertices, noted))
     turned = (up or ("y" if path.suffix.lower() in Y_UP else "z")) == "y"
     return _with_vertices(mesh, mesh.vertices[:, TO_SCENE] if turned else mesh.vertices)
 
@@ -158,7 +161,8 @@ def _part(geometry: trimesh.Trimesh, linear: bool) -> FileMesh:
     if visual.kind == "texture":
         picture, factor = _material(visual.material)
         colors = np.broadcast_to(_display(factor, linear), (len(vertices), 3))
-        stored: Any = geometry.vertex_attributes.get("color")
+        attributes = visual.vertex_attributes  # where trimesh puts COLOR_0 beside a material
+        stored: Any = attributes["color"] if "color" in attributes else None
         if stored is not None and len(stored) == len(vertices):
             colors = colors * _display(_unit(stored), linear)
     elif visual.kind == "vertex":

@@ -74,7 +74,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no json": (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), "config.json: is no JSON"),
     "no hash": (lambda f: edit(f / "config.json", base_hash={}), "base_hash={}: must hold hashes by name"),
     "planes": (lambda f: edit(f / "adapter_config.json", num_planes=5), "num_planes=5: must be even"),
-    "prediction": (lambda f: edit(f / "config.json", prediction_type="epsilon"), "trained on a base that predicts"),
+    "prediction": (
+        lambda f: edit(f / "config.json", prediction_type="v_prediction"),
+        "trained on a base that predicts",
+    ),
 }
 
 

@@ -20,7 +20,9 @@ TEXT: dict[str, Any] = {"text_length": LENGTH, "text_width": WIDTH}
 ATOM = AtomConfig(
     **TEXT, plane_channels=4, plane_size=6, num_blocks=2, attention_heads=2, head_width=8, frequencies=2, inv_std=30.0
 )
-ATT3D = Att3dConfig(**TEXT, hidden_width=6, resolutions=(3, 5), features=2, table_size=64, head_width=8)
+ATT3D = Att3dConfig(
+    **TEXT, hidden_width=6, resolutions=(3, 5), features=2, table_size=64, head_width=8, feature_gain=1.0
+)
 LATTE3D = Latte3dConfig(
     **TEXT,
     num_points=40,

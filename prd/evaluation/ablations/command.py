@@ -23,7 +23,7 @@ from prd.training.run.processes import cores
 from prd.training.run.resume import flat
 from prd.utils.arguments import MAX_SEED, check_int, check_writable_file, check_writable_folder, expanded_path
 
-DESCRIPTION = """Rerun a table of a paper in the toy box: each cell and seed is an ordinary training run.
+DESCRIPTION = """Rerun a table of a paper: each cell and seed is an ordinary training run.
 
   prd ablate --list                                  tables, cells, what each changes, about how long it takes
   prd ablate k --seeds 3 --json k.json               train what is not trained yet, and write the results

@@ -21,11 +21,12 @@ SHEET_WIDTH = 400  # pixels, of a contact sheet on the page
 NAMES = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
 INTRODUCTION = """# Ablations
 
-Tables of the papers, rerun in the toy box. `prd ablate k --json benchmarks/results/ablations/k.json` trains the cells
-of a table with three seeds, and `prd ablate --page docs/ablations.md` writes this page from the results. Figures are
-means over seeds with 95 % intervals (Student's t). A claim is judged by the differences to the baseline, seed by seed:
-it **holds** if their interval lies on the claimed side of 0, is **contradicted** if it lies on the other, and **does
-not show** if the interval contains 0. Fewer than three seeds are an **indication**.
+Tables of the papers, rerun in a small world whose truth is known. `prd ablate k --json
+benchmarks/results/ablations/k.json` trains the cells of a table with three seeds, and `prd ablate --page
+docs/ablations.md` writes this page from the results. Figures are means over seeds with 95 % intervals (Student's t). A
+claim is judged by the differences to the baseline, seed by seed: it **holds** if their interval lies on the claimed
+side of 0, is **contradicted** if it lies on the other, and **does not show** if the interval contains 0. Fewer than
+three seeds are an **indication**.
 
 The papers' figures are of full-size models, other prompts and other measures (C.S.: CLIP score, R@1 and R-Prob: how
 often CLIP finds the prompt): directions can be compared, values cannot.

@@ -133,8 +133,10 @@ def count_student(config: TrainConfig) -> StudentCount:
     architecture = base_architecture(config.model.base)
     model = meta_student(config.model, architecture, config.num_denoising_steps)
     text = meta_text_encoder(architecture.text)
-    latents = torch.empty(1, *model.latent_shape, device="meta")
-    embeds = torch.empty(1, text.config.max_position_embeddings, text.config.hidden_size, device="meta")
+    latents = torch.empty(1, *model.latent_shape, dtype=torch.float32, device="meta")
+    embeds = torch.empty(
+        1, text.config.max_position_embeddings, text.config.hidden_size, dtype=torch.float32, device="meta"
+    )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("heads.")}
     unet = [p for name, p in trained.items() if ".unet." in name]
     decoder = [p for name, p in trained.items() if ".unet." not in name]
@@ -170,7 +172,7 @@ def count_teacher(made: MetaTeacher, settings: TeacherConfig, config: TrainConfi
     views = leaf_views(_renderings(max(getattr(own, "height", 1) for own in config.renderers.values()), n))
     width, dtype = teacher.text_encoder.config.hidden_size, teacher.unet.dtype
     text = torch.empty(n, teacher.text_encoder.config.max_position_embeddings, width, dtype=dtype, device="meta")
-    camera = torch.empty(n, CAMERA_DIMENSIONS, device="meta") if teacher.takes_cameras else None
+    camera = torch.empty(n, CAMERA_DIMENSIONS, dtype=torch.float32, device="meta") if teacher.takes_cameras else None
     leaves = [views.rgb, views.normal, views.disparity]
     with counting([*teacher.parameters(), *teacher.buffers()]) as count:
         first, x = count.peak(lambda: teacher.encode(views))
@@ -203,7 +205,7 @@ def _renderings(size: int, views: int) -> Views:
     for name in ("camera_to_world", "fovy"):  # set past the checks of their values, which the meta device has not
         object.__setattr__(cameras, name, getattr(cameras, name).to("meta"))
     rgb, normal, depth, disparity, opacity = (
-        torch.empty(1, views, size, size, channels, device="meta") for channels in (3, 3, 1, 1, 1)
+        torch.empty(1, views, size, size, channels, dtype=torch.float32, device="meta") for channels in (3, 3, 1, 1, 1)
     )
     return Views(rgb, normal, depth, disparity, opacity, cameras)
 
@@ -291,7 +293,9 @@ def _measured(renderer: Renderer, config: TrainConfig, side: int) -> _Cost:
     """One image of `side` pixels of the field that training begins with, there and back, on the CPU."""
     model = config.model
     generator = torch.Generator(device="cpu").manual_seed(0)
-    planes = 0.01 * torch.randn(1, 6, model.plane_channels, 8, 8, generator=generator, dtype=torch.float32)
+    planes = 0.01 * torch.randn(
+        1, 6, model.plane_channels, 8, 8, generator=generator, dtype=torch.float32, device="cpu"
+    )
     planes.requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -48,7 +48,11 @@ def model_faults(config: TrainConfig) -> Iterator[ConfigError]:
         yield from _told("model.base", model.base, _base_faults(model))
         encoders.append(_Encoder("model.base", "float32", _width(model.base, "base"), model.base))
     for name, settings in config.enabled_teachers.items():
-        key, kind = f"teachers.{name}", class_name_of(config, f"teachers.{name}")
+        key = f"teachers.{name}"
+        try:
+            kind = class_name_of(config, key)
+        except ConfigError:  # of a class of one's own that is given as a part
+            continue
         if kind in NAMES:
             yield from _told(f"{key}.path", settings.path, _teacher_faults(kind, settings.path, model))
             dtype = str(dtype_of(config, settings)).removeprefix("torch.")
