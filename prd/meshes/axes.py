@@ -6,7 +6,7 @@ The scene is +Z up, front +X. Each way is a rotation: an order of the scene's ax
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ NOTES: dict[Up, str] = {"y": "prd: +Y up, front +Z", "z": "prd: +Z up, front -Y"
 HEAD = 1024  # bytes of a file among which its note stands
 
 
-def turned(points: NDArray[np.float32], up: Up) -> NDArray[np.float32]:
+def turned(points: NDArray[Any], up: Up) -> NDArray[Any]:
     """Return the scene's points or directions [N, 3] in a file's axes.
 
     up  "y": +Y up, front +Z. "z": +Z up, front -Y, as slicers and Blender see a file of the former
@@ -28,7 +28,7 @@ def turned(points: NDArray[np.float32], up: Up) -> NDArray[np.float32]:
     return np.stack([points[:, 1], -points[:, 0], points[:, 2]], axis=1)
 
 
-def turned_back(points: NDArray[np.float32], up: Up) -> NDArray[np.float32]:
+def turned_back(points: NDArray[Any], up: Up) -> NDArray[Any]:
     """Return a file's points or directions [N, 3] in the scene's axes: the inverse of `turned`."""
     if up == "y":
         return points[:, [2, 0, 1]]
