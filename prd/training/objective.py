@@ -139,7 +139,7 @@ class Objective:
         renderers = {name: self.renderer_at(name, estimates, alpha) for name in self.renderer_names}
         grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        for name in names:  # lines 12-14
+        for place, name in enumerate(names):  # lines 12-14
             renderer = renderers[name]
             size = image_size(renderer)
             background = self.backdrop(config, estimates.cameras, size, embeds)
@@ -148,7 +148,7 @@ class Objective:
             shading = SampleDraws(estimates.draws(SHADING))
             views = shade_at_random(rendered.views, config.shading, background, shading)
             loss = loss + count * self.regularization(estimates, rendered)
-            loss = loss + self.views_loss(estimates, name, views)  # line 15
+            loss = loss + self.views_loss(estimates, name, views, place)  # line 15
         return loss
 
     def renderer_at(self, name: str, estimates: Estimates, alpha: Any) -> Renderer:
@@ -189,8 +189,11 @@ class Objective:
             metrics.add(name, value, count)
         return loss
 
-    def views_loss(self, estimates: Estimates, name: str, views: Views) -> Tensor:
-        """The loss of the teachers and of the library at the views of some estimates, summed over these."""
+    def views_loss(self, estimates: Estimates, name: str, views: Views, place: int = 0) -> Tensor:
+        """The loss of the teachers and of the library at the views of some estimates, summed over these.
+
+        place  of the renderer among those that the same estimates are seen by: each has the teachers' draws of its own
+        """
         config, batch, count = estimates.config, estimates.batch, len(estimates.ks)
         alpha = number(config.library.alpha)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -201,7 +204,7 @@ class Objective:
                 teachers,
                 batch.prompts * count,
                 config=config.distillation,
-                generator=estimates.draws(TEACHERS, list(self.parts.renderers).index(name)),  # each renderer's own
+                generator=estimates.draws(TEACHERS, *[place] * (place > 0)),
                 metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,
