@@ -44,14 +44,19 @@ class Batch:
     mixture: PromptInterpolation | None = None
     shapes: Shapes | None = None
 
-    def draws(self, stream: int, *ks: int) -> list[torch.Generator]:
-        """Return a stream's generators, one per prompt; given ks, those of each of these estimates in turn."""
-        return generators(self.seed, self.step, self.samples, stream, *ks)
+    def draws(self, stream: int, *ks: int, places: tuple[int, ...] = ()) -> list[torch.Generator]:
+        """Return a stream's generators, one per prompt; given ks, those of each of these estimates in turn.
+
+        places  numbers of the renderer, and of the teacher, for a stream of an estimate that each has of its own
+        """
+        return generators(self.seed, self.step, self.samples, stream, *ks, places=places)
 
 
-def generators(seed: int, step: int, samples: Sequence[int], stream: int, *ks: int) -> list[torch.Generator]:
+def generators(
+    seed: int, step: int, samples: Sequence[int], stream: int, *ks: int, places: tuple[int, ...] = ()
+) -> list[torch.Generator]:
     """Return the generators of some samples of an optimiser step; see `Batch.draws`."""
-    keys: list[tuple[int, ...]] = [(k,) for k in ks] or [()]
+    keys: list[tuple[int, ...]] = [(k, *places) for k in ks] or [()]
     return [sample_generator(seed, step, i, stream, *key) for key in keys for i in samples]
 
 

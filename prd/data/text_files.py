@@ -105,9 +105,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_csv(path: Path, column: str, source: str) -> Iterator[str | None]:
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV file, each with the number of its first line; of blank ones an empty list.
+
+    The first is the header. Raises CorpusError, with the line, for what is no CSV and for a row of another length.
+    """
     rows = csv.reader((line for _, line in lines_of(path, CorpusError)), strict=True)
-    header: list[str] | None = None
+    width: int | None = None
     while True:
         number = rows.line_num + 1
         try:
@@ -119,18 +123,26 @@ def _read_csv(path: Path, column: str, source: str) -> Iterator[str | None]:
             if "field limit" in str(error):
                 remedy = f"a text has at most {csv.field_size_limit():,} characters; shorten it, or {remedy}"
             raise CorpusError(f"{path}, line {number}: is no CSV ({error}); {remedy}") from None
-        if header is None:
-            check_column(column, row, source)
-            header = row
+        if width is None:
+            width = len(row)
         elif not any(field.strip() for field in row):
-            yield None
-        elif len(row) != len(header):
+            row = []
+        elif len(row) != width:
             raise CorpusError(
-                f"{path}, line {number}: has {len(row)} fields, the header {len(header)}; put prompts that hold a "
-                "comma in quotes"
+                f"{path}, line {number}: has {len(row)} fields, the header {width}; put prompts that hold a comma in "
+                "quotes"
             )
-        else:
-            yield row[header.index(column)]
+        yield number, row
+
+
+def _read_csv(path: Path, column: str, source: str) -> Iterator[str | None]:
+    rows = csv_rows(path)
+    _, header = next(rows, (0, None))
+    if header is None:
+        return
+    check_column(column, header, source)
+    for _, row in rows:
+        yield row[header.index(column)] if row else None
 
 
 def _read_json(path: Path, split: str, source: str) -> Iterator[str | None]:

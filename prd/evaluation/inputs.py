@@ -6,7 +6,6 @@ of pictures, or each picture (those of one caption are its views). A caption is 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 from prd.data.compositional import animal2400, pig64
 from prd.data.prompt_files import stored_prompts
 from prd.data.prompts import PromptsConfig
-from prd.data.text_files import CorpusError, lines_of, unique_keys
+from prd.data.text_files import CorpusError, csv_rows, lines_of, unique_keys
 from prd.errors import ConfigError
 from prd.meshes.files import SUFFIXES
 from prd.utils.arguments import expanded_path, prompt_fault, shown
@@ -135,28 +134,16 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    reader, header = csv.reader((line for _, line in lines_of(table, CorpusError)), strict=True), None
-    while True:
-        number = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(
-                f"{table}, line {number}: is no CSV ({error}); close every quote, and double those in a text"
-            ) from None
-        if header is None:
-            header = [name.strip() for name in row]
-            for name in ("file", "caption"):
-                if header.count(name) != 1:
-                    raise InputError(f"{table}: has the columns {header}; it needs one 'file' and one 'caption'")
-        elif any(field.strip() for field in row):
-            if len(row) != len(header):
-                raise InputError(
-                    f"{table}, line {number}: has {len(row)} fields, the header {len(header)}; put captions that hold "
-                    "a comma in quotes"
-                )
+    rows = csv_rows(table)
+    _, first = next(rows, (0, None))
+    if first is None:
+        return
+    header = [name.strip() for name in first]
+    for name in ("file", "caption"):
+        if header.count(name) != 1:
+            raise InputError(f"{table}: has the columns {header}; it needs one 'file' and one 'caption'")
+    for number, row in rows:
+        if row:
             yield number, row[header.index("file")].strip(), row[header.index("caption")].strip()
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from prd.meshes.read import UnreadableMesh
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 Y_UP = (".glb", ".gltf", ".obj")  # +Y up, front +Z; the others have the scene's axes
 LINEAR = (".glb", ".gltf")  # whose vertex colours and factors are linear light
-TO_SCENE = [2, 0, 1]  # of a +Y up file: X = its Z, Y = its X, Z = its Y
 MAX_FACES = 5_000_000  # of a file: more is refused before it fills the memory
 GREY = 0.5  # of a mesh without colours
 CHUNK = 1 << 24  # bytes
@@ -82,10 +81,10 @@ def read_file_mesh(path: Path, *, up: str | None = None, max_faces: int = MAX_FA
         raise UnreadableMesh(f"{path.name}: a face names a vertex that is not there")
     if not np.isfinite(mesh.vertices[mesh.faces]).all():
         raise UnreadableMesh(f"{path.name}: holds vertices that are NaN or infinite")
-    if up is None and (noted := noted_up(path)) is not None:  # of a file that `Mesh.export` wrote
-        return _with_vertices(mesh, turned_back(mesh.vertices, noted))
-    turned = (up or ("y" if path.suffix.lower() in Y_UP else "z")) == "y"
-    return _with_vertices(mesh, mesh.vertices[:, TO_SCENE] if turned else mesh.vertices)
+    noted = noted_up(path) if up is None else None  # "z" is then the one that `Mesh.export` writes, front -Y
+    if noted is not None or (up or ("y" if path.suffix.lower() in Y_UP else "z")) == "y":
+        mesh = replace(mesh, vertices=turned_back(mesh.vertices, noted or "y"))
+    return mesh
 
 
 def declared_faces(path: Path) -> int:
@@ -217,15 +216,14 @@ def _joined(parts: list[FileMesh]) -> FileMesh:
     pictures = np.cumsum([0, *(len(part.textures) for part in parts)])
     return FileMesh(
         np.concatenate([part.vertices for part in parts]),
-        np.concatenate([part.faces + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.faces + start for part, start in zip(parts, starts[:-1], strict=True)]),
         np.concatenate([part.colors for part in parts]),
         np.concatenate([part.uv for part in parts]),
         np.concatenate(
-            [np.where(p.texture_of < 0, -1, p.texture_of + start) for p, start in zip(parts, pictures, strict=False)]
+            [
+                np.where(p.texture_of < 0, -1, p.texture_of + start)
+                for p, start in zip(parts, pictures[:-1], strict=True)
+            ]
         ),
         tuple(picture for part in parts for picture in part.textures),
     )
-
-
-def _with_vertices(mesh: FileMesh, vertices: NDArray[np.float64]) -> FileMesh:
-    return FileMesh(vertices, mesh.faces, mesh.colors, mesh.uv, mesh.texture_of, mesh.textures)

@@ -6,11 +6,11 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from prd.cameras import Cameras
+from prd.evaluation.protocols import VIEW_WORDS
 from prd.toybox.models import IMAGE_SIZE, make_tokenizer
 
 TEXT_LENGTH = 24
 WORDS = ("photo", "depicts", "front", "back", "left", "right", "side", "view", "of")  # beside those of the world
-SIDES = ("front", "left side", "back", "right side")  # of azimuths 0, 90, 180, 270: +Y is the left of the front +X
 TEXTS = (  # as the protocols of `prd evaluate` write a caption, with and without the space that one of them lacks
     "{caption}",
     "a photo depicts {caption}",
@@ -54,4 +54,4 @@ def view_words(cameras: Cameras) -> list[list[str]]:
     position = cameras.camera_to_world[..., :3, 3]
     azimuth = torch.rad2deg(torch.atan2(position[..., 1], position[..., 0]))
     sides = (azimuth / 90).round().long() % 4
-    return [[SIDES[i] for i in row] for row in sides.tolist()]
+    return [[VIEW_WORDS[i] for i in row] for row in sides.tolist()]

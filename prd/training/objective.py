@@ -13,7 +13,7 @@ from torch import Tensor
 from prd.cameras import Cameras
 from prd.data.batches import CAMERAS, FAKE, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
-from prd.distillation.draws import draw_uniform, sample_generator
+from prd.distillation.draws import draw_uniform
 from prd.distillation.multi_teacher import MeanMetrics, WeightedTeacher, multi_teacher_loss
 from prd.distillation.regularizers import RegularizerConfig, regularize
 from prd.errors import ConfigError, PrdError
@@ -55,12 +55,8 @@ class Estimates:
     metrics: MeanMetrics
 
     def draws(self, stream: int, *places: int) -> list[torch.Generator]:
-        """The generators of a stream, one per sample.
-
-        places  numbers of the renderer, and of the teacher, for a stream that each has of its own
-        """
-        key, samples = (self.batch.seed, self.batch.step), self.batch.samples
-        return [sample_generator(*key, i, stream, k, *places) for k in self.ks for i in samples]
+        """The generators of a stream, one per sample; see `Batch.draws`."""
+        return self.batch.draws(stream, *self.ks, places=places)
 
 
 class Objective:
@@ -189,7 +185,7 @@ class Objective:
             metrics.add(name, value, count)
         return loss
 
-    def views_loss(self, estimates: Estimates, name: str, views: Views, place: int = 0) -> Tensor:
+    def views_loss(self, estimates: Estimates, name: str, views: Views, place: int) -> Tensor:
         """The loss of the teachers and of the library at the views of some estimates, summed over these.
 
         place  of the renderer among those that the same estimates are seen by: each has the teachers' draws of its own
@@ -204,7 +200,7 @@ class Objective:
                 teachers,
                 batch.prompts * count,
                 config=config.distillation,
-                generator=estimates.draws(TEACHERS, *[place] * (place > 0)),
+                generator=estimates.draws(TEACHERS, *((place,) if place else ())),
                 metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,

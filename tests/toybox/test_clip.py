@@ -16,7 +16,7 @@ import torch
 from prd.cameras import orbit_cameras
 from prd.evaluation.protocols import VIEW_WORDS
 from prd.evaluation.scorers import load_scorer
-from prd.toybox.clip import SIDES, TEXT_LENGTH, TEXTS, WORDS, make_clip, make_clip_tokenizer, view_words
+from prd.toybox.clip import TEXT_LENGTH, TEXTS, WORDS, make_clip, make_clip_tokenizer, view_words
 from prd.toybox.data import ViewPool
 from prd.toybox.world import COLORS, SHAPES, all_captions
 
@@ -27,14 +27,14 @@ def test_every_word_of_the_protocols_is_one_token_and_no_text_is_cut() -> None:
     tokenizer = make_clip_tokenizer()
     for word in (*WORDS, *COLORS, *SHAPES):
         assert tokenizer.tokenize(word) == [f"{word}</w>"]
-    longest = max(text.format(caption=c.text, view=SIDES[1]) for c in all_captions() for text in TEXTS)
+    longest = max(text.format(caption=c.text, view=VIEW_WORDS[1]) for c in all_captions() for text in TEXTS)
     assert len(tokenizer(longest).input_ids) <= TEXT_LENGTH
 
 
 def test_sides_are_those_of_the_protocols() -> None:
     azimuth = torch.tensor([[10.0, 80.0, 170.0, 280.0], [-10.0, 130.0, 230.0, 320.0]])
     words = view_words(orbit_cameras(torch.full_like(azimuth, 15.0), azimuth, 2.4, 50.0))
-    assert tuple(words[0]) == SIDES == VIEW_WORDS
+    assert tuple(words[0]) == VIEW_WORDS == ("front", "left side", "back", "right side")
     assert words[1] == ["front", "left side", "right side", "front"]
 
 
