@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prd.evaluation.command import add_evaluate, run_evaluate
+from prd.serving.command import add_demo, add_serve, run_demo, run_serve
 from prd.utils.arguments import (
     check_prompt,
     check_seed,
@@ -45,6 +46,8 @@ def _run(words: Sequence[str]) -> int:
     runs.add_argument("folder", help="a folder that holds run folders, at any depth")
     _add_embed(commands)
     add_evaluate(commands)
+    add_serve(commands)
+    add_demo(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
     commands.add_parser("ablate", help="rerun tables of the paper with several seeds", add_help=False)
@@ -59,6 +62,7 @@ def _run(words: Sequence[str]) -> int:
         if args.command == "runs":
             return _runs(args)
         run = {"convert": _convert, "embed": _embed, "generate": _generate, "evaluate": run_evaluate}
+        run |= {"serve": run_serve, "demo": run_demo}
         return run[args.command](args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"prd: {' '.join(str(error).split())}", file=sys.stderr)
