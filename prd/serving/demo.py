@@ -52,7 +52,7 @@ def build_page(service: Service) -> gr.Blocks:
                 inputs, button = _inputs(pipe, service.config.limits.resolution)
             with gr.Column(scale=3, min_width=420):
                 viewer = gr.Model3D(
-                    label="Mesh", height=460, interactive=False, elem_id="viewer", clear_color=(0.93, 0.94, 0.96, 1.0)
+                    label="Mesh", height=420, interactive=False, elem_id="viewer", clear_color=(0.93, 0.94, 0.96, 1.0)
                 )
                 status = gr.Textbox(
                     label="Status", value="Type a prompt and click Generate.", interactive=False, elem_id="status"
@@ -62,8 +62,9 @@ def build_page(service: Service) -> gr.Blocks:
                         gr.DownloadButton(f".{name}", size="sm", min_width=60, interactive=False, elem_id=f"as-{name}")
                         for name in available_formats()
                     ]
+                gr.Markdown("Made so far, the newest first. Click one to see it:")
                 sheet = gr.Gallery(
-                    label="Variants: click one to see it",
+                    show_label=False,
                     columns=6,
                     fit_columns=False,
                     height=260,
@@ -103,12 +104,7 @@ def _inputs(pipe: Any, resolution: int) -> tuple[dict[str, Any], gr.Button]:
         fields["faces"] = gr.Slider(100, 50_000, 10_000, step=100, label="Triangles", elem_id="faces")
         fields["colors"] = gr.Radio(["texture", "per vertex"], value="texture", label="Colours")
         fields["resolution"] = gr.Slider(
-            32,
-            resolution,
-            min(160, resolution),
-            step=8,
-            label="Resolution of the surface, nodes per axis",
-            elem_id="resolution",
+            min(32, resolution), resolution, min(160, resolution), step=1, label="Nodes per axis of the surface"
         )
     button = gr.Button("Generate", variant="primary", elem_id="generate")
     gr.Examples([[text] for text in _examples(pipe)], [fields["prompt"]], cache_examples=False)

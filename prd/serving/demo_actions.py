@@ -148,8 +148,8 @@ class Actions:
     def _caption(self, job: Job) -> str:
         request = job.request
         if request.toward is not None:
-            return f"{request.share:.0%} {request.toward}"[:48]
-        return f"{request.prompt[:40]}" + (f", {request.seed}" if self.service.pipe.draws_noise else "")
+            return f"{request.share:.0%} of the way"
+        return str(request.seed) if self.service.pipe.draws_noise else request.prompt
 
     def _files(self, job: Job) -> list[Any]:
         """Return values of the viewer and the downloads."""
