@@ -37,7 +37,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
 INLINE = re.compile(
-    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate|serve|demo) |python |accelerate launch |pytest|\.ci/)"
+    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate|serve|demo) |python |accelerate launch |"
+    r"pytest|\.ci/)"
 )
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",

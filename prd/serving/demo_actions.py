@@ -30,7 +30,7 @@ class Actions:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.formats = tuple(available_formats())
+        self.formats, self.draws_noise = tuple(available_formats()), bool(service.pipe.draws_noise)
         self._lock = threading.Lock()
         self._sheets: OrderedDict[str, deque[str]] = OrderedDict()  # session -> ids of jobs, the newest first
 
@@ -96,7 +96,7 @@ class Actions:
             isosurface_resolution=int(resolution),
             texture_size="auto" if colors == "texture" else None,
         )
-        count = 1 if toward or not self.service.pipe.draws_noise else max(1, min(MAX_VARIANTS, int(variants)))
+        count = 1 if toward or not self.draws_noise else max(1, min(MAX_VARIANTS, int(variants)))
         return [
             MeshRequest(
                 prompt=prompt,
@@ -149,7 +149,7 @@ class Actions:
         request = job.request
         if request.toward is not None:
             return f"{request.share:.0%} of the way"
-        return str(request.seed) if self.service.pipe.draws_noise else request.prompt
+        return str(request.seed) if self.draws_noise else request.prompt
 
     def _files(self, job: Job) -> list[Any]:
         """Return values of the viewer and the downloads."""

@@ -17,9 +17,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="needs the extra `serve`")
-pytest.importorskip("fastapi", reason="needs the extra `serve`")
-
 from tests.serving.stub import SMALL
 
 pytestmark = pytest.mark.slow

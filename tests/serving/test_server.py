@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import trimesh
-
-pytest.importorskip("fastapi", reason="needs the extra `serve`")
-
 from fastapi.testclient import TestClient
 
 from prd.serving.requests import available_formats
