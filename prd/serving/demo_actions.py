@@ -67,8 +67,12 @@ class Actions:
             return [error.message, gr.skip(), *nothing]
         visitor = self._visitor(request.session_hash or "")
         visitor.clicks = click = visitor.clicks + 1
+        said: tuple[float, str] | None = None
         while not all(job.is_finished for job in jobs):
-            progress(sum(job.progress for job in jobs) / len(jobs), desc=self._progress(jobs))
+            says = (round(sum(job.progress for job in jobs) / len(jobs), 2), self._progress(jobs))
+            if click == visitor.clicks and says != said:  # of the last click alone: many at once would block the page
+                progress(says[0], desc=says[1])
+                said = says
             await asyncio.sleep(LOOK)
         done = [job for job in jobs if job.files]
         for job in done:
