@@ -7,9 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from prd.commands.completion import add_completion, run_completion
 from prd.commands.convert import add_convert, run_convert
+from prd.commands.doctor import add_doctor, run_doctor
 from prd.commands.embed import add_embed, run_embed
 from prd.commands.generate import add_generate, run_generate
+from prd.commands.info import add_info, run_info
 from prd.commands.runs import add_runs, run_runs
 from prd.commands.train import run_train
 from prd.evaluation.command import add_evaluate, run_evaluate
@@ -34,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; `train` and `ablate` read their own words."""
     parser = argparse.ArgumentParser(prog="prd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_generate, add_convert, add_runs, add_embed, add_evaluate):
+    for add in (add_generate, add_info, add_doctor, add_convert, add_runs, add_embed, add_evaluate, add_completion):
         add(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
@@ -52,10 +55,13 @@ def _run(words: Sequence[str]) -> int:
             return ablate(words[1:])
         args = build_parser().parse_args(words)
         run = {
+            "completion": lambda args: run_completion(args, build_parser()),
             "convert": run_convert,
+            "doctor": run_doctor,
             "embed": run_embed,
             "evaluate": run_evaluate,
             "generate": run_generate,
+            "info": run_info,
             "runs": run_runs,
         }
         return run[args.command](args)

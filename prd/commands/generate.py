@@ -1,134 +1,165 @@
-"""`prd generate`: prompts become meshes."""
+"""`prd generate`: a prompt becomes a file, or many become a folder of them."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from prd.commands.options import DTYPES
-from prd.utils.arguments import check_prompt, check_seed
+from prd.commands.options import FORMATS, add_model, add_surface, load_model, mesh_options
+from prd.errors import ConfigError
+from prd.utils.arguments import check_int, check_prompt, check_seed, has_suffix
+
+if TYPE_CHECKING:
+    from prd.commands.many import Job
+
+MAX_BATCH = 1024  # meshes at a time
 
 
 def add_generate(commands: Any) -> None:
     """Add the command and its options to a parser's commands."""
-    generate = commands.add_parser("generate", help="a prompt becomes a textured mesh")
-    generate.add_argument("prompt")
+    generate = commands.add_parser("generate", help="a prompt becomes a textured mesh; many become a folder of them")
+    generate.add_argument("prompt", nargs="*", help="one for a file, several for a folder")
     generate.add_argument(
-        "-o", "--output", default="mesh.glb", help="file ending in .glb, .gltf, .obj, .ply, .stl, .3mf or .usdz"
+        *("-o", "--output"),
+        default=None,
+        help="file ending in .glb, .gltf, .obj, .ply, .stl, .3mf or .usdz (default: mesh.glb); of many, a folder",
     )
-    generate.add_argument(
-        "--model",
-        "--adapter",
-        default="toybox",
-        help="'toybox', 'toybox-atom', a run folder, a saved model, or a Hub id",
-    )
-    generate.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
-    generate.add_argument("--text-encoder", default=None, help="another place of a single-pass model's text encoder")
-    generate.add_argument("--revision", default=None, help="branch, tag or commit of the model on the Hub")
-    generate.add_argument(
-        "--token", default=None, help="of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
-    )
-    generate.add_argument("--allow-other-base", action="store_true", help="accept a base it was not trained on")
+    add_model(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
-    generate.add_argument("--resolution", type=int, default=160, help="nodes per axis of the isosurface grid")
-    _add_surface(generate)
+    many = generate.add_argument_group("many meshes: a folder with manifest.jsonl; the same command again goes on")
+    many.add_argument(
+        "--prompts", default=None, metavar="FILE", help=".txt, .json, .jsonl, .csv or .parquet; -: lines of stdin"
+    )
+    many.add_argument("--column", default="prompt", help="of the prompts' table")
+    many.add_argument("--split", default="train", help="of the prompts' .json")
+    many.add_argument("--format", default=None, type=_format, choices=FORMATS, help="of the files (default: glb)")
+    many.add_argument(
+        "--num-meshes-per-prompt", type=int, default=1, metavar="N", help="each from noise of its own (1)"
+    )
+    many.add_argument("--batch-size", type=int, default=1, metavar="N", help="meshes computed at a time (1)")
     generate.add_argument(
-        "--coarse-factor",
-        type=int,
+        "--preview",
         default=None,
-        help="evaluate only near the surface, found on a grid so many times coarser: less memory; may miss thin parts",
+        metavar="FILE",
+        help="turntable as .gif, .webp or .mp4, or a sheet of views as .png; one per prompt",
     )
-    generate.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    generate.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
-
-
-def _add_surface(generate: argparse.ArgumentParser) -> None:
-    """Add what becomes of the surface, and how it is written."""
-    generate.add_argument("--faces", type=int, default=10_000, help="triangles to simplify to, if the topology allows")
-    generate.add_argument(
-        "--topology",
-        default="keep",
-        choices=("keep", "free"),
-        help="free: change it where --faces is not met otherwise",
-    )
-    generate.add_argument(
-        "--close-handles", type=float, default=0.1, metavar="WIDTH", help="close narrower ones first, 0: none (0.1)"
-    )
-    generate.add_argument(
-        "--lods", type=int, default=1, help="levels of detail in one .glb, each a quarter of the last"
-    )
-    colors = generate.add_mutually_exclusive_group()
-    colors.add_argument(
-        "--texture", type=_texture_size, default="auto", help="texels per side of the texture (default: by its detail)"
-    )
-    colors.add_argument("--vertex-colors", action="store_true", help="a colour per vertex instead of a texture")
-    generate.add_argument(
-        "--picture", default="png", choices=("png", "webp"), help="of the texture, in a .glb or .gltf"
-    )
-    generate.add_argument("--up", default=None, choices=("y", "z"), help="of .obj and .ply (default: y), .stl (z)")
-    generate.add_argument(
-        "--height",
-        default=None,
-        metavar="60mm",
-        help="of the object, in mm, cm, m or in (default: a scene unit is 1 m, in .stl and .3mf 50 mm)",
-    )
-
-
-def _texture_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    add_surface(generate)
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status: 2 where no mesh was made."""
+    check_seed("seed", args.seed)
+    count = check_int("num-meshes-per-prompt", args.num_meshes_per_prompt, 1, MAX_BATCH)
+    check_int("batch-size", args.batch_size, 1, MAX_BATCH)
+    prompts = _prompts(args)
+    names_file = args.output is None or has_suffix(args.output, tuple(f".{name}" for name in FORMATS))
+    if args.prompts is None and len(prompts) == 1 and count == 1 and (args.format is None or names_file):
+        return _generate_one(args, prompts[0])
+    return _generate_many(args, prompts)
+
+
+def _format(text: str) -> str:
+    return text.lower().removeprefix(".")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that are asked for, checked."""
+    if args.prompts is None and not args.prompt:
+        raise ConfigError('prompt: is missing; prd generate "a red cube" -o cube.glb, or --prompts FILE -o FOLDER')
+    for name in ("column", "split"):
+        if args.prompts is None and getattr(args, name) != {"column": "prompt", "split": "train"}[name]:
+            raise ConfigError(f"{name}={getattr(args, name)!r}: is of --prompts; leave it out")
+    if args.prompts is None:
+        return [check_prompt("prompt", text) for text in args.prompt]
+    if args.prompt:
+        raise ConfigError(f"prompt={args.prompt[0]!r}: --prompts gives the prompts; leave one of them out")
+    from prd.commands.prompts import read_prompts
+
+    return read_prompts(args.prompts, args.column, args.split)
+
+
+def _generate_one(args: argparse.Namespace, prompt: str) -> int:
+    """Write the mesh of one prompt to the file that is named."""
     import torch  # here, not above: `prd --help` must not wait for it
 
+    from prd.evaluation.preview import check_preview, save_preview
     from prd.meshes.export import Export, export_mesh
-
-    check_prompt("prompt", args.prompt)
-    check_seed("seed", args.seed)
-    export = Export(args.output, args.up, args.height, args.picture, name="output", levels=args.lods)
-    from transformers.utils import logging as transformers_logging
-
-    from prd.meshes.options import MeshOptions
-    from prd.pipelines.auto import load_pipeline
     from prd.pipelines.output import TextTo3DOutput
-    from prd.utils.memory import keep_freed_memory
 
-    options = MeshOptions(
-        isosurface_resolution=args.resolution,
-        target_faces=args.faces,
-        texture_size=None if args.vertex_colors else args.texture,
-        coarse_factor=args.coarse_factor,
-        topology=args.topology,
-        close_handles=args.close_handles,
-        lods=args.lods,
-    )
+    output = args.output or f"mesh.{args.format or 'glb'}"
+    if args.format is not None and not has_suffix(output, f".{args.format}"):
+        raise ConfigError(f"format={args.format!r}: is not that of output={output!r}; leave one of them out")
+    export = Export(output, args.up, args.height, args.picture, name="output", levels=args.lods)
+    preview = None if args.preview is None else check_preview("preview", args.preview)
+    options = mesh_options(args)
     logging.getLogger("prd.meshes").setLevel(logging.INFO)  # what the surface was cut into
-    keep_freed_memory()
-    transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
-    asked = {
-        "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "dtype": None if args.dtype is None else getattr(torch, args.dtype),
-        "base": args.base,
-        "text_encoder": args.text_encoder,
-        "revision": args.revision,
-        "token": args.token,
-        "allow_other_base": args.allow_other_base or None,
-    }
-    pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
+    pipe = load_model(args)
     call: dict[str, Any] = asdict(options)
     if pipe.draws_noise:
         call |= {"generator": torch.Generator().manual_seed(args.seed), "num_inference_steps": args.steps}
-    elif args.steps is not None:
-        raise ValueError(f"steps={args.steps}: {args.model} answers in one pass; leave it out")
-    result = pipe(args.prompt, **call)
+    result = pipe(prompt, **call)
     assert isinstance(result, TextTo3DOutput)  # return_dict=True
     mesh = result.meshes[0]
     assert mesh is not None  # on_empty="raise"
     path = export_mesh(mesh, export)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     print(f"{path}: {len(mesh.faces)} triangles ({pipe.device}, {str(pipe.dtype).removeprefix('torch.')}; {stages})")
+    if preview is not None:
+        save_preview([mesh], preview)
+        print(preview)
     return 0
+
+
+def _generate_many(args: argparse.Namespace, prompts: list[str]) -> int:
+    """Write a folder of meshes, or go on with it."""
+    from prd.commands.many import begin, check_steps, generate_folder
+    from prd.utils.processes import Processes
+
+    job = _job(args, prompts)
+    job.check_folder()
+    processes = Processes.join()
+    with begin(job, processes):
+        pipe = load_model(args)
+        check_steps(pipe, job)
+        rows = generate_folder(pipe, job, processes)
+    if processes.rank:
+        return 0
+    made = [row for row in rows if "file" in row]
+    failed = len(rows) - len(made)
+    print(f"{job.output}: {len(made)} meshes" + (f", {failed} failed; manifest.jsonl says why" if failed else ""))
+    if not made:
+        print(f"prd generate: no mesh was made; the first row: {rows[0]['error']}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _job(args: argparse.Namespace, prompts: list[str]) -> Job:
+    from prd.commands.many import Job
+
+    if args.output is not None and has_suffix(args.output, tuple(f".{name}" for name in FORMATS)):
+        suffix = Path(args.output).suffix
+        raise ConfigError(
+            f"output={args.output!r}: several meshes need a folder; name a folder, and --format "
+            f"{suffix[1:].lower()} for its files"
+        )
+    return Job(
+        output=args.output or "meshes",
+        prompts=tuple(prompts),
+        model=args.model,
+        seed=args.seed,
+        per_prompt=args.num_meshes_per_prompt,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        options=mesh_options(args, on_empty="flag"),
+        format=args.format or "glb",
+        up=args.up,
+        height=args.height,
+        picture=args.picture,
+        dtype=args.dtype,
+        preview=args.preview,
+    )

@@ -97,7 +97,7 @@ class TextTo3DPipeline:
     def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
         recorded = self.training_metadata.get(KEY)
         known = None if recorded is None else TrainedPrompts.from_dict(recorded)
-        for text in prompts:
+        for text in dict.fromkeys(prompts):
             tokens = encoder.count_tokens(text)
             if tokens > encoder.length:
                 logger.warning(
