@@ -123,9 +123,9 @@ def _generate_many(args: argparse.Namespace, prompts: list[str]) -> int:
     job = _job(args, prompts)
     job.check_folder()
     processes = Processes.join()
+    pipe = load_model(args)
+    check_steps(pipe, job)
     with begin(job, processes):
-        pipe = load_model(args)
-        check_steps(pipe, job)
         rows = generate_folder(pipe, job, processes)
     if processes.rank:
         return 0

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from prd.errors import ConfigError
-from prd.evaluation.preview import check_preview, save_preview
+from prd.evaluation.preview import check_preview, check_preview_format, save_preview
 from prd.evaluation.variety import mean_pairwise_iou, occupancy
 from prd.meshes.export import Export, export_mesh
 from prd.meshes.mesh import Mesh
@@ -76,7 +76,7 @@ class Job:
                     f"preview={self.preview!r}: each of several prompts has its own in the output folder; give its "
                     f"format alone, as turntable{Path(self.preview).suffix or '.gif'}"
                 )
-            check_preview("preview", there / self.preview)
+            check_preview_format("preview", self.preview)
         elif self.preview is not None:
             check_preview("preview", self.preview)
 
@@ -98,10 +98,11 @@ class Job:
     def check_folder(self) -> None:
         """Raise ConfigError for a folder that holds meshes by other settings, or other files; writes nothing."""
         place = self.folder / SETTINGS
-        if not place.is_file():
-            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-                raise ConfigError(f"output={str(self.output)!r}: holds other files; name a new folder")
+        others = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if all(name.startswith(".") or name == SETTINGS for name in others):  # no mesh yet
             return
+        if not place.is_file():
+            raise ConfigError(f"output={str(self.output)!r}: holds other files; name a new folder")
         try:
             found = json.loads(place.read_text(encoding="utf-8"))
         except ValueError:

@@ -19,7 +19,7 @@ from prd.evaluation.pictures import sheet_of
 from prd.evaluation.protocols import Pictures
 from prd.meshes.files import FileMesh
 from prd.meshes.mesh import Mesh
-from prd.utils.arguments import check_writable_file
+from prd.utils.arguments import check_writable_file, has_suffix
 from prd.utils.files import replace_file
 
 SUFFIXES = (".gif", ".webp", ".png", ".mp4")
@@ -33,14 +33,20 @@ FRONT = 30.0  # degrees: azimuth of the first view
 
 
 def check_preview(name: str, place: str | os.PathLike[str]) -> Path:
-    """Return the path of a preview to be written; ConfigError for another suffix, or .mp4 without its package."""
-    path = check_writable_file(name, place, SUFFIXES)
-    if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+    """Return the path of a preview to be written; ConfigError where it cannot be, as for `check_preview_format`."""
+    check_preview_format(name, place)
+    return check_writable_file(name, place, SUFFIXES)
+
+
+def check_preview_format(name: str, place: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for the name of a preview with another suffix, or with .mp4 without its package."""
+    if not has_suffix(place, SUFFIXES):
+        raise ConfigError(f"{name}={os.fspath(place)!r}: must end in {', '.join(SUFFIXES)}")
+    if has_suffix(place, ".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ConfigError(
             f"{name}={os.fspath(place)!r}: .mp4 needs imageio-ffmpeg, which is not installed; pip install "
             "'prd-3d[video]', or write a .gif or .webp"
         )
-    return path
 
 
 def save_preview(meshes: Sequence[Mesh], path: Path, labels: Sequence[str] | None = None) -> None:

@@ -91,9 +91,8 @@ def _counted(folder: Path) -> tuple[int, list[str]]:
                     count += size
                     types.add(part.get_dtype())
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: is no whole safetensors file ({error}); copy or download it again"
-            ) from None
+            fault = f"{path}: is no whole safetensors file ({error}); copy or download it again"
+            raise CheckpointError(fault) from None
     return count, sorted(types)
 
 
