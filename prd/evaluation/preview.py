@@ -28,7 +28,7 @@ SHEET_VIEWS = 4
 SIDE = 256  # pixels of a mesh's picture
 COLUMNS = 4  # meshes beside each other in a turntable
 SAMPLES = 2  # per pixel and axis
-CAMERA = Pictures(elevation=20.0, fovy=40.0, extent=0.7, size=SIDE * SAMPLES)
+CAMERA = Pictures(elevation=20.0, fovy=40.0, extent=0.58, size=SIDE * SAMPLES)
 FRONT = 30.0  # degrees: azimuth of the first view
 
 
