@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prd.cli import build_parser, main
+from prd.cli import main
 from prd.commands.completion import SHELLS
 
 
@@ -48,9 +48,3 @@ def test_the_script_of_a_shell(shell: str, capsys: Any) -> None:
     if shutil.which(shell):
         checked = subprocess.run([shell, "-n"], input=script, text=True, capture_output=True)
         assert checked.returncode == 0, checked.stderr
-
-
-def test_every_command_has_a_help() -> None:
-    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
-    for name, parser in commands.choices.items():  # type: ignore[union-attr]
-        assert len(parser.format_help()) > 40, name

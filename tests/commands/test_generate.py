@@ -40,7 +40,7 @@ def test_a_file_of_prompts_becomes_a_folder(tmp_path: Path, capsys: pytest.Captu
     assert [row["prompt"] for row in rows] == ["a red cube", "a blue mug", "a red cube", "a purple dog"]
     assert [row["file"] for row in rows][:2] == ["00000_a_red_cube.obj", "00001_a_blue_mug.obj"]
     for row in rows:
-        assert len(read_file_mesh(tmp_path / "out" / row["file"]).faces) == row["faces"] <= 300
+        assert len(read_file_mesh(tmp_path / "out" / row["file"]).faces) == row["faces"] > 50
         assert row["seed"] is None  # of a model that draws nothing
 
 
@@ -52,7 +52,8 @@ def test_one_seed_of_many_makes_the_same_mesh_alone(toybox: Path, tmp_path: Path
     assert [(row["index"], row["number"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(0 <= row["pairwise_iou"] <= 1 for row in rows) and rows[0]["pairwise_iou"] == rows[1]["pairwise_iou"]
     assert len({row["seed"] for row in rows}) == 4
-    assert Image.open(tmp_path / "out" / "00000_a_red_cube.preview.png").size[0] > 1000
+    with Image.open(tmp_path / "out" / "00000_a_red_cube.preview.png") as sheet:
+        assert sheet.size[0] > 1000
     alone = tmp_path / "alone.GLB"
     assert main(["generate", "a blue mug", "--seed", str(rows[3]["seed"]), "-o", str(alone), *SMALL]) == 0
     assert alone.read_bytes() == (tmp_path / "out" / rows[3]["file"]).read_bytes()
@@ -62,8 +63,8 @@ def test_one_seed_of_many_makes_the_same_mesh_alone(toybox: Path, tmp_path: Path
 def test_the_preview_of_one_mesh(name: str, tmp_path: Path) -> None:
     words = ["generate", "a red cube", "--model", "toybox-atom", "-o", str(tmp_path / "a.ply"), *SMALL]
     assert main([*words, "--preview", str(tmp_path / name)]) == 0
-    picture = Image.open(tmp_path / name)
-    assert getattr(picture, "n_frames", 1) == (1 if name.endswith("png") else 36)
+    with Image.open(tmp_path / name) as picture:
+        assert getattr(picture, "n_frames", 1) == (1 if name.endswith("png") else 36)
     assert {path.name for path in tmp_path.iterdir()} == {"a.ply", name}
 
 
@@ -83,11 +84,15 @@ def test_prompts_of_files(name: str, content: str, options: Any, expected: list[
     assert read_prompts(str(tmp_path / name), **{"column": "prompt", "split": "train", **options}) == expected
 
 
+def _input(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
 def test_prompts_of_standard_input_and_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffa\n\nrouge é\r\na".encode())))
+    monkeypatch.setattr("sys.stdin", _input("\ufeffa\n\nrouge é\r\na".encode()))
     assert read_prompts("-", "prompt", "train") == ["a", "rouge é", "a"]
     assert len(read_prompts("pig64", "prompt", "train")) == 64
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xff\n")))
+    monkeypatch.setattr("sys.stdin", _input(b"a\nb\xff\n"))
     with pytest.raises(CorpusError, match="line 2 is not UTF-8"):
         read_prompts("-", "prompt", "train")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -46,23 +46,22 @@ def share(picture: Image.Image, color: tuple[float, float, float]) -> float:
 def test_a_turntable_shows_every_side(suffix: str, textured: bool, tmp_path: Path) -> None:
     path = tmp_path / f"turn{suffix}"
     save_preview([box(RED, BLUE, textured)], path)
-    film = Image.open(path)
-    assert film.size == (SIDE, SIDE) and getattr(film, "n_frames", 1) == FRAMES
     red = []
-    for k in range(FRAMES):
-        film.seek(k)
-        red.append(share(film, RED) - share(film, BLUE))
-        white = share(film, (1.0, 1.0, 1.0))
-        assert 0.4 < white < 0.9
-        edge = np.asarray(film.convert("RGB"))[[0, -1]]
-        assert edge.min() > 240  # nothing is cut off
+    with Image.open(path) as film:
+        assert film.size == (SIDE, SIDE) and getattr(film, "n_frames", 1) == FRAMES
+        for k in range(FRAMES):
+            film.seek(k)
+            red.append(share(film, RED) - share(film, BLUE))
+            assert 0.4 < share(film, (1.0, 1.0, 1.0)) < 0.9
+            assert np.asarray(film.convert("RGB"))[[0, -1]].min() > 240  # nothing is cut off
     turn = np.array([math.cos(math.radians(30 + 360 * k / FRAMES)) for k in range(FRAMES)])
     assert np.corrcoef(red, turn)[0, 1] > 0.9
 
 
 def test_a_sheet_has_a_row_per_mesh_and_its_label(tmp_path: Path) -> None:
     save_preview([box(RED, RED), box(BLUE, BLUE)], tmp_path / "a.png", ["seed 1", "seed 2"])
-    sheet = Image.open(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        sheet = opened.convert("RGB")
     half = sheet.height // 2
     upper, lower = sheet.crop((0, 0, sheet.width, half)), sheet.crop((0, half, sheet.width, sheet.height))
     assert share(upper, RED) > 0.1 and share(upper, BLUE) == 0
