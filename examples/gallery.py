@@ -68,9 +68,8 @@ def figure(rows: Sequence[dict[str, Any]], turn: Path | None, still: Path | None
             continue
         seed = "" if row["seed"] is None else f", seed {row['seed']}"
         said = f"{row['faces']} triangles, {row['seconds']:.1f} s{seed}"
-        lines.append(
-            f'<small><a href="meshes/{escape(row["file"])}">{Path(row["file"]).suffix[1:]}</a>: {said}</small>'
-        )
+        place = f"meshes/{escape(row['file'])}"
+        lines.append(f'<small><a href="{place}">{Path(place).suffix[1:]}</a>: {said}</small>')
     if (iou := rows[0].get("pairwise_iou")) is not None:
         lines.append(f"<small>mean pairwise IoU {iou:.2f}</small>")
     return f"<figure>{picture}<figcaption>{prompt}<br>{'<br>'.join(lines)}</figcaption></figure>"

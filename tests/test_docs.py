@@ -36,9 +36,8 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(
-    r"([A-Z]+=\S+ )?(prd (generate|info|doctor|completion|train|embed|convert|runs|ablate|evaluate) |python |accelerate launch |pytest|\.ci/)"
-)
+SUBCOMMANDS = "generate|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
+INLINE = re.compile(rf"([A-Z]+=\S+ )?(prd ({SUBCOMMANDS}) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
