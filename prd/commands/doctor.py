@@ -282,11 +282,11 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"extra        {name} ({extra['gives']}): {state}"
     if (speed := found.get("speed")) is not None:
         rates = ", ".join(f"{name} {rate} GFLOP/s" for name, rate in speed["matrix_gflops"].items())
+        yield f"speed        {speed['device']}: {rates}"
         later = speed["next_generation_seconds"]
-        yield (
-            f"speed        {speed['device']}: {rates}; {speed['model']} loaded in {speed['load_seconds']} s, a mesh in "
-            + (f"{speed['first_generation_seconds']} s{'' if later is None else f', the next in {later} s'}")
-        )
+        again = "" if later is None else f", the next in {later} s"
+        made = f"loaded in {speed['load_seconds']} s, a mesh in {speed['first_generation_seconds']} s{again}"
+        yield f"  {speed['model']:11s}{made}"
     for fault in found["broken"]:
         yield f"BROKEN       {fault}"
     yield "nothing that is required is broken" if not found["broken"] else f"{len(found['broken'])} things to mend"
