@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ def _generate_one(args: argparse.Namespace, prompt: str) -> int:
 
 def _generate_many(args: argparse.Namespace, prompts: list[str]) -> int:
     """Write a folder of meshes, or go on with it."""
-    from prd.commands.many import begin, check_steps, generate_folder
+    from prd.commands.many import begin, check_steps, generate_folder, weights_of
     from prd.utils.processes import Processes
 
     job = _job(args, prompts)
@@ -125,6 +125,7 @@ def _generate_many(args: argparse.Namespace, prompts: list[str]) -> int:
     processes = Processes.join()
     pipe = load_model(args)
     check_steps(pipe, job)
+    job = replace(job, weights=weights_of(args.model, args.revision, args.token))
     with begin(job, processes):
         rows = generate_folder(pipe, job, processes)
     if processes.rank:

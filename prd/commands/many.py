@@ -26,6 +26,8 @@ from tqdm import tqdm
 from prd.errors import ConfigError
 from prd.evaluation.preview import check_preview, check_preview_format, save_preview
 from prd.evaluation.variety import mean_pairwise_iou, occupancy
+from prd.hub.find import find_model
+from prd.loading.saved_model import read_record
 from prd.meshes.export import Export, export_mesh
 from prd.meshes.mesh import Mesh
 from prd.meshes.options import MeshOptions
@@ -48,6 +50,7 @@ class Job:
     per_prompt  meshes of each prompt
     batch_size  meshes computed at a time
     preview     name of one for each prompt, or the file itself of a single prompt; None: none
+    weights     hash of the model's, known once it is loaded
     """
 
     output: str | Path
@@ -64,6 +67,7 @@ class Job:
     picture: Any = "png"
     dtype: str | None = None
     preview: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", check_writable_folder("output", self.output))
@@ -93,6 +97,7 @@ class Job:
             "num_meshes_per_prompt": self.per_prompt,
             **{name: getattr(self, name) for name in names},
             **asdict(self.options),
+            **({} if self.weights is None else {"weights": self.weights}),
         }
 
     def check_folder(self) -> None:
@@ -164,6 +169,12 @@ def begin(job: Job, processes: Processes) -> Iterator[None]:
             _join_manifests(job)
         processes.wait()
         yield
+
+
+def weights_of(model: str, revision: str | None, token: str | None) -> str:
+    """Return a hash of a model's weights, of what its record says of them."""
+    recorded = read_record(find_model(model, revision, token=token)).get("weights_hash")
+    return hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_steps(pipe: Any, job: Job) -> None:

@@ -177,6 +177,7 @@ def test_processes_share_the_work_and_make_the_same(count: int, tmp_path: Path) 
         ("model", {"model": "c/d"}),
         ("format", {"format": "glb"}),
         ("up", {"up": "z"}),
+        ("weights", {"weights": "of another training"}),
         ("isosurface_resolution", {"options": MeshOptions(isosurface_resolution=64, texture_size=None)}),
     ],
 )
