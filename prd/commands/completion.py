@@ -30,6 +30,6 @@ def run_completion(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     for command in {id(found): found for found in commands.choices.values()}.values():
         for action in command._actions:
             if action.dest in FILES and action.choices is None:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
     print(shtab.complete(parser, args.shell))
     return 0
