@@ -26,8 +26,13 @@ def test_without_its_package_one_sentence_says_which(shell: str, monkeypatch: py
 def test_files_are_completed_where_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """With a module in the place of shtab that shows what it is given."""
     module: Any = ModuleType("shtab")
-    given = []
-    module.FILE, module.complete = {"bash": "_files"}, lambda parser, shell: given.append((parser, shell)) or "script"
+    given: list[tuple[Any, str]] = []
+
+    def complete(parser: Any, shell: str) -> str:
+        given.append((parser, shell))
+        return "script"
+
+    module.FILE, module.complete = {"bash": "_files"}, complete
     monkeypatch.setitem(sys.modules, "shtab", module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert main(["completion", "zsh"]) == 0 and capsys.readouterr().out == "script\n"

@@ -29,8 +29,8 @@ def box(front: tuple[float, float, float], back: tuple[float, float, float], tex
     colors = np.where(is_front, front, back).astype(np.float32)
     uv = texture = None
     if textured:
-        texture = np.array([[back, front]], np.float32).repeat(2, axis=0)
-        texture = (texture.repeat(8, axis=0).repeat(8, axis=1) * 255).astype(np.uint8)
+        halves = np.array([[back, front]], np.float32).repeat(16, axis=0).repeat(8, axis=1)
+        texture = (halves * 255).astype(np.uint8)
         uv = np.where(is_front, (0.75, 0.5), (0.25, 0.5)).astype(np.float32)
     faces, normals = np.asarray(shape.faces, np.int64), vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
     return Mesh(vertices + np.float32(0.4), faces, normals, colors, uv, texture)

@@ -20,7 +20,12 @@ def test_a_page_of_every_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     words = ["gallery.py", str(tmp_path / "p.txt"), "-o", str(out), "--title", "R&D", "--num-meshes-per-prompt", "2"]
     monkeypatch.setattr(sys, "argv", words)
     calls: list[Pipe] = []
-    monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: calls.append(Pipe()) or calls[-1])
+
+    def load(*args: Any, **options: Any) -> Pipe:
+        calls.append(Pipe())
+        return calls[-1]
+
+    monkeypatch.setattr("prd.pipelines.auto.load_pipeline", load)
     for _ in range(2):  # and once more, of what is there
         assert gallery.main() == 0 and capsys.readouterr().out.endswith("index.html\n")
         page = (out / "index.html").read_text(encoding="utf-8")
