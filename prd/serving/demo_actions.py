@@ -21,7 +21,6 @@ from prd.utils.arguments import MAX_SEED, check_seed, shown
 MAX_VARIANTS = 8
 SHOWN_JOBS = 24  # of a visitor, on the sheet
 SESSIONS = 256  # visitors whose sheets are remembered
-PICTURE = 192  # pixels
 LOOK = 0.25  # seconds between looks at a job
 
 
@@ -122,7 +121,7 @@ class Actions:
                 seed=(first + i) % (MAX_SEED + 1),
                 options=options,
                 formats=self.formats,
-                preview=PICTURE,
+                preview=True,
                 toward=toward or None,
                 share=float(share) if toward else 0.0,
             )
