@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 
-import psutil
+import psutil  # of accelerate
 
 from prd.serving.jobs import STATUSES, Job, Jobs
 
