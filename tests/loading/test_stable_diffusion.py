@@ -195,7 +195,8 @@ def test_a_file_or_a_revision_of_a_folder_is_named(folder: Path, toybox: Path) -
 @pytest.mark.parametrize(
     "file, changes, found",
     [
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "unet addition_embed_type 'text_time'"),
+        ("unet/config.json", {"addition_embed_type": "image_hint"}, "unet addition_embed_type 'image_hint'"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "leave nothing for a pooled embedding"),
         ("unet/config.json", {"cross_attention_dim": [768, 1024]}, "cross_attention_dim"),
         ("unet/config.json", {"in_channels": 9}, "in_channels 9"),
         ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),

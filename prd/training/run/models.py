@@ -156,7 +156,9 @@ def _width(place: str, part: str) -> int | None:
             return SingleFile(folder).context
         settings = read_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
         own = Path(shared_folder(str(folder), settings.get("base")) or folder)
-        return read_object(own / TEXT).get("hidden_size") if (own / TEXT).is_file() else None
+        files = [own / part for part in (TEXT, TEXT.replace("/", "_2/")) if (own / part).is_file()]
+        widths = [read_object(file).get("hidden_size") for file in files]
+        return sum(width for width in widths if isinstance(width, int)) or None
     except (PrdError, OSError):
         return None  # which is told of where that model is checked
 
