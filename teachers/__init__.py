@@ -1,4 +1,4 @@
-"""Frozen diffusion models that score renderings: Stable Diffusion, MVDream, RichDreamer, DeepFloyd IF."""
+"""Frozen diffusion models that score renderings: Stable Diffusion 1 to 3, MVDream, RichDreamer, DeepFloyd IF."""
 
 from prd.errors import CheckpointError
 from prd.teachers.base import Condition, ConfigurableTeacher, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
@@ -7,6 +7,8 @@ from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher, RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
+from prd.teachers.stable_diffusion_3 import StableDiffusion3Teacher, StableDiffusion3TeacherConfig
+from prd.teachers.stable_diffusion_xl import StableDiffusionXLTeacher, StableDiffusionXLTeacherConfig
 
 __all__ = [
     "CheckpointError",
@@ -21,8 +23,12 @@ __all__ = [
     "RichDreamerConfig",
     "RichDreamerTeacher",
     "RichDreamerTeacherConfig",
+    "StableDiffusion3Teacher",
+    "StableDiffusion3TeacherConfig",
     "StableDiffusionTeacher",
     "StableDiffusionTeacherConfig",
+    "StableDiffusionXLTeacher",
+    "StableDiffusionXLTeacherConfig",
     "Teacher",
     "TeacherConfig",
     "TeacherOptions",

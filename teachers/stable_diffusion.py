@@ -117,4 +117,6 @@ def encode_latents(vae: AutoencoderKL, images: Tensor, *, noise: Tensor | None =
         if noise.shape != mean.shape:
             raise ValueError(f"noise={tuple(noise.shape)}: must have the latents' shape {tuple(mean.shape)}")
         mean = mean + std * noise.to(mean)
+    if vae.config.shift_factor is not None:
+        mean = mean - vae.config.shift_factor
     return mean * vae.config.scaling_factor

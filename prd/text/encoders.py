@@ -96,11 +96,11 @@ class PromptEncoder:
         """Last hidden states [n, L, Ct] of n prompts."""
         return self.model(self._tokens(prompts).input_ids).last_hidden_state
 
-    def _tokens(self, texts: list[str], tokenizer: Any = None) -> BatchEncoding:
-        """Tokens of n texts [n, L] and their mask, on the model's device whatever torch's default one is."""
+    def _tokens(self, texts: list[str], tokenizer: Any = None, length: int | None = None) -> BatchEncoding:
+        """Tokens of n texts [n, length] and their mask, on the model's device whatever torch's default one is."""
         with torch.device("cpu"):
             tokens = (tokenizer or self.tokenizer)(
-                texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+                texts, padding="max_length", max_length=length or self.length, truncation=True, return_tensors="pt"
             )
         return tokens.to(self.model.device)
 

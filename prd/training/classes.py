@@ -25,6 +25,8 @@ from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.teachers.stable_diffusion_3 import StableDiffusion3Teacher
+from prd.teachers.stable_diffusion_xl import StableDiffusionXLTeacher
 from prd.utils.imports import import_path, load_class
 
 
@@ -61,6 +63,8 @@ SECTIONS: dict[str, Section] = {
     "teachers": Section(
         {
             "stable_diffusion": StableDiffusionTeacher,
+            "stable_diffusion_xl": StableDiffusionXLTeacher,
+            "stable_diffusion_3": StableDiffusion3Teacher,
             "mvdream": MVDreamTeacher,
             "richdreamer": RichDreamerTeacher,
             "deepfloyd": DeepFloydTeacher,
