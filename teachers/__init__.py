@@ -1,10 +1,11 @@
-"""Frozen diffusion models that score renderings: Stable Diffusion 1 to 3, MVDream, RichDreamer, DeepFloyd IF."""
+"""Frozen diffusion models that score renderings: Stable Diffusion, PixArt, MVDream, RichDreamer, DeepFloyd IF."""
 
 from prd.errors import CheckpointError
 from prd.teachers.base import Condition, ConfigurableTeacher, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher, DeepFloydTeacherConfig
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
+from prd.teachers.pixart import PixArtTeacher, PixArtTeacherConfig
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher, RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
 from prd.teachers.stable_diffusion_3 import StableDiffusion3Teacher, StableDiffusion3TeacherConfig
@@ -20,6 +21,8 @@ __all__ = [
     "MVDreamConfig",
     "MVDreamTeacher",
     "MVDreamTeacherConfig",
+    "PixArtTeacher",
+    "PixArtTeacherConfig",
     "RichDreamerConfig",
     "RichDreamerTeacher",
     "RichDreamerTeacherConfig",

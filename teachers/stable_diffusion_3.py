@@ -12,17 +12,15 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prd.loading.strict import load_strict
-from prd.rendering.views import Views
-from prd.teachers.base import Condition, TeacherConfig, TeacherOptions, UNetTeacher, to_images
+from prd.teachers.base import Condition, TeacherConfig, TeacherOptions
 from prd.teachers.loading import FLOW, load_vae_encoder
-from prd.teachers.stable_diffusion import encode_latents
+from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.text.sd3 import Sd3PromptEncoder, load_sd3_encoder
 from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Schedule
 from prd.utils.dtypes import accepts_torch_dtype
 
 STEPS = 1000  # the transformer is told the noise level times this
-PATCHES = 2  # image sizes are multiples of two patches
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -63,7 +61,7 @@ class FlowSchedule:
         return SimpleNamespace(prediction_type=FLOW)
 
 
-class StableDiffusion3Teacher(UNetTeacher):
+class StableDiffusion3Teacher(StableDiffusionTeacher):
     """Stable Diffusion 3 medium, 3.5 medium or large, or a fine-tune, in the diffusers layout.
 
     Its flow is converted at its edge: `alphas_cumprod` is the diffusion's schedule that it equals (`FlowSchedule`), x_t
@@ -72,35 +70,16 @@ class StableDiffusion3Teacher(UNetTeacher):
     """
 
     name = "stable_diffusion_3"
-    num_views = 1
-    config_class: ClassVar[type[StableDiffusion3TeacherConfig]] = StableDiffusion3TeacherConfig
+    config_class: ClassVar[Any] = StableDiffusion3TeacherConfig
     prompt_encoder_class: ClassVar[Any] = Sd3PromptEncoder
-    shown_pixels: int | None = None
 
     def __init__(
-        self,
-        unet: SD3Transformer2DModel,
-        vae: AutoencoderKL,
-        scheduler: FlowSchedule,
-        tokenizer: tuple[Any, ...],
-        text_encoder: Any,
-        *,
-        checkpoint_vae: bool = False,
-        view_dependent: bool = False,
+        self, unet: SD3Transformer2DModel, vae: AutoencoderKL, scheduler: FlowSchedule, *parts: Any, **options: bool
     ) -> None:
         network: Any = unet
-        parts: Any = (scheduler, tokenizer, text_encoder)
-        super().__init__(network, *parts, view_dependent=view_dependent)
-        channels = unet.config.in_channels
-        if vae.config.latent_channels != channels:
-            raise ValueError(
-                f"vae: its {vae.config.latent_channels} latent channels are not the transformer's {channels} input "
-                "channels; load both from the same folder"
-            )
-        self.vae, self.sigmas = vae, scheduler.sigmas.float()
-        if checkpoint_vae:
-            vae.enable_gradient_checkpointing()
-        self.freeze()
+        schedule: Any = scheduler
+        super().__init__(network, vae, schedule, *parts, **options)
+        self.sigmas = scheduler.sigmas.float()
 
     @staticmethod
     def text_widths(unet: Any, text_encoder: Any) -> tuple[int, int]:
@@ -148,33 +127,9 @@ class StableDiffusion3Teacher(UNetTeacher):
         teacher.show(pixels)
         return teacher
 
-    def show(self, pixels: int | None) -> None:
-        """Show it images of this height and width; None: of what it was trained with."""
-        self.shown_pixels = None
-        step = PATCHES * self.unet.config.patch_size * self.scale
-        if pixels is not None and (pixels % step or pixels > self.pixels):
-            raise ValueError(f"pixels={pixels}: {self.name} takes a multiple of {step} up to {self.pixels}")
-        self.shown_pixels = pixels
-
     @property
-    def scale(self) -> int:
-        """Pixels of an image beside each pixel of its latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def pixels(self) -> int:
-        """Height and width in pixels of the images that it is shown."""
-        return self.image_size * self.scale
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of x."""
-        return super().image_size if self.shown_pixels is None else self.shown_pixels // self.scale
-
-    def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
-        """Latents [B*V, 16, h, w] of the colours; see `Teacher.encode`."""
-        self.check_views(views.cameras.views)
-        return encode_latents(self.vae, to_images(views.rgb, self.pixels) * 2 - 1, noise=noise)
+    def latent_step(self) -> int:
+        return 2 * self.unet.config.patch_size
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The flow noise - x [n, C, h, w] at x_t [n, C, h, w] of the diffusion; the text's last row is pooled."""

@@ -42,7 +42,6 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     name = "stable_diffusion_xl"
     config_class: ClassVar[type[StableDiffusionXLTeacherConfig]] = StableDiffusionXLTeacherConfig
     prompt_encoder_class: ClassVar[Any] = SdxlPromptEncoder
-    shown_pixels: int | None = None
 
     @staticmethod
     def text_widths(unet: Any, text_encoder: Any) -> tuple[int, int]:
@@ -70,7 +69,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         view_dependent: bool = False,
         pixels: int | None = None,
     ) -> StableDiffusionXLTeacher:
-        """Load a Stable Diffusion XL pipeline's folder or Hub id; ValueError for a number of pixels it cannot halve."""
+        """Load a Stable Diffusion XL pipeline's folder or Hub id."""
         place = expanded(folder)
         parts = cls.load_parts(place, dtype)
         vae = load_vae_encoder(place, dtype)
@@ -90,20 +89,6 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
             "tokenizer": encoder.tokenizers,
             "text_encoder": encoder.model,
         }
-
-    def show(self, pixels: int | None) -> None:
-        """Show it images of this height and width; None: of what it was trained with."""
-        self.shown_pixels = None
-        smallest = self.pixels // self.image_size * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if pixels is not None and pixels % smallest:
-            raise ValueError(f"pixels={pixels}: {self.name} takes a multiple of {smallest}; trained for {self.pixels}")
-        self.shown_pixels = pixels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of x."""
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return super().image_size if self.shown_pixels is None else self.shown_pixels // scale
 
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Output of the U-Net; the last row of the text is the pooled embedding."""

@@ -18,6 +18,7 @@ from prd.teachers import (
     Condition,
     DeepFloydTeacher,
     MVDreamTeacher,
+    PixArtTeacher,
     RichDreamerTeacher,
     StableDiffusion3Teacher,
     StableDiffusionTeacher,
@@ -28,7 +29,7 @@ from prd.teachers import (
 from prd.teachers.base import to_images
 from prd.utils.checked_types import CHECKS, Positive
 from tests.teachers.tiny import random_views, save_controlnet, save_deepfloyd, save_teacher
-from tests.teachers.tiny_large import save_sd3, save_sdxl
+from tests.teachers.tiny_large import save_pixart, save_sd3, save_sdxl
 
 B, V, T = 2, 4, 1000
 PROMPTS = ["a red b", "c blue"]
@@ -119,6 +120,7 @@ MEMBERS: dict[str, Member] = {
     "deepfloyd": Member(DeepFloydTeacher, lambda folder: {"path": str(save_deepfloyd(folder))}, bounded=True),
     "stable_diffusion_xl": Member(StableDiffusionXLTeacher, lambda folder: {"path": str(save_sdxl(folder))}),
     "stable_diffusion_3": Member(StableDiffusion3Teacher, lambda folder: {"path": str(save_sd3(folder))}),
+    "pixart": Member(PixArtTeacher, lambda folder: {"path": str(save_pixart(folder))}),
     "own": Member(GreyTeacher, lambda folder: {"brightness": 0.1}, bounded=True, cameras=True),
     "custom": Member(ColourTeacher, lambda folder: {"spread": 0.2}, bounded=True),
 }

@@ -1,19 +1,21 @@
-"""Stable Diffusion XL and 3 as teachers, against diffusers' own pipelines on tiny random weights."""
+"""Stable Diffusion XL and 3 and PixArt-Sigma as teachers, against diffusers' own pipelines on tiny random weights."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from prd.errors import ConfigError
-from prd.teachers import StableDiffusion3Teacher, StableDiffusionTeacher, StableDiffusionXLTeacher
+from prd.teachers import PixArtTeacher, StableDiffusion3Teacher, StableDiffusionTeacher, StableDiffusionXLTeacher
 from prd.teachers.base import epsilon_from, target_of
 from prd.teachers.stable_diffusion_3 import FlowSchedule
 from prd.training.recipes import load_config
 from prd.training.run.models import model_faults
 from tests.compare import ROUNDING, relative_difference
 from tests.teachers.tiny import random_views
-from tests.teachers.tiny_large import POOLED, make_sd3, make_sdxl
+from tests.teachers.tiny_large import POOLED, make_pixart, make_sd3, make_sdxl
 
 PROMPTS = ["a cat bad", "c dog"]
 
@@ -83,6 +85,24 @@ def test_sd3_encodes_with_the_shift_of_its_vae(sd3) -> None:
     assert relative_difference(StableDiffusion3Teacher.from_pretrained(str(folder)).encode(views), expected) <= ROUNDING
 
 
+@torch.no_grad()
+def test_pixart_predicts_what_its_transformer_does(tmp_path: Path) -> None:
+    """Prompts of other lengths, whose padding it must not see; the learned variance is dropped."""
+    pipeline = make_pixart(tmp_path)
+    pipeline.save_pretrained(tmp_path / "saved")
+    teacher = PixArtTeacher.from_pretrained(str(tmp_path / "saved"))
+    text, mask, _, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, device="cpu")
+    x_t, t = noise(2, 4, 8, 8), torch.tensor([300, 700])
+    sizes = {"resolution": None, "aspect_ratio": None}
+    expected = pipeline.transformer(x_t, text, t, added_cond_kwargs=sizes, encoder_attention_mask=mask).sample
+    condition = teacher.condition(PROMPTS, random_views(2, 1).cameras)
+    assert relative_difference(teacher.predict_noise(x_t, t, condition), expected[:, :4]) <= ROUNDING
+    assert expected.shape[1] == 8
+    pipeline.transformer.register_to_config(use_additional_conditions=True)
+    with pytest.raises(ValueError, match="give PixArt-Sigma"):
+        PixArtTeacher(pipeline.transformer, pipeline.vae, None, None, None)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_is_a_diffusion(shift: float) -> None:
     """In double precision: the exact flow of x and noise gives that noise back, at every level but the last."""
@@ -98,7 +118,7 @@ def test_a_flow_is_a_diffusion(shift: float) -> None:
 def test_sizes_that_cannot_be_shown_are_named(sdxl, sd3) -> None:
     small = StableDiffusionXLTeacher.from_pretrained(str(sdxl[1]), pixels=8)
     assert small.input_shape == (4, 4, 4) and small.encode(random_views(1, 1)).shape == (1, 4, 4, 4)
-    with pytest.raises(ValueError, match="pixels=9: stable_diffusion_xl takes a multiple of 4; trained for 16"):
+    with pytest.raises(ValueError, match="pixels=9: stable_diffusion_xl takes a multiple of 4 up to 16"):
         StableDiffusionXLTeacher.from_pretrained(str(sdxl[1]), pixels=9)
     with pytest.raises(ValueError, match="pixels=24: stable_diffusion_3 takes a multiple of 8 up to 16"):
         StableDiffusion3Teacher.from_pretrained(str(sd3[1]), pixels=24)

@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion XL and 3, saved by diffusers' own pipelines."""
+"""Tiny random Stable Diffusion XL and 3 and PixArt-Sigma, saved by diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -120,6 +123,36 @@ def make_sd3(folder: Path) -> StableDiffusion3Pipeline:
         text_encoder_3=T5EncoderModel(t5).eval(),
         tokenizer_3=PreTrainedTokenizerFast.from_pretrained(floyd / "tokenizer"),
     )
+
+
+def make_pixart(folder: Path) -> PixArtSigmaPipeline:
+    """A PixArt-Sigma; what its tokenizer is read from is written into the folder."""
+    floyd = save_deepfloyd(folder / "if")
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=304,
+        sample_size=8,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
+    t5 = T5Config(vocab_size=10, d_model=304, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return PixArtSigmaPipeline(
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+        vae=_vae(4).eval(),
+        text_encoder=T5EncoderModel(t5).eval(),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(floyd / "tokenizer"),
+    )
+
+
+def save_pixart(folder: Path) -> Path:
+    """Its folder."""
+    make_pixart(folder).save_pretrained(folder / "pixart")
+    return folder / "pixart"
 
 
 def save_sdxl(folder: Path) -> Path:
