@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,10 +144,11 @@ def test_the_unet_is_told_text_and_size(pipeline: StableDiffusionXLPipeline, fol
 def test_an_adapter_is_saved_and_opened(folder: Path, tmp_path: Path) -> None:
     model = model_of(folder)
     model.save_pretrained(tmp_path / "adapter")
-    pipe = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
+    pipe: Any = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
+    again: Any = TriplaneTurbo(model, load_base(folder).encoder)
     planes = [
         p("a red cube", output_type="planes", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).planes
-        for p in (pipe, TriplaneTurbo(model, load_base(folder).encoder))
+        for p in (pipe, again)
     ]
     assert planes[0].shape[:2] == (1, 6)
     assert relative_difference(*planes) <= ROUNDING
@@ -164,7 +166,7 @@ def test_it_trains(folder: Path, tmp_path: Path, random_toybox: Path, monkeypatc
     now = trainer.model.trained_state_dict()
     assert [name for name, tensor in start.items() if torch.equal(now[name], tensor)] == []
     trainer.model.save_pretrained(tmp_path / "adapter")
-    pipe = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
+    pipe: Any = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
     assert len(pipe("a red cube", isosurface_resolution=16, texture_size=16).meshes[0].faces)
 
 
