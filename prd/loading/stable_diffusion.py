@@ -221,8 +221,10 @@ def check_backbone(name: str, folder: Path) -> None:
         if not index and not (folder / "unet/config.json").is_file():
             raise MissingFile(f"{name}: neither model_index.json nor unet/config.json is there")
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
-        found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
-        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
+        pipeline = str(index.get("_class_name") or "")
+        found = f"{pipeline} of {parts}: " if pipeline else ""
+        reason = f" ({FLUX})" if pipeline.startswith("Flux") else ""
+        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}{reason}; {EXPECTED}")
     scheduler = _config(folder / "scheduler/scheduler_config.json")
     if not scheduler:
         raise MissingFile(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
@@ -260,6 +262,7 @@ def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+FLUX = "12 billion parameters, mostly under a licence for non-commercial use: too large and too narrow to build on"
 TEXT_TIME = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
 TIME_IDS = 6  # original size, crop and target size, two numbers each
 EXPECTED = (

@@ -223,6 +223,10 @@ def test_a_transformer_is_named_by_its_pipeline(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UnsupportedBase, match="found StableDiffusion3Pipeline of transformer: no unet/config.json"):
         load_base(str(tmp_path))
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UnsupportedBase, match=r"FluxPipeline .*\(12 billion parameters, .* licence"):
+        load_base(str(tmp_path))
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match="neither model_index.json nor unet/config.json is there"):
         load_base(str(tmp_path))
