@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_loaded_is_said() -> None:
         ({"rate": -1}, "rate=-1"),
     ],
 )
-def test_sizes_out_of_range_are_refused(config: dict[str, int], said: str) -> None:
+def test_sizes_out_of_range_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"{said}: must be an integer of at least"):
         ServiceConfig(**config)
 
