@@ -73,9 +73,9 @@ class Actions:
                 progress(says[0], desc=says[1])
                 said = says
             await asyncio.sleep(LOOK)
+        for job in jobs:
+            job.received = True
         done = [job for job in jobs if job.files]
-        for job in done:
-            job.fetched = True
         visitor.made.extendleft(job.id for job in reversed(done))
         if click < visitor.clicks:  # the next one shows all; a viewer that loads each mesh of many blocks the page
             return [gr.skip(), gr.skip(), *nothing]
