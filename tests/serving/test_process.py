@@ -87,11 +87,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 @POSIX
 def test_two_services_answer_hostile_prompts_and_stop_when_told(start: Callable[..., Running], tmp_path: Path) -> None:
-    first, second = start("--batch-size", "1"), start("--model", "toybox-atom")
+    first, second = start("--batch-size", "1"), start("--model", "toybox-att3d")
     assert first.ask("/health")[1]["error"]["type"] == "loading"
     first.wait(), second.wait()
     assert first.url != second.url
-    assert second.ask("/v1/model")[1].items() >= {"name": "toybox-atom", "kind": "AToM", "seeded": False}.items()
+    assert second.ask("/v1/model")[1].items() >= {"name": "toybox-att3d", "kind": "ATT3D", "seeded": False}.items()
     before = {path.name for path in tmp_path.rglob("*")}
     for prompt in (
         "../../etc/passwd",
