@@ -170,7 +170,7 @@ class Actions:
     def _caption(self, job: Job) -> str:
         request = job.request
         if request.toward is not None:
-            return f"{request.share:.0%} of the way"
+            return f"{request.share:.0%}"
         return str(request.seed) if self.draws_noise else request.prompt
 
     def _files(self, job: Job) -> list[Any]:
