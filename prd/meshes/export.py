@@ -182,7 +182,14 @@ def to_trimesh(mesh: Mesh) -> trimesh.Trimesh:
         visual = ColorVisuals(vertex_colors=to_bytes(mesh.vertex_colors))
     else:
         picture = Image.fromarray(mesh.texture)
-        material = PBRMaterial(name="surface", baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
+        bumps = None if mesh.normal_map is None else Image.fromarray(mesh.normal_map)
+        material = PBRMaterial(
+            name="surface",
+            baseColorTexture=picture,
+            normalTexture=bumps,
+            metallicFactor=mesh.metallic,
+            roughnessFactor=mesh.roughness,
+        )
         visual = TextureVisuals(uv=mesh.uv, material=material)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, visual=visual, process=False)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prd.meshes.axes import Y_UP
+from prd.meshes.normals import tangents
 
 if TYPE_CHECKING:
     from prd.meshes.mesh import Mesh
@@ -91,13 +92,21 @@ class Writer:
             "POSITION": self._accessor(mesh.vertices[:, Y_UP] * np.float32(scale), "VEC3", bounds=True),
             "NORMAL": self._accessor(mesh.vertex_normals[:, Y_UP], "VEC3"),
         }
-        surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}  # without: a metal, which is black
+        surface: dict[str, Any] = {  # without: a metal, which is black
+            "metallicFactor": mesh.metallic,
+            "roughnessFactor": mesh.roughness,
+        }
+        look = {"name": "surface", "pbrMetallicRoughness": surface}
         if mesh.uv is not None and mesh.texture is not None:
             attributes["TEXCOORD_0"] = self._accessor(mesh.uv * [1, -1] + [0, 1], "VEC2")  # v down
             surface["baseColorTexture"] = {"index": self._texture(mesh.texture, picture)}
+            if mesh.normal_map is not None:
+                along = tangents(mesh.vertices, mesh.faces, mesh.vertex_normals, mesh.uv)[:, Y_UP]
+                attributes["TANGENT"] = self._accessor(np.pad(along, ((0, 0), (0, 1)), constant_values=1), "VEC4")
+                look["normalTexture"] = {"index": self._texture(mesh.normal_map, picture)}
         else:
             attributes["COLOR_0"] = self._accessor(linear_colors(mesh.vertex_colors), "VEC4", normalized=True)
-        material = self._add("materials", {"name": "surface", "pbrMetallicRoughness": surface})
+        material = self._add("materials", look)
         kind = "<u2" if len(mesh.vertices) <= SHORT_INDICES else "<u4"
         indices = self._accessor(mesh.faces.reshape(-1).astype(kind), "SCALAR", target=INDICES)
         return {"attributes": attributes, "indices": indices, "material": material, "mode": 4}
@@ -125,7 +134,7 @@ class Writer:
         return self._add("bufferViews", view if target is None else {**view, "target": target})
 
     def _texture(self, texture: NDArray[np.uint8], picture: PictureFormat) -> int:
-        """Add a picture, sRGB by glTF's definition of a base colour: stored as it is."""
+        """Add a picture, stored as it is: by glTF's definition a base colour is sRGB, and a normal map is not."""
         view = self._view(encoded(texture, picture), None)
         image = self._add("images", {"bufferView": view, "mimeType": f"image/{picture}"})
         if "samplers" not in self.tree:

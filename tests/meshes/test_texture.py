@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from prd.meshes.packing import charts_of, pack
+from prd.meshes.charts import charts_of
+from prd.meshes.packing import pack
 from prd.meshes.texture import texture_size, unwrap, used_area
 
 
