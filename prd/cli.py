@@ -121,6 +121,10 @@ def _add_surface(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--picture", default="png", choices=("png", "webp"), help="of the texture, in a .glb or .gltf"
     )
+    generate.add_argument("--normal-map", action="store_true", help="bake the normals that simplifying loses")
+    generate.add_argument("--metallic", type=float, default=0.0, help="of the material, 0 to 1 (0)")
+    generate.add_argument("--roughness", type=float, default=1.0, help="of the material, 0 to 1 (1)")
+    generate.add_argument("--compress", default=None, choices=("draco",), help="the geometry of a .glb or .gltf")
     generate.add_argument("--up", default=None, choices=("y", "z"), help="of .obj and .ply (default: y), .stl (z)")
     generate.add_argument(
         "--height",
@@ -168,7 +172,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     check_prompt("prompt", args.prompt)
     check_seed("seed", args.seed)
-    export = Export(args.output, args.up, args.height, args.picture, name="output", levels=args.lods)
+    export = Export(args.output, args.up, args.height, args.picture, args.compress, name="output", levels=args.lods)
     from transformers.utils import logging as transformers_logging
 
     from prd.meshes.options import MeshOptions
@@ -184,6 +188,9 @@ def _generate(args: argparse.Namespace) -> int:
         topology=args.topology,
         close_handles=args.close_handles,
         lods=args.lods,
+        normal_map=args.normal_map,
+        metallic=args.metallic,
+        roughness=args.roughness,
     )
     logging.getLogger("prd.meshes").setLevel(logging.INFO)  # what the surface was cut into
     keep_freed_memory()
