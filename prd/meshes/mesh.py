@@ -134,6 +134,8 @@ class Mesh:
         height   of the object, a number and its unit (mm, cm, m, in), as "60mm"; None: a scene unit is 1 m, 50 mm for
                  printers. .obj and .ply say no unit and take no height
         picture  "png" or "webp" (lossless; a smaller file for readers of EXT_texture_webp) of .glb and .gltf
+        compress "draco": the geometry of .glb and .gltf, for readers of KHR_draco_mesh_compression; needs DracoPy, the
+                 extra `draco`; positions in 14 bits, normals in 10, texture coordinates in 12
 
         The file that `path` names is replaced. Those beside it are replaced only where they say that they were
         written for this .obj; else they are called NAME_2, NAME_3, ... NAME is the .obj's own, with other characters
