@@ -6,6 +6,7 @@ texture, as complex numbers, sum_k W_k u_k is as near to 0 as it gets, W_k being
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
+ANGLES = 32  # of a quarter turn, among which the smallest box is found
+GROWTH = 1.15  # at most, of the boxes around charts that are joined
 PASSES = 8  # of smoothing borders
 MIRRORED = 1e-6  # of the area, at most, that needles may lie turned over
 STRETCH = 2.5  # at most, between the areas that 1 % of the texture and 99 % of it give to an equal area of the surface
@@ -56,6 +59,15 @@ def join_small(
                 break
     joined.smooth()
     return joined.faces, joined.uv.astype(np.float32)
+
+
+def upright(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return points [V, 2] turned so that the box around them is the smallest."""
+    angles = np.arange(ANGLES) * (math.pi / 2 / ANGLES)
+    cos, sin = np.cos(angles), np.sin(angles)
+    rotations = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)  # [A, 2, 2]
+    turned = points @ rotations  # [A, V, 2]
+    return np.asarray(turned[int(np.ptp(turned, axis=1).prod(axis=1).argmin())])
 
 
 class _Joined:
@@ -125,7 +137,7 @@ class _Joined:
         return [int(other) for other in np.argsort(-lengths) if lengths[other] > 0]
 
     def join(self, large: int, small: list[int]) -> bool:
-        """Join charts to a large one and flatten them together; return False, all as it was, where that fails."""
+        """Join charts to a large one and flatten them together; return False, all as it was, where that is no gain."""
         into: dict[int, int] = {}
         edges = self.borders(large)
         for here, there in edges[np.isin(self.chart_of[edges[:, 1] // 3], small)]:
@@ -138,6 +150,9 @@ class _Joined:
         used, local = np.unique(step[self.faces[chosen]], return_inverse=True)
         flat = flattened(self.points[used], local.reshape(-1, 3))
         if flat is None:
+            return False
+        boxes = sum(_box(self.uv[np.unique(self.faces[self.chart_of == chart])]) for chart in [large, *small])
+        if _box(flat) > GROWTH * boxes:
             return False
         self.faces[chosen], self.uv[used], self.chart_of[chosen] = used[local.reshape(-1, 3)], flat, large
         return True
@@ -202,6 +217,11 @@ def _crosses_itself(uv: NDArray[np.float64], faces: NDArray[np.int64]) -> bool:
     from_a, from_b = side(a, b, a), side(a, b, b)
     cross = (from_a * from_b < 0) & (from_a * from_b < 0).T
     return bool(cross.any())
+
+
+def _box(points: NDArray[np.float64]) -> float:
+    """Return the area of the smallest box around points [V, 2]."""
+    return float(np.ptp(upright(points), axis=0).prod())
 
 
 def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,11 +12,10 @@ from PIL import Image, ImageDraw
 from scipy.fft import irfft2, rfft2
 from scipy.ndimage import binary_dilation
 
-from prd.meshes.charts import charts_of
+from prd.meshes.charts import charts_of, upright
 
 TURNS = 4  # of a quarter, that are tried for each chart, whose smallest box stands upright first
-ANGLES = 32  # of a quarter turn, among which the smallest box is found
-USED = tuple(0.8 - 0.04 * k for k in range(10))  # parts of the grid's area that charts may cover
+USED = tuple(0.8 - 0.04 * k for k in range(16))  # parts of the grid's area that charts may cover
 MORE = 0.16  # of the area, at most, that has room on the finer grid and not on the coarse one
 STEPS = 5  # of the bisection there
 FEW = tuple(0.4 * 0.7**k for k in range(20))  # where nothing else has room
@@ -53,7 +52,7 @@ class _Chart:
     """One chart: its vertices, its points in lengths of the surface, and its outline at each angle."""
 
     def __init__(self, uv: NDArray[np.float64], vertices: NDArray[np.int64], faces: NDArray[np.int64]) -> None:
-        self.vertices, self.points = vertices, _upright(uv[vertices])
+        self.vertices, self.points = vertices, upright(uv[vertices])
         self.triangles = np.searchsorted(vertices, faces)
         (a, b), (c, d) = ((uv[faces[:, k]] - uv[faces[:, 0]]).T for k in (1, 2))
         self.area = float(np.abs(a * d - b * c).sum() / 2)
@@ -82,15 +81,6 @@ class _Chart:
         mask = np.zeros(cells.max(axis=0) + gap + 1, bool)
         mask[tuple(cells.T)] = True
         return binary_dilation(mask, NEIGHBOURS, iterations=gap) if gap else mask
-
-
-def _upright(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return points [V, 2] turned so that the box around them is the smallest."""
-    angles = np.arange(ANGLES) * (math.pi / 2 / ANGLES)
-    cos, sin = np.cos(angles), np.sin(angles)
-    rotations = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)  # [A, 2, 2]
-    turned = points @ rotations  # [A, V, 2]
-    return np.asarray(turned[int(np.ptp(turned, axis=1).prod(axis=1).argmin())])
 
 
 @dataclass(frozen=True)
