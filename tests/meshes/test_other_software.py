@@ -1,4 +1,4 @@
-"""What other software says of our files: the Khronos validator of glTF, pymeshlab, Blender. Skipped where absent.
+"""What other software says of our files: glTF's validator, pymeshlab, PrusaSlicer, Blender. Skipped where absent.
 
 `npm install gltf-validator` in any folder, named by the variable PRD_NODE_MODULES. pymeshlab and bpy (Blender) are
 found in this environment, or in those whose Python PRD_PYMESHLAB_PYTHON and PRD_BLENDER_PYTHON name.
@@ -102,18 +102,34 @@ def test_the_khronos_validator_has_nothing_to_say(
     assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"]
 
 
-def test_pymeshlab_finds_no_open_edge(tmp_path: Path) -> None:
-    files: dict[Path, int] = {}
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, int]:
+    """Every shape of the toy box in every format, with a texture and without, and its genus."""
+    folder, files = tmp_path_factory.mktemp("toys"), {}
     for shape in SHAPES:
         (mesh,) = extract_mesh(ExactField([f"a red {shape}"]), isosurface_resolution=48, target_faces=1500)
         assert mesh is not None
         for suffix in (".obj", ".ply", ".stl", ".3mf", ".glb", ".gltf"):
             for kind, made in (("texture", mesh), ("colours", bare(mesh))):
-                files[made.export(tmp_path / f"{shape}_{kind}{suffix}")] = GENUS.get(shape, 0)
-    found = said("pymeshlab", "PRD_PYMESHLAB_PYTHON", "in_pymeshlab.py", list(files))
-    for (path, genus), topology in zip(files.items(), found, strict=True):
+                files[made.export(folder / f"{shape}_{kind}{suffix}")] = GENUS.get(shape, 0)
+    return files
+
+
+def test_pymeshlab_finds_no_open_edge(toys: dict[Path, int]) -> None:
+    found = said("pymeshlab", "PRD_PYMESHLAB_PYTHON", "in_pymeshlab.py", list(toys))
+    for (path, genus), topology in zip(toys.items(), found, strict=True):
         expected = {"boundary_edges": 0, "non_two_manifold_edges": 0, "genus": genus}
         assert topology == expected, path.name
+
+
+def test_a_slicer_finds_no_open_edge(toys: dict[Path, int]) -> None:
+    slicer = shutil.which("prusa-slicer")
+    if slicer is None:
+        pytest.skip("needs prusa-slicer")
+    printed = [path for path in toys if path.suffix in (".obj", ".stl", ".3mf")]
+    for path in printed:
+        told = subprocess.run([slicer, "--info", str(path)], capture_output=True, text=True, check=True).stdout
+        assert "manifold = yes" in told and "open_edges" not in told, (path.name, told)
 
 
 @pytest.fixture(scope="module")
