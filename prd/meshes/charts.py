@@ -93,7 +93,7 @@ class _Joined:
 
     def areas(self, count: int) -> NDArray[np.float64]:
         """Return the area [count] of each chart on the surface."""
-        return np.bincount(self.chart_of, _areas(self.points[self.faces]), count)
+        return np.asarray(np.bincount(self.chart_of, _areas(self.points[self.faces]), count), np.float64)
 
     def borders(self, chart: int) -> NDArray[np.int64]:
         """Return the edges [N, 2] between a chart's faces, in the first column, and those of others."""

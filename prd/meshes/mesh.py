@@ -214,7 +214,8 @@ def build_mesh(
     for level in range(options.lods):
         target = options.target_faces or len(faces)
         vertices, faces = _simplified(vertices, faces, max(4, target >> 2 * level), options)
-        levels.append(_coloured(field, vertices, faces, options, device, fine))
+        mesh = _coloured(field, vertices, faces, options, device, fine)
+        levels.append(replace(mesh, metallic=options.metallic, roughness=options.roughness))
     return replace(levels[0], lods=tuple(levels[1:]))
 
 
@@ -244,10 +245,9 @@ def _coloured(
 ) -> Mesh:
     """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
     rgb = partial(query_rgb, field, device=device)
-    material = {"metallic": options.metallic, "roughness": options.roughness}
     if options.texture_size is None:
         colors = fitted_colors(vertices, faces, rgb)
-        return Mesh(vertices, faces, vertex_normals(vertices, faces), colors, **material)
+        return Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
     size = options.texture_size
     if size == "auto":
         size = texture_size(vertices, faces, rgb)
@@ -264,7 +264,7 @@ def _coloured(
     if fine is not None:
         smooth, along = texels.points[:, 3:6], texels.points[:, 6:]
         bumps = paint(texels, in_tangent_space(fine.normals_at(points, smooth), smooth, along))
-    return Mesh(vertices, faces, normals, colors, uv, texture, normal_map=bumps, **material)
+    return Mesh(vertices, faces, normals, colors, uv, texture, normal_map=bumps)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ charts are never mirrored, so that the bitangent is always normal x tangent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
@@ -66,10 +68,10 @@ def in_tangent_space(
     return (local / 2 + (0.5 + FLAT)).clip(0, 1).astype(np.float32)
 
 
-def _across(vectors: NDArray[np.float64], normals: NDArray[np.float64]) -> NDArray[np.float64]:
+def _across(vectors: NDArray[Any], normals: NDArray[Any]) -> NDArray[np.float64]:
     """Return the parts of vectors [N, 3] across unit normals [N, 3]."""
     return np.asarray(vectors - (vectors * normals).sum(axis=1, keepdims=True) * normals)
 
 
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), TINY))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bpy  # type: ignore[import-not-found]
+import bpy
 import numpy as np
 
 SIDES = {"front": (0.0, -1.0, 0.0), "top": (0.0, 0.0, 1.0)}
