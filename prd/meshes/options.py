@@ -74,7 +74,7 @@ class MeshOptions:
     def _check_real(self, name: str, most: float, allowed: str) -> None:
         """Keep a number as Python's; ValueError unless it is one in 0..most."""
         value: Any = getattr(self, name)
-        if is_bool(value) or not isinstance(value, Real) or not 0 <= value <= most:
+        if is_bool(value) or not isinstance(value, Real) or not 0 <= float(value) <= most:
             raise ValueError(f"{name}={value!r}: must be {allowed}")
         object.__setattr__(self, name, float(value))
 
