@@ -104,8 +104,7 @@ class Client:
 
 def checked_address(text: str) -> tuple[str, bool]:
     """Return an address without its last slash, and whether it is on this computer; `ServerError` for what is none."""
-    address = text.strip().rstrip("/")
-    address = address if "://" in address else f"http://{address}"
+    address = text.strip() if "://" in text else f"http://{text.strip()}"
     try:
         parts = urllib.parse.urlsplit(address)
         host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
@@ -113,7 +112,7 @@ def checked_address(text: str) -> tuple[str, bool]:
         host = None
     if not host or parts.query or parts.fragment:
         raise ServerError(f"address={text!r}: must be as {ADDRESS}; `prd serve` prints its own", "no_server")
-    return address, LOCAL.fullmatch(host) is not None
+    return address.rstrip("/"), LOCAL.fullmatch(host) is not None
 
 
 class Generation(threading.Thread):
