@@ -37,7 +37,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
 INLINE = re.compile(
-    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate) |python |accelerate launch |pytest|\.ci/)"
+    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate|serve|demo) |python |accelerate launch |"
+    r"pytest|\.ci/)"
 )
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
@@ -175,6 +176,7 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.evaluation.report.runs_table",
         "prd.evaluation.ablations.command.load_table",
         "prd.cli.run_evaluate",
+        "prd.serving.command._check_installed",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):

@@ -55,8 +55,8 @@ def run_serve(args: argparse.Namespace) -> int:
     _check_installed("serve", "fastapi", "uvicorn")
     from prd.serving.run import bound_socket, run_app, url_of
 
+    bound = bound_socket(args.host, args.port)  # before anything is loaded
     service = _service(args, args.rate)
-    bound = bound_socket(args.host, args.port)
     from prd.serving.server import build_app
 
     app = build_app(service, args.allow_origin)
@@ -70,8 +70,8 @@ def run_demo(args: argparse.Namespace) -> int:
     _check_installed("demo", "gradio")
     from prd.serving.run import bound_socket, run_app, url_of
 
-    service = _service(args, rate=0)
     bound = bound_socket(args.host, args.port)
+    service = _service(args, rate=0)
     service.start()
     from prd.serving.demo import build_demo
 

@@ -184,7 +184,6 @@ class Jobs:
             job.files, job.faces, job.picture, job.progress = files, faces, picture, 1.0
             self._bytes[job.id] = sum(path.stat().st_size for path in paths)
             self._finish(job, "done")
-            self.expire()
 
     def fail(self, job: Job, type: str, message: str) -> None:
         """Finish a job with an error."""
@@ -255,6 +254,7 @@ class Jobs:
         self._notify(job)
         for other in self._queue.values():
             self._notify(other)
+        self.expire()
 
     def _forget(self, id: str) -> None:
         job = self._finished.pop(id)

@@ -9,13 +9,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from prd.errors import ConfigError
-from prd.serving.service import Service
 from prd.utils.arguments import check_int
+
+if TYPE_CHECKING:
+    from prd.serving.service import Service
 
 LINGER = 5.0  # seconds in which the last files may still be read after a signal
 FORCED = 128 + 2  # exit status after a second signal, as shells report SIGINT

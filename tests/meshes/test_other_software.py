@@ -1,14 +1,10 @@
 """What other software says of our files: the Khronos validator of glTF, and pymeshlab. Skipped where they are absent.
 
-`npm install gltf-validator` in any folder, named by the variable PRD_NODE_MODULES; `pip install pymeshlab`.
+`tests/other_software.py` says where gltf-validator is looked for; `pip install pymeshlab`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +12,10 @@ import pytest
 
 from prd.meshes.mesh import Mesh, extract_mesh
 from prd.toybox.world import ExactField
+from tests.other_software import gltf_issues
 
 pytestmark = pytest.mark.slow
 
-NODE_MODULES = Path(os.environ.get("PRD_NODE_MODULES", "node_modules")).absolute()
-VALIDATE = """
-const validator = require(process.argv[1]), fs = require('fs');
-validator.validateBytes(new Uint8Array(fs.readFileSync(process.argv[2])))
-  .then(report => console.log(JSON.stringify(report.issues)));
-"""
 METADATA = {"prompt": "a mug", "seed": 0, "model": "toybox", "licence": "apache-2.0"}
 
 
@@ -42,14 +33,10 @@ def bare(mesh: Mesh) -> Mesh:
 @pytest.mark.parametrize("suffix", [".glb", ".gltf"])
 @pytest.mark.parametrize("kind", ["texture", "webp", "vertex colours", "levels"])
 def test_the_khronos_validator_has_nothing_to_say(kind: str, suffix: str, mug: Mesh, tmp_path: Path) -> None:
-    package = NODE_MODULES / "gltf-validator"
-    if shutil.which("node") is None or not package.is_dir():
-        pytest.skip("needs node and gltf-validator; see the head of this file")
     mesh = mug if kind == "levels" else replace(mug, lods=())
     mesh = bare(mesh) if kind == "vertex colours" else mesh
     path = mesh.export(tmp_path / f"mug{suffix}", picture="webp" if kind == "webp" else "png")
-    command = ["node", "-e", VALIDATE, str(package), str(path)]
-    issues = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    issues = gltf_issues(path)
     assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"]
 
 
