@@ -35,7 +35,19 @@ from prd.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = ("prd", "teachers", "adapters", "configs", "examples", "integrations", "benchmarks", "docs", "tests", ".ci", "runs")
+TOP = (
+    "prd",
+    "teachers",
+    "adapters",
+    "configs",
+    "examples",
+    "integrations",
+    "benchmarks",
+    "docs",
+    "tests",
+    ".ci",
+    "runs",
+)
 INLINE = re.compile(
     r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate|serve|demo) |python |accelerate launch |"
     r"pytest|\.ci/)"

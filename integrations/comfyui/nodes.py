@@ -142,7 +142,7 @@ class Generate:
         options = MeshOptions(
             isosurface_resolution=resolution,
             target_faces=faces or None,
-            texture_size=None if texture == VERTEX_COLORS else AUTO if texture == AUTO else int(texture),
+            texture_size=None if texture == VERTEX_COLORS else "auto" if texture == AUTO else int(texture),
             topology=topology,  # type: ignore[arg-type]  # checked there
             close_handles=close_handles,
         )

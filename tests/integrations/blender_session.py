@@ -40,7 +40,8 @@ def crowd(add_on: Any, client: Any) -> list[str]:
 def played(add_on: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Run the operator for a case; returns what came of it."""
     settings = bpy.context.scene.prd
-    client, jobs = None, []
+    client: Any = None
+    jobs: list[str] = []
     if case.pop("crowd", False):
         client = add_on.Client(case["address"])
         jobs = crowd(add_on, client)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-PYTHON_TYPES = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+PYTHON_TYPES: dict[str, Any] = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 
 
 class Interrupted(Exception):
@@ -29,7 +29,8 @@ class Host:
     """Loads a folder of custom nodes, checks workflows and runs them, caching outputs between runs."""
 
     def __init__(self, package: Path, output: Path, patch: pytest.MonkeyPatch) -> None:
-        self.output, self.progress, self.interrupted = output, [], False
+        self.output, self.interrupted = output, False
+        self.progress: list[tuple[int, int]] = []  # steps done, of how many
         self.executed: list[str] = []  # nodes of the last run
         self.cache: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         for module in self._modules():

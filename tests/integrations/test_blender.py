@@ -88,7 +88,8 @@ def fetched(address: str, prompt: str, **options: Any) -> trimesh.Trimesh:
     with urllib.request.urlopen(request) as answer:
         job = json.load(answer)
     with urllib.request.urlopen(f"{address}{job['file']}") as answer:
-        (mesh,) = trimesh.load(io.BytesIO(answer.read()), file_type="glb").geometry.values()
+        scene: Any = trimesh.load(io.BytesIO(answer.read()), file_type="glb")
+    (mesh,) = scene.geometry.values()
     return mesh
 
 

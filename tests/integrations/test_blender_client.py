@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -344,6 +345,27 @@ def test_other_computers_need_online_access(add_on: Any, operator: Any, server: 
     context = Window("http://meshes.example.org")
     assert operator.invoke(context, None) == {"CANCELLED"}
     assert "may not go online" in context.settings.message and add_on.PRD_OT_generate.poll(context)
+
+
+@pytest.mark.parametrize("state", ["idle", "running", "failed"])
+def test_the_panel_shows_the_state(add_on: Any, state: str) -> None:
+    """A button while nothing is made; else progress and a button that cancels; an error in lines that fit."""
+    panel, context = add_on.PRD_PT_panel(), Window("127.0.0.1:9")
+    panel.layout, context.region = mock.MagicMock(), SimpleNamespace(width=210)  # type: ignore[attr-defined]
+    if state == "running":
+        running = add_on.PRD_OT_generate.running = add_on.Generation(add_on.Client("127.0.0.1:9"), {})
+        running.status, running.progress = "40%", 0.4
+    if state == "failed":
+        context.settings.message, context.settings.failed = "64 jobs are waiting, as many as may; try again later", True
+    panel.draw(context)
+    buttons = [call.args[0] for call in panel.layout.operator.call_args_list]
+    assert buttons == (["prd.cancel"] if state == "running" else ["prd.generate"])
+    column = panel.layout.column.return_value
+    lines = [call.kwargs["text"] for call in column.label.call_args_list]
+    assert " ".join(lines) == context.settings.message and all(len(line) <= 30 for line in lines)
+    assert column.alert == (state == "failed")
+    if state == "running":
+        panel.layout.progress.assert_called_once_with(factor=0.4, text="40%")
 
 
 # -- the extension ----------------------------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def test_the_mesh_is_the_one_of_the_pipeline(host: Host) -> None:
     """Bit for bit, whatever mode of torch the nodes are run in."""
     host.run(workflow())
     mesh, notes = host.outputs("make")
-    pipe = load_pipeline("toybox", device="cpu")
-    call: Any = {"isosurface_resolution": 24, "target_faces": 300, "texture_size": None}
+    pipe: Any = load_pipeline("toybox", device="cpu")
+    call = {"isosurface_resolution": 24, "target_faces": 300, "texture_size": None}
     (expected,) = pipe("a red cube", generator=torch.Generator().manual_seed(3), **call).meshes
     assert (mesh.vertices == expected.vertices).all() and (mesh.vertex_colors == expected.vertex_colors).all()
     assert mesh.texture is None and notes == ""
