@@ -35,23 +35,9 @@ from prd.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = (
-    "prd",
-    "teachers",
-    "adapters",
-    "configs",
-    "examples",
-    "integrations",
-    "benchmarks",
-    "docs",
-    "tests",
-    ".ci",
-    "runs",
-)
-INLINE = re.compile(
-    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate|serve|demo) |python |accelerate launch |"
-    r"pytest|\.ci/)"
-)
+TOP = (*"prd teachers adapters configs examples integrations benchmarks docs tests .ci runs".split(),)
+SUBCOMMANDS = "generate|serve|demo|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
+INLINE = re.compile(rf"([A-Z]+=\S+ )?(prd ({SUBCOMMANDS}) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
@@ -188,6 +174,10 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.evaluation.report.runs_table",
         "prd.evaluation.ablations.command.load_table",
         "prd.cli.run_evaluate",
+        "prd.cli.run_completion",
+        "prd.commands.doctor.examine",
+        "prd.commands.prompts.read_prompts",
+        "prd.hub.info.model_info",
         "prd.serving.command._check_installed",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))

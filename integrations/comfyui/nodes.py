@@ -10,11 +10,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +206,12 @@ class Views:
         import numpy as np
 
         from prd.evaluation.drawing import draw
-        from prd.evaluation.protocols import Pictures
-        from prd.meshes.files import read_file_mesh
+        from prd.evaluation.preview import CAMERA, to_file_mesh
 
         azimuths = tuple(360 * k / views for k in range(views))
-        pictures = Pictures(elevation=elevation, azimuths=azimuths, size=size * SAMPLES, fovy=40.0, extent=0.7)
-        with tempfile.TemporaryDirectory(prefix="prd-") as folder, torch.inference_mode(False):
-            drawn = draw(read_file_mesh(mesh.export(Path(folder, "mesh.glb"))), pictures)
+        camera = replace(CAMERA, elevation=elevation, azimuths=azimuths, size=size * SAMPLES)
+        with torch.inference_mode(False):
+            drawn = draw(to_file_mesh(mesh), camera)
             return (torch.stack([halved(torch.from_numpy(np.array(picture)).float() / 255) for picture in drawn]),)
 
 

@@ -7,10 +7,10 @@ import importlib.util
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prd.commands.options import add_model, load_model
+
 if TYPE_CHECKING:
     from prd.serving.service import Service
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_serve(commands: Any) -> None:
@@ -37,12 +37,8 @@ def add_demo(commands: Any) -> None:
 def _add_service(command: argparse.ArgumentParser, port: int) -> None:
     command.add_argument("--port", type=int, default=port, help=f"0: a free one ({port})")
     command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (127.0.0.1)")
-    command.add_argument("--model", default="toybox", help="'toybox', 'toybox-atom', a run folder, or a Hub id")
-    command.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
-    command.add_argument("--text-encoder", default=None, help="another place of a single-pass model's text encoder")
-    command.add_argument("--revision", default=None, help="branch, tag or commit of the model on the Hub")
-    command.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    command.add_argument("--dtype", default=None, choices=DTYPES, help="default: the fastest this device computes in")
+    add_model(command)
+    command.set_defaults(steps=None)  # of a request, not of the command
     command.add_argument("--queue", type=int, default=64, help="jobs that may wait (64)")
     command.add_argument("--batch-size", type=int, default=4, help="waiting prompts in one call (4)")
     command.add_argument("--keep", type=int, default=600, metavar="SECONDS", help="how long files are kept (600)")
@@ -106,18 +102,7 @@ def _service(args: argparse.Namespace, rate: int) -> Service:
 
 def _load(args: argparse.Namespace) -> Any:
     """Load the pipeline, on the worker's thread."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from prd.pipelines.auto import load_pipeline
-
-    transformers_logging.disable_progress_bar()
-    asked = {
-        "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "dtype": None if args.dtype is None else getattr(torch, args.dtype),
-        **{name: getattr(args, name) for name in ("base", "text_encoder", "revision")},
-    }
-    pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
+    pipe = load_model(args)
     if pipe.encoder is None:
         raise ValueError(f"model={args.model!r}: has no text encoder, so that it cannot read prompts; name another")
     if pipe.draws_noise:

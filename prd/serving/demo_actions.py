@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,19 @@ from prd.utils.arguments import MAX_SEED, check_seed, shown
 MAX_VARIANTS = 8
 SHOWN_JOBS = 24  # of a visitor, on the sheet
 SESSIONS = 256  # visitors whose sheets are remembered
-PICTURE = 192  # pixels
 LOOK = 0.25  # seconds between looks at a job
+
+
+@dataclass
+class Visitor:
+    """What is remembered of a session, which is a tab of a browser.
+
+    made    ids of its jobs, the newest first
+    clicks  number of its clicks that were answered with jobs
+    """
+
+    made: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_JOBS))
+    clicks: int = 0
 
 
 class Actions:
@@ -31,8 +42,7 @@ class Actions:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.formats, self.draws_noise = tuple(available_formats()), bool(service.pipe.draws_noise)
-        self._lock = threading.Lock()
-        self._sheets: OrderedDict[str, deque[str]] = OrderedDict()  # session -> ids of jobs, the newest first
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # by session; used by the event loop's thread alone
 
     async def make(
         self,
@@ -54,16 +64,24 @@ class Actions:
             jobs = [await self._submit(one) for one in wanted]
         except ServiceError as error:
             return [error.message, gr.skip(), *nothing]
+        visitor = self._visitor(request.session_hash or "")
+        visitor.clicks = click = visitor.clicks + 1
+        said: tuple[float, str] | None = None
         while not all(job.is_finished for job in jobs):
-            progress(sum(job.progress for job in jobs) / len(jobs), desc=self._progress(jobs))
+            says = (round(sum(job.progress for job in jobs) / len(jobs), 2), self._progress(jobs))
+            if click == visitor.clicks and says != said:  # of the last click alone: many at once would block the page
+                progress(says[0], desc=says[1])
+                said = says
             await asyncio.sleep(LOOK)
         done = [job for job in jobs if job.files]
         for job in done:
             job.fetched = True
-        sheet = self._remember(request.session_hash or "", done)
+        visitor.made.extendleft(job.id for job in reversed(done))
+        if click < visitor.clicks:  # the next one shows all; a viewer that loads each mesh of many blocks the page
+            return [gr.skip(), gr.skip(), *nothing]
         if not done:
-            return [jobs[0].error[1] if jobs[0].error else "cancelled", sheet, *nothing]
-        return [summary(jobs), sheet, *self._files(done[0])]
+            return [jobs[0].error[1] if jobs[0].error else "cancelled", self._sheet(visitor), *nothing]
+        return [summary(jobs), self._sheet(visitor), *self._files(done[0])]
 
     def choose(self, event: gr.SelectData) -> list[Any]:
         """Show the mesh whose picture was clicked: values of status, viewer and downloads."""
@@ -103,7 +121,7 @@ class Actions:
                 seed=(first + i) % (MAX_SEED + 1),
                 options=options,
                 formats=self.formats,
-                preview=PICTURE,
+                preview=True,
                 toward=toward or None,
                 share=float(share) if toward else 0.0,
             )
@@ -126,17 +144,18 @@ class Actions:
         finished = sum(job.is_finished for job in jobs)
         return f"{finished} of {len(jobs)} done" if len(jobs) > 1 else "at work"
 
-    def _remember(self, session: str, jobs: Sequence[Job]) -> list[tuple[str, str]]:
-        """Add jobs to a visitor's sheet; returns the pictures and captions of those whose files are still there."""
-        with self._lock:
-            sheet = self._sheets.setdefault(session, deque(maxlen=SHOWN_JOBS))
-            self._sheets.move_to_end(session)
-            while len(self._sheets) > SESSIONS:
-                self._sheets.popitem(last=False)
-            sheet.extendleft(job.id for job in reversed(jobs))
-            ids = list(sheet)
+    def _visitor(self, session: str) -> Visitor:
+        """Return what is remembered of a session."""
+        visitor = self._visitors.setdefault(session, Visitor())
+        self._visitors.move_to_end(session)
+        while len(self._visitors) > SESSIONS:
+            self._visitors.popitem(last=False)
+        return visitor
+
+    def _sheet(self, visitor: Visitor) -> list[tuple[str, str]]:
+        """Return the pictures and captions of a visitor's meshes whose files are still there."""
         found = []
-        for id in ids:
+        for id in visitor.made:
             try:
                 job = self.service.jobs.get(id)
             except ServiceError:

@@ -60,7 +60,7 @@ class MeshRequest:
     steps    denoising steps; None: as trained
     formats  of its files, as "glb"
     export   options of `Mesh.export`
-    preview  pixels per side of its picture; 0: none is drawn
+    preview  whether its picture is drawn
     toward   a second prompt; the mesh is `share` of the way from the first to it
     """
 
@@ -70,7 +70,7 @@ class MeshRequest:
     steps: int | None = None
     formats: tuple[str, ...] = ("glb",)
     export: ExportKeywords = field(default_factory=ExportKeywords)
-    preview: int = 0
+    preview: bool = False
     toward: str | None = None
     share: float = 0.0
 

@@ -12,25 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from prd.evaluation.drawing import draw
-from prd.evaluation.protocols import Pictures
+from prd.evaluation.preview import views_of
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
 from prd.isosurface.extract import EmptySurfaceError
 from prd.meshes.export import Export, export_mesh
-from prd.meshes.files import FileMesh
 from prd.meshes.mesh import Mesh, extract_mesh
 from prd.serving.jobs import Job, Jobs
-from prd.utils.memory import keep_freed_memory, release_freed_memory
+from prd.utils.memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
 
 GENERATED = 0.6  # progress when the fields of a batch are there; the rest is the surface, its colours and its files
-VIEW = Pictures(elevation=20.0, azimuths=(30.0,), size=256)
 
 
 class AllCancelled(Exception):
@@ -50,7 +45,6 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            keep_freed_memory()
             self.pipe = self.load()
         except BaseException as error:  # raised again by who started the service
             self.failure = error
@@ -118,7 +112,7 @@ class Worker(threading.Thread):
         files = {name: write_file(mesh, job, name, folder) for name in request.formats}
         picture = folder / f"{job.id}.png" if request.preview else None
         if picture is not None:
-            draw_picture(mesh, request.preview).save(picture)
+            next(views_of(mesh, 1)).save(picture)
         self.jobs.complete(job, files, len(mesh.faces), picture)
 
     def _metadata(self, job: Job) -> dict[str, Any]:
@@ -191,18 +185,3 @@ def write_file(mesh: Mesh, job: Job, name: str, folder: Path) -> Path:
         return packed
     finally:
         shutil.rmtree(parts)
-
-
-def draw_picture(mesh: Mesh, size: int) -> Image.Image:
-    """Return a picture [size, size] of a mesh from its front, a little from above, unlit."""
-    textured = mesh.uv is not None and mesh.texture is not None
-    plain = FileMesh(
-        vertices=mesh.vertices.astype(np.float64),
-        faces=mesh.faces,
-        colors=np.ones_like(mesh.vertex_colors) if textured else mesh.vertex_colors,
-        uv=mesh.uv if mesh.uv is not None else np.full((len(mesh.vertices), 2), np.nan, np.float32),
-        texture_of=np.full(len(mesh.faces), 0 if textured else -1, np.int64),
-        textures=(mesh.texture,) if textured and mesh.texture is not None else (),
-    )
-    (pixels,) = draw(plain, replace(VIEW, size=2 * size))
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS)

@@ -31,12 +31,13 @@ class Page:
 
     def __init__(self, browser: Any, url: str) -> None:
         self.tab = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        self.tab.set_default_timeout(SECONDS * 1000)
         self.hosts: set[str] = set()
         self.faults: list[str] = []
         self.tab.on("request", lambda asked: self.hosts.add(asked.url.split("/")[2] if "://" in asked.url[:8] else ""))
         self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
         self.tab.goto(url)
-        self.tab.wait_for_selector("#prompt textarea", timeout=SECONDS * 1000)
+        self.tab.wait_for_selector("#prompt textarea")
         self.tab.get_by_text("Options", exact=True).click()
         self.tab.get_by_label("per vertex").check()
 
@@ -120,11 +121,11 @@ def test_from_a_prompt_to_a_valid_file(served: tuple[str, Service], browser: Any
     page.tab.locator("#variants input[type=range]").fill("3")
     page.type("a green arrow").generate()
     page.wait_for("green arrow", "seed 5")
-    page.tab.wait_for_function("document.querySelectorAll('#sheet img').length == 4", timeout=SECONDS * 1000)
+    page.tab.wait_for_function("document.querySelectorAll('#sheet img').length == 4")
     page.tab.locator("#sheet img").nth(2).click()
     page.wait_for("green arrow", "seed 7")
     for format in available_formats():
-        with page.tab.expect_download(timeout=SECONDS * 1000) as download:
+        with page.tab.expect_download() as download:
             page.tab.click(f"#as-{format}")
         path = tmp_path / download.value.suggested_filename
         download.value.save_as(path)
@@ -160,7 +161,7 @@ def test_fifty_quick_clicks_lose_nothing_and_two_tabs_keep_apart(served: tuple[s
         one.tab.wait_for_timeout(200)
     assert service.jobs.total["done"] == before + 51 and not service.jobs.total["failed"]
     one.wait_for("red mug", "triangles")
-    one.tab.wait_for_function("document.querySelectorAll('#sheet img').length == 24", timeout=SECONDS * 1000)
+    one.tab.wait_for_function("document.querySelectorAll('#sheet img').length == 24")
     assert two.tab.locator("#sheet img").count() == 1 and "yellow torus" in two.status
     red, yellow = one.colour(), two.colour()
     assert red[0] > 1.5 * red[1] and yellow[0] < 1.5 * yellow[1]

@@ -15,6 +15,8 @@ from prd.pipelines.auto import load_pipeline
 from prd.serving.errors import InvalidField, Loading, QueueFull, Stopping, UnknownJob
 from prd.serving.jobs import Jobs
 from prd.serving.limits import CLIENTS, RateLimit, RateLimited
+from prd.serving.run import bound_socket, run_app
+from prd.serving.server import build_app
 from prd.serving.service import Service, ServiceConfig
 from tests.serving.stub import StubPipeline, asked, started
 
@@ -166,7 +168,9 @@ def test_a_model_that_cannot_be_loaded_is_said() -> None:
     service.start()
     with pytest.raises(ValueError, match="is no model"):
         service.wait_until_loaded()
-    service.close()
+    with pytest.raises(ValueError, match="is no model"):
+        run_app(build_app(service), service, bound_socket("127.0.0.1", 0))
+    assert not service.jobs.folder.exists()
 
 
 @pytest.mark.parametrize(
