@@ -2,7 +2,7 @@
 
 The interface is that of ComfyUI's node classes (docs.comfy.org, "Custom nodes"). A model is passed between nodes as
 PRD_MODEL (a pipeline of prd), a mesh as PRD_MESH (a `prd.meshes.mesh.Mesh`). ComfyUI runs nodes in torch's inference
-mode, where nothing has gradients, which normals of a surface are made of: nodes that compute leave it.
+mode, whose tensors cannot be saved for gradients: models, meshes and images are made outside of it.
 """
 
 from __future__ import annotations
