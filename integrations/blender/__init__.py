@@ -93,12 +93,14 @@ class Client:
         """Return what the server says of a request that it does not take."""
         try:
             said = json.loads(error.read())["error"]
-            return ServerError(str(said["message"]), str(said["type"]))
+            if said["type"] != "not_found":  # of an address that goes on behind that of a server
+                return ServerError(str(said["message"]), str(said["type"]))
         except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
-            return self._no_server(f"with status {error.code}")
+            pass
+        return self._no_server(f"with status {error.code}")
 
     def _no_server(self, how: str) -> ServerError:
-        sentence = f"{self.address} answers {how}: it is no server of prd; give the address that `prd serve` prints"
+        sentence = f"{self.address} answers {how}: no server of prd is there; give the address that `prd serve` prints"
         return ServerError(sentence, "no_server")
 
 
@@ -205,11 +207,11 @@ def request_of(settings: Any) -> dict[str, Any]:
     return request if settings.random_seed else {**request, "seed": settings.seed}
 
 
-def asset_extras(glb: bytes) -> dict[str, Any]:
-    """Return what a GLB says of its making: `asset.extras` of its first chunk, the JSON."""
+def provenance(glb: bytes) -> dict[str, str]:
+    """Return what a GLB says of its making, in `asset.extras` of its first chunk, the JSON."""
     length = int.from_bytes(glb[12:16], "little")
-    extras = json.loads(glb[20 : 20 + length])["asset"].get("extras")
-    return extras if isinstance(extras, dict) else {}
+    extras = json.loads(glb[20 : 20 + length])["asset"].get("extras") or {}
+    return {name: str(extras[name]) for name in PROVENANCE if name in extras}
 
 
 def import_glb(context: Any, glb: bytes, job: dict[str, Any]) -> Any:
@@ -231,16 +233,14 @@ def import_glb(context: Any, glb: bytes, job: dict[str, Any]) -> Any:
     for thing in added:
         if thing.parent is None:
             thing.location = context.scene.cursor.location
-    extras = asset_extras(glb)
-    made = {"prompt": job["prompt"], "seed": job["seed"], **{name: extras.get(name) for name in PROVENANCE}}
+    made = {"prompt": job["prompt"], "seed": job["seed"], **provenance(glb)}
     for thing in meshes:
         thing.name = thing.data.name = job["prompt"]
         thing.rotation_mode = "XYZ"
         for material in thing.data.materials:
             material.name = job["prompt"]
         for name, value in made.items():
-            if value is not None:
-                thing[name] = value
+            thing[name] = value
     context.view_layer.objects.active = meshes[0]
     return meshes[0]
 

@@ -153,7 +153,7 @@ def test_a_warning_is_shown_beside_the_mesh(results: dict[str, dict[str, Any]]) 
         ("steps", "steps=3: "),
         ("queue full", "1 jobs are waiting, as many as may; try again later"),
         ("nobody there", "no server answers at http://127.0.0.1:9"),
-        ("wrong place", ""),
+        ("wrong place", "http://127.0.0.1:"),
         ("no address", "address='ftp://127.0.0.1': must be as http://127.0.0.1:8000"),
         ("online", "Blender may not go online for http://meshes.example.org"),
     ],
