@@ -39,6 +39,7 @@ OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own 
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
     *("peft_version", "runtime_config"),
 }
+PICTURE = (1024, 1024, 0, 0, 1024, 1024)  # Stable Diffusion XL is told: a picture as trained for, whole
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 GROUPS = ("self_attention", "cross_attention", "convolutions", "decoder_attention", "decoder_convolutions")
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
@@ -248,7 +249,7 @@ class SixPlaneBackbone(nn.Module):
         if not isinstance(unet, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
             raise TypeError(
                 f"base is {type(unet).__name__} + {type(vae).__name__}: PETA adapts UNet2DConditionModel + "
-                "AutoencoderKL, that is Stable Diffusion 1.x, 2.x and their fine-tunes"
+                "AutoencoderKL, that is Stable Diffusion 1.x, 2.x, XL and their fine-tunes"
             )
         parts: Any = vae
         self.unet: Any = shared_copy(unet)
@@ -256,6 +257,10 @@ class SixPlaneBackbone(nn.Module):
         self.post_quant_conv = nn.Identity() if parts.post_quant_conv is None else shared_copy(parts.post_quant_conv)
         self.requires_grad_(False)
         self.num_planes = config.num_planes
+        self.pooled = 0  # channels of a pooled embedding that the U-Net takes beside the tokens
+        if self.unet.config.get("addition_embed_type") == "text_time":
+            times = len(PICTURE) * self.unet.config["addition_time_embed_dim"]
+            self.pooled = self.unet.add_embedding.linear_1.in_features - times
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
@@ -266,8 +271,18 @@ class SixPlaneBackbone(nn.Module):
                 module.attn2.set_processor(processor)
 
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
-        return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct].
+
+        Stable Diffusion XL's text has one more row: the pooled embedding, filled up with zeros.
+        """
+        added = None
+        if self.pooled:
+            text, pooled = text[:, :-1], text[:, -1, : self.pooled]
+            if len(pooled) != len(latents):
+                pooled = pooled.repeat_interleave(self.num_planes, dim=0)
+            sizes = torch.tensor(PICTURE, dtype=pooled.dtype, device=pooled.device).expand(len(pooled), -1)
+            added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
@@ -327,7 +342,7 @@ def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str
             groups["decoder_attention"] += [f"{name}.{linear}" for linear in linears]
     empty = [group for group, names in groups.items() if not names]
     if empty:
-        raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion 1.x or 2.x")
+        raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion")
     return {group: names for group, names in groups.items() if getattr(config, group)}
 
 

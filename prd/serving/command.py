@@ -81,7 +81,8 @@ def _check_installed(extra: str, *packages: str) -> None:
     from prd.errors import ConfigError
 
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"prd {extra}: {' and '.join(missing)} not installed; pip install 'prd-3d[{extra}]'")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"prd {extra}: {' and '.join(missing)} {verb} not installed; pip install 'prd-3d[{extra}]'")
 
 
 def _service(args: argparse.Namespace, rate: int) -> Service:

@@ -17,10 +17,6 @@ from prd.serving.requests import available_formats
 from prd.serving.server import build_app
 from prd.serving.service import Service
 
-FONTS = {  # of the system: the theme's own come from the network
-    "font": ("system-ui", "sans-serif"),
-    "font_mono": ("ui-monospace", "monospace"),
-}
 CSS = """
 footer {display: none !important}
 #sheet .caption-label {font-size: .75rem}
@@ -30,11 +26,11 @@ AT_ONCE = 64  # clicks that are being answered; further ones wait
 
 def build_demo(service: Service) -> FastAPI:
     """Return the application of the page, and of `prd serve` beside it; the service's model must be loaded."""
-    os.environ["GRADIO_TEMP_DIR"] = str(
-        service.jobs.folder / "shown"
-    )  # what browsers were given, removed with the rest
+    shown = service.jobs.folder / "shown"  # files as browsers are given them, removed with the others
+    os.environ["GRADIO_TEMP_DIR"] = str(shown)
     blocks = build_page(service)
-    theme = gr.themes.Soft(primary_hue="indigo", **FONTS)
+    fonts = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the theme's own come from the network
+    theme = gr.themes.Soft(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
     app = build_app(service)
     return gr.mount_gradio_app(
         app, blocks, path="/", theme=theme, css=CSS, ssr_mode=False, footer_links=[], run_history=False, pwa=False
@@ -85,7 +81,9 @@ def build_page(service: Service) -> gr.Blocks:
             show_progress_on=status,
             api_name="make",
         )
-        sheet.select(actions.choose, None, [status, viewer, *downloads], show_progress="hidden", api_name=False)
+        sheet.select(
+            actions.choose, None, [status, viewer, *downloads], show_progress="hidden", api_visibility="private"
+        )
     return page.queue(max_size=1024)
 
 

@@ -6,13 +6,12 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prd.serving.errors import BodyTooLarge, RateLimited, ServiceError
 
 CLIENTS = 4096  # addresses that are remembered
-
-Scope, Receive, Send = dict[str, Any], Callable[[], Any], Callable[[dict[str, Any]], Any]
 
 
 class RateLimit:
@@ -47,7 +46,7 @@ class BodyLimit:
     within  beginning of the paths that are watched
     """
 
-    def __init__(self, app: Any, most: int, within: str) -> None:
+    def __init__(self, app: ASGIApp, most: int, within: str) -> None:
         self.app, self.most, self.within = app, most, within
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +68,7 @@ class BodyLimit:
                 return
         read = False
 
-        async def replay() -> Any:
+        async def replay() -> Message:
             nonlocal read
             if read:
                 return await receive()
@@ -85,7 +84,7 @@ class BodyLimit:
 class Counted:
     """ASGI middleware: counts answers by the route that gave them."""
 
-    def __init__(self, app: Any, add: Callable[[str, str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, add: Callable[[str, str, int], None]) -> None:
         self.app, self.add = app, add
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +93,7 @@ class Counted:
             return
         statuses: list[int] = []
 
-        async def noted(message: dict[str, Any]) -> None:
+        async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
             await send(message)

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 
-import psutil
+import psutil  # of accelerate
 
 from prd.serving.jobs import STATUSES, Job, Jobs
 
@@ -57,11 +57,11 @@ class Metrics:
         for (method, path, status), count in sorted(requests.items()):
             yield f'prd_requests_total{{method="{method}",path="{path}",status="{status}"}} {count}'
         yield from _head("prd_jobs_total", "counter", "Finished jobs by status.")
-        for status in STATUSES[2:]:
-            yield f'prd_jobs_total{{status="{status}"}} {self.jobs.total[status]}'
+        for state in STATUSES[2:]:
+            yield f'prd_jobs_total{{status="{state}"}} {self.jobs.total[state]}'
         yield from _head("prd_jobs", "gauge", "Jobs that are kept, by status.")
-        for status, count in self.jobs.count().items():
-            yield f'prd_jobs{{status="{status}"}} {count}'
+        for state, count in self.jobs.count().items():
+            yield f'prd_jobs{{status="{state}"}} {count}'
         yield from _head("prd_queue_length", "gauge", "Jobs that wait.")
         yield f"prd_queue_length {self.jobs.waiting}"
         yield from _head("prd_queue_limit", "gauge", "Jobs that may wait.")

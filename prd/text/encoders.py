@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
 
@@ -49,13 +50,19 @@ class PromptEncoder:
                 (77 x 1024) are 646 MB in half precision
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any, cache_size: int = 4096) -> None:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
+        self.tokenizers: tuple[PreTrainedTokenizerBase, ...] = (tokenizer,)  # all that read a prompt
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
 
     @property
+    def configs(self) -> tuple[Any, ...]:
+        """The configs of its models, one for each tokenizer."""
+        return (self.model.config,)
+
+    @property
     def length(self) -> int:
-        """Number of tokens L of an embedding."""
+        """Number of tokens L that are read of a prompt."""
         return int(self.model.config.max_position_embeddings)
 
     @torch.no_grad()
@@ -89,11 +96,11 @@ class PromptEncoder:
         """Last hidden states [n, L, Ct] of n prompts."""
         return self.model(self._tokens(prompts).input_ids).last_hidden_state
 
-    def _tokens(self, texts: list[str]) -> BatchEncoding:
-        """Tokens of n texts [n, L] and their mask, on the model's device whatever torch's default one is."""
+    def _tokens(self, texts: list[str], tokenizer: Any = None, length: int | None = None) -> BatchEncoding:
+        """Tokens of n texts [n, length] and their mask, on the model's device whatever torch's default one is."""
         with torch.device("cpu"):
-            tokens = self.tokenizer(
-                texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            tokens = (tokenizer or self.tokenizer)(
+                texts, padding="max_length", max_length=length or self.length, truncation=True, return_tensors="pt"
             )
         return tokens.to(self.model.device)
 

@@ -83,7 +83,7 @@ def served(browser: Any) -> Iterator[tuple[str, Service]]:
 
     pipe: Any = load_pipeline("toybox", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    service = Service(lambda: pipe, ServiceConfig(limits=Limits(resolution=40)))
+    service = Service(lambda: pipe, ServiceConfig(limits=Limits(resolution=32)))
     service.start()
     service.wait_until_loaded()
     bound = bound_socket("127.0.0.1", 0)

@@ -65,6 +65,23 @@ def test_waiting_prompts_are_made_in_one_call_and_a_failure_is_one_job_s() -> No
     service.close()
 
 
+def test_a_mesh_between_two_prompts() -> None:
+    """Of ATT3D; beside others it has a call of its own, and its file says what it lies between."""
+    service, pipe = started(load_pipeline("toybox-att3d"))
+    ends = [asked("a red cube"), asked("a blue sphere")]
+    between = [asked("a red cube", toward="a blue sphere", share=share) for share in (0.0, 0.5)]
+    jobs = [service.submit(request) for request in (ends[0], *between, ends[1])]
+    assert all(service.jobs.wait(job, 60) for job in jobs)
+    assert [job.status for job in jobs] == ["done"] * 4, [job.error for job in jobs]
+    files = [read_file_mesh(job.files["glb"]) for job in jobs]
+    sizes = [file.vertices.max(axis=0) - file.vertices.min(axis=0) for file in files]
+    assert abs(sizes[1] - sizes[0]).max() < 1e-3
+    red, blue = zip(*(file.colors.mean(axis=0)[[0, 2]] for file in files), strict=True)
+    assert red[0] > red[2] > red[3] and blue[0] < blue[2] < blue[3]
+    assert b'"toward":"a blue sphere","share":0.5' in jobs[2].files["glb"].read_bytes()
+    service.close()
+
+
 def test_a_full_queue_a_service_that_loads_and_one_that_stops_refuse() -> None:
     service = Service(StubPipeline, ServiceConfig(queue=2))
     with pytest.raises(Loading):
@@ -182,7 +199,7 @@ def test_a_model_that_cannot_be_loaded_is_said() -> None:
         ({"rate": -1}, "rate=-1"),
     ],
 )
-def test_sizes_out_of_range_are_refused(config: dict[str, int], said: str) -> None:
+def test_sizes_out_of_range_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"{said}: must be an integer of at least"):
         ServiceConfig(**config)
 

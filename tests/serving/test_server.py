@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import threading
@@ -14,6 +15,7 @@ import pytest
 import trimesh
 from fastapi.testclient import TestClient
 
+from prd.cli import main
 from prd.serving.requests import available_formats
 from prd.serving.server import build_app
 from prd.serving.service import Service
@@ -69,7 +71,7 @@ def test_every_format_has_its_media_type_and_can_be_read(format: str, client: Te
     file = client.get(job["file"])
     assert file.headers["content-type"] == job["media_type"] and len(file.content) > 1000
     if format in ("glb", "obj", "ply", "stl"):
-        assert len(trimesh.load(io.BytesIO(file.content), file_type=format, force="mesh").faces) == job["faces"]
+        assert len(trimesh.load_mesh(io.BytesIO(file.content), file_type=format).faces) == job["faces"]
 
 
 def test_a_textured_obj_comes_with_its_material(client: TestClient) -> None:
@@ -315,3 +317,14 @@ def test_warnings_reach_the_job_they_are_about(random_toybox: Any) -> None:
         jobs = [client.get(f"{answer.headers['location']}?wait=60").json() for answer in answers]
     assert [any("dragon" in text for text in job["warnings"]) for job in jobs] == [False, True, False]
     service.close()
+
+
+@pytest.mark.parametrize(("command", "package"), [("serve", "uvicorn"), ("demo", "gradio")])
+def test_a_missing_extra_is_one_sentence(
+    command: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else found(name, *more))
+    assert main([command, "--port", "0"]) == 2
+    said = f"prd: prd {command}: {package} is not installed; pip install 'prd-3d[{command}]'\n"
+    assert capsys.readouterr().err == said
