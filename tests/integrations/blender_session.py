@@ -8,6 +8,7 @@ what is in the scene.
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -95,3 +96,5 @@ def main(folder: str, cases: str, found: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # bpy 4.2 crashes where Python ends, also without an add-on
