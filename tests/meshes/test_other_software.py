@@ -1,7 +1,7 @@
 """What other software says of our files: glTF's validator, pymeshlab, PrusaSlicer, Blender. Skipped where absent.
 
-`npm install gltf-validator` in any folder, named by the variable PRD_NODE_MODULES. pymeshlab and bpy (Blender) are
-found in this environment, or in those whose Python PRD_PYMESHLAB_PYTHON and PRD_BLENDER_PYTHON name.
+`tests/other_software.py` says where gltf-validator is looked for. pymeshlab and bpy (Blender) are found in this
+environment, or in those whose Python PRD_PYMESHLAB_PYTHON and PRD_BLENDER_PYTHON name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,10 @@ from torch import Tensor
 from prd.fields.protocol import AutogradGradient
 from prd.meshes.mesh import Mesh, extract_mesh
 from prd.toybox.world import SHAPES, ExactField
+from tests.other_software import gltf_issues
 
 pytestmark = pytest.mark.slow
 
-NODE_MODULES = Path(os.environ.get("PRD_NODE_MODULES", "node_modules")).absolute()
-VALIDATE = """
-const validator = require(process.argv[1]), fs = require('fs');
-validator.validateBytes(new Uint8Array(fs.readFileSync(process.argv[2])))
-  .then(report => console.log(JSON.stringify(report.issues)));
-"""
 METADATA = {"prompt": "a mug", "seed": 0, "model": "toybox", "licence": "apache-2.0"}
 GENUS = {"torus": 1, "mug": 1}  # of the toy box's shapes; 0 of the others
 FRONT, TOP, REST = (0.9, 0.1, 0.2), (0.1, 0.8, 0.3), (0.3, 0.3, 0.3)
@@ -90,15 +85,10 @@ def test_the_khronos_validator_has_nothing_to_say(
     kind: str, compress: Any, suffix: str, mug: Mesh, tmp_path: Path
 ) -> None:
     """Of compressed geometry it reads no more than the accessors."""
-    package = NODE_MODULES / "gltf-validator"
-    if shutil.which("node") is None or not package.is_dir():
-        pytest.skip("needs node and gltf-validator; see the head of this file")
     mesh = mug if kind == "levels" else replace(mug, lods=())
     mesh = bare(mesh) if kind == "vertex colours" else mesh
     picture: Any = "webp" if kind == "webp" else "png"
-    path = mesh.export(tmp_path / f"mug{suffix}", picture=picture, compress=compress)
-    command = ["node", "-e", VALIDATE, str(package), str(path)]
-    issues = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    issues = gltf_issues(mesh.export(tmp_path / f"mug{suffix}", picture=picture, compress=compress))
     assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"]
 
 
