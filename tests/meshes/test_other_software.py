@@ -1,7 +1,7 @@
 """What other software says of our files: glTF's validator, pymeshlab, PrusaSlicer, Blender. Skipped where absent.
 
 `tests/other_software.py` says where gltf-validator is looked for. pymeshlab and bpy (Blender) are found in this
-environment, or in those whose Python PRD_PYMESHLAB_PYTHON and PRD_BLENDER_PYTHON name.
+environment, or in those whose Python PRD_PYMESHLAB_PYTHON and PRD_BPY_PYTHON name.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def test_blender_shows_every_format_upright_and_in_colour(boxes: dict[str, Mesh]
             cases.append((kind, mesh.export(tmp_path / f"{kind}{suffix}", up=up)))
         if importlib.util.find_spec("DracoPy"):
             cases.append((kind, mesh.export(tmp_path / f"{kind}_draco.glb", compress="draco")))
-    found = said("bpy", "PRD_BLENDER_PYTHON", "in_blender.py", [path for _, path in cases])
+    found = said("bpy", "PRD_BPY_PYTHON", "in_blender.py", [path for _, path in cases])
     for (kind, path), seen in zip(cases, found, strict=True):
         low, high = np.array(LOW), np.array(HIGH)
         if path.suffix == ".stl":  # millimetres, on the bed, no colours
