@@ -102,7 +102,11 @@ def _inputs(pipe: Any, resolution: int) -> tuple[dict[str, Any], gr.Button]:
         fields["faces"] = gr.Slider(100, 50_000, 10_000, step=100, label="Triangles", elem_id="faces")
         fields["colors"] = gr.Radio(["texture", "per vertex"], value="texture", label="Colours")
         fields["resolution"] = gr.Slider(
-            min(32, resolution), resolution, min(160, resolution), step=1, label="Nodes per axis of the surface"
+            32 if resolution > 32 else 2,
+            resolution,
+            min(160, resolution),
+            step=1,
+            label="Nodes per axis of the surface",
         )
     button = gr.Button("Generate", variant="primary", elem_id="generate")
     gr.Examples([[text] for text in _examples(pipe)], [fields["prompt"]], cache_examples=False)

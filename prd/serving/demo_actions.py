@@ -47,17 +47,20 @@ class Actions:
     async def make(
         self,
         prompt: str,
-        seed: str,
-        variants: int,
-        toward: str,
-        share: float,
+        seed: str | None,
+        variants: int | None,
+        toward: str | None,
+        share: float | None,
         faces: int,
         colors: str,
         resolution: int,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  # Gradio finds it as the default of an argument
     ) -> list[Any]:
-        """Make the variants of a prompt; returns values of status, sheet, viewer and downloads."""
+        """Make the variants of a prompt; returns values of status, sheet, viewer and downloads.
+
+        A field that the page does not show, for the model has no use for it, is None.
+        """
         nothing = [gr.skip()] * (1 + len(self.formats))
         try:
             wanted = self._requests(prompt, seed, variants, toward, share, faces, colors, resolution)
@@ -73,9 +76,9 @@ class Actions:
                 progress(says[0], desc=says[1])
                 said = says
             await asyncio.sleep(LOOK)
+        for job in jobs:
+            job.received = True
         done = [job for job in jobs if job.files]
-        for job in done:
-            job.fetched = True
         visitor.made.extendleft(job.id for job in reversed(done))
         if click < visitor.clicks:  # the next one shows all; a viewer that loads each mesh of many blocks the page
             return [gr.skip(), gr.skip(), *nothing]
@@ -94,10 +97,10 @@ class Actions:
     def _requests(
         self,
         prompt: str,
-        seed: str,
-        variants: int,
-        toward: str,
-        share: float,
+        seed: str | None,
+        variants: int | None,
+        toward: str | None,
+        share: float | None,
         faces: int,
         colors: str,
         resolution: int,
@@ -107,14 +110,14 @@ class Actions:
         with_field(check_prompt_length, prompt, limit)
         if toward:
             with_field(check_prompt_length, toward, limit)
-        first = with_field(read_seed, seed)
+        first = with_field(read_seed, seed or "")
         options = with_field(
             MeshOptions,
             target_faces=int(faces),
             isosurface_resolution=int(resolution),
             texture_size="auto" if colors == "texture" else None,
         )
-        count = 1 if toward or not self.draws_noise else max(1, min(MAX_VARIANTS, int(variants)))
+        count = 1 if toward or not self.draws_noise else max(1, min(MAX_VARIANTS, int(variants or 1)))
         return [
             MeshRequest(
                 prompt=prompt,
@@ -123,7 +126,7 @@ class Actions:
                 formats=self.formats,
                 preview=True,
                 toward=toward or None,
-                share=float(share) if toward else 0.0,
+                share=float(share or 0) if toward else 0.0,
             )
             for i in range(count)
         ]

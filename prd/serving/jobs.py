@@ -44,7 +44,7 @@ class Job:
     picture   of its mesh, a PNG, if the request asked for one
     warnings  sentences about its mesh and prompt, as the command line prints them
     error     (type, sentence) of a failed job
-    fetched   whether a file of it was read
+    received  whether a file of it was read, or why it failed
     """
 
     id: str
@@ -59,7 +59,7 @@ class Job:
     picture: Path | None = None
     warnings: list[str] = field(default_factory=list)
     error: tuple[str, str] | None = None
-    fetched: bool = False
+    received: bool = False
     watchers: dict[int, Callable[[], None]] = field(default_factory=dict)
 
     @property
@@ -214,11 +214,11 @@ class Jobs:
             return {status: kept[status] for status in STATUSES}
 
     @property
-    def made_while_stopping(self) -> bool:
-        """Whether a file that was finished after `stop` has not been read yet."""
+    def unreceived(self) -> bool:
+        """Whether a client has not yet read what became of a job that was finished after `stop`."""
         with self._changed:
-            jobs = self._finished.values()
-            return any(job.files and not job.fetched and (job.finished or 0) > self.stopped for job in jobs)
+            late = [job for job in self._finished.values() if (job.finished or 0) >= self.stopped]
+            return any(job.status in ("done", "failed") and not job.received for job in late)
 
     @property
     def waiting(self) -> int:

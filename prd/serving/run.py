@@ -19,7 +19,7 @@ from prd.utils.arguments import check_int
 if TYPE_CHECKING:
     from prd.serving.service import Service
 
-LINGER = 5.0  # seconds in which the last files may still be read after a signal
+LINGER = 5.0  # seconds in which clients may still read what became of the last jobs after a signal
 FORCED = 128 + 2  # exit status after a second signal, as shells report SIGINT
 
 
@@ -56,8 +56,8 @@ def url_of(bound: socket.socket) -> str:
 def run_app(app: Any, service: Service, bound: socket.socket) -> int:
     """Answer requests until SIGINT or SIGTERM; returns the exit status.
 
-    After the first signal new jobs are refused, waiting ones fail, running ones finish, and their files can be read for
-    some seconds; a second signal ends at once. Raises what loading the model raised.
+    After the first signal new jobs are refused, waiting ones fail, running ones finish, and what became of them can be
+    read for some seconds; a second signal ends at once. Raises what loading the model raised.
     """
     config = uvicorn.Config(
         app,
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
         while self.service.is_busy:
             await asyncio.sleep(0.05)
         deadline = asyncio.get_running_loop().time() + LINGER
-        while self.service.jobs.made_while_stopping and asyncio.get_running_loop().time() < deadline:
+        while self.service.jobs.unreceived and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
         self.should_exit = True
 

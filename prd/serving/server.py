@@ -66,14 +66,14 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         job = service.submit(mesh.request())
         response.headers["Location"] = f"/v1/meshes/{job.id}"
         await _wait(service, job, wait)
-        return job_out(job, jobs)
+        return _shown(service, job)
 
     @app.get("/v1/meshes/{id}", responses=_responses(404))
     async def read_job(id: str, wait: Wait = 0) -> JobOut:
         """A job; with `wait` when it is finished."""
         job = jobs.get(id)
         await _wait(service, job, wait)
-        return job_out(job, jobs)
+        return _shown(service, job)
 
     @app.delete("/v1/meshes/{id}", responses=_responses(404))
     async def cancel_job(id: str) -> JobOut:
@@ -99,7 +99,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
         except FileNotFoundError:
             jobs.get(id)  # `UnknownJob`
             raise
-        job.fetched = True
+        job.received = True
         name = {"Content-Disposition": f'attachment; filename="{path.name}"', "X-Content-Type-Options": "nosniff"}
         return Response(data, media_type=MEDIA_TYPES[path.suffix.removeprefix(".")], headers=name)
 
@@ -165,6 +165,12 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     app.add_exception_handler(Exception, on_bug)
 
 
+def _shown(service: Service, job: Job) -> JobOut:
+    """Return a job for its client, who then knows why it failed."""
+    job.received = job.received or job.status == "failed"
+    return job_out(job, service.jobs)
+
+
 async def _wait(service: Service, job: Job, seconds: float) -> None:
     """Wait until a job is finished, at most so many seconds."""
     if not seconds or job.is_finished:
@@ -188,7 +194,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
     with service.jobs.watch(job, _from_any_thread(changed)):
         while True:
             changed.clear()
-            shown = job_out(job, service.jobs)
+            shown = _shown(service, job)
             ended = shown.status in ("done", "failed", "cancelled")
             yield f"event: {shown.status if ended else 'progress'}\ndata: {shown.model_dump_json()}\n\n"
             if ended:

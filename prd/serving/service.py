@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from prd.meshes.options import MAX_RESOLUTION
 from prd.serving.errors import Loading, Stopping
 from prd.serving.jobs import Job, Jobs
 from prd.serving.metrics import Metrics
@@ -36,7 +37,7 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         for name, least in (("queue", 1), ("batch_size", 1), ("keep", 1), ("keep_megabytes", 1), ("rate", 0)):
             check_int(name, getattr(self, name), least)
-        check_int("max_resolution", self.limits.resolution, 2)
+        check_int("max_resolution", self.limits.resolution, 8, MAX_RESOLUTION)
 
 
 class Service:

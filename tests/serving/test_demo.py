@@ -136,6 +136,18 @@ def test_from_a_prompt_to_a_valid_file(served: tuple[str, Service], browser: Any
     assert (issues["numErrors"], issues["numWarnings"]) == (0, 0), issues["messages"]
 
 
+def test_fields_that_are_not_shown_are_none(served: tuple[str, Service]) -> None:
+    """As seed and variants of a model that draws nothing, and the second prompt of one that does not interpolate."""
+    from prd.serving.demo_actions import Actions
+
+    actions = Actions(served[1])
+    (request,) = actions._requests("a red cube", None, None, None, None, 500, "per vertex", 24)
+    assert request.toward is None and 0 <= request.seed < 2**31
+    actions.draws_noise = False
+    (request,) = actions._requests("a red cube", None, None, "a blue sphere", 0.25, 500, "texture", 24)
+    assert (request.toward, request.share, request.options.texture_size) == ("a blue sphere", 0.25, "auto")
+
+
 def test_what_cannot_be_made_is_a_sentence(served: tuple[str, Service], browser: Any) -> None:
     page = Page(browser, served[0])
     page.type("x" * 10_000).generate()

@@ -105,8 +105,12 @@ def test_running_jobs_finish_when_the_service_stops() -> None:
     service.stop()
     pipe.gate.set()
     assert service.jobs.wait(running, 30) and running.status == "done"
-    assert service.jobs.made_while_stopping and running.files["glb"].is_file()
+    assert service.jobs.unreceived and running.files["glb"].is_file()
     assert waiting.status == "failed"
+    running.received = True
+    assert service.jobs.unreceived
+    waiting.received = True
+    assert not service.jobs.unreceived
     service.close()
 
 
