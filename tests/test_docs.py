@@ -35,7 +35,7 @@ from prd.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
+TOP = (*"prd teachers adapters configs examples integrations benchmarks docs tests .ci runs".split(),)
 SUBCOMMANDS = "generate|serve|demo|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
 INLINE = re.compile(rf"([A-Z]+=\S+ )?(prd ({SUBCOMMANDS}) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason

@@ -52,6 +52,7 @@ def _extra(name: str) -> str:
 
 
 EXTRAS = {
+    "DracoPy": Extra("DracoPy", "compressed geometry in .glb", _extra("draco")),
     "usd-core": Extra("pxr", "meshes as .usdz", _extra("usd")),
     "imageio-ffmpeg": Extra("imageio_ffmpeg", "previews as .mp4", _extra("video")),
     "shtab": Extra("shtab", "completion in the shell, prd completion", _extra("completion")),
