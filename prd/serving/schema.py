@@ -24,7 +24,9 @@ from prd.serving.requests import (
 )
 from prd.utils.arguments import SHOWN, shown
 
-EXPORT = ("up", "height", "picture")  # options of the file, not of the mesh
+AS_NAMED = (  # options that `MeshOptions` has by the same name
+    *("coarse_factor", "topology", "close_handles", "keep", "lods", "normal_map", "metallic", "roughness"),
+)
 
 
 def _named(name: str) -> Any:
@@ -47,10 +49,14 @@ class Options(BaseModel):
     close_handles: float = 0.1
     keep: Literal["all", "largest"] = "all"
     lods: int = 1
+    normal_map: bool = False
+    metallic: float = 0.0
+    roughness: float = 1.0
     steps: Annotated[int | None, _named("steps")] = None
     picture: Literal["png", "webp"] = "png"
     up: Literal["y", "z"] | None = None
     height: str | None = None
+    compress: Literal["draco"] | None = None
 
     def mesh_options(self) -> MeshOptions:
         """Return the options of the mesh; raises `InvalidField` for one out of its range."""
@@ -65,7 +71,7 @@ class Options(BaseModel):
             target_faces=self.faces,
             texture_size=None if self.vertex_colors else self.texture,
             isosurface_resolution=self.resolution,
-            **{name: getattr(self, name) for name in ("coarse_factor", "topology", "close_handles", "keep", "lods")},
+            **{name: getattr(self, name) for name in AS_NAMED},
         )
 
 
@@ -88,7 +94,12 @@ class MeshIn(BaseModel):
             options=options.mesh_options(),
             steps=options.steps,
             formats=(self.format.lower(),),
-            export={"up": options.up, "height": options.height, "picture": options.picture},
+            export={
+                "up": options.up,
+                "height": options.height,
+                "picture": options.picture,
+                "compress": options.compress,
+            },
         )
 
 

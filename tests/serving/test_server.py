@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ import trimesh
 from fastapi.testclient import TestClient
 
 from prd.cli import main
-from prd.serving.requests import available_formats
+from prd.meshes.export import ExportKeywords
+from prd.meshes.options import MeshOptions
+from prd.serving.requests import OTHER_NAMES, available_formats
+from prd.serving.schema import Options
 from prd.serving.server import build_app
 from prd.serving.service import Service
 from tests.serving.stub import SMALL, StubPipeline, started
@@ -74,6 +78,12 @@ def test_every_format_has_its_media_type_and_can_be_read(format: str, client: Te
         assert len(trimesh.load_mesh(io.BytesIO(file.content), file_type=format).faces) == job["faces"]
 
 
+def test_every_option_of_a_mesh_and_of_its_file_may_be_asked_for() -> None:
+    """By its own name or that of the command line, so that none is forgotten."""
+    asked = {OTHER_NAMES.get(field.name, field.name) for field in fields(MeshOptions)} - {"on_empty"}
+    assert asked | set(ExportKeywords.__annotations__) | {"steps", "vertex_colors"} == Options.model_fields.keys()
+
+
 def test_a_textured_obj_comes_with_its_material(client: TestClient) -> None:
     textured = {**SMALL, "vertex_colors": False, "texture": 32}
     job = client.post("/v1/meshes?wait=30", json={**ASK, "format": "obj", "options": textured}).json()
@@ -114,6 +124,8 @@ WRONG: list[tuple[Any, str, str]] = [
     ({"prompt": "a", "options": {"topology": "torn"}}, "options.topology", "'keep' or 'free'"),
     ({"prompt": "a", "options": {"close_handles": 9}}, "options.close_handles", "0..2"),
     ({"prompt": "a", "options": {"lods": 9}}, "options.lods", "1..8"),
+    ({"prompt": "a", "options": {"metallic": 2}}, "options.metallic", "2"),
+    ({"prompt": "a", "options": {"compress": "zip"}}, "options.compress", "'draco'"),
     ({"prompt": "a", "options": {"steps": 3}}, "options.steps", "1, 2 or 4"),
     ({"prompt": "a", "options": {"height": "60"}}, "options.height", "as 60mm"),
     ({"prompt": "a", "options": {"up": "x"}}, "options.up", "'y' or 'z'"),
