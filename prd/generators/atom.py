@@ -62,6 +62,7 @@ class AtomModel(SinglePassModel):
 
     class_name = "AToM"
     config_class = AtomConfig
+    added_settings = frozenset({"cross_attention", "plane_aware"})
 
     @float32_weights()
     def __init__(self, config: AtomConfig) -> None:

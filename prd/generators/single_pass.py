@@ -52,6 +52,7 @@ class SinglePassModel(nn.Module):
     folder_name: ClassVar[str] = "generator"  # in a run folder
     class_name: ClassVar[str]  # in config.json
     config_class: ClassVar[Any]
+    added_settings: ClassVar[frozenset[str]] = frozenset()  # that models saved before lack: their defaults hold
     takes_shapes: ClassVar[bool] = False  # whether `generate` takes point clouds, and `dummy` is one
     shares_text_encoder: ClassVar[bool] = True  # whether a teacher's, if it is the same, may stand for it
     num_estimates = 1  # of a rollout
@@ -238,13 +239,16 @@ class SinglePassModel(nn.Module):
                 f"{folder / CONFIG}: _class_name is {record['_class_name']!r}, expected {cls.class_name!r}"
             )
         known = {field.name for field in fields(cls.config_class)}
-        missing, extra = sorted(known - record.keys()), sorted(record.keys() - known - set(RECORDS))
+        missing, extra = (
+            sorted(known - record.keys() - cls.added_settings),
+            sorted(record.keys() - known - set(RECORDS)),
+        )
         if missing or extra:
             raise ModelMismatch(
                 f"{folder / CONFIG}: missing {missing}, extra {extra}; saved by prd {record.get('_prd_version')}, read "
                 f"by {prd.__version__}: use the version that saved it"
             )
-        settings = _settings(cls, folder, {name: record[name] for name in known})
+        settings = _settings(cls, folder, {name: record[name] for name in known & record.keys()})
         state = read_weights(folder / WEIGHTS)
         check_hash(folder / WEIGHTS, record.get("weights_hash"))
         with undrawn_weights():

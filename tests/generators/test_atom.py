@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from prd.fields.fast import evaluate_grid
 from prd.fields.planes import plane_coordinates
+from prd.generators import ModelMismatch
 from prd.generators.atom import AtomConfig, AtomModel
 from prd.generators.blocks import (
     PlaneAwareConv,
@@ -190,3 +193,17 @@ def test_settings_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(ValidationError, match=message):
             AtomConfig(**settings)
+
+
+def test_a_model_saved_before_its_parts_could_be_left_out_is_opened(tmp_path: Path) -> None:
+    model = make("atom")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for added in ("cross_attention", "plane_aware"):
+        del config[added]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert AtomModel.from_pretrained(tmp_path).config == model.config
+    del config["num_blocks"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelMismatch, match=r"missing \['num_blocks'\]"):
+        AtomModel.from_pretrained(tmp_path)
