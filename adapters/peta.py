@@ -28,6 +28,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
 
@@ -269,19 +270,31 @@ class SixPlaneBackbone(nn.Module):
         """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
         return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
 
-        Without gradients, large planes are decoded one by one: the activations of six planes of 256^2 take 2 GB in
-        float32, and are slower for it.
+        recompute  keep the latents alone for the backward pass, which decodes every plane again before its own
+
+        Without gradients large planes are decoded one by one, with `recompute` all are: the activations of six planes
+        of 256^2 take 2 GB in float32 (8 GB with those of the backward pass), and are slower for it.
         """
         z = self.post_quant_conv(latents)
-        if torch.is_grad_enabled() or z.shape[-2] * z.shape[-1] < LARGE_LATENT:
+        trained = torch.is_grad_enabled()
+        if not (recompute if trained else z.shape[-2] * z.shape[-1] >= LARGE_LATENT):
             return self.decoder(z)
         half = self.num_planes // 2
-        channels = [self.decoder(z[row, None]) for row in range(len(z))]  # [1, 2C, H, W] each
-        kinds = [(row // half) % 2 for row in range(len(z))]  # geometry planes keep the first half
-        return torch.cat([both.chunk(2, dim=1)[kind] for both, kind in zip(channels, kinds, strict=True)])
+        kinds = [(row // half) % 2 for row in range(len(z))]  # geometry planes keep the first half of the channels
+        planes = [
+            checkpoint(self._decode_plane, z[row, None], kind, use_reentrant=False)
+            if trained
+            else self._decode_plane(z[row, None], kind)
+            for row, kind in enumerate(kinds)
+        ]
+        return torch.cat(planes)
+
+    def _decode_plane(self, latent: Tensor, kind: int) -> Tensor:
+        """A geometry (kind 0) or texture (1) plane [1, C, H, W] from its latent [1, 4, h, w]."""
+        return self.decoder(latent).chunk(2, dim=1)[kind]
 
 
 def shared_copy(module: Any) -> Any:

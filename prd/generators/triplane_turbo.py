@@ -6,14 +6,15 @@ noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA-->
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
 from prd.adapters.planes import set_attention
@@ -55,7 +56,14 @@ class TriplaneTurboConfig:
     sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
     inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
-    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
+    base_dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen base under mixed_precision; null: float32
+    gradient_checkpointing: bool = False  # recompute in the backward pass: the U-Net by blocks, the decoder by planes
+
+    @model_validator(mode="after")
+    def _check(self) -> TriplaneTurboConfig:
+        if self.full and self.base_dtype is not None:
+            raise ValueError(f"base_dtype={self.base_dtype}: full fine-tuning trains the base; leave it null")
+        return self
 
 
 class TriplaneTurboModel(nn.Module):
@@ -103,6 +111,7 @@ class TriplaneTurboModel(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
+        self._half_base: torch.dtype | None = None
         self._base_hash = dict(base_hash) if base_hash else None
         self.loaded_state: Mapping[str, Tensor] = {}  # of the adapter, as it was on disk
         self._unfused_state: dict[str, Tensor] | None = None  # of the adapter, once it is fused
@@ -159,6 +168,28 @@ class TriplaneTurboModel(nn.Module):
                 moved.data = values.to(moved.device)
         return self
 
+    def keep_base_in(self, dtype: torch.dtype) -> None:
+        """Keep the frozen weights of linear layers and convolutions in half precision, and compute under autocast.
+
+        Autocast rounds them so at every call anyway. What is trained, and norms, stay as they are. ValueError for a
+        precision that is no half, and for a model whose base is trained.
+        """
+        if dtype not in HALF_PRECISIONS or self.peta.full:
+            what = "trains its base" if self.peta.full else "must be torch.bfloat16 or torch.float16"
+            raise ValueError(f"dtype={dtype}: {'the model ' if self.peta.full else ''}{what}")
+        if self.device.type != "meta":
+            self.base_hash()  # of the weights as they are
+        for layer in self.backbone.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                for parameter in layer.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(dtype)
+        self._half_base = dtype
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Autocast of a base that is kept in half precision, whatever the caller's."""
+        return nullcontext() if self._half_base is None else torch.autocast(self.device.type, self._half_base)
+
     @property
     def is_fused(self) -> bool:
         return self._unfused_state is not None
@@ -197,7 +228,8 @@ class TriplaneTurboModel(nn.Module):
         t = sampling.as_timestep(timestep, latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
         rows = t.repeat_interleave(6) if t.ndim else t
-        prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
+        with self._autocast():
+            prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
         return prediction.view(latents.shape).to(latents.dtype)
 
     def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
@@ -226,11 +258,8 @@ class TriplaneTurboModel(nn.Module):
         self.check_latents(latents)
         scale = self.config.latent_scale
         flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            planes = checkpoint(self.backbone.decode, flat, use_reentrant=False)
-        else:
-            planes = self.backbone.decode(flat)
-        return planes.unflatten(0, (-1, 6))
+        with self._autocast():
+            return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
@@ -353,7 +382,7 @@ class TriplaneTurboModel(nn.Module):
     ) -> tuple[Self, PromptEncoder]:
         """Build a model to train on the base that the config names, and return it with the base's text encoder.
 
-        num_denoising_steps: K of a rollout; text_dtype: unused, all is float32; init_from: saved adapter to start from.
+        num_denoising_steps: K of a rollout; text_dtype: unused, text is float32; init_from: adapter to start from.
         Raises as `load_base` does, FileNotFoundError without an adapter there, ModelMismatch for one that does not fit.
         """
         base = load_base(config.base, revision=config.revision, text=True, prediction_type=config.prediction_type)
@@ -361,6 +390,8 @@ class TriplaneTurboModel(nn.Module):
         model = cls.from_base(base, config, num_denoising_steps)
         if init_from is not None:
             model.load_adapter(find_model(init_from))
+        if config.base_dtype is not None:
+            model.keep_base_in(getattr(torch, config.base_dtype))
         return model, base.encoder
 
     @classmethod

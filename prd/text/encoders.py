@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
+from prd.utils.offloading import MainMemory
 
 OVERHEAD = 60.0  # degrees of elevation above which a view is from overhead
 ENCODING = threading.RLock()  # tokenizers take one call at a time
@@ -52,11 +54,30 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
+        self.memory: MainMemory | None = None  # of the model's weights, if it is offloaded
+        self.visited: torch.device | None = None  # by an offloaded model for the time of a call
 
     @property
     def length(self) -> int:
         """Number of tokens L of an embedding."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are made and handed out."""
+        return self.visited or self.model.device
+
+    def set_offload(self, device: torch.device | None) -> None:
+        """Keep the model in main memory and let it visit `device` to encode what is new; None: leave it where it is."""
+        self.visited = device
+        if device is None:
+            self.memory = None
+        elif self.memory is None:
+            self.memory = MainMemory([*self.model.parameters(), *self.model.buffers()])
+
+    def visiting(self) -> AbstractContextManager[None]:
+        """Context in which the model is on `device`."""
+        return nullcontext() if self.memory is None else self.memory.visiting(self.device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -71,14 +92,19 @@ class PromptEncoder:
     def _look_up(self, prompts: Sequence[str]) -> Tensor:
         missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
         if missing:
-            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing).cpu(), strict=True))
+            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.compute(missing), strict=True))
         rows = []
         for prompt in prompts:
             self.encoded.move_to_end(prompt)
             rows.append(self.encoded[prompt])
         while len(self.encoded) > self.cache_size:
             self.encoded.popitem(last=False)
-        return torch.stack(rows).to(self.model.device)
+        return torch.stack(rows).to(self.device)
+
+    def compute(self, prompts: list[str]) -> Tensor:
+        """Return `encode` of some prompts in main memory [n, L, Ct]."""
+        with self.visiting():
+            return self.encode(prompts).cpu()
 
     def count_tokens(self, prompt: str) -> int:
         """Number of tokens of a prompt, its ends included, before it is cut to `length`."""

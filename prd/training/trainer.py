@@ -27,7 +27,7 @@ from prd.training.fake_scores import build_fake_scores, fake_config
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
-from prd.training.parts import Parts, build_parts, check_parts, with_classes
+from prd.training.parts import Parts, build_parts, check_parts, offloaded, with_classes
 from prd.training.passes import TeacherPasses
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts
@@ -61,7 +61,7 @@ class Trainer:
         self.config = config = resumed_config(self.config, self.resumed, self.global_batch_size)
         torch.manual_seed(config.seed)
         if parts is not None:
-            check_parts(parts.to(self.device, offload=config.teacher_options.offload), config)
+            check_parts(parts.to(self.device, **offloaded(config)), config)
         self.parts = parts = build_parts(config, self.device) if parts is None else parts
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
         if self.accelerator.is_main_process:
