@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -27,6 +27,7 @@ from prd.training.run.places import check_places, place_faults
 from prd.utils.arguments import check_writable_folder
 from prd.utils.environment import in_force
 from prd.utils.files import read_json, write_atomic
+from prd.utils.memory import release_freed_memory
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -206,6 +207,16 @@ def peak_memory(device: torch.device) -> float:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (place := Path("/proc/self/clear_refs")).exists():
+        release_freed_memory()
+        with suppress(OSError):
+            place.write_text("5", encoding="utf-8")
 
 
 def _version(package: str) -> str | None:
