@@ -35,6 +35,7 @@ from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneL
 CONV_OUT = "decoder.conv_out"
 LARGE_LATENT = 32 * 32  # latent pixels per plane from which planes are decoded one by one
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+CAST = (torch.float32, *HALF_PRECISIONS)  # what autocast casts
 OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own records
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
@@ -46,12 +47,29 @@ SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
 
 
 def only_adapter(layer: LoraLayer, x: Tensor) -> str | None:
-    """The name of the layer's adapter if it is the plain case: one, active, unmerged, in the dtype of its input."""
+    """The name of the layer's adapter if it is the plain case: one, active, unmerged, computed in its input's dtype."""
     active = layer.active_adapters
     if len(active) != 1 or active[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
     down: Any = layer.lora_A[active[0]]
-    return active[0] if down.weight.dtype == x.dtype else None
+    return active[0] if _computed_in(down.weight) == _computed_in(x) else None
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The precision in which a linear layer or a convolution computes with a tensor: autocast's where that is on."""
+    kind = x.device.type
+    if x.dtype not in CAST or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _added(y: Tensor, change: Tensor, x: Tensor) -> Tensor:
+    """A layer's output y with its adapter's, in the precision of its input x.
+
+    Under autocast both are in half precision, in which small changes of large values are rounded away; the input, after
+    a norm, is in float32.
+    """
+    return y + change.to(x.dtype)
 
 
 class PetaLinear(LoraLinear):
@@ -61,7 +79,7 @@ class PetaLinear(LoraLinear):
         name = only_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        return self.base_layer(x) + self.lora_B[name](self.lora_A[name](x))
+        return _added(self.base_layer(x), self.lora_B[name](self.lora_A[name](x)), x)
 
     def fused(self) -> nn.Module:
         """A plain layer with W + B A as its weight."""
@@ -115,7 +133,8 @@ class PetaConv(LoraConv):
 
     An output position costs, in products with a k x k patch, 2 out + 3 r apart and 3 out merged when it is trained
     (the frozen W then needs its gradient too), and out + r against out when it is not; making W + B A costs r out
-    once. In half precision a trained adapter stays apart: its small changes would be rounded away in W.
+    once. Computed in half precision (autocast's, whatever the input's) a trained adapter stays apart: its small changes
+    would be rounded away in W.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,8 +147,8 @@ class PetaConv(LoraConv):
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
         trained = torch.is_grad_enabled() and down.weight.requires_grad
         wide = conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions)
-        if wide or conv.groups > 1 or (trained and x.dtype in HALF_PRECISIONS):
-            return conv(x) + up(down(x))
+        if wide or conv.groups > 1 or (trained and _computed_in(x) in HALF_PRECISIONS):
+            return _added(conv(x), up(down(x)), x)
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
 

@@ -50,7 +50,7 @@ class TeacherConfig:
 class TeacherOptions:
     """Settings that all teachers of a training run share."""
 
-    dtype: Dtype | None = None  # of their weights; null: as mixed_precision says
+    dtype: Dtype | None = None  # of their weights; null: mixed_precision's, on CUDA float16 for bfloat16
     checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
     offload: bool = False  # keep idle teachers in main memory, and their text encoders but for new texts
 

@@ -198,8 +198,8 @@ def switches(config: TrainConfig) -> list[Switch]:
         add("--teacher_options.offload true", teacher_options=replace(last().teacher_options, offload=True))
     whole = {n: t for n, t in config.enabled_teachers.items() if t.dtype == FLOAT32}
     if whole:
-        words = " ".join(f"--teachers.{name}.dtype bfloat16" for name in whole)
-        halved = {name: replace(teacher, dtype="bfloat16") for name, teacher in whole.items()}
+        words = " ".join(f"--teachers.{name}.dtype float16" for name in whole)
+        halved = {name: replace(teacher, dtype="float16") for name, teacher in whole.items()}
         add(words, exact=False, teachers={**config.teachers, **halved})
     return found
 
