@@ -111,6 +111,12 @@ class PromptEncoder:
         with ENCODING:
             return len(self.tokenizer(prompt).input_ids)
 
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return CLIP's pooled embeddings [B, Ct] of prompts from theirs [B, L, Ct]: those of the end token."""
+        ends = [min(self.count_tokens(prompt), self.length) - 1 for prompt in prompts]
+        rows, places = torch.arange(len(ends), dtype=torch.long, device="cpu"), torch.tensor(ends, device="cpu")
+        return embeds[rows.to(embeds.device), places.to(embeds.device)]
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
         return self.model(self._tokens(prompts).input_ids).last_hidden_state
@@ -128,6 +134,10 @@ class T5PromptEncoder(PromptEncoder):
     """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt; padding is masked inside T5 only."""
 
     length = 77  # of what DeepFloyd IF was trained with; T5 has no limit of its own
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the means over the tokens [B, Ct] of embeddings [B, L, Ct]; T5 has no pooled embedding."""
+        return embeds.mean(dim=1)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, 77, Ct] of n prompts."""

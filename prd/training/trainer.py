@@ -68,7 +68,8 @@ class Trainer:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
                 logger.warning(found)
         dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
-        self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
+        pools = config.text_background
+        self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy, pools)
         self.background = TextBackground(width).to(self.device) if config.text_background else None
         self.background_parameters = [] if self.background is None else list(self.background.parameters())
         self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
