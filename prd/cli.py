@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -313,6 +314,11 @@ def _train(overrides: Sequence[str]) -> int:
         from prd.training.run.folder import check_run
 
         check_run(config)
+        if os.environ.get("RANK", "0") == "0":
+            from prd.training.command_line import split_config
+            from prd.training.run.resume import departures
+
+            print(departures(config, split_config(words)[0]))
         from prd.training.objective import CollapseError
         from prd.training.trainer import Trainer
 

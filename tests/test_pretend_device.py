@@ -70,23 +70,19 @@ def trainer(random_toybox, tmp_path, monkeypatch):
         yield device, Trainer(load_config("toybox", [*SMALL, f"--output_dir={tmp_path}"]))
 
 
-MOST_READS = 200  # per step of two estimates, two renderers and three teachers
+MOST_READS = 90  # per step of two estimates, two renderers and three teachers
 
 
-def test_a_training_step_and_a_gallery_run_on_it(trainer):
+def test_a_training_step_validation_and_the_pipeline_run_on_it(trainer):
     device, made = trainer
     assert {p.device for p in made.model.parameters()} == {DEVICE}
     assert {p.device for teacher in made.parts.teachers.values() for p in teacher.parameters()} == {DEVICE}
     device.reads.clear()
     values = made.train_step(0)
     assert not values["skipped"] and {p.grad.device for p in made.parameters if p.grad is not None} == {DEVICE}
-    print(device.reads)
-    assert sum(device.reads.values()) <= MOST_READS
+    assert 10 < sum(device.reads.values()) <= MOST_READS
     assert made.validation.spread() > 0
+    pipe = TriplaneTurbo(made.model, made.parts.text_encoder)
+    (mesh,) = pipe("a red cube", num_inference_steps=1, isosurface_resolution=12, texture_size=None).meshes
+    assert mesh is not None and len(mesh.faces) > 0
     assert set(made.validation.gallery(1)) >= {"gallery/coverage", "gallery/empty"}
-
-
-def test_the_pipeline_runs_on_it(random_toybox, tmp_path):
-    with PretendedDevice() as device:
-        pipe = TriplaneTurbo.from_base("toybox") if hasattr(TriplaneTurbo, "from_base") else None
-        assert pipe is not None and device

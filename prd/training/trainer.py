@@ -248,6 +248,8 @@ class Trainer:
                     way = f"continue with --resume_from_checkpoint {self.folder / f'checkpoint-{done}'}"
                     raise FloatingPointError(f"{error}, and {way}") from error
                 done += 1
+                if main and done == first + 1:
+                    print(f"first step: done {60 * self.clock.minutes():.0f} s after the start")
                 if main:
                     log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
                 self.fit_steps(done)
