@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
+from prd.adapters.precision import HALF_PRECISIONS, added, computed_in, under_own_autocast
 
 CONV_OUT = "decoder.conv_out"
 LARGE_LATENT = 32 * 32  # latent pixels per plane from which planes are decoded one by one
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-CAST = (torch.float32, *HALF_PRECISIONS)  # what autocast casts
 OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own records
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
@@ -52,24 +51,7 @@ def only_adapter(layer: LoraLayer, x: Tensor) -> str | None:
     if len(active) != 1 or active[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
     down: Any = layer.lora_A[active[0]]
-    return active[0] if _computed_in(down.weight) == _computed_in(x) else None
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """The precision in which a linear layer or a convolution computes with a tensor: autocast's where that is on."""
-    kind = x.device.type
-    if x.dtype not in CAST or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
-
-
-def _added(y: Tensor, change: Tensor, x: Tensor) -> Tensor:
-    """A layer's output y with its adapter's, in the precision of its input x.
-
-    Under autocast both are in half precision, in which small changes of large values are rounded away; the input, after
-    a norm, is in float32.
-    """
-    return y + change.to(x.dtype)
+    return active[0] if computed_in(down.weight) == computed_in(x) else None
 
 
 class PetaLinear(LoraLinear):
@@ -79,7 +61,7 @@ class PetaLinear(LoraLinear):
         name = only_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        return _added(self.base_layer(x), self.lora_B[name](self.lora_A[name](x)), x)
+        return added(self.base_layer(x), self.lora_B[name](self.lora_A[name](x)), x)
 
     def fused(self) -> nn.Module:
         """A plain layer with W + B A as its weight."""
@@ -147,8 +129,8 @@ class PetaConv(LoraConv):
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
         trained = torch.is_grad_enabled() and down.weight.requires_grad
         wide = conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions)
-        if wide or conv.groups > 1 or (trained and _computed_in(x) in HALF_PRECISIONS):
-            return _added(conv(x), up(down(x)), x)
+        if wide or conv.groups > 1 or (trained and computed_in(x) in HALF_PRECISIONS):
+            return added(conv(x), up(down(x)), x)
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
 
@@ -276,6 +258,7 @@ class SixPlaneBackbone(nn.Module):
         self.post_quant_conv = nn.Identity() if parts.post_quant_conv is None else shared_copy(parts.post_quant_conv)
         self.requires_grad_(False)
         self.num_planes = config.num_planes
+        self.kept_in: torch.dtype | None = None  # half precision of the frozen weights; None: as loaded
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
@@ -285,10 +268,12 @@ class SixPlaneBackbone(nn.Module):
                 module.attn1.set_processor(processor)
                 module.attn2.set_processor(processor)
 
+    @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
         return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
+    @under_own_autocast
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
 

@@ -6,18 +6,17 @@ noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA-->
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
 from prd.adapters.planes import set_attention
+from prd.adapters.precision import keep_in_half
 from prd.distillation.draws import draw_normal
 from prd.distillation.progressive import rollout
 from prd.fields.protocol import Field
@@ -58,12 +57,6 @@ class TriplaneTurboConfig:
     inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
     base_dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen base under mixed_precision; null: float32
     gradient_checkpointing: bool = False  # recompute in the backward pass: the U-Net by blocks, the decoder by planes
-
-    @model_validator(mode="after")
-    def _check(self) -> TriplaneTurboConfig:
-        if self.full and self.base_dtype is not None:
-            raise ValueError(f"base_dtype={self.base_dtype}: full fine-tuning trains the base; leave it null")
-        return self
 
 
 class TriplaneTurboModel(nn.Module):
@@ -111,7 +104,6 @@ class TriplaneTurboModel(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
-        self._half_base: torch.dtype | None = None
         self._base_hash = dict(base_hash) if base_hash else None
         self.loaded_state: Mapping[str, Tensor] = {}  # of the adapter, as it was on disk
         self._unfused_state: dict[str, Tensor] | None = None  # of the adapter, once it is fused
@@ -168,28 +160,6 @@ class TriplaneTurboModel(nn.Module):
                 moved.data = values.to(moved.device)
         return self
 
-    def keep_base_in(self, dtype: torch.dtype) -> None:
-        """Keep the frozen weights of linear layers and convolutions in half precision, and compute under autocast.
-
-        Autocast rounds them so at every call anyway. What is trained, and norms, stay as they are. ValueError for a
-        precision that is no half, and for a model whose base is trained.
-        """
-        if dtype not in HALF_PRECISIONS or self.peta.full:
-            what = "trains its base" if self.peta.full else "must be torch.bfloat16 or torch.float16"
-            raise ValueError(f"dtype={dtype}: {'the model ' if self.peta.full else ''}{what}")
-        if self.device.type != "meta":
-            self.base_hash()  # of the weights as they are
-        for layer in self.backbone.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                for parameter in layer.parameters(recurse=False):
-                    if not parameter.requires_grad:
-                        parameter.data = parameter.data.to(dtype)
-        self._half_base = dtype
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """Autocast of a base that is kept in half precision, whatever the caller's."""
-        return nullcontext() if self._half_base is None else torch.autocast(self.device.type, self._half_base)
-
     @property
     def is_fused(self) -> bool:
         return self._unfused_state is not None
@@ -228,8 +198,7 @@ class TriplaneTurboModel(nn.Module):
         t = sampling.as_timestep(timestep, latents.device)
         text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
         rows = t.repeat_interleave(6) if t.ndim else t
-        with self._autocast():
-            prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
+        prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
         return prediction.view(latents.shape).to(latents.dtype)
 
     def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
@@ -258,8 +227,7 @@ class TriplaneTurboModel(nn.Module):
         self.check_latents(latents)
         scale = self.config.latent_scale
         flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
-        with self._autocast():
-            return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
+        return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
@@ -391,7 +359,7 @@ class TriplaneTurboModel(nn.Module):
         if init_from is not None:
             model.load_adapter(find_model(init_from))
         if config.base_dtype is not None:
-            model.keep_base_in(getattr(torch, config.base_dtype))
+            keep_in_half(model.backbone, getattr(torch, config.base_dtype))
         return model, base.encoder
 
     @classmethod

@@ -148,12 +148,7 @@ class TrainConfig:
             given = getattr(self.library, name)
             if self.library.source is None and given not in (0, (0, 0)):
                 raise ValueError(f"library.{name}={given}: needs shapes; give library.source, or leave it at 0")
-        held = getattr(self.model, "base_dtype", None)
-        if held is not None and self.mixed_precision != HALF[held]:
-            raise ValueError(
-                f"model.base_dtype={held}: needs mixed_precision={HALF[held]}, in which the base is computed; set "
-                "both, or leave base_dtype null"
-            )
+        self._check_base_dtype()
         if isinstance(self.distillation, AsdConfig):
             self._check_asd(self.distillation)
         if self.validation.gallery_steps and not self.validation.prompts:
@@ -166,6 +161,19 @@ class TrainConfig:
             if 1000 % k:
                 raise ValueError(f"{name}={k}: must divide the 1000 timesteps of the base; try 1, 2 or 4")
         return self
+
+    def _check_base_dtype(self) -> None:
+        """Raise ValueError for a base in half precision that is not computed in it, or is trained."""
+        dtype = getattr(self.model, "base_dtype", None)
+        if dtype is None:
+            return
+        if self.model.full:
+            raise ValueError(f"model.base_dtype={dtype}: full fine-tuning trains the base; leave it null")
+        if self.mixed_precision != HALF[dtype]:
+            raise ValueError(
+                f"model.base_dtype={dtype}: needs mixed_precision={HALF[dtype]}, in which the base is computed; set "
+                "both, or leave base_dtype null"
+            )
 
     def _check_asd(self, loss: AsdConfig) -> None:
         """Raise ValueError for settings of the loss that do not go with the teachers or the interpolation."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prd.adapters.precision import keep_in_half
 from prd.cameras import Cameras, orbit_cameras
 from prd.distillation.multi_teacher import leaf_views
 from prd.distillation.regularizers import eikonal_loss
@@ -155,7 +156,7 @@ def count_student(config: TrainConfig) -> StudentCount:
         denoise_backward = count.work()
     number = sum(p.numel() for p in model.trainable_parameters())
     if config.model.base_dtype is not None:  # counted in float32
-        model.keep_base_in(getattr(torch, config.model.base_dtype))
+        keep_in_half(model.backbone, getattr(torch, config.model.base_dtype))
     return StudentCount(
         denoise=denoise,
         denoise_backward=denoise_backward,
