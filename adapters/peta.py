@@ -28,9 +28,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
+from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear, decode_one_by_one
 from prd.adapters.precision import HALF_PRECISIONS, added, computed_in, under_own_autocast
 
 CONV_OUT = "decoder.conv_out"
@@ -40,6 +39,7 @@ OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own 
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
     *("peft_version", "runtime_config"),
 }
+PICTURE = (1024, 1024, 0, 0, 1024, 1024)  # Stable Diffusion XL is told: a picture as trained for, whole
 MERGED_WIDTH = 8  # a trained convolution is merged up to this many output channels a rank (measured on one core)
 GROUPS = ("self_attention", "cross_attention", "convolutions", "decoder_attention", "decoder_convolutions")
 SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
@@ -250,7 +250,7 @@ class SixPlaneBackbone(nn.Module):
         if not isinstance(unet, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
             raise TypeError(
                 f"base is {type(unet).__name__} + {type(vae).__name__}: PETA adapts UNet2DConditionModel + "
-                "AutoencoderKL, that is Stable Diffusion 1.x, 2.x and their fine-tunes"
+                "AutoencoderKL, that is Stable Diffusion 1.x, 2.x, XL and their fine-tunes"
             )
         parts: Any = vae
         self.unet: Any = shared_copy(unet)
@@ -259,6 +259,10 @@ class SixPlaneBackbone(nn.Module):
         self.requires_grad_(False)
         self.num_planes = config.num_planes
         self.kept_in: torch.dtype | None = None  # half precision of the frozen weights; None: as loaded
+        self.pooled = 0  # channels of a pooled embedding that the U-Net takes beside the tokens
+        if self.unet.config.get("addition_embed_type") == "text_time":
+            times = len(PICTURE) * self.unet.config["addition_time_embed_dim"]
+            self.pooled = self.unet.add_embedding.linear_1.in_features - times
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
@@ -270,8 +274,18 @@ class SixPlaneBackbone(nn.Module):
 
     @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct]."""
-        return self.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct].
+
+        Stable Diffusion XL's text has one more row: the pooled embedding, filled up with zeros.
+        """
+        added = None
+        if self.pooled:
+            text, pooled = text[:, :-1], text[:, -1, : self.pooled]
+            if len(pooled) != len(latents):
+                pooled = pooled.repeat_interleave(self.num_planes, dim=0)
+            sizes = torch.tensor(PICTURE, dtype=pooled.dtype, device=pooled.device).expand(len(pooled), -1)
+            added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     @under_own_autocast
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
@@ -283,22 +297,9 @@ class SixPlaneBackbone(nn.Module):
         of 256^2 take 2 GB in float32 (8 GB with those of the backward pass), and are slower for it.
         """
         z = self.post_quant_conv(latents)
-        trained = torch.is_grad_enabled()
-        if not (recompute if trained else z.shape[-2] * z.shape[-1] >= LARGE_LATENT):
-            return self.decoder(z)
-        half = self.num_planes // 2
-        kinds = [(row // half) % 2 for row in range(len(z))]  # geometry planes keep the first half of the channels
-        planes = [
-            checkpoint(self._decode_plane, z[row, None], kind, use_reentrant=False)
-            if trained
-            else self._decode_plane(z[row, None], kind)
-            for row, kind in enumerate(kinds)
-        ]
-        return torch.cat(planes)
-
-    def _decode_plane(self, latent: Tensor, kind: int) -> Tensor:
-        """A geometry (kind 0) or texture (1) plane [1, C, H, W] from its latent [1, 4, h, w]."""
-        return self.decoder(latent).chunk(2, dim=1)[kind]
+        if recompute if torch.is_grad_enabled() else z.shape[-2] * z.shape[-1] >= LARGE_LATENT:
+            return decode_one_by_one(self.decoder, z, self.num_planes)
+        return self.decoder(z)
 
 
 def shared_copy(module: Any) -> Any:
@@ -344,7 +345,7 @@ def expected_modules(backbone: SixPlaneBackbone, config: PetaConfig) -> dict[str
             groups["decoder_attention"] += [f"{name}.{linear}" for linear in linears]
     empty = [group for group, names in groups.items() if not names]
     if empty:
-        raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion 1.x or 2.x")
+        raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion")
     return {group: names for group, names in groups.items() if getattr(config, group)}
 
 

@@ -1,12 +1,15 @@
-"""Frozen diffusion models that score renderings: Stable Diffusion, MVDream, RichDreamer, DeepFloyd IF."""
+"""Frozen diffusion models that score renderings: Stable Diffusion, PixArt, MVDream, RichDreamer, DeepFloyd IF."""
 
 from prd.errors import CheckpointError
 from prd.teachers.base import Condition, ConfigurableTeacher, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher, DeepFloydTeacherConfig
 from prd.teachers.depth_control import DepthControlTeacher
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
+from prd.teachers.pixart import PixArtTeacher, PixArtTeacherConfig
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher, RichDreamerTeacherConfig
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
+from prd.teachers.stable_diffusion_3 import StableDiffusion3Teacher, StableDiffusion3TeacherConfig
+from prd.teachers.stable_diffusion_xl import StableDiffusionXLTeacher, StableDiffusionXLTeacherConfig
 
 __all__ = [
     "CheckpointError",
@@ -18,11 +21,17 @@ __all__ = [
     "MVDreamConfig",
     "MVDreamTeacher",
     "MVDreamTeacherConfig",
+    "PixArtTeacher",
+    "PixArtTeacherConfig",
     "RichDreamerConfig",
     "RichDreamerTeacher",
     "RichDreamerTeacherConfig",
+    "StableDiffusion3Teacher",
+    "StableDiffusion3TeacherConfig",
     "StableDiffusionTeacher",
     "StableDiffusionTeacherConfig",
+    "StableDiffusionXLTeacher",
+    "StableDiffusionXLTeacherConfig",
     "Teacher",
     "TeacherConfig",
     "TeacherOptions",

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 from prd.cameras import Cameras
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.rendering.views import Views
-from prd.teachers.loading import CONVERT, PREDICTIONS, load_schedule
+from prd.teachers.loading import CONVERT, FLOW, PREDICTIONS, load_schedule
 from prd.text.encoders import PromptEncoder, check_prompts, view_prompts
 from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS, Fraction, NonNegative, Place, Schedule, Text
@@ -180,20 +180,21 @@ class UNetTeacher(nn.Module):
         view_dependent: bool = False,
     ) -> None:
         super().__init__()
-        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-        if text_encoder.config.hidden_size != width:
+        given, width = self.text_widths(unet, text_encoder)
+        if given != width:
             raise ValueError(
-                f"text_encoder: its width {text_encoder.config.hidden_size} is not the U-Net's cross_attention_dim "
-                f"{width}; load both from the same folder"
+                f"text_encoder: its width {given} is not the U-Net's cross_attention_dim {width}; load both from the "
+                "same folder"
             )
-        if (unet.config.class_embed_type == "projection") != self.takes_cameras:
+        embedded = getattr(unet.config, "class_embed_type", None)
+        if (embedded == "projection") != self.takes_cameras:
             raise ValueError(
-                f"unet: class_embed_type={unet.config.class_embed_type!r}; {self.name} "
+                f"unet: class_embed_type={embedded!r}; {self.name} "
                 f"{'needs a' if self.takes_cameras else 'takes no'} camera projection: this is another model's U-Net"
             )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
         self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)
-        if scheduler.config.prediction_type not in PREDICTIONS:
+        if scheduler.config.prediction_type not in (*PREDICTIONS, FLOW):
             raise ValueError(
                 f"scheduler: prediction_type={scheduler.config.prediction_type!r}; must be one of "
                 f"{', '.join(PREDICTIONS)}"
@@ -201,6 +202,11 @@ class UNetTeacher(nn.Module):
         self.prediction_type = scheduler.config.prediction_type
         self.alphas_cumprod = scheduler.alphas_cumprod.float()  # no buffer: it must stay float32 in a half teacher
         self.freeze()
+
+    @staticmethod
+    def text_widths(unet: Any, text_encoder: Any) -> tuple[int, int]:
+        """Channels of the text encoder's embeddings, and those that the U-Net takes."""
+        return text_encoder.config.hidden_size, unet.config.encoder_hid_dim or unet.config.cross_attention_dim
 
     def freeze(self) -> None:
         """Let no parameter learn and put every layer in evaluation mode."""
@@ -327,9 +333,11 @@ class UNetTeacher(nn.Module):
 
 
 def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The noise in x_t [n, C, h, w] from a prediction of epsilon, v (Salimans and Ho 2022, section 4) or the sample.
+    """The noise in x_t [n, C, h, w] from a prediction of epsilon, v (Salimans and Ho 2022, section 4), sample or flow.
 
-    alpha_bar [n]: the schedule at each image's timestep. Raises ValueError for another prediction type.
+    alpha_bar [n]: the schedule at each image's timestep. A flow predicts u = noise - x for y = (1 - s) x + s noise;
+    with s = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)) y is x_t over the same sum, and the noise y + (1 - s) u. Raises
+    ValueError for another prediction type.
     """
     if prediction_type == "epsilon":
         return predicted
@@ -338,16 +346,20 @@ def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_t
         return a.sqrt() * predicted + (1 - a).sqrt() * x_t
     if prediction_type == "sample":
         return (x_t - a.sqrt() * predicted) / (1 - a).sqrt()
-    raise ValueError(f"prediction_type={prediction_type!r}: must be 'epsilon', 'v_prediction' or 'sample'")
+    if prediction_type == FLOW:
+        return (x_t + a.sqrt() * predicted) / (a.sqrt() + (1 - a).sqrt())
+    raise ValueError(f"prediction_type={prediction_type!r}: must be one of {', '.join((*PREDICTIONS, FLOW))}")
 
 
 def target_of(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What a U-Net of a prediction type is trained to predict for x and noise [n, C, h, w]: epsilon, v or the sample.
+    """What a model of a prediction type is trained to predict for x and noise [n, C, h, w]: epsilon, v, sample or flow.
 
     alpha_bar [n]: the schedule at each image's timestep. The inverse of `epsilon_from`.
     """
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == FLOW:
+        return noise - x
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * noise - (1 - a).sqrt() * x if prediction_type == "v_prediction" else x
 

@@ -17,6 +17,7 @@ from prd.loading.weights import read_object
 CONFIG_NAME = "teacher_config.json"
 CONVERT = "convert it once: python -m prd.teachers.convert --help"  # the authors' layout of a multi-view U-Net
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
 Settings = TypeVar("Settings")
 
 
@@ -38,9 +39,11 @@ def load_schedule(folder: str) -> DDPMScheduler:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place}: has no readable scheduler_config.json ({error})") from error
     name = config.get("_class_name", "DDPMScheduler")
-    flow = "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    flow = "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == FLOW
     if flow or not {"beta_schedule", "trained_betas"} & config.keys():
-        raise CheckpointError(f"{place}: {name} has no schedule of betas; teachers are diffusion models, not flows")
+        raise CheckpointError(
+            f"{place}: {name} has no schedule of betas: it is a flow; of these stable_diffusion_3 is a teacher"
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise CheckpointError(f"{place}: prediction_type={prediction!r}; must be one of {', '.join(PREDICTIONS)}")

@@ -38,6 +38,7 @@ class StableDiffusionTeacher(UNetTeacher):
 
     name = "stable_diffusion"
     num_views = 1
+    shown_pixels: int | None = None  # of the images it is shown, where they are not of the size it was trained with
     config_class: ClassVar[type[TeacherConfig]] = StableDiffusionTeacherConfig
 
     def __init__(
@@ -93,10 +94,33 @@ class StableDiffusionTeacher(UNetTeacher):
         vae = load_vae_encoder(expanded(folder), dtype)
         return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
 
+    def show(self, pixels: int | None) -> None:
+        """Show it images of this height and width, None: as trained; ValueError for a size that it cannot take."""
+        self.shown_pixels = None
+        step = self.latent_step * self.scale
+        if pixels is not None and (pixels % step or pixels > self.pixels):
+            raise ValueError(f"pixels={pixels}: {self.name} takes a multiple of {step} up to {self.pixels}")
+        self.shown_pixels = pixels
+
+    @property
+    def latent_step(self) -> int:
+        """What the height of a latent must be a multiple of."""
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def scale(self) -> int:
+        """Pixels of an image beside each pixel of its latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of x."""
+        return super().image_size if self.shown_pixels is None else self.shown_pixels // self.scale
+
     @property
     def pixels(self) -> int:
         """Height and width in pixels of the images that the VAE encodes to the U-Net's latents."""
-        return self.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.image_size * self.scale
 
     def encode(self, views: Views, *, noise: Tensor | None = None) -> Tensor:
         """Latents [B*V, 4, h, w] of the colours; see `Teacher.encode`."""
@@ -117,4 +141,6 @@ def encode_latents(vae: AutoencoderKL, images: Tensor, *, noise: Tensor | None =
         if noise.shape != mean.shape:
             raise ValueError(f"noise={tuple(noise.shape)}: must have the latents' shape {tuple(mean.shape)}")
         mean = mean + std * noise.to(mean)
+    if vae.config.shift_factor is not None:
+        mean = mean - vae.config.shift_factor
     return mean * vae.config.scaling_factor

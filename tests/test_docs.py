@@ -36,9 +36,8 @@ from prd.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-INLINE = re.compile(
-    r"([A-Z]+=\S+ )?(prd (generate|train|embed|convert|runs|ablate|evaluate) |python |accelerate launch |pytest|\.ci/)"
-)
+SUBCOMMANDS = "generate|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
+INLINE = re.compile(rf"([A-Z]+=\S+ )?(prd ({SUBCOMMANDS}) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
     ("cd",): "of the shell",
@@ -175,6 +174,10 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.evaluation.report.runs_table",
         "prd.evaluation.ablations.command.load_table",
         "prd.cli.run_evaluate",
+        "prd.cli.run_completion",
+        "prd.commands.doctor.examine",
+        "prd.commands.prompts.read_prompts",
+        "prd.hub.info.model_info",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):

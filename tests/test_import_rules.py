@@ -2,7 +2,7 @@
 
 A room is a package under `prd` (or `prd.cameras`, `prd.cli`, `prd.errors`). A rule names what a room must not import,
 so that rooms below know nothing of those above: geometry < text and loading < teachers, adapters < distillation,
-generators < pipelines < data, evaluation, toybox, training < cli.
+generators < pipelines < data, evaluation, toybox, training < commands < cli.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINKED = ("teachers", "adapters")  # which prd/ holds as links
 GEOMETRY = {"cameras", "fields", "isosurface", "rendering", "meshes"}
 METHOD = {"text", "loading", "teachers", "adapters", "distillation", "generators"}
 PRODUCT = {"pipelines", "hub"}
-RUNS = {"data", "evaluation", "toybox", "training", "cli"}
+RUNS = {"data", "evaluation", "toybox", "training", "commands", "cli"}
 ROOMS = GEOMETRY | METHOD | PRODUCT | RUNS | {"errors", "utils"}
 
 FORBIDDEN: dict[str, set[str]] = {
@@ -40,10 +40,11 @@ FORBIDDEN: dict[str, set[str]] = {
     "generators": {"teachers", "pipelines"} | RUNS,
     "pipelines": {"teachers", "distillation"} | RUNS,
     "hub": {"teachers", "distillation", "pipelines"} | RUNS,
-    "data": {"teachers", "pipelines", "toybox", "training", "cli"},
-    "evaluation": {"teachers", "toybox", "cli"},
-    "toybox": {"adapters", "distillation", "generators", "pipelines", "training", "cli"},
-    "training": {"cli"},
+    "data": {"teachers", "pipelines", "toybox", "training", "commands", "cli"},
+    "evaluation": {"teachers", "toybox", "commands", "cli"},
+    "toybox": {"adapters", "distillation", "generators", "pipelines", "training", "commands", "cli"},
+    "training": {"commands", "cli"},
+    "commands": {"toybox", "cli"},
     "cli": set(),
 }
 

@@ -150,56 +150,49 @@ def asd_loss(
     predictions.
     """
     config = config or AsdConfig()
-    views = teacher.num_views
     if reference is None and config.reference == "fake":
         raise ValueError("reference=None: config.reference='fake' takes a model of the renderings; give one")
     t, t_plus = _check_inputs(teacher, x, condition, t, noise, t_plus, guidance_scale, reference)
     with torch.no_grad():
         clean, noise = x.detach().float(), noise.to(x.device, torch.float32)
         _check_finite(teacher, "input x", clean, t)
-        schedule = teacher.alphas_cumprod.to(x.device)
-        a = a_plus = schedule[t].view(-1, 1, 1, 1)
-        x_t = x_plus = a.sqrt() * clean + (1 - a).sqrt() * noise
+        alphas = teacher.alphas_cumprod.to(x.device)
         own = reference is None and config.reference == "shifted"
-        points = [(x_t, t)]  # where the prompt's own noise is predicted
-        passes = [(x_t, t, condition), (x_t, t, condition.negative())]
+        first = second = _Noisy.at(clean, noise, t, alphas)
         if t_plus is not None and (own or not isinstance(reference, Tensor | None)):
-            a_plus = schedule[t_plus].view(-1, 1, 1, 1)
-            x_plus = a_plus.sqrt() * clean + (1 - a_plus).sqrt() * noise
-            if own:
-                passes.append((x_plus, t_plus, condition))
-                points.append((x_plus, t_plus))
-        if other is not None:
-            passes += [(noisy, time, other[0]) for noisy, time in points]
-        if isinstance(reference, Condition):
-            passes.append((x_plus, t if t_plus is None else t_plus, reference))
-        text, negative, *more = _predict(teacher, passes)
-        first, count = [text, *more], len(points)
-        text, *shifted = _interpolate(first[:count], first[count : 2 * count], other)
-        guided = negative + guidance_scale * (text - negative)
+            second = _Noisy.at(clean, noise, t_plus, alphas)
+        # where the prompt's own noise is predicted, and where a condition or a model given as the reference predicts
+        points = [first] if second is first or not own else [first, second]
+        given = [reference] if isinstance(reference, Condition) else []
+        text, negative, more = _predict(teacher, points, condition, other, [(second, c) for c in given])
+        guided = negative + guidance_scale * (text[0] - negative)
         if reference is None:
-            others = {"noise": noise, "negative_prompt": negative}
-            second = others.get(config.reference, (shifted or [text])[0])
-        elif isinstance(reference, Tensor):
-            second = reference.to(guided)
+            predicted = {"noise": noise, "negative_prompt": negative}.get(config.reference, text[-1])
         elif isinstance(reference, Condition):
-            second = more[-1]
+            predicted = more[0]
+        elif isinstance(reference, Tensor):
+            predicted = reference.to(guided)
         else:
-            second = reference.predict_noise(x_plus, t if t_plus is None else t_plus, condition).to(guided)
-            _check_finite(teacher, "prediction of the reference model", second, t)
-
-        estimates = _Noisy(clean, x_t, a, guided), _Noisy(clean, x_plus, a_plus, second)
-        gradient, weight = _gradient(teacher, config, *estimates)
-    return _surrogate(x, gradient, weight, views, config.mean_over_views)
+            predicted = reference.predict_noise(second.x_t, second.t, condition).to(guided)
+            _check_finite(teacher, "prediction of the reference model", predicted, t)
+        gradient, weight = _gradient(teacher, config, first._replace(noise=guided), second._replace(noise=predicted))
+    return _surrogate(x, gradient, weight, teacher.num_views, config.mean_over_views)
 
 
 class _Noisy(NamedTuple):
-    """Noisy images [n, C, h, w] of x, the schedule [n, 1, 1, 1] at their timesteps, and the noise predicted in them."""
+    """Noisy images [n, C, h, w] of x at timesteps t [n], alpha_bar [n, 1, 1, 1] there, and their noise."""
 
     x: Tensor
     x_t: Tensor
+    t: Tensor
     a: Tensor
     noise: Tensor
+
+    @classmethod
+    def at(cls, x: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> _Noisy:
+        """Noise x [n, C, h, w] to the timesteps t [n] of the schedule `alphas`."""
+        a = alphas[t].view(-1, 1, 1, 1)
+        return cls(x, a.sqrt() * x + (1 - a).sqrt() * noise, t, a, noise)
 
     def x0(self, config: AsdConfig, a: Tensor) -> Tensor:
         """Estimate of x from the noisy image; from the clean one with the schedule `a` if the settings say so."""
@@ -281,23 +274,29 @@ def _timesteps(name: str, t: Tensor, images: int, teacher: Teacher) -> Tensor:
     return t
 
 
-def _interpolate(
-    first: Sequence[Tensor], second: Sequence[Tensor], other: tuple[Condition, Tensor] | None
-) -> list[Tensor]:
-    """Predictions [n, C, h, w] between those for two conditions, by the share [n] of the second; `first` without."""
-    if other is None:
-        return list(first)
-    share = other[1].view(-1, 1, 1, 1).to(first[0])
-    return [torch.lerp(a, b, share) for a, b in zip(first, second, strict=True)]
-
-
-def _predict(teacher: Teacher, passes: Sequence[tuple[Tensor, Tensor, Condition]]) -> list[Tensor]:
-    """Noise predictions of several passes from one call of the teacher."""
-    x_t, t, condition = zip(*passes, strict=True)
-    predicted = teacher.predict_noise(torch.cat(x_t), torch.cat(t), Condition.cat(condition))
-    folded = torch.stack(predicted.chunk(len(passes)), dim=1)  # [n, passes, C, h, w]
-    _check_finite(teacher, "noise prediction", folded, t[0])
-    return list(predicted.chunk(len(passes)))
+def _predict(
+    teacher: Teacher,
+    points: Sequence[_Noisy],
+    condition: Condition,
+    other: tuple[Condition, Tensor] | None,
+    more: Sequence[tuple[_Noisy, Condition]],
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Noise for the prompt at each point, for the negative prompt at the first, and `more`: one call of the teacher."""
+    passes = [(point, condition) for point in points]
+    passes[1:1] = [(points[0], condition.negative())]
+    if other is not None:
+        passes += [(point, other[0]) for point in points]
+    passes += more
+    x_t, t = torch.cat([p.x_t for p, _ in passes]), torch.cat([p.t for p, _ in passes])
+    predicted = teacher.predict_noise(x_t, t, Condition.cat([c for _, c in passes])).chunk(len(passes))
+    _check_finite(teacher, "noise prediction", torch.stack(predicted, dim=1), points[0].t)  # [n, passes, C, h, w]
+    first, negative, *others = predicted
+    count = len(points)
+    text = [first, *others[: count - 1]]
+    if other is not None:
+        share = other[1].view(-1, 1, 1, 1).to(first)
+        text = [torch.lerp(a, b, share) for a, b in zip(text, others[count - 1 : 2 * count - 1], strict=True)]
+    return text, negative, others[len(others) - len(more) :]
 
 
 def _check_finite(teacher: Teacher, what: str, values: Tensor, t: Tensor) -> None:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +26,13 @@ from prd.evaluation.page import write_page
 from prd.evaluation.protocols import GEOMETRY, Protocol, find_protocol
 from prd.utils.arguments import check_writable_folder, shown
 from prd.utils.files import write_atomic
+from prd.utils.processes import Processes
 
 logger = logging.getLogger(__name__)
 
 REPORT, PAGE, CLAIM, WORK = "report.json", "report.html", "evaluation.json", "work"
 AGAIN = "again"  # of what is found: a failure of the machine, perhaps, as of memory, tried again by the next run
 FORMAT = 1  # of what is kept in the work folder; another number computes anew
-WAIT = timedelta(days=7)  # for the other processes
 
 
 class EvaluationError(PrdError, ValueError):
@@ -63,31 +61,6 @@ class EvaluationConfig:
     queries: tuple[str, ...] = ()
     device: str | None = None
     generated: str | None = None
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share an evaluation, as `accelerate launch` starts them."""
-
-    rank: int = 0
-    count: int = 1
-    state: Any = None
-
-    @staticmethod
-    def join() -> Processes:
-        """Return this process's place among those that were started together."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return Processes()
-        import torch
-        from accelerate import PartialState
-
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
-        return Processes(state.process_index, state.num_processes, state)
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.state is not None:
-            self.state.wait_for_everyone()
 
 
 def begin(config: EvaluationConfig) -> Judge:

@@ -2,23 +2,27 @@
 
 embeddings [B, L, Ct] --mean, linear--> triplane [B, 3, C, H, W] --N blocks that look at every token--> Field
 
+Without blocks two spectral-normalised linear layers make the triplane (the paper's "w/o ConvNeXt", section 5).
+
 The Field serves both stages of the paper's training: volume rendering reads its signed distance and colour, the mesh
 stage its deformation too. Planes are xy, xz, yz, laid out as `prd.fields.triplane.plane_coordinates` says.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from prd.fields.positional_triplane import PositionalHeads, PositionalTriplaneField
 from prd.generators.blocks import TriplaneConvNeXtBlock
 from prd.generators.single_pass import SinglePassModel
 from prd.rendering.alpha import AlphaModel, LearnedInvStd, NeusAlpha
-from prd.utils.checked_types import CHECKS, Count, Positive, Radius, SavedPlace
+from prd.utils.checked_types import CHECKS, Count, Int, Positive, Radius, SavedPlace
 from prd.utils.construction import float32_weights
 
 
@@ -33,7 +37,9 @@ class AtomConfig:
     text_width: Count | None = None  # channels of a token; null: as the text encoder gives them
     plane_channels: Count = 32  # C_T
     plane_size: Count = 64  # H_T = W_T
-    num_blocks: Count = 4  # N Triplane ConvNeXt blocks
+    num_blocks: Annotated[Int, Field(ge=0)] = 4  # N Triplane ConvNeXt blocks; 0: two linear layers alone
+    cross_attention: bool = True  # to the text, in each block
+    plane_aware: bool = True  # the 3D-aware convolution, in each block
     attention_heads: Count = 4  # of the cross-attention to the text
     expansion: Count = 4  # of the inverted feed-forward network
     head_width: Count = 64  # hidden width of the three networks (paper, appendix A.1)
@@ -60,10 +66,24 @@ class AtomModel(SinglePassModel):
     @float32_weights()
     def __init__(self, config: AtomConfig) -> None:
         super().__init__(config)
-        size, channels = config.plane_size, config.plane_channels
-        self.linear = nn.Linear(config.text_width or 0, 3 * channels * size * size)
+        size, channels, width = config.plane_size, config.plane_channels, config.text_width or 0
+        entries = 3 * channels * size * size
+        self.linear: nn.Module = nn.Linear(width, entries)
+        if config.num_blocks == 0:
+            second = spectral_norm(nn.Linear(width, entries, bias=False))
+            # a map of spectral norm 1 keeps the length of a vector: its entries become as large as those it is given
+            self.linear = nn.Sequential(
+                spectral_norm(nn.Linear(width, width)), nn.SiLU(), second, Gain(math.sqrt(entries / max(width, 1)))
+            )
         self.blocks = nn.ModuleList(
-            TriplaneConvNeXtBlock(channels, config.text_width or 0, config.attention_heads, config.expansion)
+            TriplaneConvNeXtBlock(
+                channels,
+                width,
+                config.attention_heads,
+                config.expansion,
+                cross_attention=config.cross_attention,
+                plane_aware=config.plane_aware,
+            )
             for _ in range(config.num_blocks)
         )
         self.heads = PositionalHeads(
@@ -89,3 +109,14 @@ class AtomModel(SinglePassModel):
 
     def alpha(self) -> AlphaModel | None:
         return None if self.inv_std is None else NeusAlpha(self.inv_std())
+
+
+class Gain(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x

@@ -17,22 +17,34 @@ class TriplaneConvNeXtBlock(nn.Module):
     """Cross-attention to the text, 3D-aware convolution, 7 x 7 depth-wise convolution, inverted feed-forward network.
 
     Each is a residual on x [B, 3, C, H, W] (AToM, section 3.1; its Algorithm 1 adds the block's input once more, which
-    would double x in every block). All but the attention's view of the text works per plane, by group convolutions.
+    would double x in every block); the first two can be left out. All but the attention's view of the text works per
+    plane, by group convolutions.
     """
 
     @float32_weights()
-    def __init__(self, channels: int, text_width: int, heads: int, expansion: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        text_width: int,
+        heads: int,
+        expansion: int,
+        *,
+        cross_attention: bool = True,
+        plane_aware: bool = True,
+    ) -> None:
         super().__init__()
-        self.attention = PlaneTextAttention(channels, text_width, heads)
-        self.aware = PlaneAwareConv(channels)
+        self.attention = PlaneTextAttention(channels, text_width, heads) if cross_attention else None
+        self.aware = PlaneAwareConv(channels) if plane_aware else None
         self.spatial = nn.Conv2d(3 * channels, 3 * channels, 7, padding=3, groups=3 * channels)
         self.norm = PlaneNorm(channels)
         self.widen = nn.Conv2d(3 * channels, 3 * expansion * channels, 1, groups=3)
         self.narrow = nn.Conv2d(3 * expansion * channels, 3 * channels, 1, groups=3)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        x = x + self.attention(x, text)
-        x = x + F.relu(self.aware(x))
+        if self.attention is not None:
+            x = x + self.attention(x, text)
+        if self.aware is not None:
+            x = x + F.relu(self.aware(x))
         x = x + self.spatial(x.flatten(1, 2)).view_as(x)
         hidden = F.gelu(self.widen(self.norm(x).flatten(1, 2)))
         return x + self.narrow(hidden).view_as(x)

@@ -12,6 +12,7 @@ from prd.generators.adapter_files import CLASS_NAME, read_configs
 from prd.hub.find import METRICS
 from prd.hub.shipped import about, is_shipped, public_base, public_encoder
 from prd.loading.saved_model import OWN_CLASS, read_record
+from prd.text.trained_prompts import KEY
 
 LIBRARY = "prd"
 PROMPT = "a wooden chair with a red cushion"
@@ -129,6 +130,8 @@ def _training(metadata: dict[str, Any]) -> str:
     known = {"train_steps": "optimiser steps", "frames_per_prompt": "rendered frames per prompt", "minutes": "minutes"}
     known["seed"] = "seed"
     lines = [f"- {label}: {metadata[key]}" for key, label in known.items() if type(metadata.get(key)) in (int, float)]
+    if KEY in metadata:
+        lines.append(f"- prompts it was trained on: {metadata[KEY]['prompts']}")
     if held_out := metadata.get("held_out"):
         lines.append(f"- prompts held out of training: {len(held_out)}")
     measured = {k: v for k, v in (metadata.get("measured") or {}).items() if isinstance(v, dict)}

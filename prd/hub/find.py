@@ -13,6 +13,7 @@ from prd.errors import MissingFile
 from prd.hub.shipped import HUB_ID, shipped, shipped_names
 from prd.loading.download import download
 from prd.loading.saved_model import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, has_other_weights
+from prd.text.trained_prompts import KEY, TrainedPrompts
 from prd.utils.arguments import expanded_path
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def _check(metadata: object) -> None:
     measured, held_out = metadata.get("measured"), metadata.get("held_out")
     if not isinstance(held_out, list | None) or not isinstance(measured, dict | None):
         raise TypeError("held_out must be a list and measured an object")
+    if KEY in metadata:
+        TrainedPrompts.from_dict(metadata[KEY])
     for name, row in (measured or {}).items():
         if not isinstance(row, dict) or any(type(row[key]) not in (int, float) for key in METRICS if key in row):
             raise TypeError(f"measured {name!r} must hold numbers by name")

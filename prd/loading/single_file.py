@@ -25,7 +25,7 @@ CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.
 CONTEXT = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 LATENTS = "decoder.conv_in.weight"
 OTHERS = {  # a key that only the named model has
-    "conditioner.embedders.": "Stable Diffusion XL",
+    "conditioner.embedders.": "Stable Diffusion XL in one file, which is read from a folder alone",
     f"{UNET}label_emb.": "a U-Net with added conditions (Stable Diffusion XL or unCLIP)",
     f"{UNET}joint_blocks.": "Stable Diffusion 3",
     f"{UNET}double_blocks.": "Flux",

@@ -24,6 +24,7 @@ from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.loading.weights import PICKLED, PICKLES, read_object
 from prd.text.encoders import PromptEncoder
+from prd.text.sdxl import load_sdxl_encoder
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
 
@@ -73,7 +74,7 @@ def load_base(
     prediction_type: str | None = None,
     expected: Mapping[str, str] | None = None,
 ) -> Base:
-    """Load a Stable Diffusion 1.x or 2.x, frozen, from a shipped name, a Hub id, a folder or a .safetensors file.
+    """Load a Stable Diffusion 1.x, 2.x or XL, frozen, from a shipped name, a Hub id, a folder or a .safetensors file.
 
     dtype, device    None: `inference_dtype` of that device; the parts stay on the CPU
     text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
@@ -86,8 +87,8 @@ def load_base(
     A name is that of a folder if there is one, else a Hub id; with a revision 'owner/name' is always a Hub id.
 
     Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if a part is missing, and
-    UnsupportedBase: before any weight is read for SDXL, SD3, Flux, inpainting and other backbones, and for pickled,
-    damaged or non-finite weights.
+    UnsupportedBase: before any weight is read for SD3, Flux, inpainting, XL's refiner, XL in a single file and other
+    backbones, and for pickled, damaged or non-finite weights.
     """
     check_dtype(dtype)
     name = str(name) if isinstance(name, Path) else name
@@ -102,23 +103,40 @@ def load_base(
         path = _download_configs(name, text, hub)
         commit = path.name
     check_backbone(name, path)
+    unet_config, vae_config = (_config(path / f"{part}/config.json") for part in ("unet", "vae"))
     if dtype is None:
-        dtype = inference_dtype(_config(path / "unet/config.json")["block_out_channels"][0], device)
+        dtype = inference_dtype(unet_config["block_out_channels"][0], device)
+        if dtype == torch.float16 and overflows(unet_config, vae_config):
+            dtype = torch.float32
+    elif dtype == torch.float16 and overflows(unet_config, vae_config):
+        raise ValueError(f"dtype=torch.float16: the decoder of {name} overflows in it; give bfloat16 or float32")
+    ends = ("", "_2") if pooled_width(unet_config) else ("",)
     if text is None:
-        text = all((path / file).is_file() for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"))
+        text = all(
+            (path / f"text_encoder{end}/config.json").is_file()
+            and (path / f"tokenizer{end}/tokenizer_config.json").is_file()
+            for end in ends
+        )
     if commit is not None:
-        others = ["scheduler/*.json", *(["tokenizer/*"] if text else [])]
-        used = ["unet", "vae", *(["text_encoder"] if text else [])]
+        others = ["scheduler/*.json", *(f"tokenizer{end}/*" for end in ends if text)]
+        used = ["unet", "vae", *(f"text_encoder{end}" for end in ends if text)]
         path = download_weights(name, used, others, {**hub, "revision": commit})
     unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     with torch.device("cpu"):
         scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-    encoder = None
-    if text:
-        model = _load(CLIPTextModel, path, "text_encoder")
-        tokenizer = _tokenizer(str(path))
-        encoder = PromptEncoder(tokenizer, model)
+    encoder = _encoder(path, two=len(ends) == 2) if text else None
     return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
+
+
+def _encoder(folder: Path, *, two: bool) -> PromptEncoder:
+    """The text encoder of a folder, or Stable Diffusion XL's two as one."""
+    if not two:
+        model = _load(CLIPTextModel, folder, "text_encoder")
+        return PromptEncoder(_tokenizer(str(folder)), model)
+    try:
+        return load_sdxl_encoder(str(folder))
+    except CheckpointError as error:
+        raise UnsupportedBase(str(error)) from error
 
 
 def _checked_place(name: str, revision: str | None) -> Path:
@@ -178,7 +196,9 @@ def _download_configs(name: str, text: bool | None, hub: dict[str, Any]) -> Path
     """The configs that say what a Hub id is; model_index.json only to name what it is instead."""
     files = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
     if text is not False:
-        files += ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+        ends = ("", "_2")  # the second ones are Stable Diffusion XL's
+        files += [f"text_encoder{end}/config.json" for end in ends]
+        files += [f"tokenizer{end}/tokenizer_config.json" for end in ends]
     path = download(name, files, hub)
     if foreign_parts(_config(path / "unet/config.json"), _config(path / "vae/config.json")):
         path = download(name, ["model_index.json"], {**hub, "revision": path.name})
@@ -190,13 +210,21 @@ def check_backbone(name: str, folder: Path) -> None:
 
     Raises UnsupportedBase, saying what was found, and FileNotFoundError for a folder that holds no model or scheduler.
     """
-    if wrong := foreign_parts(_config(folder / "unet/config.json"), _config(folder / "vae/config.json")):
+    unet, second = _config(folder / "unet/config.json"), _config(folder / "text_encoder_2/config.json")
+    wrong = foreign_parts(unet, _config(folder / "vae/config.json"))
+    if not wrong and second and (pooled := pooled_width(unet)) != second.get("projection_dim"):
+        wrong = [
+            f"a U-Net for a pooled embedding of {pooled} beside a text_encoder_2 of {second.get('projection_dim')}"
+        ]
+    if wrong:
         index = _config(folder / "model_index.json")
         if not index and not (folder / "unet/config.json").is_file():
             raise MissingFile(f"{name}: neither model_index.json nor unet/config.json is there")
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
-        found = f"{index['_class_name']} of {parts}: " if index.get("_class_name") else ""
-        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}; {EXPECTED}")
+        pipeline = str(index.get("_class_name") or "")
+        found = f"{pipeline} of {parts}: " if pipeline else ""
+        reason = f" ({FLUX})" if pipeline.startswith("Flux") else ""
+        raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}{reason}; {EXPECTED}")
     scheduler = _config(folder / "scheduler/scheduler_config.json")
     if not scheduler:
         raise MissingFile(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
@@ -205,11 +233,11 @@ def check_backbone(name: str, folder: Path) -> None:
 
 
 def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
-    """List what in the configs of a U-Net and a VAE is not Stable Diffusion 1.x or 2.x; empty if they are."""
+    """List what in the configs of a U-Net and a VAE is not Stable Diffusion 1.x, 2.x or XL; empty if they are."""
     if not unet or not vae:
         return [f"no {part}/config.json" for part, config in (("unet", unet), ("vae", vae)) if not config]
     allowed = {  # by diffusers' names; None also where a config does not say
-        "addition_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
         "encoder_hid_dim_type": (None,),
         "class_embed_type": (None,),
         "in_channels": (4,),
@@ -226,12 +254,33 @@ def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
             wrong.append(f"{part}/config.json without _class_name, which should say {name}")
         elif config["_class_name"] != name:
             wrong.append(f"{part} {config['_class_name']}")
+    if unet.get("addition_embed_type") == "text_time" and pooled_width(unet) < 1:
+        sizes = [f"{key} {unet.get(key)!r}" for key in TEXT_TIME]
+        wrong.append(f"unet {' and '.join(sizes)}, which leave nothing for a pooled embedding")
     if vae.get("latent_channels") != 4:
         wrong.append(f"{vae.get('latent_channels')} latent channels")
     return wrong
 
 
-EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x and of their fine-tunes: give one of these"
+FLUX = "12 billion parameters, mostly under a licence for non-commercial use: too large and too narrow to build on"
+TEXT_TIME = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+TIME_IDS = 6  # original size, crop and target size, two numbers each
+EXPECTED = (
+    "PETA adapts the U-Net and VAE of Stable Diffusion 1.x, 2.x and XL and of their fine-tunes: give one of these"
+)
+
+
+def pooled_width(unet: Mapping[str, Any]) -> int:
+    """Channels of the pooled embedding that a U-Net's config asks for; 0 where it takes none, as below XL."""
+    if unet.get("addition_embed_type") != "text_time":
+        return 0
+    width, each = (unet.get(key) for key in TEXT_TIME)
+    return width - TIME_IDS * each if isinstance(width, int) and isinstance(each, int) else 0
+
+
+def overflows(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
+    """Return True if this decoder's activations are too large for float16, as those of Stable Diffusion XL are."""
+    return bool(pooled_width(unet)) and bool(vae.get("force_upcast", True))
 
 
 def _config(path: Path) -> dict[str, Any]:

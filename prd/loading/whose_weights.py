@@ -20,7 +20,7 @@ REMEDIES = {
     "RichDreamer": f"give it to `{CONVERT} richdreamer`",
     "TriplaneTurbo": "give it to `prd convert`",
     "Stable Diffusion": "it needs no conversion: give it as --base or model.base",
-    "Stable Diffusion XL": "no part of this library takes it",
+    "Stable Diffusion XL": "as a base it is read from a folder in diffusers' layout alone",
     "a LoRA": "merge it into its base first",
 }
 

@@ -21,6 +21,7 @@ from prd.meshes.mesh import build_mesh, extract_surfaces
 from prd.meshes.options import MeshOptions, check_one_of, mesh_options
 from prd.pipelines.output import TextTo3DOutput
 from prd.text.encoders import PromptEncoder
+from prd.text.trained_prompts import KEY, TrainedPrompts
 from prd.utils.arguments import check_prompt, expanded_path, shown
 from prd.utils.memory import release_freed_memory
 
@@ -33,7 +34,8 @@ class TextTo3DPipeline:
     model              the network, a `prd.generators.protocol.Model`
     encoder            of prompts, None if they are given as embeddings
     encoder_name       where the encoder is from; a shipped one that lists its words warns of others
-    training_metadata  of the training run, for the model card
+    training_metadata  of the training run, for the model card; the words and forms of its prompts, if they are in it,
+                       are what a call warns of others by
     public_name        what the model was loaded by, if it ships or came from the Hub; "" for a place on this disk
     draws_noise        whether a call takes `generator` and `num_inference_steps`
     """
@@ -93,13 +95,18 @@ class TextTo3DPipeline:
         return prompts
 
     def _warn(self, prompts: Sequence[str], encoder: PromptEncoder) -> None:
-        for text in prompts:
+        recorded = self.training_metadata.get(KEY)
+        known = None if recorded is None else TrainedPrompts.from_dict(recorded)
+        for text in dict.fromkeys(prompts):
             tokens = encoder.count_tokens(text)
             if tokens > encoder.length:
                 logger.warning(
                     "prompt %s has %d tokens: only the first %d are read", shown(text), tokens, encoder.length
                 )
-            if words := unknown_words(self.encoder_name, text):
+            if known is not None and known.words is not None:
+                if said := known.unfamiliar(text):
+                    logger.warning("prompt %s: the model may not know it: %s", shown(text), said)
+            elif words := unknown_words(self.encoder_name, text):
                 title = about(self.encoder_name)["title"]
                 listed = shown(", ".join(dict.fromkeys(words)))
                 logger.warning("prompt %s: %s has never heard of %s", shown(text), title, listed.strip("'"))

@@ -6,10 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
 from prd.utils.offloading import MainMemory
@@ -51,15 +52,21 @@ class PromptEncoder:
                 (77 x 1024) are 646 MB in half precision
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, cache_size: int = 4096) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any, cache_size: int = 4096) -> None:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
+        self.tokenizers: tuple[PreTrainedTokenizerBase, ...] = (tokenizer,)  # all that read a prompt
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
         self.memory: MainMemory | None = None  # of the model's weights, if it is offloaded
         self.visited: torch.device | None = None  # by an offloaded model for the time of a call
 
     @property
+    def configs(self) -> tuple[Any, ...]:
+        """The configs of its models, one for each tokenizer."""
+        return (self.model.config,)
+
+    @property
     def length(self) -> int:
-        """Number of tokens L of an embedding."""
+        """Number of tokens L that are read of a prompt."""
         return int(self.model.config.max_position_embeddings)
 
     @property
@@ -121,11 +128,11 @@ class PromptEncoder:
         """Last hidden states [n, L, Ct] of n prompts."""
         return self.model(self._tokens(prompts).input_ids).last_hidden_state
 
-    def _tokens(self, texts: list[str]) -> BatchEncoding:
-        """Tokens of n texts [n, L] and their mask, on the model's device whatever torch's default one is."""
+    def _tokens(self, texts: list[str], tokenizer: Any = None, length: int | None = None) -> BatchEncoding:
+        """Tokens of n texts [n, length] and their mask, on the model's device whatever torch's default one is."""
         with torch.device("cpu"):
-            tokens = self.tokenizer(
-                texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            tokens = (tokenizer or self.tokenizer)(
+                texts, padding="max_length", max_length=length or self.length, truncation=True, return_tensors="pt"
             )
         return tokens.to(self.model.device)
 

@@ -18,6 +18,7 @@ from prd.loading.stable_diffusion import load_base
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
+from prd.text.sdxl import load_sdxl_encoder
 from prd.utils.arguments import expanded, has_suffix
 
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
@@ -29,13 +30,14 @@ class UnknownEncoder(PrdError, ValueError):
 
 def encoder_digest(encoder: PromptEncoder) -> str:
     """SHA-256 of everything that an encoder's output depends on: weights, their precision, tokenizer, activation."""
-    tokenizer, config = encoder.tokenizer, encoder.model.config
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.no_padding()  # these two are as the last call left them
-    plain.no_truncation()
-    settings = {name: getattr(config, name, None) for name in INFLUENTIAL}
-    padding = [tokenizer.pad_token_id, tokenizer.padding_side, getattr(config, "max_position_embeddings", None)]
-    digest = hashlib.sha256(f"{type(encoder).__name__} {settings} {padding} {plain.to_str()}".encode())
+    digest = hashlib.sha256()
+    for tokenizer, config in zip(encoder.tokenizers, encoder.configs, strict=True):
+        plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        plain.no_padding()  # these two are as the last call left them
+        plain.no_truncation()
+        settings = {name: getattr(config, name, None) for name in INFLUENTIAL}
+        padding = [tokenizer.pad_token_id, tokenizer.padding_side, getattr(config, "max_position_embeddings", None)]
+        digest.update(f"{type(encoder).__name__} {settings} {padding} {plain.to_str()}".encode())
     for name, tensor in sorted(encoder.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -53,8 +55,9 @@ def load_encoder(
     """Load a frozen text encoder and its tokenizer.
 
     place  a shipped name, a folder or Hub id in diffusers' layout, or a single .safetensors file
-    hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP or a T5. Raises UnknownEncoder for another
-    model or a folder without one, OSError and CheckpointError for missing or foreign files.
+    hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP, Stable Diffusion XL's two CLIPs, or a T5.
+    Raises UnknownEncoder for another model or a folder without one, OSError and CheckpointError for missing or
+    foreign files.
     """
     place = str(shipped(place, "text_encoder") or expanded(place, "encoder"))
     if has_suffix(place, ".safetensors"):
@@ -74,10 +77,14 @@ def load_encoder(
         "clip_text_model": (CLIPTextModel, PromptEncoder),
         "t5": (T5EncoderModel, T5PromptEncoder),
     }
-    folder = Path(place) if Path(place).is_dir() else download(place, ["text_encoder/config.json"], hub)
+    folder = Path(place) if Path(place).is_dir() else download(place, ["text_encoder*/config.json"], hub)
     kind = read_json(folder / "text_encoder/config.json", "name a model with a text encoder").get("model_type")
     if kind not in kinds:
         raise UnknownEncoder(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
+    if kind == "clip_text_model" and (folder / "text_encoder_2/config.json").is_file():
+        encoder = load_sdxl_encoder(place, dtype, **hub)
+        encoder.model.to(device)
+        return encoder
     model_class, encoder_class = kinds[kind]
     model = load_strict(model_class, place, "text_encoder", dtype, **hub).to(device)
     return encoder_class(load_tokenizer(AutoTokenizer, place, **hub), model)

@@ -23,8 +23,11 @@ from prd.rendering.volume import VolumeRenderer
 from prd.teachers.base import ConfigurableTeacher, TeacherConfig
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mvdream import MVDreamTeacher
+from prd.teachers.pixart import PixArtTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.teachers.stable_diffusion_3 import StableDiffusion3Teacher
+from prd.teachers.stable_diffusion_xl import StableDiffusionXLTeacher
 from prd.utils.imports import import_path, load_class
 
 
@@ -61,6 +64,9 @@ SECTIONS: dict[str, Section] = {
     "teachers": Section(
         {
             "stable_diffusion": StableDiffusionTeacher,
+            "stable_diffusion_xl": StableDiffusionXLTeacher,
+            "stable_diffusion_3": StableDiffusion3Teacher,
+            "pixart": PixArtTeacher,
             "mvdream": MVDreamTeacher,
             "richdreamer": RichDreamerTeacher,
             "deepfloyd": DeepFloydTeacher,

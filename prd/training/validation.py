@@ -21,7 +21,9 @@ from prd.evaluation.benchmark import Benchmark, Score, measured_splits
 from prd.evaluation.protocols import find_protocol
 from prd.evaluation.report import update_report
 from prd.generators.protocol import Model
+from prd.hub.find import TRAINING_METADATA
 from prd.text.encoders import PromptEncoder
+from prd.text.trained_prompts import KEY, TrainedPrompts
 from prd.training.diagnostics import CollapseWatch, prompt_spread, watched_prompts
 from prd.training.ema import WeightAverage
 from prd.training.galleries import contact_sheet, export_meshes, generate_fields, make_fields, save_gallery
@@ -83,7 +85,7 @@ class Validation:
             check_captions(benchmark, config.validation.prompts)
         self.benchmark = benchmark
         self.config, self.model, self.text_encoder, self.average = config, model, text_encoder, average
-        self.folder = Path(config.output_dir)
+        self.folder, self.corpus = Path(config.output_dir), corpus
         self.judge = _judge(config)
         self.watch, self.watched = CollapseWatch(), watched_prompts(config, corpus)
 
@@ -193,13 +195,16 @@ class Validation:
             self.sheet("after.png")
             with only_shown(folder / "meshes"):
                 export_meshes(self.model, self.text_encoder, config.validation.prompts, config, folder / "meshes")
+            record = {"train_steps": done, **cost, "seed": config.seed}
+            record |= {"held_out": list(held_out_prompts(config.prompts))}
+            record |= {KEY: TrainedPrompts.of(self.corpus).as_dict()}
             if self.benchmark is not None:
-                held_out = list(held_out_prompts(config.prompts))
-                self.score({"train_steps": done, **cost, "seed": config.seed, "held_out": held_out})
+                self.score(record)
+            self._write(folder / self.model.folder_name / TRAINING_METADATA, record)
         update_report(folder)
 
     def score(self, record: dict[str, Any]) -> None:
-        """Measure every split, print what was found, write `scores.json` and the record beside the weights."""
+        """Measure every split, print what was found and write `scores.json`; `record` gets the means."""
         assert self.benchmark is not None
         report: dict[str, Any] = {}
         for name, prompts in self.splits().items():
@@ -207,11 +212,12 @@ class Validation:
             report[name] = {"summary": self.benchmark.summary(scores), "scores": [s.as_dict() for s in scores]}
         summaries = {name: part["summary"] for name, part in report.items()}
         record["measured"] = summaries
-        beside_weights = self.folder / self.model.folder_name / "record.json"
-        for path, contents in ((self.folder / "scores.json", report), (beside_weights, record)):
-            with only_shown(path):
-                write_atomic(path, json.dumps(contents, indent=1) + "\n")
+        self._write(self.folder / "scores.json", report)
         print("\n".join(self.benchmark.describe(summaries)))
+
+    def _write(self, path: Path, contents: dict[str, Any]) -> None:
+        with only_shown(path):
+            write_atomic(path, json.dumps(contents, indent=1) + "\n")
 
 
 def _judge(config: TrainConfig) -> Judge | None:

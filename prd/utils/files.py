@@ -17,8 +17,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from prd.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"  # of a folder that one process holds
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds between attempts to take the place of a file that another program holds
 UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS))  # by file systems that flush nothing on request
 NO_FOLDER = frozenset((errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR))  # by systems that flush no folder
@@ -103,6 +108,32 @@ def only_shown(what: object, *errors: type[Exception]) -> Iterator[None]:
         if _STRICT.get():
             raise
         logger.warning("%s: could not be written (%s); the run goes on", what, " ".join(str(error).split()))
+
+
+@contextmanager
+def folder_lock(folder: Path, name: str, doing: str) -> Iterator[None]:
+    """Hold a folder for one process; the system frees it however the process ends.
+
+    name   of the argument that gave the folder
+    doing  what the processes do there, as "training"
+
+    Raises ConfigError if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{name}={str(folder)!r}: another process is {doing} into it; wait until it has ended, or name another "
+            "folder"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks: see that no other process is %s into it", folder, doing)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def file_stem(text: str, otherwise: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,44 @@ def test_group_convolutions_are_the_loop_over_planes() -> None:
         y = y + single(block.spatial, plane, y)
         y = y + single(block.narrow, plane, F.gelu(single(block.widen, plane, norm(block.norm, plane, y))))
         torch.testing.assert_close(found[:, plane], y, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("without", "left_out"),
+    [({"cross_attention": False}, {"attention"}), ({"plane_aware": False}, {"aware"})],
+    ids=["cross_attention", "plane_aware"],
+)
+def test_a_module_can_be_left_out(without: dict[str, bool], left_out: set[str]) -> None:
+    """A block without one of its modules is the block in which that module gives zero."""
+    torch.manual_seed(0)
+    whole = TriplaneConvNeXtBlock(CHANNELS, WIDTH, heads=2, expansion=3)
+    part = TriplaneConvNeXtBlock(CHANNELS, WIDTH, heads=2, expansion=3, **without)
+    missing = part.load_state_dict(
+        {name: value for name, value in whole.state_dict().items() if name.partition(".")[0] not in left_out}
+    )
+    assert not missing.missing_keys
+    for name, zero in (("attention.to_out", left_out == {"attention"}), ("aware.conv", left_out == {"aware"})):
+        if zero:
+            layer = whole.get_submodule(name)
+            for parameter in layer.parameters():
+                parameter.zero_()
+    torch.testing.assert_close(part(planes(), embeddings(2)), whole(planes(), embeddings(2)))
+
+
+@torch.no_grad()
+def test_without_blocks_two_linear_layers_make_the_planes() -> None:
+    torch.manual_seed(0)
+    model = AtomModel(replace(ATOM, num_blocks=0, text_width=256)).eval()
+    embeds = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(0))
+    first, _, second, _ = model.linear
+    hidden = F.silu(F.linear(embeds.mean(1), first.weight, first.bias))
+    expected = F.linear(hidden, second.weight) * (second.weight.shape[0] / 256) ** 0.5
+    torch.testing.assert_close(model.planes(embeds).flatten(1), expected)
+    assert torch.linalg.matrix_norm(second.weight, 2) == pytest.approx(1, abs=0.1)  # two iterations at the start
+    again = AtomModel(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval().planes(embeds), model.planes(embeds))
 
 
 def test_a_pixel_sees_its_own_coordinates_in_the_other_planes() -> None:

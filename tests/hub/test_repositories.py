@@ -162,7 +162,7 @@ def test_a_base_from_the_hub(hub: HubServer, random_toybox: Path, tmp_path: Path
             else:
                 raise SystemExit("loaded: " + message)
 
-        refused(lambda: load_base("some/xl"), UnsupportedBase, "addition_embed_type 'text_time'")
+        refused(lambda: load_base("some/xl"), UnsupportedBase, "pooled embedding")
         refused(lambda: load_base("some/absent"), FileNotFoundError, "RepositoryNotFoundError")
         expected = sdf(TriplaneTurbo.from_pretrained("toybox", base="some/base"))
         TriplaneTurbo.from_pretrained({str(adapter)!r}).push_to_hub("me/shapes", token={TOKEN!r})

@@ -195,7 +195,8 @@ def test_a_file_or_a_revision_of_a_folder_is_named(folder: Path, toybox: Path) -
 @pytest.mark.parametrize(
     "file, changes, found",
     [
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "unet addition_embed_type 'text_time'"),
+        ("unet/config.json", {"addition_embed_type": "image_hint"}, "unet addition_embed_type 'image_hint'"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "leave nothing for a pooled embedding"),
         ("unet/config.json", {"cross_attention_dim": [768, 1024]}, "cross_attention_dim"),
         ("unet/config.json", {"in_channels": 9}, "in_channels 9"),
         ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
@@ -221,6 +222,10 @@ def test_a_transformer_is_named_by_its_pipeline(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UnsupportedBase, match="found StableDiffusion3Pipeline of transformer: no unet/config.json"):
+        load_base(str(tmp_path))
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UnsupportedBase, match=r"FluxPipeline .*\(12 billion parameters, .* licence"):
         load_base(str(tmp_path))
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match="neither model_index.json nor unet/config.json is there"):

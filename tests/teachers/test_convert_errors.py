@@ -163,7 +163,7 @@ UNETS = f"{UNET}input_blocks.0.0.weight"
 OTHERS = {
     "TriplaneTurbo's weights": ({"geometry.space_generator.peft_layers.layers.0.a.weight": 2}, "prd convert"),
     "Stable Diffusion's weights": ({UNETS: 4, f"{VAE}quant_conv.weight": 4}, "--base or model.base"),
-    "Stable Diffusion XL's weights": ({UNETS: 4, "conditioner.embedders.0.a": 2}, "no part of this library"),
+    "Stable Diffusion XL's weights": ({UNETS: 4, "conditioner.embedders.0.a": 2}, "as a base it is read from a folder"),
     "a LoRA": ({"lora_unet_down.lora_up.weight": 2}, "merge it"),
 }
 

@@ -235,7 +235,8 @@ def test_runs_are_compared_at_equal_frames(tmp_path: Path, monkeypatch: pytest.M
         trainer = make(recipe, *words, "--output_dir", str(folder), "--train_batch_size", "2")
         trainer.train()
         folders.append(folder)
-        assert (folder / "generator" / "record.json").is_file()
+        record = json.loads((folder / "generator" / "record.json").read_text(encoding="utf-8"))
+        assert record["trained_on"]["prompts"] == 38 and record["trained_on"]["forms"].keys() == {"a _ _"}
     rows = [row for folder in folders for row in measure_run(folder)]
     assert [row.step for row in rows] == [1, 2, 3, 1, 2, 3]
     assert [row.frames_per_prompt for row in rows[:3]] == pytest.approx([8 / 38, 16 / 38, 24 / 38])

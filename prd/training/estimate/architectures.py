@@ -1,7 +1,7 @@
 """The networks of a run without memory, on the meta device: from configs on this machine, else as published.
 
-The architectures of Stable Diffusion 1.5 and 2.1, MVDream and RichDreamer are known: what is not here yet is built by
-them.
+The architectures of Stable Diffusion 1.5, 2.1 and XL, MVDream and RichDreamer are known: what is not here yet is built
+by them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prd.generators.triplane_turbo import TriplaneTurboConfig, TriplaneTurboModel
 from prd.hub.shipped import HUB_ID, shipped
@@ -27,13 +27,28 @@ from prd.teachers.multiview import CAMERA_DIMENSIONS
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
+from prd.text.sdxl import TwoTextEncoders
 from prd.utils.arguments import has_suffix
 
 CAMERA = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
 SD21 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
 SD15 = {"attention_head_dim": 8, "cross_attention_dim": 768}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+}
 VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -48,6 +63,7 @@ TEACHERS: dict[Any, Any] = {MVDreamTeacher: MVDreamConfig, RichDreamerTeacher: R
 class Architecture:
     """Configs of a Stable Diffusion's or a teacher's parts: a folder's config.json, or settings as published.
 
+    text    of the text encoder, or a pair of Stable Diffusion XL's two
     source  where they are from: "config.json", or "as published"
     """
 
@@ -62,6 +78,12 @@ def published(context: int, camera: bool = False) -> Architecture:
     sizes, text = (SD21, VIT_H) if context == 1024 else (SD15, VIT_L)
     unet = {"block_out_channels": WIDTHS, "sample_size": 32 if camera else 64, **sizes, **(CAMERA if camera else {})}
     return Architecture(unet, VAE, CLIPTextConfig(vocab_size=VOCABULARY, **text))
+
+
+def published_xl() -> Architecture:
+    """Stable Diffusion XL 1.0."""
+    texts = [CLIPTextConfig(vocab_size=VOCABULARY, **sizes) for sizes in (VIT_L, {**BIG_G, "projection_dim": 1280})]
+    return Architecture(SDXL, VAE, tuple(texts))
 
 
 def folder_of(place: str, part: str = "base") -> Path | None:
@@ -86,14 +108,26 @@ def base_architecture(place: str) -> Architecture:
     if folder is not None:
         unet, vae, text = (folder / part for part in ("unet", "vae", "text_encoder"))
         if all((part / "config.json").is_file() for part in (unet, vae, text)):
-            return Architecture(unet, vae, text, "config.json")
+            second = folder / "text_encoder_2"
+            texts = (text, second) if (second / "config.json").is_file() else text
+            return Architecture(unet, vae, texts, "config.json")
+    if "xl" in Path(place).name.lower():
+        return published_xl()
     is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
     return published(768 if is_first else 1024)
 
 
-def meta_text_encoder(config: Any) -> PreTrainedModel:
-    """A CLIP text encoder without memory, of a folder or a config."""
+def meta_text_encoder(config: Any) -> Any:
+    """A CLIP text encoder without memory, of a folder or a config; of a pair both as one module, as of XL."""
+    if isinstance(config, tuple):
+        return TwoTextEncoders(build(CLIPTextModel, config[0]), build(CLIPTextModelWithProjection, config[1]))
     return build(CLIPTextModel, config)
+
+
+def embedding_shape(text: Any) -> tuple[int, int]:
+    """Rows and channels of a prompt's embedding by a text encoder."""
+    length = text.config.max_position_embeddings
+    return (length + 1, text.width) if isinstance(text, TwoTextEncoders) else (length, text.config.hidden_size)
 
 
 def meta_student(config: TriplaneTurboConfig, architecture: Architecture, num_denoising_steps: int) -> Any:

@@ -31,6 +31,7 @@ from prd.training.config import TrainConfig
 from prd.training.estimate.architectures import (
     MetaTeacher,
     base_architecture,
+    embedding_shape,
     meta_student,
     meta_teacher,
     meta_text_encoder,
@@ -128,7 +129,7 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"renderers.{name}")
     background = 0
     if config.text_background:
-        width = meta_text_encoder(base_architecture(config.model.base).text).config.hidden_size
+        _, width = embedding_shape(meta_text_encoder(base_architecture(config.model.base).text))
         background = sum(parameter.numel() for parameter in TextBackground(width).parameters())
     return StepCounts(student, teachers, renderers, background, tuple(uncounted))
 
@@ -139,9 +140,7 @@ def count_student(config: TrainConfig) -> StudentCount:
     model = meta_student(config.model, architecture, config.num_denoising_steps)
     text = meta_text_encoder(architecture.text)
     latents = torch.empty(1, *model.latent_shape, dtype=torch.float32, device="meta")
-    embeds = torch.empty(
-        1, text.config.max_position_embeddings, text.config.hidden_size, dtype=torch.float32, device="meta"
-    )
+    embeds = torch.empty(1, *embedding_shape(text), dtype=torch.float32, device="meta")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("heads.")}
     unet = [p for name, p in trained.items() if ".unet." in name]
     decoder = [p for name, p in trained.items() if ".unet." not in name]

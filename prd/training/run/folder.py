@@ -12,13 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from filelock import FileLock, Timeout
 
 from prd.errors import ConfigError, PrdError
 from prd.training.run.checkpoints import named_checkpoint
@@ -26,7 +24,8 @@ from prd.training.run.launcher import read_launch
 from prd.training.run.places import check_places, place_faults
 from prd.utils.arguments import check_writable_folder
 from prd.utils.environment import in_force
-from prd.utils.files import read_json, write_atomic
+from prd.utils.files import LOCK, folder_lock, read_json, write_atomic
+from prd.utils.machine import PACKAGES, memory_bytes, processor, version_of
 from prd.utils.memory import release_freed_memory
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
-LOCK = ".lock"
-PACKAGES = (
-    *("prd-3d", "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
-    *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
-)
 
 
 def check_run(config: TrainConfig) -> None:
@@ -101,21 +95,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises ConfigError if another process holds it: two that train into one folder destroy each other's checkpoints.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"output_dir={str(folder)!r}: another process is training into it; wait until it has ended, or name "
-            "another folder"
-        ) from None
-    except NotImplementedError:
-        logger.warning("%s: its file system has no locks: see that no other process trains into it", folder)
-    try:
+    with folder_lock(folder, "output_dir", "training"):
         yield
-    finally:
-        lock.release()
 
 
 def check_tracker(config: TrainConfig) -> None:
@@ -132,19 +113,18 @@ def check_tracker(config: TrainConfig) -> None:
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
     """Package versions, git revision, hardware, variables and command of this process, as JSON can hold them."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": git_revision(Path(__file__).resolve().parents[3]),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "python": platform.python_version(),
         "system": platform.platform(),
         "hardware": {
-            "cpu": _processor(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
-            "memory_gigabytes": round(memory / 1e9, 1),
+            "memory_gigabytes": round(memory_bytes() / 1e9, 1),
             "devices": [{"name": d.name, "memory_gigabytes": round(d.total_memory / 1e9, 1)} for d in devices],
             "cuda": torch.version.cuda,
         },
@@ -217,19 +197,3 @@ def forget_peak_memory(device: torch.device) -> None:
         release_freed_memory()
         with suppress(OSError):
             place.write_text("5", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

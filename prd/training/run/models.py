@@ -22,7 +22,12 @@ from prd.utils.arguments import has_suffix
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
 
-NAMES = {"stable_diffusion": "Stable Diffusion", "mvdream": "MVDream", "richdreamer": "RichDreamer"}
+NAMES = {
+    "stable_diffusion": "Stable Diffusion",
+    "stable_diffusion_xl": "Stable Diffusion XL",
+    "mvdream": "MVDream",
+    "richdreamer": "RichDreamer",
+}
 OWN_KEYS = {  # of a teacher_config.json, which the other model's has not
     "mvdream": {"shares_vae"},
     "richdreamer": {"image_range", "normal_background", "resize"},
@@ -129,7 +134,7 @@ def _teacher_faults(kind: str, path: str, model: Any) -> Iterator[str]:
 def _kind_of(unet: dict[str, Any], settings: dict[str, Any] | None) -> str | None:
     """The teacher that a folder holds, by its U-Net's config.json and its teacher_config.json; None: cannot be told."""
     if unet.get("class_embed_type") != "projection":
-        return "stable_diffusion"
+        return "stable_diffusion_xl" if unet.get("addition_embed_type") == "text_time" else "stable_diffusion"
     return next((kind for kind, keys in OWN_KEYS.items() if settings and keys & settings.keys()), None)
 
 
@@ -156,7 +161,9 @@ def _width(place: str, part: str) -> int | None:
             return SingleFile(folder).context
         settings = read_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
         own = Path(shared_folder(str(folder), settings.get("base")) or folder)
-        return read_object(own / TEXT).get("hidden_size") if (own / TEXT).is_file() else None
+        files = [own / part for part in (TEXT, TEXT.replace("/", "_2/")) if (own / part).is_file()]
+        widths = [read_object(file).get("hidden_size") for file in files]
+        return sum(width for width in widths if isinstance(width, int)) or None
     except (PrdError, OSError):
         return None  # which is told of where that model is checked
 

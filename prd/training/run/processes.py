@@ -21,6 +21,7 @@ from accelerate.utils import ProjectConfiguration
 
 from prd.errors import ConfigError
 from prd.training.run.launcher import ABLATION, LAUNCHED, launched_by, read_launch, warn_of_differences
+from prd.utils.machine import cores
 from prd.utils.memory import keep_freed_memory
 from prd.utils.printing import keep_printing
 
@@ -68,11 +69,6 @@ def choose_threads(asked: int | None) -> int:
         return threads
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, cores() // processes)
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of_user(environment: Mapping[str, str], parent: Path) -> int | None:

@@ -1,0 +1,106 @@
+"""Stable Diffusion 3's text: two CLIPs side by side, then a T5, and the pooled embeddings of both CLIPs.
+
+As for Stable Diffusion XL (`prd.text.sdxl`) the pooled embedding is the last row of one tensor, filled up with zeros:
+[B, 77 + 256 + 1, 4096], of whose last row 2048 channels are it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from prd.loading.strict import load_strict, load_tokenizer
+from prd.text.encoders import PromptEncoder
+
+T5_TOKENS = 256
+
+
+class ThreeTextEncoders(nn.Module):
+    """Two CLIPs and a T5 as one module; without the T5 its tokens are zeros, as the model was trained to bear.
+
+    width  channels Ct of an embedding: the transformer's `joint_attention_dim`
+    """
+
+    def __init__(
+        self,
+        first: CLIPTextModelWithProjection,
+        second: CLIPTextModelWithProjection,
+        third: T5EncoderModel | None,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.width = first, second, third, width
+        if third is not None and third.config.d_model != width:
+            raise ValueError(f"text_encoder_3: its width is {third.config.d_model}, the transformer takes {width}")
+
+    @property
+    def config(self) -> Any:
+        """The first encoder's."""
+        return self.first.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+
+class Sd3PromptEncoder(PromptEncoder):
+    """The text encoders of Stable Diffusion 3 with their tokenizers, two or three: embeddings [77 + 256 + 1, Ct]."""
+
+    model: ThreeTextEncoders
+
+    def __init__(self, tokenizers: tuple[Any, ...], model: ThreeTextEncoders, cache_size: int = 4096) -> None:
+        super().__init__(tokenizers[0], model, cache_size)
+        self.tokenizers = tokenizers
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        encoders = (self.model.first, self.model.second, self.model.third)
+        return tuple(encoder.config for encoder in encoders if encoder is not None)
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the pooled embeddings [B, Ct], filled up with zeros: the last rows of embeddings [B, L, Ct]."""
+        return embeds[:, -1]
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Embeddings [n, L, Ct]: both CLIPs' hidden states but one beside each other, the T5's, the pooled ones."""
+        found = [
+            encoder(self._tokens(prompts, tokenizer).input_ids, output_hidden_states=True)
+            for encoder, tokenizer in zip((self.model.first, self.model.second), self.tokenizers[:2], strict=True)
+        ]
+        width = self.model.width
+        tokens = torch.cat([output.hidden_states[-2] for output in found], dim=-1)
+        pooled = torch.cat([output.text_embeds for output in found], dim=-1)
+        rows = [_filled(tokens, width), self._t5(prompts, tokens), _filled(pooled[:, None], width)]
+        return torch.cat(rows, dim=1)
+
+    def _t5(self, prompts: list[str], like: Tensor) -> Tensor:
+        """The T5's last hidden states [n, 256, Ct]; zeros without it."""
+        if self.model.third is None:
+            return like.new_zeros(len(prompts), T5_TOKENS, self.model.width)
+        tokens = self._tokens(prompts, self.tokenizers[2], T5_TOKENS)
+        return self.model.third(tokens.input_ids).last_hidden_state.to(like)
+
+
+def _filled(rows: Tensor, width: int) -> Tensor:
+    return F.pad(rows, (0, width - rows.shape[-1]))
+
+
+def load_sd3_encoder(folder: str, width: int, dtype: torch.dtype | None = None, *, t5: bool = True) -> Sd3PromptEncoder:
+    """Load the text encoders and tokenizers of a folder or Hub id; errors of `load_strict`.
+
+    width  the transformer's `joint_attention_dim`; t5: with the T5, of 4.8 billion parameters
+    """
+    clips = [load_strict(CLIPTextModelWithProjection, folder, f"text_encoder{end}", dtype) for end in ("", "_2")]
+    third = load_strict(T5EncoderModel, folder, "text_encoder_3", dtype) if t5 else None
+    ends = ("", "_2", "_3") if t5 else ("", "_2")
+    tokenizers = tuple(load_tokenizer(AutoTokenizer, folder, f"tokenizer{end}") for end in ends)
+    return Sd3PromptEncoder(tokenizers, ThreeTextEncoders(clips[0], clips[1], third, width))
