@@ -16,6 +16,7 @@ from prd.commands.info import add_info, run_info
 from prd.commands.runs import add_runs, run_runs
 from prd.commands.train import run_train
 from prd.evaluation.command import add_evaluate, run_evaluate
+from prd.serving.command import add_demo, add_serve, run_demo, run_serve
 from prd.utils.printing import keep_printing
 
 INTERRUPTED = 128 + 2  # what shells report of a process that SIGINT ended
@@ -37,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; `train` and `ablate` read their own words."""
     parser = argparse.ArgumentParser(prog="prd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_generate, add_info, add_doctor, add_convert, add_runs, add_embed, add_evaluate, add_completion):
+    adders = (add_generate, add_serve, add_demo, add_info, add_doctor, add_convert, add_runs, add_embed, add_evaluate)
+    for add in (*adders, add_completion):
         add(commands)
     train = commands.add_parser("train", help="train; the same as examples/train_prd.py", add_help=False)
     train.add_argument("overrides", nargs=argparse.REMAINDER)
@@ -57,12 +59,14 @@ def _run(words: Sequence[str]) -> int:
         run = {
             "completion": lambda args: run_completion(args, build_parser()),
             "convert": run_convert,
+            "demo": run_demo,
             "doctor": run_doctor,
             "embed": run_embed,
             "evaluate": run_evaluate,
             "generate": run_generate,
             "info": run_info,
             "runs": run_runs,
+            "serve": run_serve,
         }
         return run[args.command](args)
     except (ValueError, TypeError, OSError, ArithmeticError) as error:

@@ -35,8 +35,8 @@ from prd.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = ("prd", "teachers", "adapters", "configs", "examples", "benchmarks", "docs", "tests", ".ci", "runs")
-SUBCOMMANDS = "generate|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
+TOP = (*"prd teachers adapters configs examples integrations benchmarks docs tests .ci runs".split(),)
+SUBCOMMANDS = "generate|serve|demo|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
 INLINE = re.compile(rf"([A-Z]+=\S+ )?(prd ({SUBCOMMANDS}) |python |accelerate launch |pytest|\.ci/)")
 NOT_CHECKED = {  # commands by their first words, with the reason
     ("git", "clone"): "needs the network",
@@ -178,6 +178,7 @@ def check_prd(words: list[str], here: pytest.MonkeyPatch) -> None:
         "prd.commands.doctor.examine",
         "prd.commands.prompts.read_prompts",
         "prd.hub.info.model_info",
+        "prd.serving.command._check_installed",
     ):
         here.setattr(place, then_stop(lambda *args, **options: None))
     with pytest.raises(ReachedWork):

@@ -2,7 +2,7 @@
 
 A room is a package under `prd` (or `prd.cameras`, `prd.cli`, `prd.errors`). A rule names what a room must not import,
 so that rooms below know nothing of those above: geometry < text and loading < teachers, adapters < distillation,
-generators < pipelines < data, evaluation, toybox, training < commands < cli.
+generators < pipelines < data, evaluation, toybox, training < commands < serving < cli.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINKED = ("teachers", "adapters")  # which prd/ holds as links
 GEOMETRY = {"cameras", "fields", "isosurface", "rendering", "meshes"}
 METHOD = {"text", "loading", "teachers", "adapters", "distillation", "generators"}
 PRODUCT = {"pipelines", "hub"}
-RUNS = {"data", "evaluation", "toybox", "training", "commands", "cli"}
+RUNS = {"data", "evaluation", "toybox", "training", "commands", "serving", "cli"}
 ROOMS = GEOMETRY | METHOD | PRODUCT | RUNS | {"errors", "utils"}
 
 FORBIDDEN: dict[str, set[str]] = {
@@ -40,11 +40,12 @@ FORBIDDEN: dict[str, set[str]] = {
     "generators": {"teachers", "pipelines"} | RUNS,
     "pipelines": {"teachers", "distillation"} | RUNS,
     "hub": {"teachers", "distillation", "pipelines"} | RUNS,
-    "data": {"teachers", "pipelines", "toybox", "training", "commands", "cli"},
-    "evaluation": {"teachers", "toybox", "commands", "cli"},
-    "toybox": {"adapters", "distillation", "generators", "pipelines", "training", "commands", "cli"},
-    "training": {"commands", "cli"},
-    "commands": {"toybox", "cli"},
+    "data": {"teachers", "pipelines", "toybox", "training", "commands", "serving", "cli"},
+    "evaluation": {"teachers", "toybox", "commands", "serving", "cli"},
+    "toybox": {"adapters", "distillation", "generators", "pipelines", "training", "commands", "serving", "cli"},
+    "training": {"commands", "serving", "cli"},
+    "commands": {"toybox", "serving", "cli"},
+    "serving": {"teachers", "adapters", "distillation", "data", "toybox", "training", "cli"},
     "cli": set(),
 }
 

@@ -52,11 +52,14 @@ def _extra(name: str) -> str:
 
 
 EXTRAS = {
+    "DracoPy": Extra("DracoPy", "compressed geometry in .glb", _extra("draco")),
     "usd-core": Extra("pxr", "meshes as .usdz", _extra("usd")),
     "imageio-ffmpeg": Extra("imageio_ffmpeg", "previews as .mp4", _extra("video")),
     "shtab": Extra("shtab", "completion in the shell, prd completion", _extra("completion")),
     "open_clip_torch": Extra("open_clip", "open_clip's models in prd evaluate", _extra("eval")),
-    "gradio": Extra("gradio", "a page in the browser", _extra("demo")),
+    "fastapi": Extra("fastapi", "meshes over HTTP, prd serve", _extra("serve")),
+    "uvicorn": Extra("uvicorn", "meshes over HTTP, prd serve", _extra("serve")),
+    "gradio": Extra("gradio", "a page in the browser, prd demo", _extra("demo")),
     "xformers": Extra("xformers", "attention that takes less memory on CUDA", _extra("cuda"), only="linux"),
     "nvdiffrast": Extra(
         "nvdiffrast",

@@ -94,7 +94,7 @@ def _generate_one(args: argparse.Namespace, prompt: str) -> int:
     output = args.output or f"mesh.{args.format or 'glb'}"
     if args.format is not None and not has_suffix(output, f".{args.format}"):
         raise ConfigError(f"format={args.format!r}: is not that of output={output!r}; leave one of them out")
-    export = Export(output, args.up, args.height, args.picture, name="output", levels=args.lods)
+    export = Export(output, args.up, args.height, args.picture, args.compress, name="output", levels=args.lods)
     preview = None if args.preview is None else check_preview("preview", args.preview)
     options = mesh_options(args)
     logging.getLogger("prd.meshes").setLevel(logging.INFO)  # what the surface was cut into
@@ -161,6 +161,7 @@ def _job(args: argparse.Namespace, prompts: list[str]) -> Job:
         up=args.up,
         height=args.height,
         picture=args.picture,
+        compress=args.compress,
         dtype=args.dtype,
         preview=args.preview,
     )

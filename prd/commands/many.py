@@ -65,6 +65,7 @@ class Job:
     up: Any = None
     height: str | None = None
     picture: Any = "png"
+    compress: Any = None
     dtype: str | None = None
     preview: str | None = None
     weights: str | None = None
@@ -91,7 +92,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Return all that decides the meshes, plain values."""
         digest = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
-        names = ("model", "seed", "batch_size", "steps", "format", "up", "height", "picture", "dtype")
+        names = ("model", "seed", "batch_size", "steps", "format", "up", "height", "picture", "compress", "dtype")
         return {
             "prompts": f"{len(self.prompts)} with the hash {digest}",
             "num_meshes_per_prompt": self.per_prompt,
@@ -154,7 +155,7 @@ class Job:
         return self._export(self.folder / self.file_of(place))
 
     def _export(self, path: Path) -> Export:
-        return Export(path, self.up, self.height, self.picture, name="output", levels=self.options.lods)
+        return Export(path, self.up, self.height, self.picture, self.compress, name="output", levels=self.options.lods)
 
 
 @contextmanager

@@ -74,6 +74,10 @@ def add_surface(command: argparse.ArgumentParser) -> None:
     )
     colors.add_argument("--vertex-colors", action="store_true", help="a colour per vertex instead of a texture")
     command.add_argument("--picture", default="png", choices=("png", "webp"), help="of the texture, in a .glb or .gltf")
+    command.add_argument("--normal-map", action="store_true", help="bake the normals that simplifying loses")
+    command.add_argument("--metallic", type=float, default=0.0, help="of the material, 0 to 1 (0)")
+    command.add_argument("--roughness", type=float, default=1.0, help="of the material, 0 to 1 (1)")
+    command.add_argument("--compress", default=None, choices=("draco",), help="the geometry of a .glb or .gltf")
     command.add_argument("--up", default=None, choices=("y", "z"), help="of .obj and .ply (default: y), .stl (z)")
     command.add_argument(
         "--height",
@@ -101,6 +105,9 @@ def mesh_options(args: argparse.Namespace, **changes: Any) -> MeshOptions:
         "topology": args.topology,
         "close_handles": args.close_handles,
         "lods": args.lods,
+        "normal_map": args.normal_map,
+        "metallic": args.metallic,
+        "roughness": args.roughness,
     }
     return MeshOptions(**{**asked, **changes})
 

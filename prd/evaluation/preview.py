@@ -61,7 +61,7 @@ def save_preview(meshes: Sequence[Mesh], path: Path, labels: Sequence[str] | Non
     suffix = path.suffix.lower()
     if suffix == ".png":
         columns = SHEET_VIEWS
-        views = [view for mesh in meshes for view in _views(mesh, SHEET_VIEWS)]
+        views = [view for mesh in meshes for view in views_of(mesh, SHEET_VIEWS)]
         sheet = sheet_of(views, columns=columns, labels=labels)
         replace_file(path, lambda aside: sheet.save(aside, format="PNG"))
         return
@@ -85,8 +85,8 @@ def to_file_mesh(mesh: Mesh) -> FileMesh:
     return FileMesh(vertices, faces, white, mesh.uv, np.zeros(len(faces), np.int64), (mesh.texture,))
 
 
-def _views(mesh: Mesh, count: int) -> Iterator[Image.Image]:
-    """Pictures of a mesh from `count` sides around it."""
+def views_of(mesh: Mesh, count: int) -> Iterator[Image.Image]:
+    """Yield pictures of a mesh from `count` sides around it."""
     azimuths = tuple(FRONT + 360 * k / count for k in range(count))
     for picture in draw(to_file_mesh(mesh), replace(CAMERA, azimuths=azimuths)):
         yield Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -98,7 +98,7 @@ def _turn(meshes: Sequence[Mesh], labels: Sequence[str] | None) -> Iterator[Imag
     rows = None
     if labels is not None:
         rows = [", ".join(labels[k : k + columns]) for k in range(0, len(labels), columns)]
-    for pictures in zip(*(_views(mesh, FRAMES) for mesh in meshes), strict=True):
+    for pictures in zip(*(views_of(mesh, FRAMES) for mesh in meshes), strict=True):
         yield sheet_of(pictures, columns=columns, gap=0, labels=rows)
 
 

@@ -12,6 +12,7 @@ optional, is the import path of a `prd.evaluation.benchmark.Benchmark`: the worl
     title           "the toy box"
     license         SPDX name of the licence of what is made on it; license_text: a paragraph about it
     prompt          an example; single_pass_prompt: one for models that answer in one pass
+    examples        further ones, for both
     limits          what it does not know, a list item of Markdown
     vocabulary      every word that its text encoder was trained on
 """

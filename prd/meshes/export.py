@@ -18,7 +18,7 @@ from trimesh.visual.material import PBRMaterial
 import prd
 from prd.errors import ConfigError
 from prd.meshes.axes import NOTES, Up, turned
-from prd.meshes.gltf import PictureFormat, glb, gltf, srgb_to_linear
+from prd.meshes.gltf import Compression, PictureFormat, glb, gltf, srgb_to_linear
 from prd.meshes.obj import free_stem, obj
 from prd.meshes.options import check_one_of
 from prd.meshes.printing import MM_PER_UNIT, stl, threemf
@@ -41,20 +41,20 @@ class Format:
     up        ways up it can have, the default first
     unit      of its lengths, millimetres; None where it says none
     pictures  formats of the texture's picture to choose from
-    levels    whether it holds levels of detail
+    scene     whether it is a scene: it holds levels of detail and takes compressed geometry
     """
 
     up: tuple[Up, ...]
     unit: float | None = None
     pictures: tuple[PictureFormat, ...] = ("png",)
-    levels: bool = False
+    scene: bool = False
 
 
 FORMATS = {
-    ".glb": Format(("y",), 1000.0, ("png", "webp"), levels=True),
+    ".glb": Format(("y",), 1000.0, ("png", "webp"), scene=True),
     ".obj": Format(("y", "z")),
     ".ply": Format(("y", "z")),
-    ".gltf": Format(("y",), 1000.0, ("png", "webp"), levels=True),
+    ".gltf": Format(("y",), 1000.0, ("png", "webp"), scene=True),
     ".stl": Format(("z", "y"), 1.0),
     ".3mf": Format(("z",), 1.0),
     ".usdz": Format(("y",), 1000.0),
@@ -70,6 +70,7 @@ class ExportKeywords(TypedDict, total=False):
     up: Up | None
     height: str | None
     picture: PictureFormat
+    compress: Compression | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Export:
     up: Up | None = None
     height: str | None = None
     picture: PictureFormat = "png"
+    compress: Compression | None = None
     name: str = "path"
     levels: int = 1
 
@@ -101,13 +103,26 @@ class Export:
         if self.height is not None and parse_length("height", self.height) and format.unit is None:
             united = ", ".join(name for name, other in FORMATS.items() if other.unit)
             raise ConfigError(f"height={self.height!r}: {suffix} says no unit of length; write one of {united}")
-        if self.levels > 1 and not format.levels:
-            able = " or ".join(name for name, other in FORMATS.items() if other.levels)
+        able = " or ".join(name for name, other in FORMATS.items() if other.scene)
+        self._check_compress(suffix, able)
+        if self.levels > 1 and not format.scene:
             raise ConfigError(f"lods={self.levels}: {suffix} holds one mesh; write a {able}, or take lods=1")
         if suffix == ".usdz" and importlib.util.find_spec("pxr") is None:
             raise ConfigError(
                 f"{self.name}={os.fspath(self.path)!r}: .usdz needs usd-core, which is not installed; pip install "
                 "'prd-3d[usd]', or write a .glb"
+            )
+
+    def _check_compress(self, suffix: str, able: str) -> None:
+        """Raise ConfigError unless the format takes compressed geometry and the compressor is there."""
+        if self.compress is None:
+            return
+        check_one_of("compress", self.compress, ("draco",))
+        if not FORMATS[suffix].scene:
+            raise ConfigError(f"compress='draco': a {suffix} is not compressed; leave it out, or write a {able}")
+        if importlib.util.find_spec("DracoPy") is None:
+            raise ConfigError(
+                "compress='draco': needs DracoPy, which is not installed; pip install 'prd-3d[draco]', or leave it out"
             )
 
 
@@ -127,7 +142,7 @@ def export_mesh(mesh: Mesh, export: Export) -> Path:
     up, extras, scale = export.up or format.up[0], asset_extras(mesh), _scale(mesh, export, format)
     if suffix in (".glb", ".gltf"):
         write = glb if suffix == ".glb" else gltf
-        _write(path, write((mesh, *mesh.lods), extras, scale, export.picture))
+        _write(path, write((mesh, *mesh.lods), extras, scale, export.picture, export.compress))
     elif suffix == ".obj":
         text, beside = obj(mesh, free_stem(path), path.name, up)
         for name, data in beside.items():  # before the file that refers to them
@@ -182,7 +197,14 @@ def to_trimesh(mesh: Mesh) -> trimesh.Trimesh:
         visual = ColorVisuals(vertex_colors=to_bytes(mesh.vertex_colors))
     else:
         picture = Image.fromarray(mesh.texture)
-        material = PBRMaterial(name="surface", baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
+        bumps = None if mesh.normal_map is None else Image.fromarray(mesh.normal_map)
+        material = PBRMaterial(
+            name="surface",
+            baseColorTexture=picture,
+            normalTexture=bumps,
+            metallicFactor=mesh.metallic,
+            roughnessFactor=mesh.roughness,
+        )
         visual = TextureVisuals(uv=mesh.uv, material=material)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, visual=visual, process=False)
 

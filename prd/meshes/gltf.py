@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prd.meshes.axes import Y_UP
+from prd.meshes.draco import draco_encoded
+from prd.meshes.normals import tangents
 
 if TYPE_CHECKING:
     from prd.meshes.mesh import Mesh
 
 PictureFormat = Literal["png", "webp"]
+Compression = Literal["draco"]
 
 VERTICES, INDICES = 34962, 34963  # targets of a buffer view: ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER
 COMPONENT = {np.dtype("<u2"): 5123, np.dtype("<u4"): 5125, np.dtype("<f4"): 5126}
@@ -26,16 +29,25 @@ SHORT_INDICES = 0xFFFF  # vertices whose indices fit in 16 bits; the largest val
 SMOOTH = {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}  # linear, mipmaps, clamped to the edge
 WEBP = "EXT_texture_webp"
 LOD = "MSFT_lod"
+DRACO = "KHR_draco_mesh_compression"
+REQUIRED = {WEBP, DRACO}  # there is no other picture, no other geometry
 
 
-def glb(meshes: Sequence[Mesh], extras: dict[str, Any], scale: float = 1.0, picture: PictureFormat = "png") -> bytes:
+def glb(
+    meshes: Sequence[Mesh],
+    extras: dict[str, Any],
+    scale: float = 1.0,
+    picture: PictureFormat = "png",
+    compress: Compression | None = None,
+) -> bytes:
     """Return meshes as glTF binary: one, or one object in several levels of detail, the finest first.
 
-    extras   of the asset: what made it
-    scale    metres per scene unit
-    picture  of the texture, lossless either way; "webp" needs a reader of EXT_texture_webp
+    extras    of the asset: what made it
+    scale     metres per scene unit
+    picture   of the texture, lossless either way; "webp" needs a reader of EXT_texture_webp
+    compress  "draco": the geometry, which needs DracoPy, and a reader of KHR_draco_mesh_compression
     """
-    writer = Writer(extras)
+    writer = Writer(extras, compress)
     writer.add_levels(meshes, scale, picture)
     text = json.dumps(writer.finished(), separators=(",", ":")).encode()  # ASCII: a character is a byte
     chunks = (b"JSON", text + b" " * (-len(text) % 4)), (b"BIN\0", bytes(writer.data))
@@ -43,9 +55,15 @@ def glb(meshes: Sequence[Mesh], extras: dict[str, Any], scale: float = 1.0, pict
     return b"glTF" + struct.pack("<II", 2, 12 + len(body)) + body
 
 
-def gltf(meshes: Sequence[Mesh], extras: dict[str, Any], scale: float = 1.0, picture: PictureFormat = "png") -> bytes:
+def gltf(
+    meshes: Sequence[Mesh],
+    extras: dict[str, Any],
+    scale: float = 1.0,
+    picture: PictureFormat = "png",
+    compress: Compression | None = None,
+) -> bytes:
     """Return meshes as glTF in JSON, its buffer in base64 inside; arguments as for `glb`."""
-    writer = Writer(extras)
+    writer = Writer(extras, compress)
     writer.add_levels(meshes, scale, picture)
     tree = writer.finished()
     tree["buffers"][0]["uri"] = "data:application/octet-stream;base64," + base64.b64encode(writer.data).decode()
@@ -55,7 +73,8 @@ def gltf(meshes: Sequence[Mesh], extras: dict[str, Any], scale: float = 1.0, pic
 class Writer:
     """The tree of a glTF file and the data that it refers to."""
 
-    def __init__(self, extras: dict[str, Any]) -> None:
+    def __init__(self, extras: dict[str, Any], compress: Compression | None = None) -> None:
+        self.compress = compress
         self.data = bytearray()
         asset = {"version": "2.0", "generator": extras["generator"], "extras": extras}
         self.tree: dict[str, Any] = {"asset": asset, "scene": 0, "scenes": [{"nodes": [0]}]}
@@ -65,8 +84,8 @@ class Writer:
         """Return the tree, whose only buffer is `data`."""
         if self.extensions:
             self.tree["extensionsUsed"] = sorted(self.extensions)
-        if WEBP in self.extensions:  # there is no other picture
-            self.tree["extensionsRequired"] = [WEBP]
+        if needed := sorted(self.extensions & REQUIRED):
+            self.tree["extensionsRequired"] = needed
         return {**self.tree, "buffers": [{"byteLength": len(self.data)}]}
 
     def add_levels(self, meshes: Sequence[Mesh], scale: float, picture: PictureFormat) -> None:
@@ -87,34 +106,51 @@ class Writer:
         return len(entries) - 1
 
     def _primitive(self, mesh: Mesh, scale: float, picture: PictureFormat) -> dict[str, Any]:
-        attributes = {
-            "POSITION": self._accessor(mesh.vertices[:, Y_UP] * np.float32(scale), "VEC3", bounds=True),
-            "NORMAL": self._accessor(mesh.vertex_normals[:, Y_UP], "VEC3"),
+        arrays: dict[str, NDArray[Any]] = {
+            "POSITION": (mesh.vertices[:, Y_UP] * np.float32(scale)).astype("<f4"),
+            "NORMAL": mesh.vertex_normals[:, Y_UP].astype("<f4"),
         }
-        surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}  # without: a metal, which is black
+        surface: dict[str, Any] = {  # without: a metal, which is black
+            "metallicFactor": mesh.metallic,
+            "roughnessFactor": mesh.roughness,
+        }
+        look = {"name": "surface", "pbrMetallicRoughness": surface}
         if mesh.uv is not None and mesh.texture is not None:
-            attributes["TEXCOORD_0"] = self._accessor(mesh.uv * [1, -1] + [0, 1], "VEC2")  # v down
+            arrays["TEXCOORD_0"] = (mesh.uv * [1, -1] + [0, 1]).astype("<f4")  # v down
             surface["baseColorTexture"] = {"index": self._texture(mesh.texture, picture)}
+            if mesh.normal_map is not None:
+                along = tangents(mesh.vertices, mesh.faces, mesh.vertex_normals, mesh.uv)[:, Y_UP]
+                arrays["TANGENT"] = np.pad(along, ((0, 0), (0, 1)), constant_values=1).astype("<f4")
+                look["normalTexture"] = {"index": self._texture(mesh.normal_map, picture)}
         else:
-            attributes["COLOR_0"] = self._accessor(linear_colors(mesh.vertex_colors), "VEC4", normalized=True)
-        material = self._add("materials", {"name": "surface", "pbrMetallicRoughness": surface})
-        kind = "<u2" if len(mesh.vertices) <= SHORT_INDICES else "<u4"
-        indices = self._accessor(mesh.faces.reshape(-1).astype(kind), "SCALAR", target=INDICES)
-        return {"attributes": attributes, "indices": indices, "material": material, "mode": 4}
+            arrays["COLOR_0"] = linear_colors(mesh.vertex_colors)
+        return {**self._geometry(arrays, mesh.faces), "material": self._add("materials", look), "mode": 4}
 
-    def _accessor(
-        self, values: NDArray[Any], kind: str, target: int = VERTICES, normalized: bool = False, bounds: bool = False
-    ) -> int:
-        values = values.astype("<f4") if values.dtype.kind == "f" else values
+    def _geometry(self, arrays: dict[str, NDArray[Any]], faces: NDArray[np.int64]) -> dict[str, Any]:
+        """Add attributes and indices, compressed if that was asked for."""
+        extensions, count = {}, len(faces)
+        if self.compress == "draco":
+            data, ids, arrays, count = draco_encoded(arrays, faces)
+            extensions = {"extensions": {DRACO: {"bufferView": self._view(data, None), "attributes": ids}}}
+            self.extensions.add(DRACO)
+        attributes = {name: self._accessor(values, name) for name, values in arrays.items()}
+        kind = "<u2" if len(arrays["POSITION"]) <= SHORT_INDICES else "<u4"
+        indices = np.zeros(3 * count, kind) if self.compress else faces.reshape(-1).astype(kind)
+        return {"attributes": attributes, "indices": self._accessor(indices, "indices"), **extensions}
+
+    def _accessor(self, values: NDArray[Any], name: str) -> int:
+        """Add an attribute, or indices; where the geometry is compressed, only what a reader will find."""
         accessor: dict[str, Any] = {
-            "bufferView": self._view(values.tobytes(), target),
             "componentType": COMPONENT[values.dtype],
             "count": len(values),
-            "type": kind,
+            "type": f"VEC{values.shape[1]}" if values.ndim == 2 else "SCALAR",
         }
-        if normalized:
+        if not self.compress:
+            target = INDICES if name == "indices" else VERTICES
+            accessor = {"bufferView": self._view(values.tobytes(), target), **accessor}
+        if name == "COLOR_0":
             accessor["normalized"] = True
-        if bounds:
+        if name == "POSITION":
             accessor |= {"min": values.min(axis=0).tolist(), "max": values.max(axis=0).tolist()}
         return self._add("accessors", accessor)
 
@@ -125,7 +161,7 @@ class Writer:
         return self._add("bufferViews", view if target is None else {**view, "target": target})
 
     def _texture(self, texture: NDArray[np.uint8], picture: PictureFormat) -> int:
-        """Add a picture, sRGB by glTF's definition of a base colour: stored as it is."""
+        """Add a picture, stored as it is: by glTF's definition a base colour is sRGB, and a normal map is not."""
         view = self._view(encoded(texture, picture), None)
         image = self._add("images", {"bufferView": view, "mimeType": f"image/{picture}"})
         if "samplers" not in self.tree:

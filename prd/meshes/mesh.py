@@ -26,12 +26,14 @@ from prd.fields.protocol import Field
 from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
+from prd.meshes.charts import charts_of
 from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
 from prd.meshes.handles import close_handles
+from prd.meshes.normals import FineSurface, in_tangent_space, tangents
 from prd.meshes.options import MeshKeywords, MeshOptions, mesh_options
-from prd.meshes.packing import charts_of
 from prd.meshes.simplify import NEAR, clean, decimate, merge_near, vertex_normals, weld
 from prd.meshes.texture import paint, texel_points, texture_size, unwrap
+from prd.meshes.vertex_colors import fitted_colors
 
 __all__ = ["SUFFIXES", "Mesh", "MeshOptions", "build_mesh", "extract_mesh", "extract_surfaces"]
 
@@ -52,6 +54,8 @@ class Mesh:
     uv             [V, 2]  float32 in [0, 1], v up; None without a texture
     texture        [H, W, 3]  uint8 sRGB, row 0 at v = 1; None without a texture
     metadata       what made it, stored in its files: prompt, seed, model, licence; values that JSON holds
+    normal_map     [H, W, 3]  uint8, normals in the texture's tangent space, Y up; None without one
+    metallic, roughness   of the material, in [0, 1]
     lods           coarser levels of detail of the same object, the next finest first
     """
 
@@ -63,6 +67,9 @@ class Mesh:
     texture: NDArray[np.uint8] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     lods: tuple[Mesh, ...] = ()
+    normal_map: NDArray[np.uint8] | None = None
+    metallic: float = 0.0
+    roughness: float = 1.0
 
     def __repr__(self) -> str:
         size = "None" if self.texture is None else f"{self.texture.shape[1]}x{self.texture.shape[0]}"
@@ -82,6 +89,8 @@ class Mesh:
             raise ValueError(f"faces: indices {self.faces.min()}..{self.faces.max()} must lie in 0..{count - 1}")
         if (self.uv is None) != (self.texture is None):
             raise ValueError("uv and texture: give both or neither")
+        if self.normal_map is not None and self.texture is None:
+            raise ValueError("normal_map: needs uv and texture; give them too")
 
     @cached_property
     def _welded(self) -> trimesh.Trimesh:
@@ -112,9 +121,10 @@ class Mesh:
         """Write the mesh; the suffix names the format. Returns the path.
 
         .glb   glTF 2.0 binary, in metres: +Y up, front +Z; base colour texture, or without a texture linear COLOR_0 in
-               16 bits, in a PBR material (metallic 0, roughness 1); `metadata` in asset.extras; `lods` under MSFT_lod
+               16 bits, in a PBR material; `normal_map` and tangents; `metadata` in asset.extras; `lods` under MSFT_lod
         .gltf  the same as JSON, in one file
-        .obj   +Y up, front +Z, as most readers expect; NAME.mtl and NAME.png beside it, or colours on the v lines
+        .obj   +Y up, front +Z, as most readers expect; NAME.mtl, NAME.png and NAME_normal.png beside it, or colours on
+               the v lines
         .ply   +Y up, front +Z; welded, with vertex colours
         .stl   for printers, in millimetres: +Z up, front -Y, welded, its lowest corner at the origin
         .3mf   as .stl, with vertex colours
@@ -124,8 +134,10 @@ class Mesh:
         height   of the object, a number and its unit (mm, cm, m, in), as "60mm"; None: a scene unit is 1 m, 50 mm for
                  printers. .obj and .ply say no unit and take no height
         picture  "png" or "webp" (lossless; a smaller file for readers of EXT_texture_webp) of .glb and .gltf
+        compress "draco": the geometry of .glb and .gltf, for readers of KHR_draco_mesh_compression; needs DracoPy, the
+                 extra `draco`; positions in 14 bits, normals in 10, texture coordinates in 12
 
-        The file that `path` names is replaced. NAME.mtl and NAME.png are replaced only where they say that they were
+        The file that `path` names is replaced. Those beside it are replaced only where they say that they were
         written for this .obj; else they are called NAME_2, NAME_3, ... NAME is the .obj's own, with other characters
         than ASCII letters, digits and "._-" left out, for not every reader takes them.
 
@@ -197,11 +209,13 @@ def build_mesh(
                 "closed %d handle(s) narrower than %g scene units; close_handles=0 (--close-handles 0) keeps them",
                 *(closed, options.close_handles),
             )
+    fine = FineSurface(vertices, vertex_normals(vertices, faces)) if options.normal_map else None
     levels: list[Mesh] = []
     for level in range(options.lods):
         target = options.target_faces or len(faces)
         vertices, faces = _simplified(vertices, faces, max(4, target >> 2 * level), options)
-        levels.append(_coloured(field, vertices, faces, options, device))
+        mesh = _coloured(field, vertices, faces, options, device, fine)
+        levels.append(replace(mesh, metallic=options.metallic, roughness=options.roughness))
     return replace(levels[0], lods=tuple(levels[1:]))
 
 
@@ -227,21 +241,30 @@ def _coloured(
     faces: NDArray[np.int64],
     options: MeshOptions,
     device: torch.device,
+    fine: FineSurface | None,
 ) -> Mesh:
     """Return the mesh of a simplified surface with a field's colours, per vertex or in a texture."""
+    rgb = partial(query_rgb, field, device=device)
     if options.texture_size is None:
-        return Mesh(vertices, faces, vertex_normals(vertices, faces), query_rgb(field, vertices, device))
+        colors = fitted_colors(vertices, faces, rgb)
+        return Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
     size = options.texture_size
     if size == "auto":
-        size = texture_size(vertices, faces, partial(query_rgb, field, device=device))
+        size = texture_size(vertices, faces, rgb)
     source, charted, uv = unwrap(vertices, faces, size)
     if charts_of(charted, len(uv))[0] > MANY_CHARTS:  # of needles, on which a chart's growth stops: merge more of them
         vertices, faces = merge_near(vertices, faces, 2 * NEAR)
         source, charted, uv = unwrap(vertices, faces, size)
-    colors, normals, faces = query_rgb(field, vertices, device), vertex_normals(vertices, faces), charted
-    texels = texel_points(vertices[source], faces, uv, size)
-    texture = paint(texels, query_rgb(field, texels.points, device))
-    return Mesh(vertices[source], faces, normals[source], colors[source], uv, texture)
+    colors, normals = fitted_colors(vertices, faces, rgb)[source], vertex_normals(vertices, faces)[source]
+    vertices, faces = vertices[source], charted
+    parts = [vertices] if fine is None else [vertices, normals, tangents(vertices, faces, normals, uv)]
+    texels = texel_points(np.hstack(parts), faces, uv, size)
+    points = texels.points[:, :3]
+    texture, bumps = paint(texels, rgb(points)), None
+    if fine is not None:
+        smooth, along = texels.points[:, 3:6], texels.points[:, 6:]
+        bumps = paint(texels, in_tangent_space(fine.normals_at(points, smooth), smooth, along))
+    return Mesh(vertices, faces, normals, colors, uv, texture, normal_map=bumps)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prd.meshes.mesh import Mesh
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # a name that every reader of OBJ and MTL files takes
+NORMAL = "_normal.png"  # after the stem
 SOFTWARE = "prd"  # in the pictures that are written here
 
 
@@ -56,7 +57,7 @@ def obj(mesh: Mesh, stem: str, owner: str, up: Up = "y") -> tuple[bytes, dict[st
     corner = "//".join(["%d"] * 2) if len(columns) == 2 else "/".join(["%d"] * 3)
     line = f"f {corner} {corner} {corner}"
     lines += [line % tuple(row) for row in (np.stack(columns, axis=2).reshape(len(faces), -1) + 1).tolist()]
-    return "\n".join([*lines, ""]).encode(), {} if mesh.texture is None else _beside(mesh.texture, stem, owner)
+    return "\n".join([*lines, ""]).encode(), _beside(mesh, stem, owner)
 
 
 def _rows(word: str, values: NDArray[np.float32]) -> Iterable[str]:
@@ -65,12 +66,19 @@ def _rows(word: str, values: NDArray[np.float32]) -> Iterable[str]:
     return (line % tuple(row) for row in values.tolist())
 
 
-def _beside(texture: NDArray[np.uint8], stem: str, owner: str) -> dict[str, bytes]:
-    """Return the material file and its picture by name; white factors leave the picture's colours as they are."""
+def _beside(mesh: Mesh, stem: str, owner: str) -> dict[str, bytes]:
+    """Return the material file and its pictures by name; white factors leave the picture's colours as they are."""
+    if mesh.texture is None:
+        return {}
     white, black = "1.000000 1.000000 1.000000", "0.000000 0.000000 0.000000"
     material = [_mark(owner), f"newmtl {stem}", f"Ka {white}", f"Kd {white}", f"Ks {black}", "Ns 1.000000", "illum 1"]
-    text = "\n".join([*material, f"map_Kd {stem}.png", ""]).encode()
-    return {f"{stem}.mtl": text, f"{stem}.png": _png(texture, owner)}
+    material += [f"Pm {mesh.metallic:f}", f"Pr {mesh.roughness:f}", f"map_Kd {stem}.png"]
+    pictures = {f"{stem}.png": _png(mesh.texture, owner)}
+    if mesh.normal_map is not None:  # by either name: readers take "norm", or read normals from "map_Bump"
+        bumps = f"{stem}{NORMAL}"
+        material += [f"norm {bumps}", f"map_Bump {bumps}"]
+        pictures[bumps] = _png(mesh.normal_map, owner)
+    return {f"{stem}.mtl": "\n".join([*material, ""]).encode(), **pictures}
 
 
 def free_stem(path: Path) -> str:
@@ -78,7 +86,7 @@ def free_stem(path: Path) -> str:
     own = path.stem if PLAIN.fullmatch(path.stem) else file_stem(path.stem.encode("ascii", "ignore").decode(), "mesh")
 
     def is_free(stem: str) -> bool:
-        beside = [path.with_name(f"{stem}{suffix}") for suffix in (".mtl", ".png")]
+        beside = [path.with_name(f"{stem}{suffix}") for suffix in (".mtl", ".png", NORMAL)]
         return all(not os.path.lexists(file) or _belongs_to(file, path.name) for file in beside)
 
     tries = itertools.chain((own,), (f"{own}_{number}" for number in itertools.count(2)))

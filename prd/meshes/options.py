@@ -27,6 +27,9 @@ class MeshOptions:
                            colours
     lods                   levels of detail: each further one, in `Mesh.lods`, has a quarter of the triangles
     keep                   "all" pieces but dust (below 1 % of the largest), or the "largest" alone
+    normal_map             bake the normals of the surface before simplifying into a second picture, for .glb, .gltf,
+                           .obj and .usdz; needs a texture
+    metallic, roughness    of the material, in [0, 1], in the same formats; the default is a plain one
     on_empty               no surface found: "raise" EmptySurfaceError, or "flag" it by a mesh that is None
     coarse_factor          None: evaluate every node of the grid. An integer: evaluate the field only near the surface,
                            found on a grid so many times coarser, which takes less memory and, from about 256^3 nodes
@@ -44,6 +47,9 @@ class MeshOptions:
     topology: Literal["keep", "free"] = "keep"
     close_handles: float = 0.1
     lods: int = 1
+    normal_map: bool = False
+    metallic: float = 0.0
+    roughness: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_int("isosurface_resolution", 2, MAX_RESOLUTION)
@@ -54,14 +60,23 @@ class MeshOptions:
         check_one_of("keep", self.keep, ("all", "largest"))
         check_one_of("on_empty", self.on_empty, ("raise", "flag"))
         check_one_of("topology", self.topology, ("keep", "free"))
-        if is_bool(self.close_handles) or not isinstance(self.close_handles, Real) or not 0 <= self.close_handles <= 2:
-            raise ValueError(
-                f"close_handles={self.close_handles!r}: must be a width in 0..2 scene units; 0 closes none"
-            )
-        object.__setattr__(self, "close_handles", float(self.close_handles))
+        self._check_real("close_handles", 2, "a width in 0..2 scene units; 0 closes none")
+        self._check_real("metallic", 1, "in 0..1; 0 is no metal")
+        self._check_real("roughness", 1, "in 0..1; 1 is matt")
+        if not is_bool(self.normal_map):
+            raise ValueError(f"normal_map={self.normal_map!r}: must be True or False")
+        if self.normal_map and self.texture_size is None:
+            raise ValueError("normal_map=True: needs a texture to lie beside; leave it out, or give a texture_size")
         self._check_int("lods", 1, MAX_LODS)
         if self.coarse_factor is not None:
             self._check_int("coarse_factor", 2, self.isosurface_resolution - 1, "or None")
+
+    def _check_real(self, name: str, most: float, allowed: str) -> None:
+        """Keep a number as Python's; ValueError unless it is one in 0..most."""
+        value: Any = getattr(self, name)
+        if is_bool(value) or not isinstance(value, Real) or not 0 <= float(value) <= most:
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+        object.__setattr__(self, name, float(value))
 
     def _check_int(self, name: str, least: int, most: int | None, otherwise: str = "") -> None:
         """Keep an integer of numpy or torch as Python's; ValueError unless it is one in least..most."""
@@ -80,6 +95,9 @@ class MeshKeywords(TypedDict, total=False):
     topology: Literal["keep", "free"]
     close_handles: float
     lods: int
+    normal_map: bool
+    metallic: float
+    roughness: float
 
 
 def mesh_options(options: MeshOptions | None, keywords: Mapping[str, Any]) -> MeshOptions:

@@ -18,7 +18,8 @@ import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from prd.meshes.packing import charts_of, pack
+from prd.meshes.charts import charts_of, join_small
+from prd.meshes.packing import pack
 from prd.rendering.rasterize import interpolate_covered, rasterize
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ GAP = (
     1  # cells between charts, a texel of the smallest texture chosen: bilinear filtering stays in a chart's own gutter
 )
 MAX_COST = 16.0  # of a chart's growth in xatlas: larger charts than its default of 2
-CRUMB = 4  # triangles of a chart, at most, that are moved into others
-MIRRORED = 1e-6  # of the area, at most, that a needle moved so may lie there turned over
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TexelPoints:
     """The surface point of every texel that some surface reaches.
 
     index   [T]     row * size + column of the texel in a size x size texture
-    points  [T, 3]  scene units
+    points  [T, C]  scene units, and what else was interpolated
     size            side of the square texture, texels
     """
 
@@ -60,7 +59,7 @@ def unwrap(
 
     Returns source [V'] (the vertex that each new vertex copies: vertices on a cut appear several times),
     faces [F, 3] into the new vertices (same triangles, same order), uv [V', 2] in [0, 1].
-    Takes 0.3 s at 5k triangles and grows faster than linearly: decimate first.
+    Charts are packed in some seconds, at any number of triangles; cutting grows faster than linearly: decimate first.
     """
     started = time.perf_counter()
     atlas = xatlas.Atlas()
@@ -71,36 +70,17 @@ def unwrap(
     packing.rotate_charts = False  # it mirrors them
     atlas.generate(options, packing)
     source, charted, uv = atlas.get_mesh(0)
-    charted, used = _without_crumbs(source, charted.astype(np.int64), uv)
-    source, uv = source[used].astype(np.int64), pack(uv[used], charted, min(size, CELLS), GAP)
+    source = source.astype(np.int64)
+    charted, uv = join_small(vertices[source], source, charted.astype(np.int64), uv)
+    used, charted = np.unique(charted, return_inverse=True)
+    source, charted = source[used], charted.reshape(-1, 3)
+    uv = pack(uv[used], charted, min(size, CELLS), GAP)
     seconds, count = time.perf_counter() - started, charts_of(charted, len(uv))[0]
     logger.info(
         "unwrapped %d triangles in %.2f s: %d charts, %.2f s per chart; %.0f %% of the texture used",
         *(len(faces), seconds, count, seconds / count, 100 * used_area(charted, uv)),
     )
     return source, charted, uv
-
-
-def _without_crumbs(
-    source: NDArray[np.uint32], faces: NDArray[np.int64], uv: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Move the needles that xatlas leaves as charts of their own into a chart that has all of their corners.
-
-    source [V], faces [F, 3], uv [V, 2]. Returns faces, and the vertices [V'] into which they lead.
-    """
-    count, label = charts_of(faces, len(uv))
-    chart_of = label[faces[:, 0]]
-    sizes = np.bincount(chart_of, minlength=count)
-    faces, least = faces.copy(), -MIRRORED * used_area(faces, uv)
-    for face in np.flatnonzero(sizes[chart_of] <= CRUMB):
-        copies = [np.flatnonzero(source == source[corner]) for corner in faces[face]]
-        for chart in np.flatnonzero(sizes > CRUMB):
-            corners = [int(same[label[same] == chart][0]) for same in copies if (label[same] == chart).any()]
-            if len(corners) == 3 and used_area(np.array([corners]), uv) >= least:
-                faces[face] = corners
-                break
-    used, faces = np.unique(faces, return_inverse=True)
-    return faces.reshape(-1, 3), used
 
 
 def used_area(faces: NDArray[np.int64], uv: NDArray[np.float32]) -> float:
@@ -140,10 +120,11 @@ def texel_points(
 ) -> TexelPoints:
     """Find where on the surface the centre of each texel lies.
 
-    vertices [V, 3], faces [F, 3], uv [V, 2]; size: side of the texture, texels. Triangles too small to cover a texel
+    vertices [V, C], their points and what else is interpolated, faces [F, 3], uv [V, 2]; size: side of the texture,
+    texels. Triangles too small to cover a texel
     centre still mark the texels of their corners, so that no triangle takes its colour from another chart.
     """
-    points = np.zeros((size * size, 3), np.float32)
+    points = np.zeros((size * size, vertices.shape[1]), np.float32)
     covered = np.zeros(size * size, bool)
     column_row = np.stack([uv[:, 0], 1 - uv[:, 1]], axis=1) * size  # [V, 2]
     corner = np.clip(column_row.astype(np.int64), 0, size - 1)

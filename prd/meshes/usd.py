@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ALIGNED = 64  # bytes: where the data of each file in the archive begins (usdz specification)
 PICTURE = "texture.png"
+NORMAL = "normal.png"
 
 
 def usdz(mesh: Mesh, extras: dict[str, Any], scale: float) -> bytes:
@@ -28,6 +29,8 @@ def usdz(mesh: Mesh, extras: dict[str, Any], scale: float) -> bytes:
         files = {layer.name: layer.read_bytes()}
     if mesh.texture is not None:
         files[PICTURE] = encoded(mesh.texture, "png")
+    if mesh.normal_map is not None:
+        files[NORMAL] = encoded(mesh.normal_map, "png")
     return zipped(files, ALIGNED)
 
 
@@ -62,16 +65,16 @@ def _stage(mesh: Mesh, extras: dict[str, Any], scale: float) -> Any:
     else:
         colors = srgb_to_linear(mesh.vertex_colors[first].clip(0, 1))
         shape.CreateDisplayColorPrimvar(UsdGeom.Tokens.vertex).Set(Vt.Vec3fArray.FromNumpy(colors))
-    material = _material(stage, mesh.texture is not None)
+    material = _material(stage, mesh)
     UsdShade.MaterialBindingAPI.Apply(shape.GetPrim()).Bind(material)
     return stage
 
 
-def _material(stage: Any, textured: bool) -> Any:
+def _material(stage: Any, mesh: Mesh) -> Any:
     """Return a preview surface whose colour is read from the picture, or from the vertices."""
-    from pxr import Sdf, UsdShade
+    from pxr import Gf, Sdf, UsdShade
 
-    types = Sdf.ValueTypeNames
+    types, textured = Sdf.ValueTypeNames, mesh.texture is not None
 
     def shader(name: str, kind: str) -> Any:
         made = UsdShade.Shader.Define(stage, f"/object/surface/{name}")
@@ -80,19 +83,28 @@ def _material(stage: Any, textured: bool) -> Any:
 
     material = UsdShade.Material.Define(stage, "/object/surface")
     surface = shader("preview", "UsdPreviewSurface")
-    surface.CreateInput("metallic", types.Float).Set(0.0)
-    surface.CreateInput("roughness", types.Float).Set(1.0)
+    surface.CreateInput("metallic", types.Float).Set(mesh.metallic)
+    surface.CreateInput("roughness", types.Float).Set(mesh.roughness)
     reader = shader("reader", "UsdPrimvarReader_float2" if textured else "UsdPrimvarReader_float3")
     reader.CreateInput("varname", types.String).Set("st" if textured else "displayColor")
-    color = reader.CreateOutput("result", types.Float2 if textured else types.Float3)
-    if textured:
-        picture = shader("picture", "UsdUVTexture")
-        picture.CreateInput("file", types.Asset).Set(Sdf.AssetPath(PICTURE))
-        picture.CreateInput("sourceColorSpace", types.Token).Set("sRGB")
+    read = reader.CreateOutput("result", types.Float2 if textured else types.Float3)
+
+    def picture(name: str, file: str, space: str) -> Any:
+        made = shader(name, "UsdUVTexture")
+        made.CreateInput("file", types.Asset).Set(Sdf.AssetPath(file))
+        made.CreateInput("sourceColorSpace", types.Token).Set(space)
         for side in ("wrapS", "wrapT"):
-            picture.CreateInput(side, types.Token).Set("clamp")
-        picture.CreateInput("st", types.Float2).ConnectToSource(color)
-        color = picture.CreateOutput("rgb", types.Float3)
+            made.CreateInput(side, types.Token).Set("clamp")
+        made.CreateInput("st", types.Float2).ConnectToSource(read)
+        return made
+
+    color = picture("picture", PICTURE, "sRGB").CreateOutput("rgb", types.Float3) if textured else read
     surface.CreateInput("diffuseColor", types.Color3f).ConnectToSource(color)
+    if mesh.normal_map is not None:
+        bumps = picture("bumps", NORMAL, "raw")
+        bumps.CreateInput("scale", types.Float4).Set(Gf.Vec4f(2, 2, 2, 1))  # bytes to -1..1
+        bumps.CreateInput("bias", types.Float4).Set(Gf.Vec4f(-1, -1, -1, 0))
+        normal = bumps.CreateOutput("rgb", types.Float3)
+        surface.CreateInput("normal", types.Normal3f).ConnectToSource(normal)
     material.CreateSurfaceOutput().ConnectToSource(surface.CreateOutput("surface", types.Token))
     return material

@@ -145,7 +145,7 @@ class TextTo3DPipeline:
                 if surface is None:
                     output.meshes.append(None)
                     continue
-                metadata = {**self._metadata(prompts[i]), **(made[i] if made else {})}
+                metadata = {**self.metadata(prompts[i]), **(made[i] if made else {})}
                 output.meshes.append(
                     replace(build_mesh(one_sample(field, i, batch), surface, options), metadata=metadata)
                 )
@@ -154,11 +154,11 @@ class TextTo3DPipeline:
             return output
         return (getattr(output, {"mesh": "meshes"}.get(output_type, output_type)),)
 
-    def _metadata(self, prompt: str) -> dict[str, Any]:
+    def metadata(self, prompt: str, seed: int | None = None) -> dict[str, Any]:
         """Return what a mesh's files say of its making; a model from a place on this disk is called by its class."""
         licence = about(self.encoder_name).get("license", "that of the model")  # the words of its card
         model = self.public_name or type(self).__name__
-        return {"prompt": prompt or None, "seed": None, "model": model, "licence": licence}
+        return {"prompt": prompt or None, "seed": seed, "model": model, "licence": licence}
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, license: str | None = None

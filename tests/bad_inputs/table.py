@@ -205,6 +205,8 @@ FLAGS = {
     "texture_size": "--texture",
     "coarse_factor": "--coarse-factor",
     "close_handles": "--close-handles",
+    "metallic": "--metallic",
+    "roughness": "--roughness",
     "lods": "--lods",
     "prompt": "",
 }
@@ -239,6 +241,9 @@ CALL = [
     value("close_handles", 3, "in 0..2"),
     value("close_handles", math.nan, "in 0..2"),
     value("close_handles", math.inf, "in 0..2"),
+    value("metallic", 1.5, "in 0..1"),
+    value("metallic", math.nan, "in 0..1"),
+    value("roughness", -0.1, "in 0..1"),
     value("lods", 0, "in 1..8"),
     value("lods", 9, "in 1..8"),
     value("topology", "any", "'any'", "'keep', 'free'"),

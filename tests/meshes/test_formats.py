@@ -240,6 +240,12 @@ def test_levels_of_detail_are_named_meshes_of_one_file(tmp_path: Path) -> None:
         ("a.stl", {"height": "9" * 400 + "m"}, "must be 0.01mm to 1000m"),
         ("a.glb", {"picture": "jpeg"}, "picture='jpeg': must be one of 'png', 'webp'"),
         ("a.obj", {"picture": "webp"}, r"picture='webp': \.obj takes none but png"),
+        ("a.glb", {"compress": "zip"}, "compress='zip': must be one of 'draco'"),
+        (
+            "a.stl",
+            {"compress": "draco"},
+            r"compress='draco': a \.stl is not compressed; leave it out, or write a \.glb",
+        ),
     ],
 )
 def test_what_a_format_does_not_have_is_refused(
@@ -255,6 +261,39 @@ def test_usdz_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pxr" else find(name))
     with pytest.raises(ValueError, match=r"\.usdz needs usd-core, which is not installed; pip install 'prd-3d\[usd\]'"):
         box(True).export(tmp_path / "a.usdz")
+
+
+def test_draco_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "DracoPy" else find(name))
+    with pytest.raises(ValueError, match=r"needs DracoPy, which is not installed; pip install 'prd-3d\[draco\]'"):
+        box(True).export(tmp_path / "a.glb", compress="draco")
+
+
+@pytest.mark.parametrize("textured", [True, False], ids=["texture", "vertex colours"])
+@pytest.mark.parametrize("suffix", [".glb", ".gltf"])
+def test_draco_holds_the_same_mesh(suffix: str, textured: bool, tmp_path: Path) -> None:
+    draco = pytest.importorskip("DracoPy", reason="DracoPy is not installed")
+    mesh = box(textured)
+    tree, data = glb_tree(mesh.export(tmp_path / f"box{suffix}", compress="draco"))
+    name = "KHR_draco_mesh_compression"
+    assert tree["extensionsUsed"] == tree["extensionsRequired"] == [name]
+    (primitive,) = tree["meshes"][0]["primitives"]
+    packed = primitive["extensions"][name]
+    view = tree["bufferViews"][packed["bufferView"]]
+    found = draco.decode(data[view["byteOffset"] :][: view["byteLength"]])
+    by_id = {attribute["unique_id"]: np.asarray(attribute["data"]) for attribute in found.attributes}
+    assert packed["attributes"].keys() == primitive["attributes"].keys()
+    for attribute, number in packed["attributes"].items():
+        accessor = tree["accessors"][primitive["attributes"][attribute]]
+        assert accessor["count"] == len(by_id[number]) and "bufferView" not in accessor
+    indices = tree["accessors"][primitive["indices"]]
+    assert indices["count"] == found.faces.size == mesh.faces.size
+    shape = trimesh.Trimesh(by_id[packed["attributes"]["POSITION"]], found.faces)
+    shape.merge_vertices(merge_tex=True, merge_norm=True)
+    assert shape.is_watertight and shape.volume == pytest.approx(0.4 * 0.8 * 1.2, rel=1e-3)
+    if not textured:
+        assert np.abs(by_id[packed["attributes"]["COLOR_0"]][0] / 65535 - [LINEAR_RED, 0.214, 1, 1]).max() < 1e-3
 
 
 @pytest.mark.parametrize(("text", "millimetres"), [("60mm", 60), ("6 cm", 60), (".5in", 12.7), ("0.06m", 60)])

@@ -169,6 +169,7 @@ def test_glb_material_is_plain_and_vertex_colours_do_not_tint_it(textured: Mesh,
 def test_vertex_colours_are_linear_in_glb_and_srgb_elsewhere(tmp_path: Path) -> None:
     mesh = build_mesh(Halves(0), surface(sphere(2)), texture_size=None)
     assert mesh.texture is None
+    mesh = replace(mesh, vertex_colors=np.where(mesh.vertices[:, :1] > 0, RED, BLUE).astype(np.float32))
     srgb = np.unique(np.round(np.array([RED, BLUE]) * 255).astype(int), axis=0)
     for suffix in (".obj", ".ply"):
         loaded = trimesh.load(mesh.export(tmp_path / f"ball{suffix}"), force="mesh")

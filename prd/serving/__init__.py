@@ -1,0 +1,1 @@
+"""Meshes over HTTP and in a browser: `prd serve` and `prd demo`, over one queue of jobs and one worker."""

@@ -1,0 +1,123 @@
+"""Run the service's application until a signal, or the model's failure, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from prd.errors import ConfigError
+from prd.utils.arguments import check_int
+
+if TYPE_CHECKING:
+    from prd.serving.service import Service
+
+LINGER = 5.0  # seconds in which clients may still read what became of the last jobs after a signal
+FORCED = 128 + 2  # exit status after a second signal, as shells report SIGINT
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens later; ConfigError where the address is taken or not of this machine."""
+    check_int("port", port, 0, 65535)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"host={host!r}: is no address of this machine ({error}); 127.0.0.1 is, for it alone"
+        ) from None
+    if sys.platform != "win32":  # where it would share the port with another program
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"port={port}: cannot be opened on {host} ({reason}); name another, 0 takes a free one"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return the address of a bound socket as one writes it into a browser."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_app(app: Any, service: Service, bound: socket.socket) -> int:
+    """Answer requests until SIGINT or SIGTERM; returns the exit status.
+
+    After the first signal new jobs are refused, waiting ones fail, running ones finish, and what became of them can be
+    read for some seconds; a second signal ends at once. Raises what loading the model raised.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = Server(config, service)
+    server.run(sockets=[bound])
+    if service.worker.failure is not None:
+        service.jobs.close()
+        raise service.worker.failure
+    if service.worker.is_alive():  # loading, or after a second signal: Python would wait for torch, or crash in it
+        service.jobs.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FORCED if server.force_exit else 0)
+    service.close()
+    return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which a signal lets finish what runs."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self.ending: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def handle(number: int, frame: Any) -> None:
+            loop.call_soon_threadsafe(self.end)  # not here: the lock of the jobs may be held by this thread
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Begin to stop; a second time: stop at once."""
+        if self.ending is None:
+            self.service.stop()
+            self.ending = asyncio.get_running_loop().create_task(self._finish())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _finish(self) -> None:
+        while self.service.is_busy:
+            await asyncio.sleep(0.05)
+        deadline = asyncio.get_running_loop().time() + LINGER
+        while self.service.jobs.unreceived and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.service.worker.failure is not None
