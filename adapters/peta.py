@@ -29,11 +29,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear
+from prd.adapters.planes import NUM_PLANES, PlaneAttention, PlaneConvOut, PlaneLinear, decode_one_by_one
+from prd.adapters.precision import HALF_PRECISIONS, added, computed_in, under_own_autocast
 
 CONV_OUT = "decoder.conv_out"
 LARGE_LATENT = 32 * 32  # latent pixels per plane from which planes are decoded one by one
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 OPTIONS = {  # of peft's LoraConfig that mean something here, or are peft's own records
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "auto_mapping"),
@@ -46,12 +46,12 @@ SELF_ATTENTION = re.compile(r"(.*\.)?attn1\.to_(q|k|v|out\.0)")
 
 
 def only_adapter(layer: LoraLayer, x: Tensor) -> str | None:
-    """The name of the layer's adapter if it is the plain case: one, active, unmerged, in the dtype of its input."""
+    """The name of the layer's adapter if it is the plain case: one, active, unmerged, computed in its input's dtype."""
     active = layer.active_adapters
     if len(active) != 1 or active[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
     down: Any = layer.lora_A[active[0]]
-    return active[0] if down.weight.dtype == x.dtype else None
+    return active[0] if computed_in(down.weight) == computed_in(x) else None
 
 
 class PetaLinear(LoraLinear):
@@ -61,7 +61,7 @@ class PetaLinear(LoraLinear):
         name = only_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        return self.base_layer(x) + self.lora_B[name](self.lora_A[name](x))
+        return added(self.base_layer(x), self.lora_B[name](self.lora_A[name](x)), x)
 
     def fused(self) -> nn.Module:
         """A plain layer with W + B A as its weight."""
@@ -115,7 +115,8 @@ class PetaConv(LoraConv):
 
     An output position costs, in products with a k x k patch, 2 out + 3 r apart and 3 out merged when it is trained
     (the frozen W then needs its gradient too), and out + r against out when it is not; making W + B A costs r out
-    once. In half precision a trained adapter stays apart: its small changes would be rounded away in W.
+    once. Computed in half precision (autocast's, whatever the input's) a trained adapter stays apart: its small changes
+    would be rounded away in W.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,8 +129,8 @@ class PetaConv(LoraConv):
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
         trained = torch.is_grad_enabled() and down.weight.requires_grad
         wide = conv.out_channels > (MERGED_WIDTH * self.r[name] if trained else positions)
-        if wide or conv.groups > 1 or (trained and x.dtype in HALF_PRECISIONS):
-            return conv(x) + up(down(x))
+        if wide or conv.groups > 1 or (trained and computed_in(x) in HALF_PRECISIONS):
+            return added(conv(x), up(down(x)), x)
         weight = torch.addmm(conv.weight.flatten(1), up.weight.flatten(1), down.weight.flatten(1))
         return conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
 
@@ -257,6 +258,7 @@ class SixPlaneBackbone(nn.Module):
         self.post_quant_conv = nn.Identity() if parts.post_quant_conv is None else shared_copy(parts.post_quant_conv)
         self.requires_grad_(False)
         self.num_planes = config.num_planes
+        self.kept_in: torch.dtype | None = None  # half precision of the frozen weights; None: as loaded
         self.pooled = 0  # channels of a pooled embedding that the U-Net takes beside the tokens
         if self.unet.config.get("addition_embed_type") == "text_time":
             times = len(PICTURE) * self.unet.config["addition_time_embed_dim"]
@@ -270,6 +272,7 @@ class SixPlaneBackbone(nn.Module):
                 module.attn1.set_processor(processor)
                 module.attn2.set_processor(processor)
 
+    @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct].
 
@@ -284,19 +287,19 @@ class SixPlaneBackbone(nn.Module):
             added = {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def decode(self, latents: Tensor) -> Tensor:
+    @under_own_autocast
+    def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Planes [B * P, C, H, W] from latents [B * P, 4, h, w], taken as they are.
 
-        Without gradients, large planes are decoded one by one: the activations of six planes of 256^2 take 2 GB in
-        float32, and are slower for it.
+        recompute  keep the latents alone for the backward pass, which decodes every plane again before its own
+
+        Without gradients large planes are decoded one by one, with `recompute` all are: the activations of six planes
+        of 256^2 take 2 GB in float32 (8 GB with those of the backward pass), and are slower for it.
         """
         z = self.post_quant_conv(latents)
-        if torch.is_grad_enabled() or z.shape[-2] * z.shape[-1] < LARGE_LATENT:
-            return self.decoder(z)
-        half = self.num_planes // 2
-        channels = [self.decoder(z[row, None]) for row in range(len(z))]  # [1, 2C, H, W] each
-        kinds = [(row // half) % 2 for row in range(len(z))]  # geometry planes keep the first half
-        return torch.cat([both.chunk(2, dim=1)[kind] for both, kind in zip(channels, kinds, strict=True)])
+        if recompute if torch.is_grad_enabled() else z.shape[-2] * z.shape[-1] >= LARGE_LATENT:
+            return decode_one_by_one(self.decoder, z, self.num_planes)
+        return self.decoder(z)
 
 
 def shared_copy(module: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PLANES = ("xy geometry", "xz geometry", "yz geometry", "xy texture", "xz texture", "yz texture")
 NUM_PLANES = len(PLANES)
@@ -128,3 +129,20 @@ class PlaneConvOut(nn.Conv2d):
             for kind, weight in enumerate(self.weight.split(channels))
         ]
         return torch.stack([kind.unflatten(0, (-1, half)) for kind in kinds], dim=1).flatten(0, 2)
+
+
+def decode_one_by_one(decoder: nn.Module, latents: Tensor, num_planes: int) -> Tensor:
+    """Planes [B * P, C, H, W] of a decoder that ends in a `PlaneConvOut`, from latents [B * P, 4, h, w].
+
+    With gradients, each row's latent alone is kept: its activations are made again in its own backward pass.
+    """
+
+    def decode(latent: Tensor, kind: int) -> Tensor:
+        return decoder(latent).chunk(2, dim=1)[kind]  # of [1, 2C, H, W]
+
+    half, planes = num_planes // 2, []
+    for row in range(len(latents)):
+        latent, kind = latents[row, None], (row // half) % 2  # geometry planes keep the first half of the channels
+        trained = torch.is_grad_enabled()
+        planes.append(checkpoint(decode, latent, kind, use_reentrant=False) if trained else decode(latent, kind))
+    return torch.cat(planes)

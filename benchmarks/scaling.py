@@ -46,7 +46,7 @@ GENERATOR = "generator_sd21_bf16_cpu.json"  # measured parts
 DOCUMENT, BEGIN, END = HERE.parent / "docs" / "scaling.md", "<!-- tables -->", "<!-- end of tables -->"
 RECIPE = "triplane_turbo_sd21"
 THREE = ("stable_diffusion", "mvdream", "richdreamer")
-HALF = ("--mixed_precision=bf16", *(f"--teachers.{name}.dtype=null" for name in THREE))
+HALF = ("--mixed_precision=bf16", "--model.base_dtype=bfloat16", *(f"--teachers.{name}.dtype=null" for name in THREE))
 PAPER_HOURS = 40  # paper 4.1, on 8 H20
 ETHERNET = 25 / 8  # gigabytes per second between machines: 25 Gbit/s
 
@@ -118,11 +118,14 @@ def times(counts: StepCounts, config: TrainConfig) -> str:
 
 def gigabytes(counts: StepCounts, config: TrainConfig) -> str:
     one = dataclasses.replace(config, train_batch_size=1)
-    lean = dataclasses.replace(one, teacher_options=dataclasses.replace(config.teacher_options, offload=True))
+    options = dataclasses.replace(config.teacher_options, offload=True)
+    lean = dataclasses.replace(one, teacher_options=options, offload_text_encoders=True)
     columns = [memory(counts, own) for own in (one, lean, config)]
-    rows = [[part, *(f"{column[part]:.1f}" for column in columns)] for part in columns[0]]
+    names = [" / ".join(dict.fromkeys(row)) for row in zip(*columns, strict=True)]
+    parts = zip(names, *(column.values() for column in columns), strict=True)
+    rows = [[name, *(f"{size:.1f}" for size in sizes)] for name, *sizes in parts]
     rows.append(["all", *(f"{sum(column.values()):.1f}" for column in columns)])
-    return grid(["", "1 prompt", "1 prompt, `teacher_options.offload`", "2 prompts"], rows)
+    return grid(["", "1 prompt", "1 prompt, `teacher_options.offload`, `offload_text_encoders`", "2 prompts"], rows)
 
 
 def tables() -> str:
@@ -135,8 +138,11 @@ def tables() -> str:
     blocks += [f"**Seconds per step** and hours {title}, in the released precision.", times(released, config)]
     blocks += ["The same with `mixed_precision: bf16` for the student and all teachers.", times(half, lean)]
     blocks += ["**Memory** per process, gigabytes, in the released precision.", gigabytes(released, config)]
-    blocks += ["The same with `mixed_precision: bf16` for the student and all teachers.", gigabytes(half, lean)]
-    moved = prompts * k * len(config.renderers) * teacher_bytes(half, offload=False)
+    blocks += [
+        "The same with `mixed_precision: bf16` for all teachers, and `model.base_dtype: bfloat16`.",
+        gigabytes(half, lean),
+    ]
+    moved = prompts * k * len(config.renderers) * teacher_bytes(half, offload=False, offload_texts=True)
     blocks.append(
         f"`teacher_options.offload` copies {moved / 1e9:.0f} GB per step to a GPU that takes {prompts} prompts "
         f"one at a time in half precision: {moved / 1e9 / DEVICES[0].link:.1f} s more at {DEVICES[0].link} GB/s."

@@ -5,6 +5,7 @@
     accelerate launch examples/train_prd.py --output_dir runs/a --resume_from_checkpoint latest
     accelerate launch --num_processes 8 examples/train_prd.py --config configs/triplane_turbo_sd21.yaml
 
+With --rehearse it takes two steps, saves, resumes, shows and measures, and leaves nothing behind if all of it passes.
 Every value of the configuration can be given as --section.key VALUE. SIGTERM and Ctrl-C finish the step and write a
 checkpoint; what is resumed ends as if it had not been interrupted. With --start_afresh, `latest` may find nothing.
 

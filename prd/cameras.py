@@ -50,12 +50,15 @@ class Cameras:
             squared = rotation @ rotation.transpose(-1, -2)
         straight = ((squared - torch.eye(3, dtype=pose.dtype, device=pose.device)).abs() < RIGID).flatten(2).all(-1)
         right_handed = torch.linalg.det(rotation.float()) > 0
-        for name, ok, allowed in (
+        checks = (
             ("camera_to_world", torch.isfinite(pose).flatten(2).all(-1), "must be finite"),
             ("camera_to_world", straight & right_handed, "its 3 x 3 part must be a rotation"),
             ("camera_to_world", pose[..., :3, 3].norm(dim=-1) > MIN_DISTANCE, "the camera must not be at the origin"),
             ("fovy", (fovy > 0) & (fovy < math.pi), "must lie between 0 and pi radians (0 and 180 degrees)"),
-        ):
+        )
+        if bool(torch.stack([ok.all() for _, ok, _ in checks]).all()):  # one read of what may be on a GPU
+            return
+        for name, ok, allowed in checks:
             if not bool(ok.all()):
                 sample, view = (~ok).nonzero()[0].tolist()
                 value = getattr(self, name)[sample, view].tolist()

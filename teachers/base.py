@@ -50,9 +50,9 @@ class TeacherConfig:
 class TeacherOptions:
     """Settings that all teachers of a training run share."""
 
-    dtype: Dtype | None = None  # of their weights; null: as mixed_precision says
+    dtype: Dtype | None = None  # of their weights; null: mixed_precision's, on CUDA float16 for bfloat16
     checkpoint_vae: bool = False  # recompute the VAE encoders in the backward pass: memory for time, the same numbers
-    offload: bool = False  # keep idle teachers in main memory
+    offload: bool = False  # keep idle teachers in main memory, and their text encoders but for new texts
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,14 @@ class UNetTeacher(nn.Module):
     scheduler       any diffusers scheduler with `alphas_cumprod`
     view_dependent  append the side a view is seen from to its prompt; see `view_prompts`
 
-    The attribute `offload` says whether the teacher stays in main memory between calls; see `prd.teachers.offload`.
+    The attribute `offload` is True-like if the teacher stays in main memory between calls; see `prd.teachers.offload`.
     `passes` counts the images that the U-Net has evaluated.
     Raises ValueError for parts that do not fit each other.
     """
 
     name = "unet"
     num_views = 1
-    offload = False
+    offload: Any = False
     passes = 0
     config_class: ClassVar[type[TeacherConfig]] = TeacherConfig
     takes_cameras: ClassVar[bool] = False

@@ -8,15 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prd.text.encoders import PromptEncoder
+from prd.utils.offloading import MainMemory
+
 
 def set_offload(teacher: nn.Module, on: bool = True) -> None:
-    """Keep `teacher` in main memory between its calls, in page-locked memory if there is a CUDA device."""
-    teacher.offload = on  # type: ignore[assignment]
-    if on:
-        teacher.to("cpu")
-        if torch.cuda.is_available():
-            for tensor in _tensors(teacher):
-                tensor.data = tensor.data.pin_memory()
+    """Keep `teacher` in main memory between its calls, in page-locked memory if there is a CUDA device.
+
+    Its text encoder stays there during its calls too, except while it encodes texts that it has not seen.
+    """
+    teacher.offload = MainMemory(_own_tensors(teacher)) if on else False  # type: ignore[assignment]
+    if isinstance(encoder := getattr(teacher, "prompt_encoder", None), PromptEncoder):
+        encoder.set_offload(encoder.device if on else None)
 
 
 @contextmanager
@@ -26,18 +29,21 @@ def resident(teacher: object, device: torch.device) -> Iterator[None]:
     The block must hold the backward pass through the teacher's encoder too. Its weights are frozen, so that leaving
     the block copies nothing back: the tensors in main memory take their place again.
     """
-    if not (isinstance(teacher, nn.Module) and getattr(teacher, "offload", False)):
+    memory = getattr(teacher, "offload", None)
+    if not isinstance(memory, MainMemory):
         yield
         return
-    tensors = _tensors(teacher)
-    home = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
+    if isinstance(encoder := getattr(teacher, "prompt_encoder", None), PromptEncoder):
+        encoder.set_offload(device)
+    with memory.visiting(device):
         yield
-    finally:
-        for tensor, data in zip(tensors, home, strict=True):
-            tensor.data = data
+
+
+def _own_tensors(teacher: nn.Module) -> list[Tensor]:
+    """Weights and buffers of a teacher without those of its text encoder."""
+    encoder = getattr(teacher, "prompt_encoder", None)
+    text = {id(tensor) for tensor in _tensors(encoder.model)} if isinstance(encoder, PromptEncoder) else set[int]()
+    return [tensor for tensor in _tensors(teacher) if id(tensor) not in text]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -33,6 +33,7 @@ class Batch:
     inputs   what a single-pass model takes besides the embeddings
     mixture  second prompts, if what lies between is trained
     shapes   of a library, if the model takes point clouds
+    pooled   [B, Ct], if a background is made from them
     """
 
     prompts: list[str]
@@ -43,6 +44,7 @@ class Batch:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     mixture: PromptInterpolation | None = None
     shapes: Shapes | None = None
+    pooled: Tensor | None = None
 
     def draws(self, stream: int, *ks: int, places: tuple[int, ...] = ()) -> list[torch.Generator]:
         """Return a stream's generators, one per prompt; given ks, those of each of these estimates in turn.
@@ -65,6 +67,7 @@ class Batches:
     """Draws the batches of a run, each number keyed by (seed, step, sample, stream).
 
     library  of shapes, None without; dummy  the point cloud [N, 3] that shapes are annealed to
+    pools    whether batches hold the prompts' pooled embeddings
     """
 
     seed: int
@@ -73,6 +76,7 @@ class Batches:
     device: torch.device
     library: ShapeLibrary | None = None
     dummy: Tensor | None = None
+    pools: bool = False
 
     def draw(self, stage: Stage, step: int, samples: Sequence[int], first: int) -> Batch:
         """Draw the batch of some samples of an optimiser step; `first`: prompts drawn before that step."""
@@ -82,15 +86,19 @@ class Batches:
 
         prompts = [self.corpus.prompt(first + i, g) for i, g in zip(samples, draws(PROMPTS), strict=True)]
         embeds = self.encoder(prompts).to(self.device)
+        pooled = self.encoder.pooled(prompts, embeds) if self.pools else None
         mixture = draw_mixture(stage.config.interpolation, self.corpus.prompts, draws(INTERPOLATION))
         if mixture is not None:
             others = self.encoder(mixture.prompts).to(embeds)
-            embeds = torch.lerp(embeds, others, mixture.share.view(-1, 1, 1).to(embeds))
+            share = mixture.share.to(embeds)
+            embeds = torch.lerp(embeds, others, share.view(-1, 1, 1))
+            if pooled is not None:
+                pooled = torch.lerp(pooled, self.encoder.pooled(mixture.prompts, others), share.view(-1, 1))
         shapes, inputs = self.shapes(prompts, draws(CLOUDS)), {}
         if shapes is not None and self.dummy is not None:
-            share = number(stage.at(step).library.annealing)
-            inputs["points"] = anneal_cloud(shapes.clouds, self.dummy, share)
-        return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes)
+            annealed = number(stage.at(step).library.annealing)
+            inputs["points"] = anneal_cloud(shapes.clouds, self.dummy, annealed)
+        return Batch(prompts, embeds, self.seed, step, samples, inputs, mixture, shapes, pooled)
 
     def shapes(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Shapes | None:
         """Return the library's shapes for prompts, with points on them; None without a library."""

@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,19 @@ class StoredPromptEncoder(PromptEncoder):
     def __init__(self, encoder: PromptEncoder, stored: StoredEmbeddings) -> None:
         super().__init__(encoder.tokenizer, encoder.model, cache_size=REMEMBERED)
         self.encoder, self.stored = encoder, stored
+        self.memory, self.visited = encoder.memory, encoder.visited
+
+    def compute(self, prompts: list[str]) -> Tensor:
+        """Return `encode` of some prompts in main memory [n, L, Ct]."""
+        return self.encode(prompts).cpu()  # the model visits the device only if a text is not stored
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
         rows = [self.stored.find(prompt) for prompt in prompts]
         absent = [prompt for prompt, row in zip(prompts, rows, strict=True) if row is None]
-        encoded = iter(self.encoder.encode(absent) if absent else ())
-        device = self.model.device
+        with self.visiting() if absent else nullcontext():
+            encoded = iter(self.encoder.encode(absent) if absent else ())
+        device = self.device
         return torch.stack([next(encoded) if row is None else row.to(device) for row in rows])
 
 

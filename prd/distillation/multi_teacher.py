@@ -33,24 +33,32 @@ class WeightedTeacher:
 
 @dataclass
 class MeanMetrics:
-    """Means of named metrics over the renderings of one optimizer step."""
+    """Means of named metrics over the renderings of one optimizer step; tensors are read when means are asked for."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    added: list[tuple[str, Tensor | float, int]] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor | float, count: int = 1) -> None:
         """Add a value, or the mean over the renderings of `count` estimates; NaN is left out.
 
         The cosine of two teachers that share no pixels is NaN and has no mean.
         """
-        value = float(value.detach() if isinstance(value, Tensor) else value)
-        if value == value:
-            self.sums[name] = self.sums.get(name, 0.0) + count * value
-            self.counts[name] = self.counts.get(name, 0) + count
+        self.added.append((name, value.detach() if isinstance(value, Tensor) else float(value), count))
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric by its name."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        sums, counts = dict[str, float](), dict[str, int]()
+        for (name, _, count), value in zip(self.added, _read([value for _, value, _ in self.added]), strict=True):
+            if value == value:
+                sums[name] = sums.get(name, 0.0) + count * value
+                counts[name] = counts.get(name, 0) + count
+        return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _read(values: Sequence[Tensor | float]) -> list[float]:
+    """Numbers of scalars, those on a device read at once."""
+    away = [value for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
+    read = iter(torch.stack([value.float() for value in away]).tolist() if away else ())
+    return [next(read) if isinstance(v, Tensor) and v.device.type != "cpu" else float(v) for v in values]
 
 
 def multi_teacher_loss(

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
 from prd.adapters.planes import set_attention
+from prd.adapters.precision import keep_in_half
 from prd.distillation.draws import draw_normal
 from prd.distillation.progressive import rollout
 from prd.fields.protocol import Field
@@ -55,7 +55,8 @@ class TriplaneTurboConfig:
     sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
     inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
-    gradient_checkpointing: bool = False  # recompute the U-Net's and the decoder's activations in the backward pass
+    base_dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen base under mixed_precision; null: float32
+    gradient_checkpointing: bool = False  # recompute in the backward pass: the U-Net by blocks, the decoder by planes
 
 
 class TriplaneTurboModel(nn.Module):
@@ -226,11 +227,7 @@ class TriplaneTurboModel(nn.Module):
         self.check_latents(latents)
         scale = self.config.latent_scale
         flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            planes = checkpoint(self.backbone.decode, flat, use_reentrant=False)
-        else:
-            planes = self.backbone.decode(flat)
-        return planes.unflatten(0, (-1, 6))
+        return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
@@ -353,7 +350,7 @@ class TriplaneTurboModel(nn.Module):
     ) -> tuple[Self, PromptEncoder]:
         """Build a model to train on the base that the config names, and return it with the base's text encoder.
 
-        num_denoising_steps: K of a rollout; text_dtype: unused, all is float32; init_from: saved adapter to start from.
+        num_denoising_steps: K of a rollout; text_dtype: unused, text is float32; init_from: adapter to start from.
         Raises as `load_base` does, FileNotFoundError without an adapter there, ModelMismatch for one that does not fit.
         """
         base = load_base(config.base, revision=config.revision, text=True, prediction_type=config.prediction_type)
@@ -361,6 +358,8 @@ class TriplaneTurboModel(nn.Module):
         model = cls.from_base(base, config, num_denoising_steps)
         if init_from is not None:
             model.load_adapter(find_model(init_from))
+        if config.base_dtype is not None:
+            keep_in_half(model.backbone, getattr(torch, config.base_dtype))
         return model, base.encoder
 
     @classmethod

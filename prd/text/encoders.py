@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from prd.cameras import Cameras
+from prd.utils.offloading import MainMemory
 
 OVERHEAD = 60.0  # degrees of elevation above which a view is from overhead
 ENCODING = threading.RLock()  # tokenizers take one call at a time
@@ -54,6 +56,8 @@ class PromptEncoder:
         self.tokenizer, self.model, self.cache_size = tokenizer, model, cache_size
         self.tokenizers: tuple[PreTrainedTokenizerBase, ...] = (tokenizer,)  # all that read a prompt
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [L, Ct] on the CPU
+        self.memory: MainMemory | None = None  # of the model's weights, if it is offloaded
+        self.visited: torch.device | None = None  # by an offloaded model for the time of a call
 
     @property
     def configs(self) -> tuple[Any, ...]:
@@ -64,6 +68,23 @@ class PromptEncoder:
     def length(self) -> int:
         """Number of tokens L that are read of a prompt."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are made and handed out."""
+        return self.visited or self.model.device
+
+    def set_offload(self, device: torch.device | None) -> None:
+        """Keep the model in main memory and let it visit `device` to encode what is new; None: leave it where it is."""
+        self.visited = device
+        if device is None:
+            self.memory = None
+        elif self.memory is None:
+            self.memory = MainMemory([*self.model.parameters(), *self.model.buffers()])
+
+    def visiting(self) -> AbstractContextManager[None]:
+        """Context in which the model is on `device`."""
+        return nullcontext() if self.memory is None else self.memory.visiting(self.device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -78,19 +99,30 @@ class PromptEncoder:
     def _look_up(self, prompts: Sequence[str]) -> Tensor:
         missing = [p for p in dict.fromkeys(prompts) if p not in self.encoded]
         if missing:
-            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.encode(missing).cpu(), strict=True))
+            self.encoded.update((p, row.clone()) for p, row in zip(missing, self.compute(missing), strict=True))
         rows = []
         for prompt in prompts:
             self.encoded.move_to_end(prompt)
             rows.append(self.encoded[prompt])
         while len(self.encoded) > self.cache_size:
             self.encoded.popitem(last=False)
-        return torch.stack(rows).to(self.model.device)
+        return torch.stack(rows).to(self.device)
+
+    def compute(self, prompts: list[str]) -> Tensor:
+        """Return `encode` of some prompts in main memory [n, L, Ct]."""
+        with self.visiting():
+            return self.encode(prompts).cpu()
 
     def count_tokens(self, prompt: str) -> int:
         """Number of tokens of a prompt, its ends included, before it is cut to `length`."""
         with ENCODING:
             return len(self.tokenizer(prompt).input_ids)
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return CLIP's pooled embeddings [B, Ct] of prompts from theirs [B, L, Ct]: those of the end token."""
+        ends = [min(self.count_tokens(prompt), self.length) - 1 for prompt in prompts]
+        rows, places = torch.arange(len(ends), dtype=torch.long, device="cpu"), torch.tensor(ends, device="cpu")
+        return embeds[rows.to(embeds.device), places.to(embeds.device)]
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts."""
@@ -109,6 +141,10 @@ class T5PromptEncoder(PromptEncoder):
     """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt; padding is masked inside T5 only."""
 
     length = 77  # of what DeepFloyd IF was trained with; T5 has no limit of its own
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the means over the tokens [B, Ct] of embeddings [B, L, Ct]; T5 has no pooled embedding."""
+        return embeds.mean(dim=1)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, 77, Ct] of n prompts."""

@@ -6,6 +6,7 @@ As for Stable Diffusion XL (`prd.text.sdxl`) the pooled embedding is the last ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class Sd3PromptEncoder(PromptEncoder):
     def configs(self) -> tuple[Any, ...]:
         encoders = (self.model.first, self.model.second, self.model.third)
         return tuple(encoder.config for encoder in encoders if encoder is not None)
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the pooled embeddings [B, Ct], filled up with zeros: the last rows of embeddings [B, L, Ct]."""
+        return embeds[:, -1]
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings [n, L, Ct]: both CLIPs' hidden states but one beside each other, the T5's, the pooled ones."""

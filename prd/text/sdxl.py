@@ -7,6 +7,7 @@ zeros: [B, 78, 2048] is 77 tokens and one row of which 1280 channels are the poo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,10 @@ class SdxlPromptEncoder(PromptEncoder):
     @property
     def configs(self) -> tuple[Any, ...]:
         return self.model.first.config, self.model.second.config
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the pooled embeddings [B, Ct], filled up with zeros: the last rows of embeddings [B, L, Ct]."""
+        return embeds[:, -1]
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings [n, L + 1, Ct]: the last hidden states but one of both encoders, then the pooled embedding."""

@@ -50,6 +50,7 @@ from prd.training.optimizers import OptimizerConfig
 from prd.training.validation import ValidationConfig, check_judged
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Place, Positive, Seed, resolved
 
+HALF = {"bfloat16": "bf16", "float16": "fp16"}  # mixed_precision of a base kept in a half precision
 __all__ = ["ConfigError", "Stage", "TrainConfig"]
 _MOVED = (
     "dump_config",
@@ -115,6 +116,7 @@ class TrainConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # the corpus
     interpolation: InterpolationConfig = field(default_factory=InterpolationConfig)  # between two prompts
     library: LibraryConfig = field(default_factory=LibraryConfig)  # of 3D shapes
+    offload_text_encoders: bool | None = None  # in main memory but for new texts; null: where prompts are embedded
     benchmark: str | None = "auto"  # what measures; "auto": the world of the prompts; null: none; an import path
     cameras: CamerasConfig = field(default_factory=CamerasConfig)  # where it is seen from
     renderers: dict[str, Any] = field(default_factory=paper_renderers)  # by name
@@ -146,6 +148,7 @@ class TrainConfig:
             given = getattr(self.library, name)
             if self.library.source is None and given not in (0, (0, 0)):
                 raise ValueError(f"library.{name}={given}: needs shapes; give library.source, or leave it at 0")
+        self._check_base_dtype()
         if isinstance(self.distillation, AsdConfig):
             self._check_asd(self.distillation)
         if self.validation.gallery_steps and not self.validation.prompts:
@@ -158,6 +161,19 @@ class TrainConfig:
             if 1000 % k:
                 raise ValueError(f"{name}={k}: must divide the 1000 timesteps of the base; try 1, 2 or 4")
         return self
+
+    def _check_base_dtype(self) -> None:
+        """Raise ValueError for a base in half precision that is not computed in it, or is trained."""
+        dtype = getattr(self.model, "base_dtype", None)
+        if dtype is None:
+            return
+        if self.model.full:
+            raise ValueError(f"model.base_dtype={dtype}: full fine-tuning trains the base; leave it null")
+        if self.mixed_precision != HALF[dtype]:
+            raise ValueError(
+                f"model.base_dtype={dtype}: needs mixed_precision={HALF[dtype]}, in which the base is computed; set "
+                "both, or leave base_dtype null"
+            )
 
     def _check_asd(self, loss: AsdConfig) -> None:
         """Raise ValueError for settings of the loss that do not go with the teachers or the interpolation."""

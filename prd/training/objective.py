@@ -131,14 +131,15 @@ class Objective:
     def estimates_loss(self, estimates: Estimates, names: Sequence[str], field: Field) -> Tensor:
         """The loss of some estimates as each of the renderers `names` shows them, summed over the estimates."""
         config, count, device = estimates.config, len(estimates.ks), self.device
-        alpha, embeds = self.parts.model.alpha(), estimates.batch.embeds.repeat(count, 1, 1)
+        alpha, pooled = self.parts.model.alpha(), estimates.batch.pooled
+        text = None if pooled is None else pooled.repeat(count, 1)
         renderers = {name: self.renderer_at(name, estimates, alpha) for name in self.renderer_names}
         grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for place, name in enumerate(names):  # lines 12-14
             renderer = renderers[name]
             size = image_size(renderer)
-            background = self.backdrop(config, estimates.cameras, size, embeds)
+            background = self.backdrop(config, estimates.cameras, size, text)
             draws = SampleDraws(estimates.draws(JITTER))
             rendered = renderer.render(grids.field_for(renderer), estimates.cameras, size, background, draws)
             shading = SampleDraws(estimates.draws(SHADING))
@@ -154,14 +155,16 @@ class Objective:
             return renderer.with_config(settings, alpha)
         return at_step(renderer, estimates.step - self.stage.first, self.stage.config.total_steps, alpha)
 
-    def backdrop(self, config: TrainConfig, cameras: Cameras, size: tuple[int, int], embeds: Tensor) -> float | Tensor:
+    def backdrop(
+        self, config: TrainConfig, cameras: Cameras, size: tuple[int, int], pooled: Tensor | None
+    ) -> float | Tensor:
         """Return the background of training renders: a grey level, or [B, V, height, width, 3] made from the text.
 
-        embeds [B, L, C]: the mean over its tokens stands for a prompt.
+        pooled [B, C]: the prompts' pooled embeddings.
         """
-        if self.background is None:
+        if self.background is None or pooled is None:
             return config.background
-        return self.background.image(cameras, *size, embeds.float().mean(dim=1))
+        return self.background.image(cameras, *size, pooled.float())
 
     def regularization(self, estimates: Estimates, rendered: Rendered) -> Tensor:
         """The weighted regularisers of a render; CollapseError if the object vanishes at the start."""

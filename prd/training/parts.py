@@ -62,13 +62,17 @@ class Parts:
     library: ShapeLibrary | None = None
     benchmark: Benchmark | None = None
 
-    def to(self, device: torch.device, *, offload: bool = False) -> Parts:
-        """Move every part to a device; offload: teachers stay in main memory between their calls."""
+    def to(self, device: torch.device, *, offload: bool = False, offload_texts: bool = False) -> Parts:
+        """Move every part to a device; offload, offload_texts: teachers, or all text encoders, stay in main memory."""
         self.model.to(device)
         for teacher in self.teachers.values():
             if isinstance(teacher, torch.nn.Module):
                 set_offload(teacher) if offload else teacher.to(device)
         self.text_encoder.model.to(device)
+        if offload_texts:
+            teachers = [teacher for teacher in self.teachers.values() if isinstance(teacher, UNetTeacher)]
+            for encoder in (self.text_encoder, *(teacher.prompt_encoder for teacher in teachers)):
+                encoder.set_offload(device)
         return self
 
 
@@ -112,7 +116,7 @@ def build_parts(
         teachers=loaded,
         regularizers=build_regularizers(config, stages) if regularizers is None else dict(regularizers),
         loss=_class_of(config, "distillation").from_config(config.distillation) if loss is None else loss,
-    ).to(device, offload=config.teacher_options.offload)
+    ).to(device, **offloaded(config))
     check_parts(parts, config)
     if embeddings is not None:
         parts.text_encoder = embeddings.encoder(encoder, "student")
@@ -122,6 +126,13 @@ def build_parts(
     parts.benchmark = resolve_benchmark(config.benchmark, config.prompts.source, config.prompts.texts)
     parts.library = open_library(config.library, parts.text_encoder, network)
     return parts
+
+
+def offloaded(config: TrainConfig) -> dict[str, bool]:
+    """Arguments of `Parts.to`: text encoders stay in main memory as asked, else where prompts are embedded."""
+    asked = config.offload_text_encoders
+    texts = config.prompts.embeddings is not None if asked is None else asked
+    return {"offload": config.teacher_options.offload, "offload_texts": texts}
 
 
 def build_model(config: TrainConfig) -> tuple[Model, PromptEncoder]:

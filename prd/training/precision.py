@@ -14,9 +14,16 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def teachers_dtype(config: TrainConfig) -> torch.dtype:
-    """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model."""
+    """Precision of the teachers' weights, and of a text encoder that is loaded for a single-pass model.
+
+    Where none is given, that of `mixed_precision`; on CUDA float16 in the place of bfloat16: it computes as fast, with
+    an eighth of the error.
+    """
     given = config.teacher_options.dtype
-    return getattr(torch, given) if given else PRECISIONS[config.mixed_precision]
+    if given:
+        return getattr(torch, given)
+    dtype = PRECISIONS[config.mixed_precision]
+    return torch.float16 if dtype == torch.bfloat16 and torch.cuda.is_available() else dtype
 
 
 def dtype_of(config: TrainConfig, settings: TeacherConfig) -> torch.dtype:

@@ -27,7 +27,7 @@ from prd.training.fake_scores import build_fake_scores, fake_config
 from prd.training.gradients import NOT_FINITE, SkippedSteps, exchange_gradients, spoil_gradients
 from prd.training.objective import Objective
 from prd.training.optimizers import build_optimizer, lr_factor, train_only, trainable_parameters
-from prd.training.parts import Parts, build_parts, check_parts, with_classes
+from prd.training.parts import Parts, build_parts, check_parts, offloaded, with_classes
 from prd.training.passes import TeacherPasses
 from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts
@@ -61,14 +61,15 @@ class Trainer:
         self.config = config = resumed_config(self.config, self.resumed, self.global_batch_size)
         torch.manual_seed(config.seed)
         if parts is not None:
-            check_parts(parts.to(self.device, offload=config.teacher_options.offload), config)
+            check_parts(parts.to(self.device, **offloaded(config)), config)
         self.parts = parts = build_parts(config, self.device) if parts is None else parts
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
         if self.accelerator.is_main_process:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
                 logger.warning(found)
         dummy, width = dummy_of(self.model), encoder([""]).shape[-1]
-        self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy)
+        pools = config.text_background
+        self.batches = Batches(config.seed, self.corpus, encoder, self.device, parts.library, dummy, pools)
         self.background = TextBackground(width).to(self.device) if config.text_background else None
         self.background_parameters = [] if self.background is None else list(self.background.parameters())
         self.plan = StepPlan(config, self.accelerator, self.clock, 0 if self.resumed is None else self.resumed.step)
@@ -247,6 +248,8 @@ class Trainer:
                     way = f"continue with --resume_from_checkpoint {self.folder / f'checkpoint-{done}'}"
                     raise FloatingPointError(f"{error}, and {way}") from error
                 done += 1
+                if main and done == first + 1:
+                    print(f"first step: done {60 * self.clock.minutes():.0f} s after the start")
                 if main:
                     log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
                 self.fit_steps(done)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,28 @@ class LiveBytes(TorchDispatchMode):
         self.seen[key] = weakref.ref(storage, gone)
 
 
+class Operations(TorchDispatchMode):
+    """Floating-point operations of convolutions and of matrix products so far, by torch's formulas.
+
+    torch's own counter keeps the tensors that gradient checkpointing makes anew until the end of the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            count = formula(*args, **(kwargs or {}), out_val=out)
+            if "convolution" in str(func):
+                self.convolutions += count
+            else:
+                self.products += count
+        return out
+
+
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
@@ -110,16 +132,14 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: An
 class Counter:
     """Operations and live bytes so far of what runs inside `counting`."""
 
-    def __init__(self, flops: FlopCounterMode, live: LiveBytes) -> None:
-        self.flops, self.bytes = flops, live
+    def __init__(self, operations: Operations, live: LiveBytes) -> None:
+        self.operations, self.bytes = operations, live
         self.before, self.attention = Work(), FusedAttention.counted
 
     def work(self) -> Work:
         """Operations since the last call."""
-        counts = self.flops.get_flop_counts().get("Global", {})
         attention = FusedAttention.counted - self.attention
-        convolved = sum(count for name, count in counts.items() if "convolution" in str(name))
-        now = Work(convolved / 1e12, (sum(counts.values()) - convolved + attention) / 1e12)
+        now = Work(self.operations.convolutions / 1e12, (self.operations.products + attention) / 1e12)
         since, self.before = now - self.before, now
         return since
 
@@ -138,7 +158,7 @@ def counting(known: list[Tensor]) -> Iterator[Counter]:
     """
     with (
         mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
-        FlopCounterMode(display=False) as flops,
+        Operations() as operations,
         LiveBytes(known) as live,
     ):
-        yield Counter(flops, live)
+        yield Counter(operations, live)

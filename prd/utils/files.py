@@ -13,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def flush(path: Path) -> None:
             raise
 
 
+_STRICT = ContextVar("nothing is only shown", default=False)
+
+
+@contextmanager
+def nothing_only_shown() -> Iterator[None]:
+    """Context in which `only_shown` raises: a rehearsal looks for what would be a warning."""
+    token = _STRICT.set(True)
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
 @contextmanager
 def only_shown(what: object, *errors: type[Exception]) -> Iterator[None]:
     """Warn, instead of raising, of an OSError (or one of `errors`) while something is written that is only shown.
@@ -91,6 +105,8 @@ def only_shown(what: object, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        if _STRICT.get():
+            raise
         logger.warning("%s: could not be written (%s); the run goes on", what, " ".join(str(error).split()))
 
 

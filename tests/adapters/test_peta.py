@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from peft import PeftModel, get_peft_model_state_dict
 
 from prd.adapters import PetaConfig, SixPlaneBackbone, attach_peta
-from prd.adapters.peta import SELF_ATTENTION, PlaneLora, expected_modules
+from prd.adapters.peta import SELF_ATTENTION, PetaConv, PetaLinear, PlaneLora, expected_modules
 from prd.adapters.planes import PlaneConvOut, PlaneLinear
+from prd.utils.counting import LiveBytes
 from tests.adapters.tiny import tiny_base
 from tests.compare import ROUNDING, relative_difference
 
@@ -87,6 +89,87 @@ def test_conv_out_keeps_each_kinds_channels() -> None:
     full = layer._conv_forward(x, layer.weight, layer.bias).unflatten(0, (2, 6))
     expected = torch.cat([full[:, :3, :3], full[:, 3:, 3:]], dim=1).flatten(0, 1)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_decoder_is_recomputed_plane_by_plane_to_the_same_gradient(samples: int, half: bool) -> None:
+    backbone, model = adapted()
+    latents = torch.randn(6 * samples, 4, 16, 16, requires_grad=True)
+    leaves = [latents, *(p for n, p in model.named_parameters() if p.requires_grad and "unet" not in n)]
+    found, rows, peaks = [], list[int](), []
+    backbone.decoder.mid_block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for recompute in (False, True):
+        with LiveBytes([*model.parameters(), *model.buffers(), latents]) as count:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                planes = backbone.decode(latents, recompute=recompute)
+            kept = count.live
+            weight = torch.randn(planes.shape, generator=torch.Generator().manual_seed(2))
+            gradient = torch.autograd.grad((planes.float() * weight).sum(), leaves)
+            peaks.append((kept, count.peak))
+        found.append((planes, gradient))
+    assert rows == [6 * samples, *[1] * 12 * samples]  # once forward, once in the backward pass
+    (_, most), (least, one) = peaks
+    assert least < most / 20 and one < most / (3 * samples)
+    tolerance = 0.05 if half else ROUNDING
+    assert relative_difference(found[1][0].float(), found[0][0].float()) < tolerance
+    for ours, whole in zip(found[1][1], found[0][1], strict=True):
+        assert relative_difference(ours, whole) < tolerance
+
+
+def test_a_recomputed_plane_has_the_random_numbers_of_the_first_time() -> None:
+    backbone, _ = adapted()
+    masks: list[torch.Tensor] = []
+    for module in backbone.decoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+            module.train()
+            module.register_forward_hook(lambda _, args, out: masks.append((out != 0).detach()))
+    planes = backbone.decode(torch.randn(6, 4, 4, 4, requires_grad=True), recompute=True)
+    layers = len(masks) // 6
+    assert layers and not torch.equal(masks[0], masks[layers])  # planes differ
+    planes.sum().backward()
+    first = [masks[i : i + layers] for i in range(0, 6 * layers, layers)]
+    again = [masks[i : i + layers] for i in range(6 * layers, 12 * layers, layers)]
+    for ours, before in zip(again, reversed(first), strict=True):  # from the last plane to the first
+        assert all(map(torch.equal, ours, before))
+
+
+def stepped(layer: Any) -> Any:
+    """The adapted layer after one small step: every entry of B moved by the learning rate, as by Adan at first."""
+    (up,) = layer.lora_B.values()
+    with torch.no_grad():
+        up.weight.copy_(2e-4 * torch.randn(up.weight.shape, generator=torch.Generator().manual_seed(5)).sign())
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["convolution", "linear", "plane-wise linear"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half_base", [False, True])
+def test_a_small_step_is_felt_under_autocast(kind: str, dtype: torch.dtype, half_base: bool) -> None:
+    """On CUDA autocast hands layers after a norm float32: what they compute in is half precision all the same."""
+    torch.manual_seed(0)
+    config = PetaConfig(r=16, target_modules=["0"])
+    base = torch.nn.Conv2d(64, 64, 3, padding=1) if kind == "convolution" else torch.nn.Linear(64, 64)
+    adapter = {"convolution": PetaConv, "linear": PetaLinear, "plane-wise linear": PlaneLora}[kind]
+    layer = stepped(adapter(base, "default", config=config, r=16, lora_alpha=16, target_name="0"))
+    x = torch.randn(6, 64, 8, 8) if kind == "convolution" else torch.randn(6, 64, 64)
+    exact = layer(x) - base(x)
+    assert layer(x).dtype == torch.float32 and exact.abs().max() < 0.1 * base(x).abs().max()
+    if half_base:
+        base.to(dtype)
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
+        change = found - base(x).float()
+    assert found.dtype == torch.float32
+    cosine = F.cosine_similarity(change.flatten(), exact.flatten(), dim=0)
+    assert cosine > 0.99
+    (up,) = layer.lora_B.values()
+    (gradient,) = torch.autograd.grad((found * exact.detach()).sum(), up.weight)
+    (right,) = torch.autograd.grad((layer(x.to(base.weight.dtype)).float() * exact.detach()).sum(), up.weight)
+    assert relative_difference(gradient, right) < 0.05
+    with torch.autocast("cpu", dtype):
+        assert layer(x.to(dtype)).dtype == dtype  # what is in half precision stays so
 
 
 def test_scale_is_one_and_b_starts_at_zero() -> None:

@@ -189,6 +189,9 @@ CONFIG = [
     value("stages", [{"until": 0.5}], "the last must be 1"),
     value("stages", [{"until": 1, "seed": 3}], "'seed' is no value of a stage"),
     value("teacher_options.offload", "sometimes", "'sometimes'", "boolean"),
+    value("offload_text_encoders", "sometimes", "'sometimes'", "boolean"),
+    value("model.base_dtype", "int8", "'int8'", "'bfloat16' or 'float16'"),
+    value("model.base_dtype", "bfloat16", "needs mixed_precision=bf16"),
     value("trainable", ["nothing"], "'nothing'", "it has adapter"),
     Value("no_such_key", 1, ("unknown config key 'no_such_key'", "nearest")),
 ]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prd.loading.stable_diffusion import load_base
 from prd.training.parts import share_texts
 from tests.teachers.tiny import TEACHERS, random_views, save_teacher, tiny_teacher
 
@@ -78,3 +79,12 @@ def test_teachers_of_one_text_encoder_share_it(tmp_path):
     assert same.prompt_encoder is first.prompt_encoder and same.text_encoder is first.text_encoder
     assert other.prompt_encoder is own and other.text_encoder is own.model
     torch.testing.assert_close(same.prompt_encoder(["a"]), expected, atol=0, rtol=0)
+
+
+def test_the_pooled_embedding_is_the_text_encoders_own(tmp_path):
+    encoder = load_base("toybox", text=True).encoder
+    prompts = ["a red cube", "a yellow sphere on a purple cube", "", "a cube " * 50]  # the last one is cut
+    embeds = encoder(prompts)
+    expected = encoder.model(encoder._tokens(prompts).input_ids).pooler_output
+    torch.testing.assert_close(encoder.pooled(prompts, embeds), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, embeds.mean(dim=1), atol=1e-2)

@@ -15,6 +15,10 @@ def places(teacher):
     return [tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers())]
 
 
+def text_places(teacher):
+    return places(teacher.text_encoder)
+
+
 def pull(teacher, device="cpu"):
     views = random_views(1, 4)
     views = type(views)(
@@ -37,15 +41,43 @@ def test_an_offloaded_teacher_pulls_alike_and_goes_home(tmp_path, kind, monkeypa
     teacher = tiny_teacher(tmp_path, kind)
     expected = pull(teacher)
     set_offload(teacher)
-    home, seen = places(teacher), []
+    home, text, seen = places(teacher), text_places(teacher), []
     forward = teacher.unet.forward
     monkeypatch.setattr(teacher.unet, "forward", lambda *a, **k: seen.append(places(teacher)) or forward(*a, **k))
     monkeypatch.setattr(torch.Tensor, "to", visiting(torch.Tensor.to))
     found = pull(teacher)
     assert places(teacher) == home
-    assert seen and not set(seen[0]) & set(home)  # its call saw the visiting copies alone
+    assert seen and set(seen[0]) & set(home) == set(text)  # its call saw the visiting copies; its text stays at home
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=0, rtol=0)
+
+
+def test_the_text_encoder_visits_for_new_texts_alone(tmp_path, monkeypatch):
+    teacher = tiny_teacher(tmp_path, "stable_diffusion")
+    expected = teacher.prompt_encoder(["a", "b"])
+    teacher.prompt_encoder.encoded.clear()
+    set_offload(teacher)
+    home, seen, encode = text_places(teacher), [], teacher.prompt_encoder.encode
+    monkeypatch.setattr(teacher.prompt_encoder, "encode", lambda p: seen.append(text_places(teacher)) or encode(p))
+    monkeypatch.setattr(torch.Tensor, "to", visiting(torch.Tensor.to))
+    with resident(teacher, torch.device("cpu")):
+        for _ in range(2):
+            torch.testing.assert_close(teacher.prompt_encoder(["a", "b"]), expected, atol=0, rtol=0)
+    assert len(seen) == 1 and not set(seen[0]) & set(home) and text_places(teacher) == home
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_what_was_moved_after_it_was_kept_is_fetched(tmp_path, order, monkeypatch):
+    teacher = tiny_teacher(tmp_path, "mvdream").to(memory_format=order)
+    strides, expected = [p.stride() for p in teacher.parameters()], pull(teacher)
+    monkeypatch.setattr("prd.utils.offloading.PIECE", 5000)  # several blocks
+    set_offload(teacher)
+    assert len(teacher.offload.pieces) > 2 and [p.stride() for p in teacher.parameters()] == strides
+    teacher.double().float()  # to other places
+    assert all(torch.equal(g, expected[name]) for name, g in pull(teacher).items())
+    assert all(piece.is_home() for piece in teacher.offload.pieces)
+    set_offload(teacher, on=False)
+    assert not teacher.offload and teacher.prompt_encoder.memory is None
 
 
 def visiting(to):

@@ -16,6 +16,7 @@ from prd.training.estimate.counts import count_step
 from prd.training.estimate.report import dry_run, remedy, total_memory
 from prd.training.optimizers import build_optimizer
 from prd.training.parts import build_parts
+from prd.training.precision import dtype_of, teachers_dtype
 from prd.training.recipes import load_config
 from prd.utils.counting import weight_bytes
 
@@ -71,6 +72,57 @@ def test_switches_lower_the_memory_until_it_fits(toy_counts):
     last = hopeless.switches[-1].config
     assert last.train_batch_size == 1 and last.gradient_accumulation_steps == config.train_batch_size
     assert last.teacher_options.offload and last.model.gradient_checkpointing
+
+
+def test_precision_of_teachers_is_float16_on_cuda_where_the_student_is_bfloat16(monkeypatch):
+    config = load_config("toybox", ["--mixed_precision=bf16", "--teachers.mvdream.dtype=float32"])
+    for cuda, expected in ((False, torch.bfloat16), (True, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert teachers_dtype(config) == dtype_of(config, config.teachers["richdreamer"]) == expected
+        assert dtype_of(config, config.teachers["mvdream"]) == torch.float32
+        asked = load_config("toybox", ["--mixed_precision=bf16", "--teacher_options.dtype=bfloat16"])
+        assert teachers_dtype(asked) == torch.bfloat16
+        assert teachers_dtype(load_config("toybox")) == torch.float32
+
+
+def test_the_decoder_takes_the_memory_of_one_plane_whatever_the_number_of_prompts(toy_counts):
+    config, counts = toy_counts
+    model = dataclasses.replace(config.model, gradient_checkpointing=True)
+    again = dataclasses.replace(config, model=model)
+    one = count_step(again)
+    assert one.student.decoder_bytes < 0.4 * (counts.student.decoder_bytes + counts.student.kept_bytes)
+    assert one.student.kept_bytes < 0.3 * counts.student.kept_bytes
+    large = dataclasses.replace(one.student, decoder_bytes=10**12)  # larger than all else
+    sizes = [
+        costs.memory(dataclasses.replace(one, student=large), dataclasses.replace(again, train_batch_size=n))
+        for n in (1, 4)
+    ]
+    assert sizes[0]["largest at work"] == sizes[1]["largest at work"] == 1000
+
+
+def test_what_stays_in_main_memory_is_not_counted(toy_counts):
+    config, counts = toy_counts
+    texts = dataclasses.replace(config, offload_text_encoders=True)
+    before, after = (sum(costs.memory(counts, own).values()) for own in (config, texts))
+    shared = {(t.text, t.dtype): t.text_bytes for t in counts.teachers.values()}
+    assert before - after == pytest.approx((counts.student.text_bytes + sum(shared.values())) / 1e9, rel=1e-6)
+    options = dataclasses.replace(config.teacher_options, offload=True)
+    away = costs.memory(counts, dataclasses.replace(texts, teacher_options=options))
+    largest = max(t.weight_bytes for t in counts.teachers.values())
+    assert next(size for part, size in away.items() if part.startswith("teachers")) == pytest.approx(largest / 1e9)
+    embedded = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, embeddings="e"))
+    assert sum(costs.memory(counts, embedded).values()) == pytest.approx(after)
+
+
+def test_a_base_in_half_precision_is_counted(toy_counts):
+    config, counts = toy_counts
+    half = dataclasses.replace(
+        config, mixed_precision="bf16", model=dataclasses.replace(config.model, base_dtype="bfloat16")
+    )
+    frozen = counts.student.weight_bytes - 4 * counts.student.trained
+    assert count_step(half).student.weight_bytes - 4 * counts.student.trained < 0.55 * frozen
+    words = [switch.words for switch in costs.switches(dataclasses.replace(config, mixed_precision="bf16"))]
+    assert "--model.base_dtype bfloat16" in words and "--offload_text_encoders true" in words
 
 
 def test_a_checkpoint_is_as_large_as_it_is_said_to_be(toy_counts):

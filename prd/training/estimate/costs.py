@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from prd.rendering.volume import VolumeConfig
-from prd.training.config import TrainConfig
+from prd.training.config import HALF, TrainConfig
 from prd.training.estimate.counts import StepCounts, TeacherCount
 from prd.training.optimizers import MOMENTS
+from prd.training.parts import offloaded
 from prd.training.precision import PRECISIONS
 from prd.utils.counting import Work
 
@@ -110,30 +111,39 @@ def prompts_per_process(config: TrainConfig) -> int:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def teacher_bytes(counts: StepCounts, offload: bool) -> int:
-    """Bytes of the teachers' weights on the device: of all with each text encoder once, or of the largest."""
+def teacher_bytes(counts: StepCounts, offload: bool, offload_texts: bool = False) -> int:
+    """Bytes of the teachers' weights on the device: of the largest, or of all with each text encoder once."""
     teachers = counts.teachers.values()
     if offload:
-        return max((t.weight_bytes + t.text_bytes for t in teachers), default=0)
+        return max((t.weight_bytes for t in teachers), default=0)
     texts = {(t.text, t.dtype): t.text_bytes for t in teachers}
-    return sum(t.weight_bytes for t in teachers) + sum(texts.values())
+    return sum(t.weight_bytes for t in teachers) + (0 if offload_texts else sum(texts.values()))
 
 
 def memory(counts: StepCounts, config: TrainConfig) -> dict[str, float]:
     """Gigabytes of a process by part; the graph of the estimates at a time, both renderers' and one teacher's work."""
     s, renderers = counts.student, counts.renderers.values()
     prompts = config.train_batch_size * config.rollout_batch_size
-    work = [t.activation_bytes for t in counts.teachers.values()] + [r.backward_bytes for r in renderers]
+    away, offload_texts = config.teacher_options.offload, offloaded(config)["offload_texts"]
+    work = [
+        s.unet_bytes,
+        *(t.activation_bytes for t in counts.teachers.values()),
+        *(r.backward_bytes for r in renderers),
+    ]
+    visits = [t.text_bytes for t in counts.teachers.values() if away or offload_texts]  # each for the time of a call
+    decoder = s.decoder_bytes * (
+        1 if config.model.gradient_checkpointing else prompts
+    )  # one plane of all, or every one
+    precisions = ", ".join(dict.fromkeys(t.dtype for t in counts.teachers.values()))
+    base = ", ".join(dict.fromkeys((config.model.base_dtype or FLOAT32, *([] if offload_texts else [FLOAT32]))))
+    student = s.weight_bytes + (0 if offload_texts else s.text_bytes)
     copies = 1 + optimizer_copies(config) + (config.ema_decay is not None)  # the first: the gradient
     return {
-        "student and its text encoder, float32": (s.weight_bytes + s.text_bytes) / 1e9,
+        f"student{'' if offload_texts else ' and its text encoder'}, {base}": student / 1e9,
         f"gradients, {config.optimizer.name}": 4 * copies * counts.trained / 1e9,
-        f"teachers, {', '.join(dict.fromkeys(t.dtype for t in counts.teachers.values()))}": teacher_bytes(
-            counts, config.teacher_options.offload
-        )
-        / 1e9,
+        f"teachers, {precisions}": teacher_bytes(counts, away, offload_texts) / 1e9,
         "graphs kept": prompts * (s.kept_bytes + sum(r.kept_bytes for r in renderers)) / 1e9,
-        "largest at work": prompts * max([s.backward_bytes, *work]) / 1e9,
+        "largest at work": max(decoder, prompts * max(work), *visits) / 1e9,
     }
 
 
@@ -158,8 +168,11 @@ def switches(config: TrainConfig) -> list[Switch]:
     """The changes that lower a config's memory and are not made yet, the cheapest first, each on top of the last."""
     found: list[Switch] = []
 
+    def last() -> TrainConfig:
+        return found[-1].config if found else config
+
     def add(words: str, exact: bool = True, **changes: Any) -> None:
-        found.append(Switch(words, replace(found[-1].config if found else config, **changes), exact))
+        found.append(Switch(words, replace(last(), **changes), exact))
 
     if not config.model.gradient_checkpointing:
         add("--model.gradient_checkpointing true", model=replace(config.model, gradient_checkpointing=True))
@@ -170,6 +183,11 @@ def switches(config: TrainConfig) -> list[Switch]:
     if own:
         words = " ".join(f"--renderers.{name}.max_rays {MAX_RAYS}" for name in own)
         add(words, renderers={**config.renderers, **{n: replace(r, max_rays=MAX_RAYS) for n, r in own.items()}})
+    half = next((dtype for dtype, way in HALF.items() if way == config.mixed_precision), None)
+    if half is not None and config.model.base_dtype is None and not config.model.full:
+        add(f"--model.base_dtype {half}", model=replace(last().model, base_dtype=half))
+    if not offloaded(config)["offload_texts"]:
+        add("--offload_text_encoders true", offload_text_encoders=True)
     if config.rollout_batch_size > 1:
         add("--rollout_batch_size 1", rollout_batch_size=1)
     if config.train_batch_size > 1:
@@ -177,12 +195,11 @@ def switches(config: TrainConfig) -> list[Switch]:
         words = f"--train_batch_size 1 --gradient_accumulation_steps {steps}"
         add(words, train_batch_size=1, gradient_accumulation_steps=steps)
     if not config.teacher_options.offload:
-        last = found[-1].config if found else config
-        add("--teacher_options.offload true", teacher_options=replace(last.teacher_options, offload=True))
+        add("--teacher_options.offload true", teacher_options=replace(last().teacher_options, offload=True))
     whole = {n: t for n, t in config.enabled_teachers.items() if t.dtype == FLOAT32}
     if whole:
-        words = " ".join(f"--teachers.{name}.dtype bfloat16" for name in whole)
-        halved = {name: replace(teacher, dtype="bfloat16") for name, teacher in whole.items()}
+        words = " ".join(f"--teachers.{name}.dtype float16" for name in whole)
+        halved = {name: replace(teacher, dtype="float16") for name, teacher in whole.items()}
         add(words, exact=False, teachers={**config.teachers, **halved})
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prd.adapters.precision import keep_in_half
 from prd.cameras import Cameras, orbit_cameras
 from prd.distillation.multi_teacher import leaf_views
 from prd.distillation.regularizers import eikonal_loss
@@ -47,14 +48,18 @@ FEW_RAYS = (8, 32)  # at a time, where a renderer makes some again in the backwa
 
 @dataclass(frozen=True)
 class StudentCount:
-    """One estimate of one prompt: work, bytes kept for its backward pass, and the most that this adds."""
+    """One estimate of one prompt: work, bytes kept for its backward pass, and the most that this adds.
+
+    decoder_bytes  added by the decoder's: with gradient checkpointing of one plane, whatever the number of prompts
+    """
 
     denoise: Work
     denoise_backward: Work
     decode: Work
     decode_backward: Work
     kept_bytes: int
-    backward_bytes: int
+    unet_bytes: int
+    decoder_bytes: int
     plane_bytes: int
     trained: int  # parameters
     frozen: int
@@ -144,18 +149,21 @@ def count_student(config: TrainConfig) -> StudentCount:
         denoise = count.work()
         planes = model.decode_planes(x)
         decode, kept, size = count.work(), count.bytes.live, planes.numel() * planes.element_size()
-        first, found = count.peak(lambda: torch.autograd.grad(planes.sum(), [x, *decoder], allow_unused=True))
+        plane, found = count.peak(lambda: torch.autograd.grad(planes.sum(), [x, *decoder], allow_unused=True))
         decode_backward = count.work()
-        second, _ = count.peak(lambda: torch.autograd.grad(x, unet, found[0], allow_unused=True) if unet else None)
+        blocks, _ = count.peak(lambda: torch.autograd.grad(x, unet, found[0], allow_unused=True) if unet else None)
         denoise_backward = count.work()
     number = sum(p.numel() for p in model.trainable_parameters())
+    if config.model.base_dtype is not None:  # counted in float32
+        keep_in_half(model.backbone, getattr(torch, config.model.base_dtype))
     return StudentCount(
         denoise=denoise,
         denoise_backward=denoise_backward,
         decode=decode,
         decode_backward=decode_backward,
         kept_bytes=kept,
-        backward_bytes=max(first, second),
+        unet_bytes=blocks,
+        decoder_bytes=plane,
         plane_bytes=size,
         trained=number,
         frozen=sum(p.numel() for module in (model, text) for p in module.parameters()) - number,

@@ -17,6 +17,7 @@ from prd.training.config import TrainConfig
 from prd.training.estimate.architectures import base_architecture, folder_of
 from prd.training.estimate.costs import (
     DEVICES,
+    FLOAT32,
     SHARES,
     Switch,
     checkpoint_bytes,
@@ -72,7 +73,13 @@ def _parameters(counts: StepCounts, config: TrainConfig) -> str:
     if counts.background:
         rows.append(["trained: background", f"{counts.background:,}", "float32"])
     source = base_architecture(config.model.base).source
-    rows.append(["frozen: student's base, text encoder", f"{counts.student.frozen:,}", f"float32 ({source})"])
+    rows.append(
+        [
+            "frozen: student's base, text encoder",
+            f"{counts.student.frozen:,}",
+            f"{config.model.base_dtype or FLOAT32} ({source})",
+        ]
+    )
     rows += [
         [f"frozen: {name}, with text encoder", f"{t.parameters:,}", f"{t.dtype} ({t.source})"]
         for name, t in counts.teachers.items()

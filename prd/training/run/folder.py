@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,6 +26,7 @@ from prd.utils.arguments import check_writable_folder
 from prd.utils.environment import in_force
 from prd.utils.files import LOCK, folder_lock, read_json, write_atomic
 from prd.utils.machine import PACKAGES, memory_bytes, processor, version_of
+from prd.utils.memory import release_freed_memory
 
 if TYPE_CHECKING:
     from prd.training.config import TrainConfig
@@ -186,3 +187,13 @@ def peak_memory(device: torch.device) -> float:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (place := Path("/proc/self/clear_refs")).exists():
+        release_freed_memory()
+        with suppress(OSError):
+            place.write_text("5", encoding="utf-8")

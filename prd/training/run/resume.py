@@ -12,7 +12,7 @@ from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.training.classes import split_given_parts
 from prd.training.config import TrainConfig
-from prd.training.recipes import from_dict, to_dict
+from prd.training.recipes import from_dict, load_config, to_dict
 from prd.training.renamed import renamed
 from prd.training.run.checkpoints import (
     Checkpoint,
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset(  # keys and sections that change no number of the training
     ("output_dir", "max_train_steps", "max_train_minutes", "fits", "checkpointing_steps", "checkpoints_total_limit")
     + ("resume_from_checkpoint", "start_afresh", "allow_config_change", "report_to", "num_threads", "validation")
+    + ("offload_text_encoders",)
 )
 SPLIT = frozenset(("train_batch_size", "gradient_accumulation_steps"))  # compared with the processes, as their product
 
@@ -129,6 +130,13 @@ def differing_keys(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[
         for key in keys
         if before.get(key, "absent") != after.get(key, "absent")
     ]
+
+
+def departures(config: TrainConfig, recipe: str) -> str:
+    """What a config sets otherwise than a recipe or file: its name, then lines "key: before -> after"."""
+    before, after = flat(to_dict(load_config(recipe))), flat(to_dict(config))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return "\n".join([f"recipe: {recipe}", *(f"  {key}: {before.get(key)} -> {after.get(key)}" for key in keys)])
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prd.data.corpora import preview
 from prd.evaluation.report import update_report
-from prd.training.recipes import dump_config, save_config, to_dict
+from prd.training.recipes import save_config, to_dict
 from prd.training.run.checkpoints import archive_newer_checkpoints
 from prd.training.run.clock import TIME_IS_UP
 from prd.training.run.folder import write_environment
@@ -30,7 +30,7 @@ def begin_session(trainer: Trainer) -> int:
     if main:
         write_environment(trainer.folder, trainer.accelerator.num_processes)
         save_config(config, trainer.folder / "config.yaml")
-        print(dump_config(config))
+        print(f"config: {trainer.folder / 'config.yaml'}")
         print(preview(trainer.corpus.prompts, getattr(trainer.corpus, "source", config.prompts.source)))
     first = trainer.resume()
     if main and (later := archive_newer_checkpoints(trainer.folder, first)):

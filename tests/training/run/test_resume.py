@@ -14,7 +14,7 @@ from prd.errors import ConfigError
 from prd.training.config import TrainConfig
 from prd.training.recipes import load_config, to_dict
 from prd.training.run.checkpoints import Checkpoint, CheckpointError, save_checkpoint
-from prd.training.run.resume import load_resumed, resumed_config
+from prd.training.run.resume import departures, load_resumed, resumed_config
 
 
 def checkpoint(config: TrainConfig, prompts: int = 4) -> Checkpoint:
@@ -101,3 +101,11 @@ def test_nothing_is_loaded_before_the_config_is_compared(tmp_path, monkeypatch, 
     assert main(["train", *words]) == 2
     assert "seed: 1 -> 0" in capsys.readouterr().err
     assert not (Path(tmp_path) / "config.yaml").exists()
+
+
+def test_what_departs_from_the_recipe_is_told_alone():
+    words = ["--seed=3", "--teachers.mvdream.weight=2", "--validation.prompts=[a red cube]"]
+    lines = departures(load_config("toybox", words), "toybox").splitlines()
+    assert lines[:3] == ["recipe: toybox", "  seed: 0 -> 3", "  teachers.mvdream.weight: 1.0 -> 2.0"]
+    assert len(lines) == 4 and lines[3].endswith("-> ['a red cube']")
+    assert departures(load_config("triplane_turbo_paper"), "triplane_turbo_paper") == "recipe: triplane_turbo_paper"

@@ -1,0 +1,152 @@
+"""`prd train --rehearse`: every stage of a run once; what fails is named with its stage, and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from prd.cli import main
+from prd.errors import ConfigError
+from prd.training.recipes import load_config
+from prd.training.run import rehearsal
+from prd.training.run.folder import forget_peak_memory, peak_memory
+from prd.utils.files import only_shown
+
+SMALL = (
+    *("--num_threads=1", "--train_batch_size=1", "--num_denoising_steps=2", "--report_to=null"),
+    *("--renderers.volume.grid_resolution=12", "--renderers.surface.grid_resolution=12"),
+    *("--renderers.volume.num_samples=8", "--validation.prompts=[a red cube]", "--validation.resolution=16"),
+    *("--validation.isosurface_resolution=16", "--model.latent_size=4", "--validation.num_inference_steps=1"),
+)
+STAGES = (
+    *("loading", "before the first step", "first step", "checkpoint", "loading again", "resuming", "second step"),
+    *("gallery", "saved model"),
+)
+
+
+def test_a_run_is_rehearsed_with_its_own_config_and_leaves_nothing(random_toybox, capsys, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(rehearsal.Trainer, "train_step", watched(rehearsal.Trainer.train_step, shown))
+    words = [*SMALL, f"--output_dir={tmp_path / 'runs' / 'mine'}"]
+    assert main(["train", "--rehearse", "--config", "toybox", *words]) == 0
+    text = capsys.readouterr().out
+    report = text[text.index("stage ") :].splitlines()
+    assert [line.split("  ")[0].strip() for line in report[1 : 1 + len(STAGES)]] == list(STAGES)
+    assert report[-1] == rehearsal.PASSED
+    assert [step for step, _ in shown] == [0, 1] and not list(tmp_path.iterdir())
+    (_, first), (_, second) = shown
+    assert first.config == second.config or first is not second  # built anew
+    assert second.config.resume_from_checkpoint == "latest" and second.first == 1
+    assert first.config.schedule_steps == load_config("toybox").total_steps  # the schedules of the whole run
+
+
+def watched(step: Any, shown: list[Any]) -> Any:
+    def train_step(trainer: Any, number: int) -> dict[str, float]:
+        shown.append((number, trainer))
+        return step(trainer, number)
+
+    return train_step
+
+
+class Rehearsed:
+    """A trainer that does nothing but write, and fails where it is told."""
+
+    fails = ""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.device, self.folder = config, torch.device("cpu"), Path(config.output_dir)
+        self.resumed = config.resume_from_checkpoint is not None
+        self.do("loading again" if self.resumed else "loading")
+        self.accelerator = SimpleNamespace(
+            is_main_process=True, wait_for_everyone=int, end_training=int, log=lambda *_, **__: None
+        )
+        self.plan = SimpleNamespace(now=SimpleNamespace(total_steps=10))
+        self.validation = SimpleNamespace(validate_periodically=self.show)
+        self.model = SimpleNamespace(save_pretrained=lambda _: self.do("saved model"), folder_name="adapter")
+
+    def do(self, stage: str) -> None:
+        if stage == self.fails:
+            raise OSError("No space left on device")
+        (self.folder / stage.replace(" ", "_")).touch()
+
+    def show(self, done: int, steps: int) -> dict[str, float]:
+        with only_shown("a sheet"):
+            self.do("gallery")
+        return {"peak_gigabytes": 1.0}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        self.do(("first step", "second step")[step])
+        return {"skipped": float(self.fails == f"skipped {step}"), "seconds": 1.0}
+
+    def save(self, step: int) -> None:
+        self.do("checkpoint")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setattr(rehearsal, "Trainer", Rehearsed)
+    session = {False: "before the first step", True: "resuming"}
+    monkeypatch.setattr(rehearsal, "begin_session", lambda trainer: trainer.do(session[trainer.resumed]))
+    return monkeypatch
+
+
+def config_in(folder: Path, *words: str) -> Any:
+    return load_config("toybox", ["--report_to=null", f"--output_dir={folder / 'run'}", *words])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_fails_is_named_and_its_folder_kept(stage, stub, tmp_path):
+    stub.setattr(Rehearsed, "fails", stage)
+    kept = tmp_path / "run-rehearsal"
+    with pytest.raises(rehearsal.RehearsalError) as caught:
+        rehearsal.rehearse(config_in(tmp_path))
+    assert str(caught.value) == f"rehearsal, {stage}: failed: OSError: No space left on device; {kept} is kept"
+    assert "No space left" in (kept / rehearsal.TRACEBACK).read_text(encoding="utf-8")
+    for earlier in STAGES[: STAGES.index(stage)]:
+        assert (kept / earlier.replace(" ", "_")).exists()
+    stub.setattr(Rehearsed, "fails", "")  # the next one clears it away
+    assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path))) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_step_without_a_gradient_does_not_pass(step, stub, tmp_path, capsys):
+    stub.setattr(Rehearsed, "fails", f"skipped {step}")
+    words = ["--config", "toybox", "--report_to=null", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["train", "--rehearse", *words]) == 2
+    name = ("first", "second")[step]
+    assert f"prd train: rehearsal, {name} step: failed: FloatingPointError: step {step} was skipped" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_a_run_would_refuse_is_refused_before_anything_is_made(stub, tmp_path):
+    with pytest.raises(ConfigError, match="teachers.mvdream.path"):
+        rehearsal.rehearse(config_in(tmp_path, f"--teachers.mvdream.path={tmp_path / 'none'}"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run-rehearsal").mkdir()
+    (tmp_path / "run-rehearsal" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="run-rehearsal.*is no rehearsal's"):
+        rehearsal.rehearse(config_in(tmp_path))
+    assert (tmp_path / "run-rehearsal" / "thesis.txt").exists()
+
+
+def test_everything_that_is_measured_now_and_then_is_due(tmp_path):
+    due = rehearsal.rehearsed(config_in(tmp_path, "--validation.spread_steps=null"), tmp_path).validation
+    assert (due.gallery_steps, due.every_steps, due.spread_steps) == (2, 2, None)
+    assert (
+        rehearsal.rehearsed(config_in(tmp_path, "--validation.prompts=[]"), tmp_path).validation.gallery_steps is None
+    )
+
+
+def test_the_peak_of_a_stage_is_its_own():
+    cpu = torch.device("cpu")
+    forget_peak_memory(cpu)
+    block = torch.ones(100_000_000)
+    high = peak_memory(cpu)
+    del block
+    forget_peak_memory(cpu)
+    assert high - peak_memory(cpu) > 0.3
