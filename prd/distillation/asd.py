@@ -146,25 +146,21 @@ def asd_loss(
 
     The teacher is called once for conditional, unconditional and shifted predictions; without t_plus there is no third.
     Raises ValueError for shapes, timesteps or a guidance scale out of range, NoSignalError for "dmd" at a timestep
-    without signal (alpha_bar = 0, where the estimate of x is 0 / 0), NonFinitePrediction for NaN or infinite x or
-    predictions.
+    without signal (alpha_bar = 0: x would be 0 / 0), NonFinitePrediction for NaN or infinite x or predictions.
     """
     config = config or AsdConfig()
-    if reference is None and config.reference == "fake":
-        raise ValueError("reference=None: config.reference='fake' takes a model of the renderings; give one")
-    t, t_plus = _check_inputs(teacher, x, condition, t, noise, t_plus, guidance_scale, reference)
+    t, t_plus = _check_inputs(teacher, x, condition, t, noise, t_plus, guidance_scale, reference, config)
     with torch.no_grad():
         clean, noise = x.detach().float(), noise.to(x.device, torch.float32)
         _check_finite(teacher, "input x", clean, t)
         alphas = teacher.alphas_cumprod.to(x.device)
         own = reference is None and config.reference == "shifted"
-        first = second = _Noisy.at(clean, noise, t, alphas)
+        first = second = _Noisy.at(clean, noise, t, alphas)  # `second`: where the reference predicts
         if t_plus is not None and (own or not isinstance(reference, Tensor | None)):
             second = _Noisy.at(clean, noise, t_plus, alphas)
-        # where the prompt's own noise is predicted, and where a condition or a model given as the reference predicts
-        points = [first] if second is first or not own else [first, second]
-        given = [reference] if isinstance(reference, Condition) else []
-        text, negative, more = _predict(teacher, points, condition, other, [(second, c) for c in given])
+        points = [first, second] if own and second is not first else [first]
+        given = [(second, reference)] if isinstance(reference, Condition) else []
+        text, negative, more = _predict(teacher, points, condition, other, given)
         guided = negative + guidance_scale * (text[0] - negative)
         if reference is None:
             predicted = {"noise": noise, "negative_prompt": negative}.get(config.reference, text[-1])
@@ -236,8 +232,11 @@ def _check_inputs(
     t_plus: Tensor | None,
     guidance_scale: float,
     reference: object,
+    config: AsdConfig,
 ) -> tuple[Tensor, Tensor | None]:
     """Return t and t_plus with one value per image; raise ValueError for bad arguments of `asd_loss`."""
+    if reference is None and config.reference == "fake":
+        raise ValueError("reference=None: config.reference='fake' takes a model of the renderings; give one")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale}: must be a finite number")
     if isinstance(reference, Tensor) and reference.shape != x.shape:

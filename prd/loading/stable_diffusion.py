@@ -103,14 +103,8 @@ def load_base(
         path = _download_configs(name, text, hub)
         commit = path.name
     check_backbone(name, path)
-    unet_config, vae_config = (_config(path / f"{part}/config.json") for part in ("unet", "vae"))
-    if dtype is None:
-        dtype = inference_dtype(unet_config["block_out_channels"][0], device)
-        if dtype == torch.float16 and overflows(unet_config, vae_config):
-            dtype = torch.float32
-    elif dtype == torch.float16 and overflows(unet_config, vae_config):
-        raise ValueError(f"dtype=torch.float16: the decoder of {name} overflows in it; give bfloat16 or float32")
-    ends = ("", "_2") if pooled_width(unet_config) else ("",)
+    dtype = _dtype_of(name, path, dtype, device)
+    ends = ("", "_2") if pooled_width(_config(path / "unet/config.json")) else ("",)
     if text is None:
         text = all(
             (path / f"text_encoder{end}/config.json").is_file()
@@ -126,6 +120,17 @@ def load_base(
         scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
     encoder = _encoder(path, two=len(ends) == 2) if text else None
     return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
+
+
+def _dtype_of(name: str, folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> torch.dtype:
+    """The type to load a folder in; ValueError for float16 where its decoder overflows."""
+    unet, vae = (_config(folder / f"{part}/config.json") for part in ("unet", "vae"))
+    wanted = inference_dtype(unet["block_out_channels"][0], device) if dtype is None else dtype
+    if wanted != torch.float16 or not overflows(unet, vae):
+        return wanted
+    if dtype is None:
+        return torch.float32
+    raise ValueError(f"dtype=torch.float16: the decoder of {name} overflows in it; give bfloat16 or float32")
 
 
 def _encoder(folder: Path, *, two: bool) -> PromptEncoder:
