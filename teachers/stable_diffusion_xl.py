@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +12,10 @@ from diffusers import UNet2DConditionModel
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
+from prd.cameras import Cameras
+from prd.loading.download import download
 from prd.loading.strict import load_strict
+from prd.loading.weights import read_object
 from prd.teachers.base import Condition, TeacherOptions
 from prd.teachers.loading import CONVERT, load_schedule, load_vae_encoder
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
@@ -42,6 +48,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     name = "stable_diffusion_xl"
     config_class: ClassVar[type[StableDiffusionXLTeacherConfig]] = StableDiffusionXLTeacherConfig
     prompt_encoder_class: ClassVar[Any] = SdxlPromptEncoder
+    zeros_for_empty: bool = True  # an empty negative prompt is no text at all: zeros, as it was trained with
 
     @staticmethod
     def text_widths(unet: Any, text_encoder: Any) -> tuple[int, int]:
@@ -77,6 +84,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
             vae.float()
         teacher = cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
         teacher.show(pixels)
+        teacher.zeros_for_empty = _zeros_for_empty(place)
         return teacher
 
     @classmethod
@@ -90,6 +98,13 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
             "text_encoder": encoder.model,
         }
 
+    def condition(self, prompts: Sequence[str], cameras: Cameras, negative_prompt: str = "") -> Condition:
+        """Text of B images; zeros where the negative prompt is empty, if its pipeline says so."""
+        condition = super().condition(prompts, cameras, negative_prompt)
+        if negative_prompt or not self.zeros_for_empty:
+            return condition
+        return replace(condition, negative_prompt_embeds=torch.zeros_like(condition.negative_prompt_embeds))
+
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Output of the U-Net; the last row of the text is the pooled embedding."""
         text = condition.prompt_embeds.to(self.unet.dtype)
@@ -99,3 +114,10 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         picture = torch.tensor([size, size, 0, 0, size, size], dtype=text.dtype, device=text.device)
         added = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
         return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
+
+
+def _zeros_for_empty(folder: str) -> bool:
+    """What its pipeline's model_index.json says of empty prompts; True where it says nothing."""
+    place = Path(folder) if Path(folder).is_dir() else download(folder, ["model_index.json"], {})
+    index = place / "model_index.json"
+    return bool(read_object(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True

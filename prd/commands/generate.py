@@ -163,5 +163,7 @@ def _job(args: argparse.Namespace, prompts: list[str]) -> Job:
         picture=args.picture,
         compress=args.compress,
         dtype=args.dtype,
+        base=args.base,
+        text_encoder=args.text_encoder,
         preview=args.preview,
     )

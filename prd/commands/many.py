@@ -37,6 +37,7 @@ from prd.utils.processes import Processes
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 SLUG = 60  # letters of a prompt in a file's name
+FAILURES = (ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError)  # of one mesh: the others go on
 NO_SURFACE = "the model made no surface for this prompt"
 
 Row = dict[str, Any]
@@ -47,6 +48,7 @@ Place = tuple[int, int]  # index of the prompt, number of its mesh
 class Job:
     """What a folder is to hold; checked when it is made.
 
+    base        another place of the model's base, None: as it records; text_encoder the same
     per_prompt  meshes of each prompt
     batch_size  meshes computed at a time
     preview     name of one for each prompt, or the file itself of a single prompt; None: none
@@ -67,6 +69,8 @@ class Job:
     picture: Any = "png"
     compress: Any = None
     dtype: str | None = None
+    base: str | None = None
+    text_encoder: str | None = None
     preview: str | None = None
     weights: str | None = None
 
@@ -93,6 +97,7 @@ class Job:
         """Return all that decides the meshes, plain values."""
         digest = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
         names = ("model", "seed", "batch_size", "steps", "format", "up", "height", "picture", "compress", "dtype")
+        names += ("base", "text_encoder")
         return {
             "prompts": f"{len(self.prompts)} with the hash {digest}",
             "num_meshes_per_prompt": self.per_prompt,
@@ -253,10 +258,14 @@ def _make(pipe: Any, job: Job, unit: range) -> list[Row]:
             if mesh is None:
                 row |= {"error": error}
             else:
-                export_mesh(mesh, job.export(place))
-                row |= {"file": job.file_of(place), "faces": len(mesh.faces)}
-                inside |= {} if bits is None else {place: bits}
-                meshes |= {place: mesh} if job.preview is not None else {}
+                try:
+                    export_mesh(mesh, job.export(place))
+                except FAILURES as failure:
+                    row |= {"error": " ".join(str(failure).split())}
+                else:
+                    row |= {"file": job.file_of(place), "faces": len(mesh.faces)}
+                    inside |= {} if bits is None else {place: bits}
+                    meshes |= {place: mesh} if job.preview is not None else {}
             rows[place] = row | {"seconds": round(seconds + time.perf_counter() - begun, 3)}
     for index in unit:
         own = [(index, number) for number in range(job.per_prompt)]
@@ -287,7 +296,7 @@ def _call(pipe: Any, job: Job, places: Sequence[Place]) -> Iterator[tuple[Place,
         bits = None
         if job.per_prompt > 1:
             bits = occupancy(output.field, batch=len(places), device=pipe.device)
-    except (ValueError, ArithmeticError) as error:  # as a field that is not finite: a row that failed
+    except FAILURES as error:  # as a field that is not finite: a row that failed
         if len(places) > 1:
             for place in places:
                 yield from _call(pipe, job, [place])

@@ -148,8 +148,20 @@ class StoredPromptEncoder(PromptEncoder):
 
     def __init__(self, encoder: PromptEncoder, stored: StoredEmbeddings) -> None:
         super().__init__(encoder.tokenizer, encoder.model, cache_size=REMEMBERED)
-        self.encoder, self.stored = encoder, stored
+        self.encoder, self.stored, self.tokenizers = encoder, stored, encoder.tokenizers
         self.memory, self.visited = encoder.memory, encoder.visited
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        return self.encoder.configs
+
+    @property
+    def length(self) -> int:
+        return self.encoder.length
+
+    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
+        """Return the encoder's own pooled embeddings of prompts from theirs."""
+        return self.encoder.pooled(prompts, embeds)
 
     def compute(self, prompts: list[str]) -> Tensor:
         """Return `encode` of some prompts in main memory [n, L, Ct]."""

@@ -200,10 +200,9 @@ def inference_dtype(width: int, device: str | torch.device) -> torch.dtype:
 def _download_configs(name: str, text: bool | None, hub: dict[str, Any]) -> Path:
     """The configs that say what a Hub id is; model_index.json only to name what it is instead."""
     files = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    files += ["text_encoder_2/config.json"]  # which tells Stable Diffusion XL from its refiner
     if text is not False:
-        ends = ("", "_2")  # the second ones are Stable Diffusion XL's
-        files += [f"text_encoder{end}/config.json" for end in ends]
-        files += [f"tokenizer{end}/tokenizer_config.json" for end in ends]
+        files += ["text_encoder/config.json", *(f"tokenizer{end}/tokenizer_config.json" for end in ("", "_2"))]
     path = download(name, files, hub)
     if foreign_parts(_config(path / "unet/config.json"), _config(path / "vae/config.json")):
         path = download(name, ["model_index.json"], {**hub, "revision": path.name})

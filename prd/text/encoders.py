@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from prd.cameras import Cameras
 from prd.utils.offloading import MainMemory
 
+CACHE_BYTES = 2_000_000_000  # of the embeddings that an encoder keeps
 OVERHEAD = 60.0  # degrees of elevation above which a view is from overhead
 ENCODING = threading.RLock()  # tokenizers take one call at a time
 FRONT = 45.0  # degrees of azimuth either side of the front, and of the back
@@ -48,8 +49,8 @@ def view_prompts(prompts: Sequence[str], cameras: Cameras) -> list[str]:
 class PromptEncoder:
     """A CLIP text encoder with its tokenizer; it encodes each distinct prompt once.
 
-    cache_size  embeddings kept in main memory, whatever the encoder's device: 4096 prompts of Stable Diffusion 2.1
-                (77 x 1024) are 646 MB in half precision
+    cache_size  embeddings kept in main memory, whatever the encoder's device, if they take no more than 2 GB: 4096
+                prompts of Stable Diffusion 2.1 (77 x 1024) are 646 MB in half precision
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any, cache_size: int = 4096) -> None:
@@ -104,7 +105,8 @@ class PromptEncoder:
         for prompt in prompts:
             self.encoded.move_to_end(prompt)
             rows.append(self.encoded[prompt])
-        while len(self.encoded) > self.cache_size:
+        kept = min(self.cache_size, max(1, CACHE_BYTES // rows[0].nbytes)) if rows else self.cache_size
+        while len(self.encoded) > kept:
             self.encoded.popitem(last=False)
         return torch.stack(rows).to(self.device)
 
@@ -116,7 +118,7 @@ class PromptEncoder:
     def count_tokens(self, prompt: str) -> int:
         """Number of tokens of a prompt, its ends included, before it is cut to `length`."""
         with ENCODING:
-            return len(self.tokenizer(prompt).input_ids)
+            return len(self.tokenizer(prompt, verbose=False).input_ids)  # it warns of long ones, which are cut here
 
     def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
         """Return CLIP's pooled embeddings [B, Ct] of prompts from theirs [B, L, Ct]: those of the end token."""

@@ -18,9 +18,12 @@ from prd.loading.stable_diffusion import load_base
 from prd.loading.strict import load_strict, load_tokenizer
 from prd.loading.weight_hashes import TEXT, text_weights, weights_hash
 from prd.text.encoders import PromptEncoder, T5PromptEncoder
+from prd.text.pixart import MaskedT5PromptEncoder
+from prd.text.sd3 import load_sd3_encoder
 from prd.text.sdxl import load_sdxl_encoder
 from prd.utils.arguments import expanded, has_suffix
 
+CONFIGS = ["text_encoder*/config.json", "transformer/config.json"]
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
 
 
@@ -55,7 +58,7 @@ def load_encoder(
     """Load a frozen text encoder and its tokenizer.
 
     place  a shipped name, a folder or Hub id in diffusers' layout, or a single .safetensors file
-    hub: `token`, `cache_dir` and `local_files_only` of the Hub. It is a CLIP, Stable Diffusion XL's two CLIPs, or a T5.
+    hub: `token`, `cache_dir` and `local_files_only` of the Hub. A CLIP, a T5, or those of Stable Diffusion XL or 3.
     Raises UnknownEncoder for another model or a folder without one, OSError and CheckpointError for missing or
     foreign files.
     """
@@ -77,10 +80,16 @@ def load_encoder(
         "clip_text_model": (CLIPTextModel, PromptEncoder),
         "t5": (T5EncoderModel, T5PromptEncoder),
     }
-    folder = Path(place) if Path(place).is_dir() else download(place, ["text_encoder*/config.json"], hub)
+    folder = Path(place) if Path(place).is_dir() else download(place, CONFIGS, hub)
     kind = read_json(folder / "text_encoder/config.json", "name a model with a text encoder").get("model_type")
     if kind not in kinds:
         raise UnknownEncoder(f"encoder={place!r}: its text encoder is a {kind}; must be one of {', '.join(kinds)}")
+    if (flow := _transformer(folder)).get("_class_name") == "SD3Transformer2DModel":
+        encoder = load_sd3_encoder(place, flow["joint_attention_dim"], dtype, **hub)
+        encoder.model.to(device)
+        return encoder
+    if flow.get("_class_name") == "PixArtTransformer2DModel":
+        kinds["t5"] = (T5EncoderModel, MaskedT5PromptEncoder)
     if kind == "clip_text_model" and (folder / "text_encoder_2/config.json").is_file():
         encoder = load_sdxl_encoder(place, dtype, **hub)
         encoder.model.to(device)
@@ -88,3 +97,9 @@ def load_encoder(
     model_class, encoder_class = kinds[kind]
     model = load_strict(model_class, place, "text_encoder", dtype, **hub).to(device)
     return encoder_class(load_tokenizer(AutoTokenizer, place, **hub), model)
+
+
+def _transformer(folder: Path) -> dict[str, Any]:
+    """The config of the transformer beside a text encoder; {} where there is none."""
+    place = folder / "transformer/config.json"
+    return read_json(place, "copy the folder again") if place.is_file() else {}

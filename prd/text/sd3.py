@@ -94,13 +94,15 @@ def _filled(rows: Tensor, width: int) -> Tensor:
     return F.pad(rows, (0, width - rows.shape[-1]))
 
 
-def load_sd3_encoder(folder: str, width: int, dtype: torch.dtype | None = None, *, t5: bool = True) -> Sd3PromptEncoder:
+def load_sd3_encoder(
+    folder: str, width: int, dtype: torch.dtype | None = None, *, t5: bool = True, **hub: Any
+) -> Sd3PromptEncoder:
     """Load the text encoders and tokenizers of a folder or Hub id; errors of `load_strict`.
 
-    width  the transformer's `joint_attention_dim`; t5: with the T5, of 4.8 billion parameters
+    width  the transformer's `joint_attention_dim`; t5: with the T5, of 4.8 billion parameters; hub: of `load_strict`
     """
-    clips = [load_strict(CLIPTextModelWithProjection, folder, f"text_encoder{end}", dtype) for end in ("", "_2")]
-    third = load_strict(T5EncoderModel, folder, "text_encoder_3", dtype) if t5 else None
+    clips = [load_strict(CLIPTextModelWithProjection, folder, f"text_encoder{end}", dtype, **hub) for end in ("", "_2")]
+    third = load_strict(T5EncoderModel, folder, "text_encoder_3", dtype, **hub) if t5 else None
     ends = ("", "_2", "_3") if t5 else ("", "_2")
-    tokenizers = tuple(load_tokenizer(AutoTokenizer, folder, f"tokenizer{end}") for end in ends)
+    tokenizers = tuple(load_tokenizer(AutoTokenizer, folder, f"tokenizer{end}", **hub) for end in ends)
     return Sd3PromptEncoder(tokenizers, ThreeTextEncoders(clips[0], clips[1], third, width))

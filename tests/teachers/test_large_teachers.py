@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from prd.data.embeddings import Embeddings, embed
 from prd.errors import ConfigError
 from prd.teachers import PixArtTeacher, StableDiffusion3Teacher, StableDiffusionTeacher, StableDiffusionXLTeacher
 from prd.teachers.base import epsilon_from, target_of
 from prd.teachers.stable_diffusion_3 import FlowSchedule
+from prd.text.loading import encoder_digest, load_encoder
 from prd.training.recipes import load_config
 from prd.training.run.models import model_faults
 from tests.compare import ROUNDING, relative_difference
@@ -53,6 +55,38 @@ def test_sdxl_predicts_what_its_unet_does(sdxl) -> None:
     views = random_views(2, 1)
     condition = teacher.condition(PROMPTS, views.cameras)
     assert relative_difference(teacher.predict_noise(x_t, t, condition), expected) <= ROUNDING
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", ["", "bad"])
+def test_sdxl_moves_away_from_what_its_pipeline_does(sdxl, negative: str, tmp_path: Path) -> None:
+    """An empty negative prompt is zeros, unless the pipeline's model_index.json says that it is text."""
+    pipeline, folder = sdxl
+    cameras = random_views(2, 1).cameras
+    _, tokens, _, pooled = pipeline.encode_prompt(PROMPTS, device="cpu", negative_prompt=negative or None)
+    teacher = StableDiffusionXLTeacher.from_pretrained(str(folder))
+    found = teacher.condition(PROMPTS, cameras, negative).negative_prompt_embeds
+    torch.testing.assert_close(found[:, :-1], tokens.expand(2, -1, -1))
+    torch.testing.assert_close(found[:, -1, :POOLED], pooled.expand(2, -1))
+    teacher.zeros_for_empty = False
+    as_text = teacher.condition(PROMPTS, cameras, negative).negative_prompt_embeds
+    assert bool(as_text.any()) and torch.equal(as_text, found) == bool(negative)
+
+
+@pytest.mark.parametrize("make", [make_sdxl, make_sd3, make_pixart], ids=["sdxl", "sd3", "pixart"])
+def test_text_is_embedded_beforehand_as_the_teacher_does(make, tmp_path: Path) -> None:
+    """What `prd embed` loads is the teacher's own encoder; what it stores is looked up with all that goes with it."""
+    make(tmp_path).save_pretrained(tmp_path / "saved")
+    place = str(tmp_path / "saved")
+    kinds = {make_sdxl: StableDiffusionXLTeacher, make_sd3: StableDiffusion3Teacher, make_pixart: PixArtTeacher}
+    own, encoder = kinds[make].from_pretrained(place).prompt_encoder, load_encoder(place)
+    assert encoder_digest(encoder) == encoder_digest(own)
+    embed(PROMPTS, encoder, tmp_path / "stored", name=place)
+    stored = Embeddings(tmp_path / "stored").encoder(own, "teacher")
+    embeds = stored(PROMPTS)
+    assert relative_difference(embeds, own(PROMPTS)) <= ROUNDING
+    assert torch.equal(stored.pooled(PROMPTS, embeds), own.pooled(PROMPTS, embeds))
+    assert (stored.length, stored.configs) == (own.length, own.configs)
 
 
 @torch.no_grad()
