@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +56,11 @@ def run_serve(args: argparse.Namespace) -> int:
 
     bound = bound_socket(args.host, args.port)  # before anything is loaded
     service = _service(args, args.rate)
-    from prd.serving.server import build_app
+    with _given_back_on_failure(service, bound):
+        from prd.serving.server import build_app
 
-    app = build_app(service, args.allow_origin)
-    service.start()
+        app = build_app(service, args.allow_origin)
+        service.start()
     print(f"{url_of(bound)}: loads {args.model}; {url_of(bound)}/docs lists the requests", flush=True)
     return run_app(app, service, bound)
 
@@ -68,13 +72,26 @@ def run_demo(args: argparse.Namespace) -> int:
 
     bound = bound_socket(args.host, args.port)
     service = _service(args, rate=0)
-    service.start()
-    from prd.serving.demo import build_demo
+    with _given_back_on_failure(service, bound):
+        service.start()
+        from prd.serving.demo import build_demo
 
-    service.wait_until_loaded()  # what the page shows depends on the model
-    app = build_demo(service)
+        service.wait_until_loaded()  # what the page shows depends on the model
+        app = build_demo(service)
     print(f"{url_of(bound)}: shows {args.model}", flush=True)
     return run_app(app, service, bound)
+
+
+@contextmanager
+def _given_back_on_failure(service: Service, bound: socket.socket) -> Iterator[None]:
+    """Remove the service's files and close its socket where what precedes its first request fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        service.stop()
+        service.jobs.close()
+        bound.close()
+        raise
 
 
 def _check_installed(extra: str, *packages: str) -> None:
