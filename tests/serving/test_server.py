@@ -94,6 +94,13 @@ def test_a_textured_obj_comes_with_its_material(client: TestClient) -> None:
     assert all(name.startswith(job["id"]) for name in names)
 
 
+def test_a_file_without_a_texture_is_not_unwrapped(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prd.meshes.mesh.unwrap", lambda *arguments: pytest.fail("unwrapped the mesh"))
+    textured = {**SMALL, "vertex_colors": False, "texture": 64}
+    job = client.post("/v1/meshes?wait=30", json={**ASK, "format": "stl", "options": textured}).json()
+    assert job["status"] == "done" and job["faces"] > 0
+
+
 WRONG: list[tuple[Any, str, str]] = [
     ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": "x" * 1001}, "prompt", "at most 1000 characters"),
