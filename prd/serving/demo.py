@@ -8,7 +8,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
 from prd.hub.cards import PROMPT
 from prd.hub.shipped import about
@@ -32,9 +32,15 @@ def build_demo(service: Service) -> FastAPI:
     fonts = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the theme's own come from the network
     theme = gr.themes.Soft(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
     app = build_app(service)
+    app.add_api_route("/gradio_api/upload{rest:path}", _refuse_upload, methods=["GET", "POST"], include_in_schema=False)
     return gr.mount_gradio_app(
         app, blocks, path="/", theme=theme, css=CSS, ssr_mode=False, footer_links=[], run_history=False, pwa=False
     )
+
+
+def _refuse_upload() -> None:
+    """Answer Gradio's door for files, which the page has no use for and any site could fill the disk through."""
+    raise HTTPException(404)
 
 
 def build_page(service: Service) -> gr.Blocks:

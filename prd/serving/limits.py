@@ -41,16 +41,13 @@ class RateLimit:
 
 
 class BodyLimit:
-    """ASGI middleware: bodies of more than `most` bytes are answered with 413, whether or not they say their length.
+    """ASGI middleware: bodies of more than `most` bytes are answered with 413, whether or not they say their length."""
 
-    within  beginning of the paths that are watched
-    """
-
-    def __init__(self, app: ASGIApp, most: int, within: str) -> None:
-        self.app, self.most, self.within = app, most, within
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(self.within):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")

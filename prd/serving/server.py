@@ -43,7 +43,7 @@ def build_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     _add_files(app, service)
     _add_state(app, service)
     _add_errors(app, service)
-    app.add_middleware(BodyLimit, most=service.config.limits.body, within="/v1/")
+    app.add_middleware(BodyLimit, most=service.config.limits.body)
     app.add_middleware(Counted, add=service.metrics.add_request)
     if origins:
         app.add_middleware(
