@@ -68,6 +68,14 @@ def test_a_bad_suffix_is_refused_before_anything_is_loaded(capsys, monkeypatch):
     assert "output='cube.fbx'" in error and ".glb, .obj, .ply" in error
 
 
+@pytest.mark.parametrize("size", ["12x", "", "1024.0", "none"])
+def test_a_texture_that_is_no_number_is_a_sentence(size, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "a", "--texture", size])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and f"--texture: {size!r}: must be 'auto' or a number of texels" in said
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

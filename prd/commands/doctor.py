@@ -29,6 +29,7 @@ IMPORTED = {  # which break where a wheel does not fit
     "numba": lambda: importlib.import_module("numba"),
     "xatlas": lambda: importlib.import_module("xatlas"),
 }
+IMPORT_TORCH = ("diffusers", "transformers")  # and fail where it does, whole as they may be
 FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_tile": "AMX", "amx_bf16": "AMX BF16"}
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "HF_HOME")
 MATRICES = (256, 1024)  # sides
@@ -124,10 +125,14 @@ def _unfit_versions() -> Iterator[str]:
 
 
 def _unfit_imports() -> Iterator[str]:
+    without: tuple[str, ...] = ()
     for name, load in IMPORTED.items():
+        if name in without:
+            continue
         try:
             load()
         except Exception as error:  # of a broken installation, of any class
+            without = IMPORT_TORCH if name == "torch" else without
             reason = " ".join(str(error).split())[:300]
             yield f"{name} cannot be imported ({type(error).__name__}: {reason}); pip install --force-reinstall {name}"
 

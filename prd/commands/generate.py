@@ -88,7 +88,7 @@ def _generate_one(args: argparse.Namespace, prompt: str) -> int:
     import torch  # here, not above: `prd --help` must not wait for it
 
     from prd.evaluation.preview import check_preview, save_preview
-    from prd.meshes.export import Export, export_mesh
+    from prd.meshes.export import Export, export_mesh, options_for
     from prd.pipelines.output import TextTo3DOutput
 
     output = args.output or f"mesh.{args.format or 'glb'}"
@@ -96,7 +96,7 @@ def _generate_one(args: argparse.Namespace, prompt: str) -> int:
         raise ConfigError(f"format={args.format!r}: is not that of output={output!r}; leave one of them out")
     export = Export(output, args.up, args.height, args.picture, args.compress, name="output", levels=args.lods)
     preview = None if args.preview is None else check_preview("preview", args.preview)
-    options = mesh_options(args)
+    options = options_for(mesh_options(args), Path(output).suffix)
     logging.getLogger("prd.meshes").setLevel(logging.INFO)  # what the surface was cut into
     pipe = load_model(args)
     call: dict[str, Any] = asdict(options)

@@ -28,7 +28,7 @@ from prd.evaluation.preview import check_preview, check_preview_format, save_pre
 from prd.evaluation.variety import mean_pairwise_iou, occupancy
 from prd.hub.find import find_model
 from prd.loading.saved_model import read_record
-from prd.meshes.export import Export, export_mesh
+from prd.meshes.export import Export, export_mesh, options_for
 from prd.meshes.mesh import Mesh
 from prd.meshes.options import MeshOptions
 from prd.utils.arguments import check_writable_folder
@@ -286,7 +286,7 @@ def _preview(job: Job, index: int, meshes: dict[Place, Mesh], rows: dict[Place, 
 
 def _call(pipe: Any, job: Job, places: Sequence[Place]) -> Iterator[tuple[Place, Mesh | None, Any, str | None, float]]:
     """Yield place, mesh, occupancy, error and seconds of some meshes computed together; alone where one fails."""
-    options: dict[str, Any] = asdict(job.options)
+    options: dict[str, Any] = asdict(options_for(job.options, f".{job.format}"))
     if pipe.draws_noise:
         generators = [torch.Generator().manual_seed(job.seed_of(place)) for place in places]
         options |= {"generator": generators, "num_inference_steps": job.steps}

@@ -113,4 +113,9 @@ def mesh_options(args: argparse.Namespace, **changes: Any) -> MeshOptions:
 
 
 def _texture_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be 'auto' or a number of texels per side, as 1024; --vertex-colors bakes no texture"
+        ) from None

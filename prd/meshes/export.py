@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -20,7 +20,7 @@ from prd.errors import ConfigError
 from prd.meshes.axes import NOTES, Up, turned
 from prd.meshes.gltf import Compression, PictureFormat, glb, gltf, srgb_to_linear
 from prd.meshes.obj import free_stem, obj
-from prd.meshes.options import check_one_of
+from prd.meshes.options import MeshOptions, check_one_of
 from prd.meshes.printing import MM_PER_UNIT, stl, threemf
 from prd.meshes.simplify import weld
 from prd.meshes.texture import to_bytes
@@ -31,7 +31,10 @@ from prd.utils.files import replace_file
 if TYPE_CHECKING:
     from prd.meshes.mesh import Mesh
 
-__all__ = ["FORMATS", "SUFFIXES", "Export", "ExportKeywords", "export_mesh", "parse_length", "ply", "srgb_to_linear"]
+__all__ = [
+    *("FORMATS", "SUFFIXES", "Export", "ExportKeywords", "export_mesh", "options_for", "parse_length", "ply"),
+    "srgb_to_linear",
+]
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,38 @@ class Format:
     unit      of its lengths, millimetres; None where it says none
     pictures  formats of the texture's picture to choose from
     scene     whether it is a scene: it holds levels of detail and takes compressed geometry
+    texture   whether it holds one, and with it a normal map
     """
 
     up: tuple[Up, ...]
     unit: float | None = None
     pictures: tuple[PictureFormat, ...] = ("png",)
     scene: bool = False
+    texture: bool = True
 
 
 FORMATS = {
     ".glb": Format(("y",), 1000.0, ("png", "webp"), scene=True),
     ".obj": Format(("y", "z")),
-    ".ply": Format(("y", "z")),
+    ".ply": Format(("y", "z"), texture=False),
     ".gltf": Format(("y",), 1000.0, ("png", "webp"), scene=True),
-    ".stl": Format(("z", "y"), 1.0),
-    ".3mf": Format(("z",), 1.0),
+    ".stl": Format(("z", "y"), 1.0, texture=False),
+    ".3mf": Format(("z",), 1.0, texture=False),
     ".usdz": Format(("y",), 1000.0),
 }
 SUFFIXES = tuple(FORMATS)
 LENGTH = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(mm|cm|m|in)", re.ASCII)
 MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "in": 25.4}
+
+
+def options_for(options: MeshOptions, *suffixes: str) -> MeshOptions:
+    """Return the options of a mesh without a texture where none of its files holds one: it would be baked for nothing.
+
+    suffixes  of the files, as ".stl"
+    """
+    if any(FORMATS[suffix.lower()].texture for suffix in suffixes):
+        return options
+    return replace(options, texture_size=None, normal_map=False)
 
 
 class ExportKeywords(TypedDict, total=False):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,14 @@ def add_demo(commands: Any) -> None:
 def _add_service(command: argparse.ArgumentParser, port: int) -> None:
     command.add_argument("--port", type=int, default=port, help=f"0: a free one ({port})")
     command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (127.0.0.1)")
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="by which a proxy or other machines ask it; may be repeated, '*' is any (default: this machine's own, and "
+        "any where --host lets others ask)",
+    )
     add_model(command)
     command.set_defaults(steps=None)  # of a request, not of the command
     command.add_argument("--queue", type=int, default=64, help="jobs that may wait (64)")
@@ -49,14 +60,16 @@ def _add_service(command: argparse.ArgumentParser, port: int) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Run the command until a signal; returns the exit status."""
     _check_installed("serve", "fastapi", "uvicorn")
-    from prd.serving.run import bound_socket, run_app, url_of
+    from prd.serving.run import bound_socket, hosts_of, run_app, url_of
 
     bound = bound_socket(args.host, args.port)  # before anything is loaded
+    hosts = hosts_of(bound, args.host, args.allow_host, args.allow_origin)
     service = _service(args, args.rate)
-    from prd.serving.server import build_app
+    with _given_back_on_failure(service, bound):
+        from prd.serving.server import build_app
 
-    app = build_app(service, args.allow_origin)
-    service.start()
+        app = build_app(service, args.allow_origin, hosts)
+        service.start()
     print(f"{url_of(bound)}: loads {args.model}; {url_of(bound)}/docs lists the requests", flush=True)
     return run_app(app, service, bound)
 
@@ -64,17 +77,31 @@ def run_serve(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Run the command until a signal; returns the exit status."""
     _check_installed("demo", "gradio")
-    from prd.serving.run import bound_socket, run_app, url_of
+    from prd.serving.run import bound_socket, hosts_of, run_app, url_of
 
     bound = bound_socket(args.host, args.port)
+    hosts = hosts_of(bound, args.host, args.allow_host)
     service = _service(args, rate=0)
-    service.start()
-    from prd.serving.demo import build_demo
+    with _given_back_on_failure(service, bound):
+        service.start()
+        from prd.serving.demo import build_demo
 
-    service.wait_until_loaded()  # what the page shows depends on the model
-    app = build_demo(service)
+        service.wait_until_loaded()  # what the page shows depends on the model
+        app = build_demo(service, hosts)
     print(f"{url_of(bound)}: shows {args.model}", flush=True)
     return run_app(app, service, bound)
+
+
+@contextmanager
+def _given_back_on_failure(service: Service, bound: socket.socket) -> Iterator[None]:
+    """Remove the service's files and close its socket where what precedes its first request fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        service.stop()
+        service.jobs.close()
+        bound.close()
+        raise
 
 
 def _check_installed(extra: str, *packages: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
 from prd.hub.cards import PROMPT
 from prd.hub.shipped import about
@@ -24,17 +25,26 @@ footer {display: none !important}
 AT_ONCE = 64  # clicks that are being answered; further ones wait
 
 
-def build_demo(service: Service) -> FastAPI:
-    """Return the application of the page, and of `prd serve` beside it; the service's model must be loaded."""
+def build_demo(service: Service, hosts: Collection[str] | None = None) -> FastAPI:
+    """Return the application of the page, and of `prd serve` beside it; the service's model must be loaded.
+
+    hosts  as of `build_app`
+    """
     shown = service.jobs.folder / "shown"  # files as browsers are given them, removed with the others
     os.environ["GRADIO_TEMP_DIR"] = str(shown)
     blocks = build_page(service)
     fonts = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the theme's own come from the network
     theme = gr.themes.Soft(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
-    app = build_app(service)
+    app = build_app(service, hosts=hosts)
+    app.add_api_route("/gradio_api/upload{rest:path}", _refuse_upload, methods=["GET", "POST"], include_in_schema=False)
     return gr.mount_gradio_app(
         app, blocks, path="/", theme=theme, css=CSS, ssr_mode=False, footer_links=[], run_history=False, pwa=False
     )
+
+
+def _refuse_upload() -> None:
+    """Answer Gradio's door for files, which the page has no use for and any site could fill the disk through."""
+    raise HTTPException(404)
 
 
 def build_page(service: Service) -> gr.Blocks:

@@ -40,6 +40,12 @@ class InvalidBody(ServiceError):
         super().__init__('the body must be a JSON object, sent as application/json, as {"prompt": "a red cube"}')
 
 
+class UnknownHost(ServiceError):
+    """A request to a name that the service does not go by, as a site's that was made to mean this machine."""
+
+    status, type = 403, "unknown_host"
+
+
 class UnknownJob(ServiceError):
     """A job that never was, or whose time is over."""
 

@@ -1,15 +1,17 @@
-"""What the service refuses before a request is read: too many from one client, and bodies that are too large."""
+"""What the service refuses before a request is read: too many of one client, large bodies, and names of others."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prd.serving.errors import BodyTooLarge, RateLimited, ServiceError
+from prd.serving.errors import BodyTooLarge, RateLimited, ServiceError, UnknownHost
+from prd.utils.arguments import shown
 
 CLIENTS = 4096  # addresses that are remembered
 
@@ -41,16 +43,13 @@ class RateLimit:
 
 
 class BodyLimit:
-    """ASGI middleware: bodies of more than `most` bytes are answered with 413, whether or not they say their length.
+    """ASGI middleware: bodies of more than `most` bytes are answered with 413, whether or not they say their length."""
 
-    within  beginning of the paths that are watched
-    """
-
-    def __init__(self, app: ASGIApp, most: int, within: str) -> None:
-        self.app, self.most, self.within = app, most, within
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(self.within):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
@@ -79,6 +78,42 @@ class BodyLimit:
 
     def _error(self) -> ServiceError:
         return BodyTooLarge(f"the body is larger than {self.most} bytes; a prompt has at most 1,000 characters")
+
+
+class HostCheck:
+    """ASGI middleware: requests whose `Host` is another than the service's names are answered with 403.
+
+    A browser lets a page ask the site that it came from; where that site's name is made to mean this machine (DNS
+    rebinding), the request still says the name.
+
+    hosts  names and addresses, in lower case, without ports and brackets
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if name_of(host) in self.hosts:
+            await self.app(scope, receive, send)
+        else:
+            await _answer(
+                send,
+                UnknownHost(
+                    f"host={shown(host)}: is no name of this service; --allow-host NAME lets it be asked by it"
+                ),
+            )
+
+
+def name_of(host: str) -> str:
+    """Return the name or address of a `Host` header or an origin, in lower case; "" where it has none."""
+    try:
+        return urlsplit(host if "://" in host else f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Counted:

@@ -7,19 +7,22 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from prd.errors import ConfigError
+from prd.serving.limits import name_of
 from prd.utils.arguments import check_int
 
 if TYPE_CHECKING:
     from prd.serving.service import Service
 
 LINGER = 5.0  # seconds in which clients may still read what became of the last jobs after a signal
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names of this machine on itself
 FORCED = 128 + 2  # exit status after a second signal, as shells report SIGINT
 
 
@@ -51,6 +54,36 @@ def url_of(bound: socket.socket) -> str:
     """Return the address of a bound socket as one writes it into a browser."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def hosts_of(
+    bound: socket.socket, host: str, allowed: Sequence[str] = (), origins: Sequence[str] = ()
+) -> frozenset[str] | None:
+    """Return the names by which a service may be asked, in lower case; None: any.
+
+    host     that the socket was bound by
+    allowed  further names or addresses; "*" is any
+    origins  of pages that may ask it; their names are allowed
+
+    Other machines ask a socket that is bound for them by names that are not known here: without `allowed` it has any.
+    Raises ConfigError for an allowed name that is none.
+    """
+    named = {_checked_host(text) for text in allowed}
+    address = bound.getsockname()[0].partition("%")[0]
+    if "*" in named or not (named or ip_address(address).is_loopback):
+        return None
+    return frozenset({*LOCAL, address, host.lower(), *named, *map(name_of, origins)} - {""})
+
+
+def _checked_host(text: str) -> str:
+    """Return an allowed name as a `Host` header's is read; ConfigError for one with a port or a scheme."""
+    name = text.lower().removeprefix("[").removesuffix("]")
+    if name != "*" and name_of(f"[{name}]" if ":" in name else name) != name or not name:
+        raise ConfigError(
+            f"allow-host={text!r}: must be a name or an address alone, as prd.example.org; leave http:// and the port "
+            "out; '*' is any"
+        )
+    return name
 
 
 def run_app(app: Any, service: Service, bound: socket.socket) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 import prd
 from prd.serving.errors import InvalidBody, InvalidField, NotDone, QueueFull, ServiceError
 from prd.serving.jobs import Job
-from prd.serving.limits import BodyLimit, Counted, RateLimit
+from prd.serving.limits import BodyLimit, Counted, HostCheck, RateLimit
 from prd.serving.metrics import MEDIA_TYPE
 from prd.serving.requests import MEDIA_TYPES
 from prd.serving.schema import ErrorBody, HealthOut, JobOut, MeshIn, ModelOut, explained, job_out, model_out
@@ -28,22 +28,25 @@ SILENCE = 15.0  # seconds between signs of life in a stream of events
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT, description="seconds to wait for the mesh before answering")]
 
 
-def build_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
+def build_app(service: Service, origins: Sequence[str] = (), hosts: Collection[str] | None = None) -> FastAPI:
     """Return the application of a service.
 
     origins  of web pages of other sites that may ask it from a browser
+    hosts    names by which it may be asked, those of `prd.serving.run.hosts_of`; None: any
     """
     app = FastAPI(
         title="prd",
         version=prd.__version__,
         description="Sentences become meshes.",
-        responses=_responses(422, 429, 503),
+        responses=_responses(403, 422, 429, 503),
     )
     _add_jobs(app, service)
     _add_files(app, service)
     _add_state(app, service)
     _add_errors(app, service)
-    app.add_middleware(BodyLimit, most=service.config.limits.body, within="/v1/")
+    app.add_middleware(BodyLimit, most=service.config.limits.body)
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts)
     app.add_middleware(Counted, add=service.metrics.add_request)
     if origins:
         app.add_middleware(

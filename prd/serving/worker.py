@@ -18,7 +18,7 @@ from prd.evaluation.preview import views_of
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
 from prd.isosurface.extract import EmptySurfaceError
-from prd.meshes.export import Export, export_mesh
+from prd.meshes.export import Export, export_mesh, options_for
 from prd.meshes.mesh import Mesh, extract_mesh
 from prd.serving.jobs import Job, Jobs
 from prd.utils.memory import release_freed_memory
@@ -104,7 +104,8 @@ class Worker(threading.Thread):
         """Extract the mesh of a job and write its files."""
         request = job.request
         self.jobs.advance(job, GENERATED)
-        (mesh,) = extract_mesh(field, request.options, device=self.pipe.device)
+        options = options_for(request.options, *(f".{name}" for name in request.formats))
+        (mesh,) = extract_mesh(field, options, device=self.pipe.device)
         assert mesh is not None  # on_empty="raise"
         mesh = replace(mesh, metadata=self._metadata(job))
         self.jobs.advance(job, 0.9)

@@ -77,6 +77,17 @@ def test_a_package_that_cannot_be_imported_is_named(name: str, monkeypatch: pyte
     assert text.endswith("1 things to mend\n")
 
 
+@pytest.mark.parametrize("dependent", ["diffusers", "transformers"])
+def test_what_fails_for_torch_alone_is_not_named(dependent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", dependent):
+        monkeypatch.setitem(doctor.IMPORTED, name, broken_wheel)
+    (said,) = examine(speed=False)["broken"]
+    assert said.startswith("torch cannot be imported")
+    monkeypatch.setitem(doctor.IMPORTED, "torch", lambda: None)  # whole: then it is the other's own fault
+    (said,) = examine(speed=False)["broken"]
+    assert said.startswith(f"{dependent} cannot be imported")
+
+
 def test_a_generation_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("prd.pipelines.auto.load_pipeline", lambda *a, **k: 1 / 0)
     assert main(["doctor"]) == 2

@@ -154,3 +154,19 @@ def test_several_meshes_of_a_model_that_draws_nothing_are_refused(tmp_path: Path
     assert main([*words, "--num-meshes-per-prompt", "2"]) == 2
     assert "toybox-atom draws nothing, all would be the same; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["stl", "ply", "3mf"])
+def test_a_file_without_a_texture_is_not_unwrapped(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and in a folder; its preview has the colours of the vertices."""
+    monkeypatch.setattr("prd.meshes.mesh.unwrap", lambda *arguments: pytest.fail("unwrapped the mesh"))
+    small = ["--resolution", "24", "--faces", "300", "--normal-map", "--model", "toybox-atom"]
+    one, sheet = tmp_path / f"one.{format.upper()}", tmp_path / "sheet.png"
+    assert main(["generate", "a red cube", "-o", str(one), "--preview", str(sheet), *small]) == 0
+    many = ["generate", "a red cube", "a blue mug", "-o", str(tmp_path / "many"), "--format", format, *small]
+    assert main(many) == 0
+    assert one.stat().st_size > 1000 and len([*(tmp_path / "many").glob(f"*.{format}")]) == 2
+    with Image.open(sheet) as picture:
+        assert picture.convert("HSV").getextrema()[1][1] > 30  # no grey one

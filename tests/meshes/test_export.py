@@ -13,7 +13,9 @@ import pytest
 import trimesh
 from PIL import Image
 
+from prd.meshes.export import SUFFIXES, options_for
 from prd.meshes.mesh import Mesh
+from prd.meshes.options import MeshOptions
 
 LEVELS = np.arange(256)
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -157,3 +159,12 @@ def test_a_place_that_cannot_be_written_is_named(name: str, message: str, textur
     with pytest.raises(ValueError, match=f"^path=.*{message}"):
         textured.export(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.obj"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_texture_is_asked_for_where_a_file_holds_one(suffix: str) -> None:
+    asked = MeshOptions(texture_size=64, normal_map=True, target_faces=200)
+    bare = replace(asked, texture_size=None, normal_map=False)
+    holds = suffix in (".glb", ".gltf", ".obj", ".usdz")
+    assert options_for(asked, suffix) == options_for(asked, suffix.upper()) == (asked if holds else bare)
+    assert options_for(asked, suffix, ".glb") == asked and options_for(bare, suffix) == bare

@@ -112,7 +112,7 @@ def test_two_services_answer_hostile_prompts_and_stop_when_told(start: Callable[
 
     for _ in range(5):  # clients that go away while they listen
         with socket.create_connection(("127.0.0.1", int(first.url.rpartition(":")[2]))) as gone:
-            gone.sendall(f"GET /v1/meshes/{job['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            gone.sendall(f"GET /v1/meshes/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     jobs = [
         first.ask("/v1/meshes", {"prompt": "a red mug", "options": SMALL | {"resolution": 128}})[1] for _ in range(6)
     ]

@@ -17,9 +17,11 @@ import trimesh
 from fastapi.testclient import TestClient
 
 from prd.cli import main
+from prd.errors import ConfigError
 from prd.meshes.export import ExportKeywords
 from prd.meshes.options import MeshOptions
 from prd.serving.requests import OTHER_NAMES, available_formats
+from prd.serving.run import bound_socket, hosts_of
 from prd.serving.schema import Options
 from prd.serving.server import build_app
 from prd.serving.service import Service
@@ -92,6 +94,13 @@ def test_a_textured_obj_comes_with_its_material(client: TestClient) -> None:
     names = zipfile.ZipFile(io.BytesIO(file.content)).namelist()
     assert sorted(name.rpartition(".")[2] for name in names) == ["mtl", "obj", "png"]
     assert all(name.startswith(job["id"]) for name in names)
+
+
+def test_a_file_without_a_texture_is_not_unwrapped(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prd.meshes.mesh.unwrap", lambda *arguments: pytest.fail("unwrapped the mesh"))
+    textured = {**SMALL, "vertex_colors": False, "texture": 64}
+    job = client.post("/v1/meshes?wait=30", json={**ASK, "format": "stl", "options": textured}).json()
+    assert job["status"] == "done" and job["faces"] > 0
 
 
 WRONG: list[tuple[Any, str, str]] = [
@@ -311,6 +320,37 @@ def test_other_sites_may_ask_only_where_that_was_said(client: TestClient, servic
             open_client.options("/v1/meshes", headers=headers).headers["access-control-allow-origin"]
             == headers["origin"]
         )
+
+
+def test_a_service_of_this_machine_is_asked_by_its_own_names_alone(service: Service) -> None:
+    """So that no site's page can ask it by a name that was made to mean this machine."""
+    with bound_socket("127.0.0.1", 0) as bound:
+        hosts = hosts_of(bound, "127.0.0.1", ["Prd.Example.org"], ["https://page.example:8443"])
+    with TestClient(build_app(service, hosts=hosts), raise_server_exceptions=False) as client:
+        for host in (
+            *("127.0.0.1", "localhost:8000", "LOCALHOST", "[::1]:8000", "prd.example.org", "page.example:8443"),
+        ):
+            assert client.get("/health", headers={"host": host}).status_code == 200, host
+        for host in ("evil.example", "127.0.0.1.evil.example:8000", "evil.example:localhost", "[::1", "0.0.0.0", ""):
+            for path in ("/health", "/v1/model", "/metrics", "/openapi.json", "/elsewhere"):
+                answer = client.get(path, headers={"host": host})
+                assert (answer.status_code, answer.json()["error"]["type"]) == (403, "unknown_host"), host
+        answer = client.post("/v1/meshes", json=ASK, headers={"host": "evil.example"})
+        assert answer.status_code == 403 and "host='evil.example'" in answer.json()["error"]["message"]
+    assert service.jobs.waiting == service.jobs.running == 0
+
+
+def test_a_service_for_other_machines_is_asked_by_any_name_unless_some_are_allowed() -> None:
+    with bound_socket("0.0.0.0", 0) as bound:
+        assert hosts_of(bound, "0.0.0.0") is hosts_of(bound, "0.0.0.0", ["*"]) is None
+        named = hosts_of(bound, "0.0.0.0", ["prd.example.org", "[fe80::1]", "10.0.0.7"])
+    assert named and {"prd.example.org", "fe80::1", "10.0.0.7", "localhost", "127.0.0.1", "::1"} <= named
+    with bound_socket("127.0.0.1", 0) as bound:
+        assert hosts_of(bound, "127.0.0.1", ["*"]) is None
+        assert "evil.example" not in (hosts_of(bound, "127.0.0.1") or ())
+        for wrong in ("http://prd.example.org", "prd.example.org:80", "", "a/b", "::1:x", "a@b", "abc.de:80"):
+            with pytest.raises(ConfigError, match="allow-host=.*leave http:// and the port out"):
+                hosts_of(bound, "127.0.0.1", [wrong])
 
 
 def test_warnings_reach_the_job_they_are_about(random_toybox: Any) -> None:

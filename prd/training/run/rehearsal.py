@@ -12,7 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ def _own_folder(folder: Path) -> Iterator[None]:
         yield
     shutil.rmtree(folder)
     for place in above:
-        place.rmdir()
+        with suppress(OSError):  # others have written there meanwhile
+            place.rmdir()
 
 
 def _stages(config: TrainConfig, rehearsal: Rehearsal) -> None:

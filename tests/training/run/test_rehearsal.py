@@ -134,6 +134,14 @@ def test_what_a_run_would_refuse_is_refused_before_anything_is_made(stub, tmp_pa
     assert (tmp_path / "run-rehearsal" / "thesis.txt").exists()
 
 
+def test_a_folder_that_others_write_to_meanwhile_is_left(stub, tmp_path):
+    stub.setattr(Rehearsed, "save", lambda trainer, step: (trainer.folder.parent / "of_another_run").mkdir())
+    assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path / "runs" / "today")))
+    assert sorted(tmp_path.rglob("*")) == [
+        *(tmp_path / "runs", tmp_path / "runs" / "today", tmp_path / "runs" / "today" / "of_another_run")
+    ]
+
+
 def test_everything_that_is_measured_now_and_then_is_due(tmp_path):
     due = rehearsal.rehearsed(config_in(tmp_path, "--validation.spread_steps=null"), tmp_path).validation
     assert (due.gallery_steps, due.every_steps, due.spread_steps) == (2, 2, None)
