@@ -1,7 +1,8 @@
 """`prd train --rehearse`: every stage of a run once, so that what fails late in it fails in its first minutes.
 
-The user's own config trains a step, is saved, is resumed by a trainer built anew, trains a second step, and shows and
-measures the validation prompts, in a run folder that is removed when all of it has passed.
+The user's own config trains a step, is saved, is resumed by a trainer built anew, trains a second step and the
+first one of each further stage of the config, and shows and measures the validation prompts, in a run folder that is
+removed when all of it has passed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,13 @@ class RehearsalError(PrdError, RuntimeError):
 
 @dataclass
 class Rehearsal:
-    """The stages so far: their seconds and the most gigabytes that each took, by name."""
+    """The stages so far: their seconds and the most gigabytes that each took, by name.
+
+    steps  optimiser steps of the whole run that go at the pace of one that was rehearsed, by its stage's name
+    """
 
     device: torch.device | None = None
+    steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     gigabytes: dict[str, float] = field(default_factory=dict)
 
@@ -59,15 +65,14 @@ class Rehearsal:
         return done
 
     def report(self, config: TrainConfig) -> str:
-        """Stages with their seconds and gigabytes, and the hours of the whole run at the second step's pace."""
+        """Stages with their seconds and gigabytes, and the hours of the whole run at the pace of the steps."""
         width = max(map(len, self.seconds))
         lines = [f"{'stage':{width}}  seconds  peak GB"]
         lines += [f"{name:{width}}  {s:7.1f}  {self.gigabytes[name]:7.2f}" for name, s in self.seconds.items()]
         if config.max_train_minutes is None:
-            hours = self.seconds["second step"] * config.max_train_steps / 3600
-            lines.append(
-                f"{config.max_train_steps:,} steps at the second one's pace: {hours:.1f} hours, measuring aside"
-            )
+            hours = sum(self.seconds[name] * count for name, count in self.steps.items()) / 3600
+            pace = "the second one's pace" if len(self.steps) == 1 else "the pace of those here"
+            lines.append(f"{config.max_train_steps:,} steps at {pace}: {hours:.1f} hours, measuring aside")
         return "\n".join([*lines, PASSED])
 
 
@@ -142,11 +147,26 @@ def _stages(config: TrainConfig, rehearsal: Rehearsal) -> None:
     trainer = stage("loading again", lambda: Trainer(replace(config, resume_from_checkpoint="latest")))
     stage("resuming", lambda: begin_session(trainer))
     values = stage("second step", lambda: _step(trainer, 1))
+    values = _later_stages(trainer, rehearsal) or values
     if trainer.accelerator.is_main_process:
         stage("gallery", lambda: _show(trainer, values))
         stage("saved model", lambda: trainer.model.save_pretrained(trainer.folder / trainer.model.folder_name))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def _later_stages(trainer: Trainer, rehearsal: Rehearsal) -> Mapping[str, float]:
+    """The first step of each stage of the config that begins later; returns what the last of them logs."""
+    name, end = "second step", trainer.config.max_train_steps
+    values: Mapping[str, float] = {}
+    rehearsal.steps[name] = end
+    for later in trainer.plan.stages:
+        if STEPS <= later.first < end:
+            rehearsal.steps[name] -= end - later.first
+            name = f"first step of {later.name!r}"
+            rehearsal.steps[name] = end - later.first
+            values = rehearsal.stage(name, partial(_step, trainer, later.first))
+    return values
 
 
 def _step(trainer: Trainer, step: int) -> Mapping[str, float]:

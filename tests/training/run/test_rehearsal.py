@@ -11,7 +11,7 @@ import torch
 
 from prd.cli import main
 from prd.errors import ConfigError
-from prd.training.recipes import load_config
+from prd.training.recipes import load_config, stages_of
 from prd.training.run import rehearsal
 from prd.training.run.folder import forget_peak_memory, peak_memory
 from prd.utils.files import only_shown
@@ -44,6 +44,48 @@ def test_a_run_is_rehearsed_with_its_own_config_and_leaves_nothing(random_toybox
     assert first.config.schedule_steps == load_config("toybox").total_steps  # the schedules of the whole run
 
 
+STAGED = "--stages=[{name: coarse, until: 0.25}, {name: fine, until: 1, renderer_schedule: [surface]}]"
+
+
+def test_each_stage_of_the_config_takes_a_step(random_toybox, capsys, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(rehearsal.Trainer, "train_step", watched(rehearsal.Trainer.train_step, shown))
+    words = [*SMALL, STAGED, "--max_train_steps=100", "--max_train_minutes=null", f"--output_dir={tmp_path / 'mine'}"]
+    assert main(["train", "--rehearse", "--config", "toybox", *words]) == 0
+    text = capsys.readouterr().out
+    assert [step for step, _ in shown] == [0, 1, 25] and shown[-1][1].stage.name == "fine"
+    assert "\nfirst step of 'fine' " in text and "\n100 steps at the pace of those here: " in text
+    assert text.splitlines()[-1] == rehearsal.PASSED and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ends", "taken", "counted"),
+    [
+        ([1], [], [100]),
+        ([0.01, 1], [], [100]),  # the second step is its first
+        ([0.5, 1], [50], [50, 50]),
+        ([0.1, 0.25, 1], [10, 25], [10, 15, 75]),
+    ],
+)
+def test_steps_of_later_stages_are_timed_by_their_own(ends, taken, counted, stub, tmp_path):
+    steps, step = [], Rehearsed.train_step
+    stub.setattr(Rehearsed, "train_step", lambda trainer, number: steps.append(number) or step(trainer, number))
+    stages = "[" + ", ".join(f"{{name: s{i}, until: {end}}}" for i, end in enumerate(ends)) + "]"
+    timed = rehearsal.Rehearsal()
+    config = config_in(tmp_path, f"--stages={stages}", "--max_train_steps=100", "--max_train_minutes=null")
+    (tmp_path / "run").mkdir()
+    rehearsal._stages(rehearsal.rehearsed(config, tmp_path / "run"), timed)
+    assert steps == [0, 1, *taken] and list(timed.steps.values()) == counted
+    timed.seconds |= dict.fromkeys(timed.steps, 36.0)
+    assert "100 steps at" in timed.report(config) and ": 1.0 hours" in timed.report(config)
+
+
+def test_a_later_stage_that_fails_is_named(stub, tmp_path):
+    stub.setattr(Rehearsed, "fails", "step 25")
+    with pytest.raises(rehearsal.RehearsalError, match="rehearsal, first step of 'fine': failed: OSError: No space"):
+        rehearsal.rehearse(config_in(tmp_path, STAGED, "--max_train_steps=100", "--max_train_minutes=null"))
+
+
 def watched(step: Any, shown: list[Any]) -> Any:
     def train_step(trainer: Any, number: int) -> dict[str, float]:
         shown.append((number, trainer))
@@ -64,7 +106,7 @@ class Rehearsed:
         self.accelerator = SimpleNamespace(
             is_main_process=True, wait_for_everyone=int, end_training=int, log=lambda *_, **__: None
         )
-        self.plan = SimpleNamespace(now=SimpleNamespace(total_steps=10))
+        self.plan = SimpleNamespace(now=SimpleNamespace(total_steps=10), stages=stages_of(config))
         self.validation = SimpleNamespace(validate_periodically=self.show)
         self.model = SimpleNamespace(save_pretrained=lambda _: self.do("saved model"), folder_name="adapter")
 
@@ -79,7 +121,7 @@ class Rehearsed:
         return {"peak_gigabytes": 1.0}
 
     def train_step(self, step: int) -> dict[str, float]:
-        self.do(("first step", "second step")[step])
+        self.do({0: "first step", 1: "second step"}.get(step, f"step {step}"))
         return {"skipped": float(self.fails == f"skipped {step}"), "seconds": 1.0}
 
     def save(self, step: int) -> None:
