@@ -12,12 +12,19 @@ import prd
 from prd.errors import CheckpointError, ModelMismatch, PrdError
 
 BUILTINS = {error for error in vars(builtins).values() if isinstance(error, type) and issubclass(error, Exception)}
+EXTRAS = ("gradio", "shtab", "pxr", "imageio_ffmpeg", "DracoPy", "open_clip")  # packages that may be absent
 
 
 def error_classes() -> Iterator[type[Exception]]:
     """Exceptions that are defined in prd, each once."""
     for module in pkgutil.walk_packages(prd.__path__, "prd."):
-        for found in vars(importlib.import_module(module.name)).values():
+        try:
+            names = vars(importlib.import_module(module.name))
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            continue
+        for found in names.values():
             if inspect.isclass(found) and issubclass(found, Exception) and found.__module__ == module.name:
                 yield found
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("glb", "gltf", "obj", "ply", "stl", "3mf", "usdz")  # so that `--help` need not import them; a test compares
-MODEL_HELP = "a shipped name as 'toybox' or 'toybox-atom', a run folder, a saved model, or a Hub id"
+MODEL_HELP = "a shipped name, a run folder, a saved model, or a Hub id"
 TOKEN_HELP = "of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
 
 

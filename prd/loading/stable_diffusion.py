@@ -269,9 +269,7 @@ def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
 FLUX = "12 billion parameters, mostly under a licence for non-commercial use: too large and too narrow to build on"
 TEXT_TIME = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
 TIME_IDS = 6  # original size, crop and target size, two numbers each
-EXPECTED = (
-    "PETA adapts the U-Net and VAE of Stable Diffusion 1.x, 2.x and XL and of their fine-tunes: give one of these"
-)
+EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x, of XL and of fine-tunes: give one of these"
 
 
 def pooled_width(unet: Mapping[str, Any]) -> int:

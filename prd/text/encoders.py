@@ -123,7 +123,8 @@ class PromptEncoder:
     def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
         """Return CLIP's pooled embeddings [B, Ct] of prompts from theirs [B, L, Ct]: those of the end token."""
         ends = [min(self.count_tokens(prompt), self.length) - 1 for prompt in prompts]
-        rows, places = torch.arange(len(ends), dtype=torch.long, device="cpu"), torch.tensor(ends, device="cpu")
+        rows = torch.arange(len(ends), dtype=torch.long, device="cpu")
+        places = torch.tensor(ends, dtype=torch.long, device="cpu")
         return embeds[rows.to(embeds.device), places.to(embeds.device)]
 
     def encode(self, prompts: list[str]) -> Tensor:

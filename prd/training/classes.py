@@ -64,12 +64,12 @@ SECTIONS: dict[str, Section] = {
     "teachers": Section(
         {
             "stable_diffusion": StableDiffusionTeacher,
-            "stable_diffusion_xl": StableDiffusionXLTeacher,
-            "stable_diffusion_3": StableDiffusion3Teacher,
-            "pixart": PixArtTeacher,
             "mvdream": MVDreamTeacher,
             "richdreamer": RichDreamerTeacher,
             "deepfloyd": DeepFloydTeacher,
+            "stable_diffusion_xl": StableDiffusionXLTeacher,
+            "stable_diffusion_3": StableDiffusion3Teacher,
+            "pixart": PixArtTeacher,
         },
         ConfigurableTeacher,
         config=TeacherConfig,

@@ -20,7 +20,7 @@ from prd.training.precision import dtype_of, teachers_dtype
 from prd.training.recipes import load_config
 from prd.utils.counting import weight_bytes
 
-RECIPES = ("triplane_turbo_sd21", "triplane_turbo_paper", "triplane_turbo_sdxl")
+RECIPES = ("triplane_turbo_sd21", "triplane_turbo_paper")
 SMALL = ("--report_to=null", "--model.rank=4", "--teachers.mvdream.dtype=float16", "--text_background=true")
 
 

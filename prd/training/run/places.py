@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prd.data.prompts import check_source
@@ -33,7 +34,7 @@ def without_places(values: Any) -> Any:
 
 
 def _is_place(text: str) -> bool:
-    has_form = text.startswith(("/", "~", "./", "../")) or "\\" in text or PureWindowsPath(text).drive != ""
+    has_form = text.startswith(("/", "~", "./", "../")) or "\\" in text or re.match("[A-Za-z]:", text) is not None
     return not is_shipped(text) and bool(text) and (has_form or os.path.exists(os.path.expanduser(text)))
 
 
