@@ -5,7 +5,7 @@ from __future__ import annotations
 from prd.errors import PrdError
 
 
-class ServiceError(PrdError):
+class ServiceError(PrdError, RuntimeError):
     """An error with the HTTP status and the type that a client sees.
 
     field        of the request that is wrong, as "options.faces"; None where it is none

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prd.errors import PrdError
 from prd.evaluation.preview import views_of
 from prd.fields.fast import one_sample
 from prd.fields.protocol import Field
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 GENERATED = 0.6  # progress when the fields of a batch are there; the rest is the surface, its colours and its files
 
 
-class AllCancelled(Exception):
+class AllCancelled(PrdError, RuntimeError):
     """Nobody waits for any mesh of the batch any more."""
 
 
