@@ -96,8 +96,8 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Return all that decides the meshes, plain values."""
         digest = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
-        names = ("model", "seed", "batch_size", "steps", "format", "up", "height", "picture", "compress", "dtype")
-        names += ("base", "text_encoder")
+        named = ("format", "up", "height", "picture", "compress", "dtype", "base", "text_encoder")
+        names = ("model", "seed", "batch_size", "steps", *named)
         return {
             "prompts": f"{len(self.prompts)} with the hash {digest}",
             "num_meshes_per_prompt": self.per_prompt,

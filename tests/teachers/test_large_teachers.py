@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,11 @@ def test_text_is_embedded_beforehand_as_the_teacher_does(make, tmp_path: Path) -
     """What `prd embed` loads is the teacher's own encoder; what it stores is looked up with all that goes with it."""
     make(tmp_path).save_pretrained(tmp_path / "saved")
     place = str(tmp_path / "saved")
-    kinds = {make_sdxl: StableDiffusionXLTeacher, make_sd3: StableDiffusion3Teacher, make_pixart: PixArtTeacher}
+    kinds: dict[Any, Any] = {
+        make_sdxl: StableDiffusionXLTeacher,
+        make_sd3: StableDiffusion3Teacher,
+        make_pixart: PixArtTeacher,
+    }
     own, encoder = kinds[make].from_pretrained(place).prompt_encoder, load_encoder(place)
     assert encoder_digest(encoder) == encoder_digest(own)
     embed(PROMPTS, encoder, tmp_path / "stored", name=place)
