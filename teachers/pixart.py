@@ -11,13 +11,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from prd.loading.strict import load_strict, load_tokenizer
-from prd.teachers.base import Condition, TeacherConfig, TeacherOptions
-from prd.teachers.loading import load_schedule, load_vae_encoder
+from prd.teachers.base import Condition, TeacherConfig
+from prd.teachers.loading import load_schedule
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.text.pixart import MaskedT5PromptEncoder
-from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS, Count, Place, Schedule
-from prd.utils.dtypes import accepts_torch_dtype
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -40,6 +38,8 @@ class PixArtTeacher(StableDiffusionTeacher):
     name = "pixart"
     config_class: ClassVar[Any] = PixArtTeacherConfig
     prompt_encoder_class: ClassVar[Any] = MaskedT5PromptEncoder
+    own_settings = ("pixels",)
+    exact_vae = True
 
     def __init__(
         self, unet: PixArtTransformer2DModel, vae: AutoencoderKL, scheduler: Any, *parts: Any, **options: bool
@@ -54,43 +54,15 @@ class PixArtTeacher(StableDiffusionTeacher):
         return text_encoder.config.d_model, unet.config.caption_channels
 
     @classmethod
-    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> PixArtTeacher:
-        """Load a `PixArtTeacherConfig`."""
-        return cls.from_pretrained(
-            config.path,
-            dtype=dtype,
-            checkpoint_vae=options.checkpoint_vae,
-            view_dependent=config.view_dependent_prompts,
-            pixels=config.pixels,
-        )
-
-    @classmethod
-    @accepts_torch_dtype
-    def from_pretrained(
-        cls,
-        folder: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpoint_vae: bool = False,
-        view_dependent: bool = False,
-        pixels: int | None = None,
-    ) -> PixArtTeacher:
-        """Load a PixArt-Sigma pipeline's folder or Hub id; arguments as the settings of the same names."""
-        place = expanded(folder)
-        vae = load_vae_encoder(place, dtype)
-        if dtype == torch.float16 and vae.config.force_upcast:
-            vae.float()
-        teacher = cls(
-            load_strict(PixArtTransformer2DModel, place, "transformer", dtype),
-            vae,
-            load_schedule(place),
-            load_tokenizer(AutoTokenizer, place),
-            load_strict(T5EncoderModel, place, "text_encoder", dtype),
-            checkpoint_vae=checkpoint_vae,
-            view_dependent=view_dependent,
-        )
-        teacher.show(pixels)
-        return teacher
+    def load_parts(cls, folder: str, dtype: torch.dtype, base: str | None = None) -> dict[str, Any]:
+        """Transformer, schedule, tokenizer and T5 of a folder or Hub id in the diffusers layout."""
+        text = base or folder
+        return {
+            "unet": load_strict(PixArtTransformer2DModel, folder, "transformer", dtype),
+            "scheduler": load_schedule(folder),
+            "tokenizer": load_tokenizer(AutoTokenizer, text),
+            "text_encoder": load_strict(T5EncoderModel, text, "text_encoder", dtype),
+        }
 
     @property
     def latent_step(self) -> int:

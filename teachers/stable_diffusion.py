@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -38,6 +38,8 @@ class StableDiffusionTeacher(UNetTeacher):
 
     name = "stable_diffusion"
     num_views = 1
+    own_settings: ClassVar[tuple[str, ...]] = ()  # of its config that `from_pretrained` takes under their names
+    exact_vae: ClassVar[bool] = False  # a VAE whose config says `force_upcast` stays float32 in a float16 teacher
     shown_pixels: int | None = None  # of the images it is shown, where they are not of the size it was trained with
     config_class: ClassVar[type[TeacherConfig]] = StableDiffusionTeacherConfig
 
@@ -70,8 +72,9 @@ class StableDiffusionTeacher(UNetTeacher):
             "dtype": dtype,
             "checkpoint_vae": options.checkpoint_vae,
             "view_dependent": config.view_dependent_prompts,
+            **{name: getattr(config, name) for name in cls.own_settings},
         }
-        if config.controlnet is None:
+        if getattr(config, "controlnet", None) is None:
             return cls.from_pretrained(config.path, **settings)
         from prd.teachers.depth_control import DepthControlTeacher  # which derives from this class
 
@@ -88,11 +91,18 @@ class StableDiffusionTeacher(UNetTeacher):
         dtype: torch.dtype = torch.float32,
         checkpoint_vae: bool = False,
         view_dependent: bool = False,
-    ) -> StableDiffusionTeacher:
-        """Load a Stable Diffusion pipeline's folder or Hub id."""
-        parts = cls.load_parts(expanded(folder), dtype)
-        vae = load_vae_encoder(expanded(folder), dtype)
-        return cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
+        pixels: int | None = None,
+        **own: Any,
+    ) -> Self:
+        """Load a pipeline's folder or Hub id; pixels: as for `show`; own: further arguments of `load_parts`."""
+        place = expanded(folder)
+        parts = cls.load_parts(place, dtype, **own)
+        vae = load_vae_encoder(place, dtype)
+        if cls.exact_vae and dtype == torch.float16 and vae.config.force_upcast:
+            vae.float()
+        teacher = cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
+        teacher.show(pixels)
+        return teacher
 
     def show(self, pixels: int | None) -> None:
         """Show it images of this height and width, None: as trained; ValueError for a size that it cannot take."""
@@ -104,7 +114,7 @@ class StableDiffusionTeacher(UNetTeacher):
 
     @property
     def latent_step(self) -> int:
-        """What the height of a latent must be a multiple of."""
+        """Number of which the height of a latent must be a multiple."""
         return 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property

@@ -12,13 +12,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prd.loading.strict import load_strict
-from prd.teachers.base import Condition, TeacherConfig, TeacherOptions
-from prd.teachers.loading import FLOW, load_vae_encoder
+from prd.teachers.base import Condition, TeacherConfig
+from prd.teachers.loading import FLOW
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.text.sd3 import Sd3PromptEncoder, load_sd3_encoder
-from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Schedule
-from prd.utils.dtypes import accepts_torch_dtype
 
 STEPS = 1000  # the transformer is told the noise level times this
 
@@ -72,6 +70,7 @@ class StableDiffusion3Teacher(StableDiffusionTeacher):
     name = "stable_diffusion_3"
     config_class: ClassVar[Any] = StableDiffusion3TeacherConfig
     prompt_encoder_class: ClassVar[Any] = Sd3PromptEncoder
+    own_settings = ("pixels", "t5", "shift")
 
     def __init__(
         self, unet: SD3Transformer2DModel, vae: AutoencoderKL, scheduler: FlowSchedule, *parts: Any, **options: bool
@@ -86,46 +85,18 @@ class StableDiffusion3Teacher(StableDiffusionTeacher):
         return text_encoder.width, unet.config.joint_attention_dim
 
     @classmethod
-    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> StableDiffusion3Teacher:
-        """Load a `StableDiffusion3TeacherConfig`."""
-        return cls.from_pretrained(
-            config.path,
-            dtype=dtype,
-            checkpoint_vae=options.checkpoint_vae,
-            view_dependent=config.view_dependent_prompts,
-            t5=config.t5,
-            shift=config.shift,
-            pixels=config.pixels,
-        )
-
-    @classmethod
-    @accepts_torch_dtype
-    def from_pretrained(
-        cls,
-        folder: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpoint_vae: bool = False,
-        view_dependent: bool = False,
-        t5: bool = True,
-        shift: float = 1.0,
-        pixels: int | None = None,
-    ) -> StableDiffusion3Teacher:
-        """Load a Stable Diffusion 3 pipeline's folder or Hub id; arguments as the settings of the same names."""
-        place = expanded(folder)
-        transformer = load_strict(SD3Transformer2DModel, place, "transformer", dtype)
-        encoder = load_sd3_encoder(place, transformer.config.joint_attention_dim, dtype, t5=t5)
-        teacher = cls(
-            transformer,
-            load_vae_encoder(place, dtype),
-            FlowSchedule.even(shift),
-            encoder.tokenizers,
-            encoder.model,
-            checkpoint_vae=checkpoint_vae,
-            view_dependent=view_dependent,
-        )
-        teacher.show(pixels)
-        return teacher
+    def load_parts(
+        cls, folder: str, dtype: torch.dtype, base: str | None = None, *, t5: bool = True, shift: float = 1.0
+    ) -> dict[str, Any]:
+        """Transformer, schedule, tokenizers and text encoders; t5 and shift as the settings of these names."""
+        transformer = load_strict(SD3Transformer2DModel, folder, "transformer", dtype)
+        encoder = load_sd3_encoder(base or folder, transformer.config.joint_attention_dim, dtype, t5=t5)
+        return {
+            "unet": transformer,
+            "scheduler": FlowSchedule.even(shift),
+            "tokenizer": encoder.tokenizers,
+            "text_encoder": encoder.model,
+        }
 
     @property
     def latent_step(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,8 +16,8 @@ from prd.cameras import Cameras
 from prd.loading.download import download
 from prd.loading.strict import load_strict
 from prd.loading.weights import read_object
-from prd.teachers.base import Condition, TeacherOptions
-from prd.teachers.loading import CONVERT, load_schedule, load_vae_encoder
+from prd.teachers.base import Condition
+from prd.teachers.loading import CONVERT, load_schedule
 from prd.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionTeacherConfig
 from prd.text.sdxl import SdxlPromptEncoder, load_sdxl_encoder
 from prd.utils.arguments import expanded
@@ -48,6 +48,8 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     name = "stable_diffusion_xl"
     config_class: ClassVar[type[StableDiffusionXLTeacherConfig]] = StableDiffusionXLTeacherConfig
     prompt_encoder_class: ClassVar[Any] = SdxlPromptEncoder
+    own_settings = ("pixels",)
+    exact_vae = True
     zeros_for_empty: bool = True  # an empty negative prompt is no text at all: zeros, as it was trained with
 
     @staticmethod
@@ -55,36 +57,11 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         return text_encoder.width, unet.config.cross_attention_dim
 
     @classmethod
-    def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> StableDiffusionXLTeacher:
-        """Load a `StableDiffusionXLTeacherConfig`."""
-        return cls.from_pretrained(
-            config.path,
-            dtype=dtype,
-            checkpoint_vae=options.checkpoint_vae,
-            view_dependent=config.view_dependent_prompts,
-            pixels=config.pixels,
-        )
-
-    @classmethod
     @accepts_torch_dtype
-    def from_pretrained(
-        cls,
-        folder: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpoint_vae: bool = False,
-        view_dependent: bool = False,
-        pixels: int | None = None,
-    ) -> StableDiffusionXLTeacher:
-        """Load a Stable Diffusion XL pipeline's folder or Hub id."""
-        place = expanded(folder)
-        parts = cls.load_parts(place, dtype)
-        vae = load_vae_encoder(place, dtype)
-        if dtype == torch.float16 and vae.config.force_upcast:
-            vae.float()
-        teacher = cls(vae=vae, checkpoint_vae=checkpoint_vae, view_dependent=view_dependent, **parts)
-        teacher.show(pixels)
-        teacher.zeros_for_empty = _zeros_for_empty(place)
+    def from_pretrained(cls, folder: str, **options: Any) -> Self:
+        """Load a Stable Diffusion XL pipeline's folder or Hub id; options as for `StableDiffusionTeacher`."""
+        teacher = super().from_pretrained(folder, **options)
+        teacher.zeros_for_empty = _zeros_for_empty(expanded(folder))
         return teacher
 
     @classmethod
@@ -117,7 +94,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
 
 
 def _zeros_for_empty(folder: str) -> bool:
-    """What its pipeline's model_index.json says of empty prompts; True where it says nothing."""
+    """Read of its pipeline's model_index.json whether empty prompts are zeros; True where it does not say."""
     place = Path(folder) if Path(folder).is_dir() else download(folder, ["model_index.json"], {})
     index = place / "model_index.json"
     return bool(read_object(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True

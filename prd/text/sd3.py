@@ -6,81 +6,47 @@ As for Stable Diffusion XL (`prd.text.sdxl`) the pooled embedding is the last ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from prd.loading.strict import load_strict, load_tokenizer
-from prd.text.encoders import PromptEncoder
+from prd.text.sdxl import SdxlPromptEncoder, TwoTextEncoders
 
 T5_TOKENS = 256
 
 
-class ThreeTextEncoders(nn.Module):
+class ThreeTextEncoders(TwoTextEncoders):
     """Two CLIPs and a T5 as one module; without the T5 its tokens are zeros, as the model was trained to bear.
 
     width  channels Ct of an embedding: the transformer's `joint_attention_dim`
     """
 
-    def __init__(
-        self,
-        first: CLIPTextModelWithProjection,
-        second: CLIPTextModelWithProjection,
-        third: T5EncoderModel | None,
-        width: int,
-    ) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.width = first, second, third, width
+    def __init__(self, first: Any, second: Any, third: T5EncoderModel | None, width: int) -> None:
+        super().__init__(first, second, width)
+        self.third = third
         if third is not None and third.config.d_model != width:
             raise ValueError(f"text_encoder_3: its width is {third.config.d_model}, the transformer takes {width}")
 
-    @property
-    def config(self) -> Any:
-        """The first encoder's."""
-        return self.first.config
 
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.first.dtype
-
-
-class Sd3PromptEncoder(PromptEncoder):
+class Sd3PromptEncoder(SdxlPromptEncoder):
     """The text encoders of Stable Diffusion 3 with their tokenizers, two or three: embeddings [77 + 256 + 1, Ct]."""
 
     model: ThreeTextEncoders
 
-    def __init__(self, tokenizers: tuple[Any, ...], model: ThreeTextEncoders, cache_size: int = 4096) -> None:
-        super().__init__(tokenizers[0], model, cache_size)
-        self.tokenizers = tokenizers
-
     @property
     def configs(self) -> tuple[Any, ...]:
-        encoders = (self.model.first, self.model.second, self.model.third)
-        return tuple(encoder.config for encoder in encoders if encoder is not None)
-
-    def pooled(self, prompts: Sequence[str], embeds: Tensor) -> Tensor:
-        """Return the pooled embeddings [B, Ct], filled up with zeros: the last rows of embeddings [B, L, Ct]."""
-        return embeds[:, -1]
+        third = self.model.third
+        return super().configs if third is None else (*super().configs, third.config)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings [n, L, Ct]: both CLIPs' hidden states but one beside each other, the T5's, the pooled ones."""
-        found = [
-            encoder(self._tokens(prompts, tokenizer).input_ids, output_hidden_states=True)
-            for encoder, tokenizer in zip((self.model.first, self.model.second), self.tokenizers[:2], strict=True)
-        ]
-        width = self.model.width
+        found = self.clips(prompts)
         tokens = torch.cat([output.hidden_states[-2] for output in found], dim=-1)
         pooled = torch.cat([output.text_embeds for output in found], dim=-1)
-        rows = [_filled(tokens, width), self._t5(prompts, tokens), _filled(pooled[:, None], width)]
-        return torch.cat(rows, dim=1)
+        return torch.cat([self.filled(tokens), self._t5(prompts, tokens), self.filled(pooled[:, None])], dim=1)
 
     def _t5(self, prompts: list[str], like: Tensor) -> Tensor:
         """The T5's last hidden states [n, 256, Ct]; zeros without it."""
@@ -88,10 +54,6 @@ class Sd3PromptEncoder(PromptEncoder):
             return like.new_zeros(len(prompts), T5_TOKENS, self.model.width)
         tokens = self._tokens(prompts, self.tokenizers[2], T5_TOKENS)
         return self.model.third(tokens.input_ids).last_hidden_state.to(like)
-
-
-def _filled(rows: Tensor, width: int) -> Tensor:
-    return F.pad(rows, (0, width - rows.shape[-1]))
 
 
 def load_sd3_encoder(

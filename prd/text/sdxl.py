@@ -26,11 +26,15 @@ from prd.text.encoders import PromptEncoder
 
 
 class TwoTextEncoders(nn.Module):
-    """Two CLIP text encoders as one module: their weights are moved, cast and hashed together."""
+    """Two CLIP text encoders as one module: their weights are moved, cast and hashed together.
 
-    def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection) -> None:
+    width  channels Ct of an embedding; None: of both encoders' hidden states
+    """
+
+    def __init__(self, first: Any, second: CLIPTextModelWithProjection, width: int | None = None) -> None:
         super().__init__()
         self.first, self.second = first, second
+        self.width = int(first.config.hidden_size + second.config.hidden_size) if width is None else width
 
     @property
     def config(self) -> PretrainedConfig:
@@ -45,11 +49,6 @@ class TwoTextEncoders(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.first.dtype
 
-    @property
-    def width(self) -> int:
-        """Channels Ct of an embedding: of both encoders' hidden states."""
-        return int(self.first.config.hidden_size + self.second.config.hidden_size)
-
 
 class SdxlPromptEncoder(PromptEncoder):
     """The two text encoders of Stable Diffusion XL with their tokenizers: embeddings [L + 1, Ct], the last pooled."""
@@ -57,10 +56,7 @@ class SdxlPromptEncoder(PromptEncoder):
     model: TwoTextEncoders
 
     def __init__(
-        self,
-        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-        model: TwoTextEncoders,
-        cache_size: int = 4096,
+        self, tokenizers: tuple[PreTrainedTokenizerBase, ...], model: TwoTextEncoders, cache_size: int = 4096
     ) -> None:
         super().__init__(tokenizers[0], model, cache_size)
         self.tokenizers = tokenizers
@@ -75,13 +71,20 @@ class SdxlPromptEncoder(PromptEncoder):
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings [n, L + 1, Ct]: the last hidden states but one of both encoders, then the pooled embedding."""
-        found = [
-            encoder(self._tokens(prompts, tokenizer).input_ids, output_hidden_states=True)
-            for encoder, tokenizer in zip((self.model.first, self.model.second), self.tokenizers, strict=True)
-        ]
+        found = self.clips(prompts)
         tokens = torch.cat([output.hidden_states[-2] for output in found], dim=-1)
-        pooled = found[1].text_embeds
-        return torch.cat([tokens, F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+        return torch.cat([tokens, self.filled(found[1].text_embeds[:, None])], dim=1)
+
+    def clips(self, prompts: list[str]) -> list[Any]:
+        """Outputs of the two CLIPs, hidden states among them."""
+        return [
+            encoder(self._tokens(prompts, tokenizer).input_ids, output_hidden_states=True)
+            for encoder, tokenizer in zip((self.model.first, self.model.second), self.tokenizers[:2], strict=True)
+        ]
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """Rows [n, L, C] with zeros up to the channels Ct of an embedding."""
+        return F.pad(rows, (0, self.model.width - rows.shape[-1]))
 
 
 def load_sdxl_encoder(place: str, dtype: torch.dtype | None = None, **hub: Any) -> SdxlPromptEncoder:

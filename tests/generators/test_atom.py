@@ -109,7 +109,7 @@ def test_without_blocks_two_linear_layers_make_the_planes() -> None:
     assert torch.linalg.matrix_norm(second.weight, 2) == pytest.approx(1, abs=0.1)  # two iterations at the start
     again = AtomModel(model.config)
     again.load_state_dict(model.state_dict())
-    assert torch.equal(again.eval().planes(embeds), model.planes(embeds))
+    torch.testing.assert_close(again.eval().planes(embeds), model.planes(embeds))
 
 
 def test_a_pixel_sees_its_own_coordinates_in_the_other_planes() -> None:
