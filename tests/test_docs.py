@@ -25,6 +25,7 @@ from unittest import mock
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from prd import cli
 from prd.evaluation.ablations.plan import plan_runs
@@ -147,6 +148,9 @@ def check_command(words: list[str], here: pytest.MonkeyPatch) -> None:
         launch = launch_command_parser().parse_args(rest[1:])
         assert launch.config_file is None or Path(launch.config_file).is_file(), launch.config_file
         check_script(launch.training_script, launch.training_script_args, here)
+    elif program == "torchrun":
+        run = torchrun_parser().parse_args(rest)
+        check_script(run.training_script, run.training_script_args, here)
     elif words[:3] == ["python", "-m", "pytest"]:
         check_pytest(words[3:])
     elif words[:2] == ["python", "-m"]:
