@@ -352,7 +352,7 @@ def epsilon_from(predicted: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_t
 
 
 def target_of(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What a model of a prediction type is trained to predict for x and noise [n, C, h, w]: epsilon, v, sample or flow.
+    """Target of a model of a prediction type for x and noise [n, C, h, w]: epsilon, v, the sample or the flow.
 
     alpha_bar [n]: the schedule at each image's timestep. The inverse of `epsilon_from`.
     """

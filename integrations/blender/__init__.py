@@ -36,7 +36,7 @@ PROVENANCE = ("model", "licence", "generator")  # of a GLB's asset.extras, kept 
 
 
 class ServerError(Exception):
-    """What went wrong, in one sentence; type: as the server calls it, "unreachable" or "no_server"."""
+    """An error of one sentence; type: as the server calls it, "unreachable" or "no_server"."""
 
     def __init__(self, sentence: str, type: str) -> None:
         super().__init__(" ".join(sentence.split()))
@@ -178,7 +178,7 @@ TEXTURES = [
 
 
 class PRD_PG_settings(bpy.types.PropertyGroup):
-    """What the panel asks for, kept with the scene."""
+    """Settings of the panel, kept with the scene."""
 
     __annotations__ = {
         "address": StringProperty(name="Server", default=ADDRESS, description="The address that `prd serve` prints"),

@@ -107,7 +107,7 @@ def examine(*, speed: bool = True) -> dict[str, Any]:
 
 
 def _unfit_versions() -> Iterator[str]:
-    """What the installed distribution requires and does not have, one sentence each."""
+    """Yield the requirements of the installed distribution that are not met, one sentence each."""
     try:
         required = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a checkout
@@ -194,7 +194,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _backends() -> dict[str, str]:
-    """What draws, what attends, and in which precision a large model computes, on this machine."""
+    """Name the rasteriser, the attention and the precision of large models on this machine."""
     import torch
 
     has_cuda = torch.cuda.is_available()

@@ -46,7 +46,7 @@ Place = tuple[int, int]  # index of the prompt, number of its mesh
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a folder is to hold; checked when it is made.
+    """Contents that a folder is to have; checked when it is made.
 
     base        another place of the model's base, None: as it records; text_encoder the same
     per_prompt  meshes of each prompt

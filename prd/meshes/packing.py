@@ -85,7 +85,7 @@ class _Chart:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How charts are placed: one after the other in an order, each as near to the first row as it goes.
+    """A way to place charts: one after the other in an order, each as near to the first row as it goes.
 
     touching  where it touches others and the sides of the grid most, instead
     """

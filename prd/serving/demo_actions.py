@@ -26,7 +26,7 @@ LOOK = 0.25  # seconds between looks at a job
 
 @dataclass
 class Visitor:
-    """What is remembered of a session, which is a tab of a browser.
+    """Memory of a session, which is a tab of a browser.
 
     made    ids of its jobs, the newest first
     clicks  number of its clicks that were answered with jobs

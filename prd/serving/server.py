@@ -116,7 +116,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/model")
     async def read_model() -> ModelOut:
-        """What the service makes, and the limits of requests."""
+        """Describe the model and the limits of requests."""
         return model_out(service.pipe, service.config.limits, service.jobs, service.config.rate)
 
     @app.get("/health")

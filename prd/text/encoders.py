@@ -72,7 +72,7 @@ class PromptEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where embeddings are made and handed out."""
+        """Device on which embeddings are made and handed out."""
         return self.visited or self.model.device
 
     def set_offload(self, device: torch.device | None) -> None:

@@ -133,7 +133,7 @@ def differing_keys(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[
 
 
 def departures(config: TrainConfig, recipe: str) -> str:
-    """What a config sets otherwise than a recipe or file: its name, then lines "key: before -> after"."""
+    """List what a config sets otherwise than a recipe or file: its name, then lines "key: before -> after"."""
     before, after = flat(to_dict(load_config(recipe))), flat(to_dict(config))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return "\n".join([f"recipe: {recipe}", *(f"  {key}: {before.get(key)} -> {after.get(key)}" for key in keys)])
