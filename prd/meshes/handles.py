@@ -82,7 +82,8 @@ def _loops(
     loop = (distance[a] + distance[b] + lengths)[rest]  # by way of the root
     count = int(max(left.max(), right.max())) + 1
     low, high = np.minimum(left, right)[rest], np.maximum(left, right)[rest]
-    tree = minimum_spanning_tree(coo_array((-loop, (low, high)), shape=(count, count)).tocsr()).tocoo()  # the longest
+    places = (low.astype(np.int32), high.astype(np.int32))  # scipy 1.17.0 takes no others here
+    tree = minimum_spanning_tree(coo_array((-loop, places), shape=(count, count)).tocsr()).tocoo()  # the longest
     in_tree = np.minimum(tree.row, tree.col).astype(np.int64) * count + np.maximum(tree.row, tree.col)
     left_over = rest[~np.isin(low * count + high, in_tree)]
     return [path for e in left_over if (path := _loop(int(a[e]), int(b[e]), parent))]
