@@ -178,7 +178,8 @@ def _results_of(results: Mapping[str, Any], folder: Path) -> str:
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     split = results["decides"]["split"].replace("_", " ")
     parts = [
-        f"Measured on the captions *{split}*; {len(runs)} runs of {span} steps ({'; '.join(machines)}).\n",
+        f"Measured on the captions *{split}*; {len(runs)} runs of {span} steps ({'; '.join(machines)}):\n",
+        "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in runs)) + "\n```\n",
         _grid(head, rows) + "\n",
     ]
     if (folder / f"{results['table']}.html").is_file():
