@@ -30,6 +30,7 @@ from prd.training.trainer import Trainer
 from prd.utils.files import nothing_only_shown
 
 STEPS = 2
+TENSORBOARD = "tensorboard"
 MARK, TRACEBACK = "rehearsal.txt", "traceback.txt"
 PASSED = "The rehearsal passed: the run loads, trains, saves, resumes and is shown."
 
@@ -96,7 +97,10 @@ def rehearse(config: TrainConfig) -> str | None:
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The config of a rehearsal: the run's own, with all that is measured now and then measured at once."""
+    """The config of a rehearsal: the run's own, with all that is measured now and then measured at once.
+
+    Of the trackers TensorBoard alone is told, which writes into the run folder; others keep runs elsewhere.
+    """
     validation = config.validation
     due: dict[str, Any] = {"gallery_steps": STEPS if validation.prompts else None}
     due |= {name: STEPS for name in ("every_steps", "spread_steps") if getattr(validation, name) is not None}
@@ -106,6 +110,7 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
         schedule_steps=config.total_steps,
         max_train_minutes=None,
         resume_from_checkpoint=None,
+        report_to=TENSORBOARD if config.report_to in (TENSORBOARD, "all") else None,
         validation=replace(validation, **due),
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from prd.cli import main
 from prd.errors import ConfigError
@@ -190,6 +191,43 @@ def test_everything_that_is_measured_now_and_then_is_due(tmp_path):
     assert (
         rehearsal.rehearsed(config_in(tmp_path, "--validation.prompts=[]"), tmp_path).validation.gallery_steps is None
     )
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [("null", None), ("tensorboard", "tensorboard"), ("all", "tensorboard"), ("wandb", None), ("mlflow", None)],
+)
+def test_of_the_trackers_the_one_in_the_run_folder_alone_is_told(report_to, told, tmp_path):
+    config = rehearsal.rehearsed(config_in(tmp_path, f"--report_to={report_to}"), tmp_path)
+    assert config.report_to == told
+
+
+def test_a_tracker_leaves_nothing(random_toybox, tmp_path, monkeypatch, capsys):
+    """Of a tracker that writes into the current folder or the Internet no run is begun; TensorBoard's goes with it."""
+    begun: list[str] = []
+    for kind in set(LOGGER_TYPE_TO_CLASS.values()):
+        if kind is not None:
+            monkeypatch.setattr(kind, "start", watched_start(kind, begun))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("prd.training.run.folder.get_available_trackers", lambda: list(LOGGER_TYPE_TO_CLASS))
+    for tracker in ("all", "wandb"):
+        words = [*SMALL, f"--report_to={tracker}", f"--output_dir={tmp_path / 'runs' / tracker}"]
+        assert main(["train", "--rehearse", "--config", "toybox", *words]) == 0
+        assert rehearsal.PASSED in capsys.readouterr().out
+        assert sorted(tmp_path.rglob("*")) == [here]
+    assert set(begun) == {"TensorBoardTracker"}
+
+
+def watched_start(kind: Any, begun: list[str]) -> Any:
+    start = kind.start
+
+    def watched(tracker: Any) -> Any:
+        begun.append(kind.__name__)
+        return start(tracker)
+
+    return watched
 
 
 def test_the_peak_of_a_stage_is_its_own():
