@@ -30,6 +30,7 @@ from prd.training.galleries import contact_sheet, export_meshes, generate_fields
 from prd.training.run.folder import peak_memory
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Int, Place, Positive, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
+from prd.utils.progress import loading, shown_loading
 
 if TYPE_CHECKING:
     from prd.evaluation.judges import Judge
