@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 BAR = "{desc}: |{bar:20}| {n:.3g} of {total:.3g} GB, {elapsed_s:.1f} s"
-LINE = "{desc}: {elapsed_s:.1f} s"  # of what is loaded by other means than ours
+LINE = "{desc}: {elapsed_s:.1f} s"  # of what has no gigabytes, as what is loaded by other means than ours
 
 _SHOWN = ContextVar("loading is shown", default=False)
 _BAR: ContextVar[Any] = ContextVar("bar of what is being loaded", default=None)

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from prd.errors import ConfigError, PrdError
 from prd.training.config import TrainConfig
 from prd.training.run.folder import check_run, forget_peak_memory, peak_memory, run_lock
+from prd.training.run.heartbeat import Heartbeat
 from prd.training.run.logbook import Logbook
 from prd.training.run.session import begin_session
 from prd.training.trainer import Trainer
 from prd.utils.files import nothing_only_shown
+from prd.utils.progress import LINE
 
 STEPS = 2
 TENSORBOARD = "tensorboard"
@@ -175,8 +178,11 @@ def _later_stages(trainer: Trainer, rehearsal: Rehearsal) -> Mapping[str, float]
 
 
 def _step(trainer: Trainer, step: int) -> Mapping[str, float]:
-    """An optimiser step; FloatingPointError for one that was skipped."""
-    values = trainer.train_step(step)
+    """An optimiser step, whose place is shown if it takes long; FloatingPointError for one that was skipped."""
+    hidden = not trainer.accelerator.is_main_process
+    with tqdm(desc=f"rehearsal, step {step}", bar_format=LINE + "{postfix}", disable=hidden) as bar:
+        with closing(Heartbeat(bar)):
+            values = trainer.train_step(step)
     if values["skipped"]:
         raise FloatingPointError(f"step {step} was skipped, for a gradient or a prediction was not finite")
     return values

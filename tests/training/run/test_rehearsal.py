@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from prd.cli import main
 from prd.errors import ConfigError
 from prd.training.recipes import load_config, stages_of
-from prd.training.run import rehearsal
+from prd.training.run import heartbeat, rehearsal
 from prd.training.run.folder import forget_peak_memory, peak_memory
 from prd.utils.files import only_shown
+from prd.utils.progress import at
 
 SMALL = (
     *("--num_threads=1", "--train_batch_size=1", "--num_denoising_steps=2", "--report_to=null"),
@@ -153,6 +156,21 @@ def test_a_stage_that_fails_is_named_and_its_folder_kept(stage, stub, tmp_path):
         assert (kept / earlier.replace(" ", "_")).exists()
     stub.setattr(Rehearsed, "fails", "")  # the next one clears it away
     assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path))) and not list(tmp_path.iterdir())
+
+
+def test_a_long_step_shows_its_place(stub, tmp_path, capfd):
+    def train_step(trainer: Any, step: int) -> dict[str, float]:
+        at(estimate="estimate 3 of 4", doing="teacher mvdream, renderer volume")
+        time.sleep(0.3)
+        return {"skipped": 0.0, "seconds": 1.0}
+
+    stub.setattr(Rehearsed, "train_step", train_step)
+    stub.setattr(heartbeat, "SILENCE", 0.05)
+    assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path)))
+    text = capfd.readouterr().err
+    for step in (0, 1):
+        line = rf"rehearsal, step {step}: \d\.\d s, estimate 3 of 4, teacher mvdream, renderer volume, 0 s"
+        assert re.search(line, text)
 
 
 @pytest.mark.parametrize("step", [0, 1])
