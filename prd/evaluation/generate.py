@@ -99,6 +99,6 @@ def generated_items(prompts: Sequence[str], output: Path) -> list[Item]:
 
 
 def _places(output: Path, prompts: Sequence[str], k: int) -> tuple[Path, Path]:
-    """Where the mesh of a prompt lies, or why there is none."""
+    """The place of a prompt's mesh, or the reason why there is none."""
     stem = f"{k:05d}_{file_stem(prompts[k], 'prompt')[:60]}"
     return output / MESHES / f"{stem}.glb", output / MESHES / f"{stem}.failed.txt"

@@ -1,4 +1,4 @@
-"""What is evaluated: meshes or pictures of anyone's in a folder, with the captions that a table beside them gives.
+"""Meshes or pictures of anyone's in a folder, with the captions that a table beside them gives: what is evaluated.
 
 `captions.csv` (columns `file` and `caption`) or `captions.jsonl` (objects with these keys) lists each mesh, each folder
 of pictures, or each picture (those of one caption are its views). A caption is never guessed from a file's name.

@@ -38,7 +38,7 @@ Rows = list[dict[str, Any]]
 
 
 class Judge:
-    """What a protocol does with an item (`look`, in any process) and with all of them (`conclude`, in one)."""
+    """A protocol at work: on an item (`look`, in any process) and on all of them (`conclude`, in one)."""
 
     reads_captions = False  # whether `look` depends on the caption
 
@@ -91,7 +91,7 @@ class GeometryJudge(Judge):
 
 
 class ClipJudge(Judge):
-    """What all judges with a CLIP share: its loading, and the pictures of an item."""
+    """The base of all judges with a CLIP: its loading, and the pictures of an item."""
 
     def __init__(self, protocol: Protocol, config: EvaluationConfig, output: Path) -> None:
         from prd.evaluation.scorers import load_scorer

@@ -95,7 +95,7 @@ def _placed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _loss(pair: Pair) -> float:
-    """What the second of two rows gains over the first, by the figure they are sorted by."""
+    """The gain of the second of two rows over the first, by the figure they are sorted by."""
     name = ranked_by(pair)
     if name is None:
         return 0.0

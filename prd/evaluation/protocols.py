@@ -20,7 +20,7 @@ VIEW_WORDS = ("front", "left side", "back", "right side")  # of FOUR: azimuth 90
 
 @dataclass(frozen=True)
 class Pictures:
-    """How a mesh is drawn: the rasteriser of `prd.rendering`, unlit, one sample per pixel."""
+    """The way a mesh is drawn: the rasteriser of `prd.rendering`, unlit, one sample per pixel."""
 
     elevation: float = 15.0  # degrees
     azimuths: tuple[float, ...] = FOUR  # degrees, 0 before the front

@@ -154,7 +154,7 @@ def check_settings(protocol: Protocol, config: EvaluationConfig) -> None:
 
 
 def _claim(protocol: Protocol, config: EvaluationConfig) -> dict[str, Any]:
-    """What must be the same for two runs to share a folder."""
+    """The settings that must be the same for two runs to share a folder."""
     settings = {
         "clip": config.clip or protocol.model,
         "up": config.up,

@@ -38,7 +38,7 @@ Images = Sequence[Image.Image | NDArray[np.uint8]]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What judges pictures by texts."""
+    """A judge of pictures by texts."""
 
     @property
     def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""What a saved model is, read off its configs and the headers of its weights: nothing of it is loaded."""
+"""Facts of a saved model, read off its configs and the headers of its weights: nothing of it is loaded."""
 
 from __future__ import annotations
 

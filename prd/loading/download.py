@@ -1,4 +1,4 @@
-"""What is fetched of a Hub repository: configs of a model's parts, and the first variant there is of their weights."""
+"""Files fetched of a Hub repository: configs of a model's parts, and the first variant there is of their weights."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def has_other_weights(folder: Path) -> bool:
 
 
 def _instead(path: Path) -> str:
-    """What to do about a file of weights that is not there, by what is."""
+    """Say what to do about a file of weights that is not there, by what is."""
     names = [file.name for file in visible_files(path.parent)] if path.parent.is_dir() else []
     if pickled := [name for name in names if name.endswith(PICKLES)]:
         return f"{pickled[0]} is there instead, and {PICKLED}"

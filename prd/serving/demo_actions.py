@@ -1,4 +1,4 @@
-"""What the clicks on the page of `prd demo` do: ask the service, wait, show."""
+"""The actions behind the clicks on the page of `prd demo`: ask the service, wait, show."""
 
 from __future__ import annotations
 

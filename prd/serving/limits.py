@@ -1,4 +1,4 @@
-"""What the service refuses before a request is read: too many of one client, large bodies, and names of others."""
+"""Requests that the service refuses before it reads them: too many of one client, large bodies, names of others."""
 
 from __future__ import annotations
 

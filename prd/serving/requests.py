@@ -1,4 +1,4 @@
-"""What a job is asked for, checked against the limits of the service before it is queued."""
+"""A request for a job, checked against the limits of the service before it is queued."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class ToyBox(Benchmark):
 
 
 def _diversity(summary: Mapping[str, Any]) -> str:
-    """What a summary of several draws per caption has beside the rest; "" without."""
+    """The part of a summary that several draws per caption add; "" without."""
     if "coverage" not in summary:
         return ""
     precision, coverage, even = (summary[name] for name in ("precision", "coverage", "coverage_of_even_draws"))

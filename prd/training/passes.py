@@ -10,7 +10,7 @@ from prd.training.fake_scores import FakeScores
 
 
 class TeacherPasses:
-    """How many images the U-Nets of teachers and fake scores have evaluated, over all processes.
+    """The number of images that the U-Nets of teachers and fake scores have evaluated, over all processes.
 
     A prediction is one pass; an image that a fake score is trained on is three, with the backward pass. Teachers that
     are no `UNetTeacher` count none.

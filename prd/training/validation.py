@@ -231,7 +231,7 @@ class Validation:
 
 
 def _judge(config: TrainConfig) -> Judge | None:
-    """What judges galleries by `validation.protocol`; None without one."""
+    """The judge of galleries by `validation.protocol`; None without one."""
     if config.validation.protocol is None:
         return None
     from prd.evaluation.run import EvaluationConfig, load_judge  # here: with the readers of mesh files it takes a while

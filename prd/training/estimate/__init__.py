@@ -1,1 +1,1 @@
-"""What a training run needs, from its config alone: parameters, memory, time, disk, and what is missing."""
+"""The needs of a training run, from its config alone: parameters, memory, time, disk, and what is missing."""

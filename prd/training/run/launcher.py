@@ -1,4 +1,4 @@
-"""What `accelerate launch` or torchrun was told, and what of it a run follows.
+"""The words that `accelerate launch` or torchrun was given, and those that a run follows.
 
 `mixed_precision` and `gradient_accumulation_steps` are taken from the launcher where neither the recipe nor the command
 line of the training sets them. What differs from the training config, or what the trainer does not do, is warned of.
@@ -27,7 +27,7 @@ COMMANDS = ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher was told, by its command line, its config file or the variables it set; None: nothing."""
+    """The words of a launcher, by its command line, its config file or the variables it set; None: there are none."""
 
     mixed_precision: str | None = None  # "no" if its command line says so; that is what it takes by itself too
     gradient_accumulation_steps: int | None = None

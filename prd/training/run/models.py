@@ -46,7 +46,7 @@ class _Encoder:
 
 
 def model_faults(config: TrainConfig) -> Iterator[ConfigError]:
-    """What is wrong with the models that a config names and that are on this machine; each names its key."""
+    """Faults of the models that a config names and that are on this machine; each names its key."""
     encoders = list[_Encoder]()
     model = config.model
     if isinstance(model, TriplaneTurboConfig):
