@@ -98,7 +98,7 @@ def embedded(encoders: int) -> Callable[[Path, str], dict[str, Any]]:
 
 
 def mesh_written(folder: Path, printed: str) -> dict[str, Any]:
-    mesh = trimesh.load(folder / "cube.glb", force="mesh")
+    mesh: Any = trimesh.load(folder / "cube.glb", force="mesh")
     stages = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", printed)}
     assert len(mesh.faces) > 50 and "isosurface" in stages
     return {"triangles": len(mesh.faces), "stage_seconds": stages}
@@ -121,7 +121,7 @@ def trained(run: str, steps: int) -> Callable[[Path, str], dict[str, Any]]:
         for row in rows:
             assert not row["skipped"] and math.isfinite(row["gradient_norm"]) and row["gradient_norm"] > 0
         own = json.loads((folder / run / "environment.json").read_text(encoding="utf-8"))[-1]
-        record = {"seconds_per_step": [row["seconds"] for row in rows]}
+        record: dict[str, Any] = {"seconds_per_step": [row["seconds"] for row in rows]}
         record |= {"seconds_to_first_step": own["seconds_to_first_step"]}
         if steps > 1:
             record["tensors_moved"] = moved(folder / run, steps)
@@ -252,6 +252,8 @@ class Journey:
         """What was measured of the stages that have passed, with the machine."""
         own = environment()
         machine = {key: own[key] for key in ("hardware", "system", "python", "packages", "threads", "git")}
+        if hasattr(os, "getloadavg"):  # of a quarter of an hour: seconds on a busy machine are more
+            machine["load_average"] = round(os.getloadavg()[2], 1)
         return {"size": self.size.name, "date": time.strftime("%Y-%m-%d"), "machine": machine, "stages": self.passed}
 
     def write(self, output: Path) -> None:
