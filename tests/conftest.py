@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import prd  # isort: skip  # noqa: F401  # sets MKL's and OpenMP's variables bef
 import pytest
 import torch
 
+from prd.utils.machine import memory_bytes
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where several workers share the tests (`-n`), those of one file stay together, for they share fixtures."""
@@ -23,14 +26,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, with the reason, where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+LARGE = 20  # gigabytes of memory that tests marked `large` take
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` or `large` skip, with the reason, where the machine is not made for them.
+
+    Large ones also where `-m` does not name them: "-m 'not gpu'" asks for no hours.
+    """
+    absent = dict[str, str]()
+    if not torch.cuda.is_available():
+        absent["gpu"] = "needs a CUDA device"
+    if re.search(r"(?<!not )\blarge\b", config.getoption("markexpr", "")) is None:
+        absent["large"] = "takes an hour; ask for it with -m large"
+    elif memory_bytes() < LARGE * 1e9:
+        absent["large"] = f"needs {LARGE} GB of memory, here are {memory_bytes() / 1e9:.0f}"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker in absent.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=absent[marker]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ Autocast and memory statistics of a device are not pretended.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -43,6 +44,7 @@ class PretendedDevice:
         self.modes: list[Any] = []
 
     def __enter__(self) -> PretendedDevice:
+        forget_tables()  # of an earlier one of that name
         self.modes = [_Created(self), _Called(self)]
         for mode in self.modes:
             mode.__enter__()
@@ -64,6 +66,15 @@ class PretendedDevice:
                 if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
                     self.storages[_address(tensor)] = tensor.untyped_storage()
         return value
+
+
+def forget_tables() -> None:
+    """Empty the library's caches, some of which hold tables by the device's name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("prd."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def _address(tensor: Tensor) -> int:

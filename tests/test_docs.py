@@ -16,8 +16,7 @@ import runpy
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +32,8 @@ from prd.evaluation.ablations.tables import load_table
 from prd.training import recipes
 from prd.training.classes import SECTIONS
 from prd.training.config import TrainConfig
+from tests.pages import ROOT, Block, blocks_of, commands_in
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = (*"prd teachers adapters configs examples integrations benchmarks docs tests .ci runs".split(),)
 SUBCOMMANDS = "generate|serve|demo|info|doctor|completion|train|embed|convert|runs|ablate|evaluate"
@@ -49,24 +48,6 @@ NOT_CHECKED = {  # commands by their first words, with the reason
 # -- what the pages hold ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Block:
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks_of(page: Path) -> list[Block]:
-    """Fenced blocks of a page, without their common indentation."""
-    text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, flags=re.M | re.S)
-    return [Block(page, text[: m.start()].count("\n") + 2, m[2], textwrap.dedent(m[3])) for m in found]
-
-
 def prose_of(page: Path) -> str:
     """A page without its fenced blocks."""
     return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -79,18 +60,6 @@ def spans_of(page: Path) -> list[str]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """Words of each command of a shell script: lines joined, comments left out, `a && b` two commands."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), "&&"]:
-            if word != "&&":
-                words.append(word)
-            elif words:
-                yield words
-                words = []
 
 
 def commands() -> list[tuple[str, list[str]]]:

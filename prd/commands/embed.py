@@ -30,7 +30,6 @@ def run_embed(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     import torch
     from pydantic import ValidationError
-    from transformers.utils import logging as transformers_logging
 
     from prd.data.corpora import preview
     from prd.data.embeddings import embed
@@ -39,8 +38,8 @@ def run_embed(args: argparse.Namespace) -> int:
     from prd.hub.shipped import shipped_encoders
     from prd.text.loading import load_encoder
     from prd.training.keys import explain
+    from prd.utils.progress import shown_loading
 
-    transformers_logging.disable_progress_bar()  # of loading weights; encoding shows its own
     if args.batch_size < 1:
         raise ValueError(f"batch-size={args.batch_size}: must be at least 1")
     names = ("source", "column", "split", "revision")
@@ -53,7 +52,8 @@ def run_embed(args: argparse.Namespace) -> int:
     print(preview(texts, asked.source))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for place in [place for name in args.encoder for place in [*map(str, shipped_encoders(name))] or [expanded(name)]]:
-        encoder = load_encoder(place, getattr(torch, args.dtype), device)
+        with shown_loading():
+            encoder = load_encoder(place, getattr(torch, args.dtype), device)
         folder = embed(texts, encoder, output, name=Path(place).name, batch_size=args.batch_size)
         print(f"{folder}: {len(texts)} prompts, encoded by {place}")
     return 0

@@ -32,13 +32,12 @@ def load_model(args: argparse.Namespace) -> Any:
     Raises ValueError for `args.steps` of a model that has none.
     """
     import torch  # here, not above: `prd --help` must not wait for it
-    from transformers.utils import logging as transformers_logging
 
     from prd.pipelines.auto import load_pipeline
     from prd.utils.memory import keep_freed_memory
+    from prd.utils.progress import silent_libraries
 
     keep_freed_memory()
-    transformers_logging.disable_progress_bar()  # of loading weights; a download still shows its own
     asked = {
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
@@ -48,7 +47,8 @@ def load_model(args: argparse.Namespace) -> Any:
         "token": args.token,
         "allow_other_base": args.allow_other_base or None,
     }
-    pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
+    with silent_libraries():
+        pipe: Any = load_pipeline(args.model, **{name: value for name, value in asked.items() if value is not None})
     if not pipe.draws_noise and args.steps is not None:
         raise ValueError(f"steps={args.steps}: {args.model} answers in one pass; leave it out")
     return pipe

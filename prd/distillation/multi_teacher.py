@@ -17,6 +17,7 @@ from prd.distillation.protocol import DistillationLoss
 from prd.rendering.views import Views
 from prd.teachers.base import Teacher, TeacherConfig
 from prd.teachers.offload import resident
+from prd.utils.progress import at
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def multi_teacher_loss(
     earlier: dict[str, list[dict[str, Tensor]]] = {}
     for weighted in teachers:
         teacher, settings = weighted.teacher, weighted.settings
+        at(doing=f"teacher {teacher.name}, renderer {renderer}")
         extra: dict[str, Any] = {} if weighted.fake is None else {"fake": weighted.fake}
         with resident(teacher, views.rgb.device):
             result = loss(

@@ -20,6 +20,7 @@ from prd.errors import CheckpointError, MissingFile, PrdError
 from prd.loading.latent_diffusion import UNET, VAE, convert_vae, unet_config, unet_key
 from prd.loading.strict import assign, build
 from prd.loading.weights import check_no_pointer, stored_dtype
+from prd.utils.progress import counted
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 CONTEXT = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -166,6 +167,7 @@ class SingleFile:
         """The tensors under a prefix, without it."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                return {key.removeprefix(prefix): file.get_tensor(key) for key in self.shapes if key.startswith(prefix)}
+                own = {key.removeprefix(prefix): file.get_tensor(key) for key in self.shapes if key.startswith(prefix)}
+                return dict(counted(own))
         except SafetensorError as error:
             raise UnsupportedBase(f"{self.path}: not a whole safetensors file ({error}); download it again") from error

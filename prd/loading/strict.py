@@ -31,6 +31,7 @@ from prd.loading.weights import (
     visible_files,
 )
 from prd.utils.construction import meta_weights
+from prd.utils.progress import counted
 
 UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # of a text encoder: old or pooled, never asked for
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of VAEs before 2023
@@ -79,7 +80,7 @@ def load_strict(
         stored = stored_dtype(stored_types(files, lambda key: key.endswith(UNUSED)))
     except ValueError as error:
         raise CheckpointError(f"{place}: {error}") from error
-    if broken := [key for key, tensor in tensors.items() if has_non_finite(tensor)]:
+    if broken := [key for key, tensor in counted(tensors) if has_non_finite(tensor)]:
         raise CheckpointError(f"{place}: {broken[0]} holds NaN or infinity; {AGAIN}")
     return assign(model, _renamed(model, tensors), place, dtype or stored)
 

@@ -22,6 +22,7 @@ from prd.text.pixart import MaskedT5PromptEncoder
 from prd.text.sd3 import load_sd3_encoder
 from prd.text.sdxl import load_sdxl_encoder
 from prd.utils.arguments import expanded, has_suffix
+from prd.utils.progress import loading
 
 CONFIGS = ["text_encoder*/config.json", "transformer/config.json"]
 INFLUENTIAL = ("model_type", "hidden_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")
@@ -52,6 +53,7 @@ def encoder_hashes(encoder: PromptEncoder) -> dict[str, str]:
     return weights_hash(text_weights(encoder.model), prefix=TEXT)
 
 
+@loading("text encoder")
 def load_encoder(
     place: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **hub: Any
 ) -> PromptEncoder:

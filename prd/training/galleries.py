@@ -24,6 +24,7 @@ from prd.meshes.mesh import extract_mesh
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.views import Views
 from prd.teachers.base import PromptEncoder
+from prd.training.precision import autocast
 from prd.utils.arguments import MAX_SEED
 from prd.utils.files import file_stem, write_atomic
 
@@ -47,25 +48,35 @@ def generate_fields(
     seed: int,
     num_inference_steps: int,
     batch_size: int = 16,
+    mixed_precision: str = "no",
 ) -> list[tuple[list[str], Field]]:
     """Fields of prompts in batches, each with its prompts; sample i of the list is drawn from seed and i alone.
 
-    num_inference_steps: K of a model that denoises; a single-pass model has none.
+    num_inference_steps: K of a model that denoises; a single-pass model has none. mixed_precision: as a config's, "no",
+    "bf16" or "fp16"; the text encoder and the field compute in their own precision, as in training.
     """
     generators = prompt_generators(seed, prompts)
     batches: list[tuple[list[str], Field]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         embeds = text_encoder(part).to(model.device)
-        field = make_fields(model, embeds, generators[start : start + batch_size], num_inference_steps)
+        draws = generators[start : start + batch_size]
+        field = make_fields(model, embeds, draws, num_inference_steps, mixed_precision)
         batches.append((part, field))
     return batches
 
 
 @torch.no_grad()
-def make_fields(model: Model, embeds: Tensor, generators: Sequence[torch.Generator], num_inference_steps: int) -> Field:
-    """The fields of embeddings [B, L, Ct], each from its own generator."""
-    return model.generate(embeds, generators, num_inference_steps=num_inference_steps)
+def make_fields(
+    model: Model,
+    embeds: Tensor,
+    generators: Sequence[torch.Generator],
+    num_inference_steps: int,
+    mixed_precision: str = "no",
+) -> Field:
+    """The fields of embeddings [B, L, Ct], each from its own generator; arguments as in `generate_fields`."""
+    with autocast(mixed_precision, model.device):
+        return model.generate(embeds, generators, num_inference_steps=num_inference_steps)
 
 
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
@@ -124,6 +135,7 @@ def contact_sheet(
         prompts,
         seed=config.seed,
         num_inference_steps=config.validation.num_inference_steps,
+        mixed_precision=config.mixed_precision,
     ):
         pictures.append(render_sheet(field, len(part), config, model.device))
     _save_rows(torch.cat(pictures), prompts, config, path)
@@ -166,7 +178,12 @@ def save_gallery(
     pictures: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     batches = generate_fields(
-        model, text_encoder, prompts, seed=config.seed, num_inference_steps=settings.num_inference_steps
+        model,
+        text_encoder,
+        prompts,
+        seed=config.seed,
+        num_inference_steps=settings.num_inference_steps,
+        mixed_precision=config.mixed_precision,
     )
     names = iter(mesh_names(prompts))
     for part, field in batches:
@@ -202,7 +219,8 @@ def export_meshes(
     for i, (prompt, name) in enumerate(zip(prompts, mesh_names(prompts), strict=True)):
         generator = prompt_generators(config.seed, prompts)[i]
         embeds = text_encoder([prompt]).to(model.device)
-        field = make_fields(model, embeds, [generator], config.validation.num_inference_steps)
+        steps = config.validation.num_inference_steps
+        field = make_fields(model, embeds, [generator], steps, config.mixed_precision)
         resolution = config.validation.isosurface_resolution
         (mesh,) = extract_mesh(field, isosurface_resolution=resolution, on_empty="flag", close_handles=0)
         if mesh is None:

@@ -29,6 +29,7 @@ from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.fake_scores import FakeScores, fake_config
 from prd.training.parts import Parts
 from prd.utils.checked_types import number
+from prd.utils.progress import at
 
 COLLAPSED_OPACITY = 0.02  # mean over the pixels: below, the object has vanished
 COLLAPSE_WATCH = 60  # steps at the start in which it happens, if it does
@@ -137,6 +138,7 @@ class Objective:
         grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for place, name in enumerate(names):  # lines 12-14
+            at(doing=f"renderer {name}")
             renderer = renderers[name]
             size = image_size(renderer)
             background = self.backdrop(config, estimates.cameras, size, text)

@@ -32,6 +32,7 @@ from prd.training.config import TrainConfig
 from prd.training.precision import dtype_of, teachers_dtype
 from prd.training.recipes import from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
+from prd.utils.progress import loading
 
 LOADING = ("path", "dtype")  # settings of a teacher that it is loaded by
 PER_STEP = tuple(f.name for f in fields(TeacherConfig) if f.name not in LOADING)
@@ -177,7 +178,8 @@ def build_teachers(config: TrainConfig, stages: Sequence[TrainConfig]) -> dict[s
         if (settings := _as_loaded(name, stages)) is not None:
             kind = _class_of(config, f"teachers.{name}", stages)
             dtype = dtype_of(config, settings)
-            loaded[name] = kind.from_config(_placed(kind, settings), options=config.teacher_options, dtype=dtype)
+            with loading(f"teacher {name}"):
+                loaded[name] = kind.from_config(_placed(kind, settings), options=config.teacher_options, dtype=dtype)
     share_texts(list(loaded.values()))
     return loaded
 

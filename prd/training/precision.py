@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,3 +30,9 @@ def teachers_dtype(config: TrainConfig) -> torch.dtype:
 def dtype_of(config: TrainConfig, settings: TeacherConfig) -> torch.dtype:
     """Precision of one teacher's weights: its own `dtype` if it has one."""
     return getattr(torch, settings.dtype) if settings.dtype else teachers_dtype(config)
+
+
+def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Context in which a model computes with a config's `mixed_precision`; none for "no"."""
+    dtype = PRECISIONS[mixed_precision]
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

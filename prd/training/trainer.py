@@ -33,6 +33,7 @@ from prd.training.plan import StepPlan
 from prd.training.recipes import configured_parts
 from prd.training.run.clock import TIME_IS_UP, Clock
 from prd.training.run.folder import check_named, check_run, run_lock
+from prd.training.run.heartbeat import at_estimate
 from prd.training.run.isolation import isolated
 from prd.training.run.logbook import Logbook
 from prd.training.run.processes import StopRequest, begin_process
@@ -40,6 +41,7 @@ from prd.training.run.resume import load_resumed, resumed_config
 from prd.training.run.session import begin_session, end_session, full_disk_explained, report_stop
 from prd.training.run.snapshot import restore_trainer, save_trainer
 from prd.training.validation import Validation
+from prd.utils.progress import at, shown_loading
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         if parts is not None:
             check_parts(parts.to(self.device, **offloaded(config)), config)
-        self.parts = parts = build_parts(config, self.device) if parts is None else parts
+        if parts is None:
+            with shown_loading(self.accelerator.is_main_process):
+                parts = build_parts(config, self.device)
+        self.parts = parts
         self.model, self.corpus, encoder = parts.model, parts.corpus, parts.text_encoder
         if self.accelerator.is_main_process:
             if found := self.corpus.report(encoder.tokenizer, encoder.length):
@@ -191,15 +196,20 @@ class Trainer:
 
     def accumulate(self, step: int, micro: int, log: MeanMetrics, diagnostics: NonFiniteDiagnostics) -> None:
         """Add the gradients of a micro-batch: the estimates of its prompts, rendered and judged."""
-        config, batch, model = self.config, self.draw(step, micro), self.model
+        config, model = self.config, self.model
+        size, several = config.rollout_batch_size, config.gradient_accumulation_steps
+        at(batch=f"batch {micro + 1} of {several}" if several > 1 else None, doing="embedding prompts")
+        batch = self.draw(step, micro)
         noise = batch.draws(NOISE)
-        size = config.rollout_batch_size
+        at_estimate(0, size, model.num_estimates)
         with self.accelerator.autocast():
             for ks, field in model.rollout(batch.embeds, batch.inputs, noise, batch_size=size, first=micro == 0):
                 loss = self.objective(batch, ks, field, step, log, diagnostics)
                 loss = loss / config.gradient_accumulation_steps / model.num_estimates
+                at(doing="backward pass")
                 with torch.autocast(self.device.type, enabled=False):  # gradients in the precision of their operation
                     self.accelerator.backward(loss)
+                at_estimate(ks.stop, size, model.num_estimates)
 
     def draw(self, step: int, micro: int) -> Batch:
         """The prompts of a micro-batch, with random numbers of their own."""
@@ -248,8 +258,9 @@ class Trainer:
                     way = f"continue with --resume_from_checkpoint {self.folder / f'checkpoint-{done}'}"
                     raise FloatingPointError(f"{error}, and {way}") from error
                 done += 1
-                if main and done == first + 1:
-                    print(f"first step: done {60 * self.clock.minutes():.0f} s after the start")
+                at(batch=None, estimate=None, doing="measuring and saving")
+                if done == first + 1:
+                    log.tell_first_step(60 * self.clock.minutes())
                 if main:
                     log.write(done, values | self.validation.validate_periodically(done, self.plan.now.total_steps))
                 self.fit_steps(done)

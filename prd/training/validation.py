@@ -30,6 +30,7 @@ from prd.training.galleries import contact_sheet, export_meshes, generate_fields
 from prd.training.run.folder import peak_memory
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Int, Place, Positive, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
+from prd.utils.progress import loading, shown_loading
 
 if TYPE_CHECKING:
     from prd.evaluation.judges import Judge
@@ -127,7 +128,8 @@ class Validation:
         """Return how far the shapes of the watched prompts differ, all from the same noise."""
         generators = [torch.Generator().manual_seed(self.config.seed) for _ in self.watched]
         embeds = self.text_encoder(self.watched).to(self.model.device)
-        shapes = make_fields(self.model, embeds, generators, self.config.validation.num_inference_steps)
+        steps, precision = self.config.validation.num_inference_steps, self.config.mixed_precision
+        shapes = make_fields(self.model, embeds, generators, steps, precision)
         return prompt_spread(shapes, len(self.watched), self.model.device)
 
     def gallery(self, done: int) -> dict[str, float]:
@@ -160,7 +162,15 @@ class Validation:
         """Scores of captions by the benchmark, from the run's seed."""
         assert self.benchmark is not None
         steps, seed = self.config.validation.num_inference_steps, self.config.seed
-        return measure(self.model, self.text_encoder, prompts, self.benchmark, seed=seed, num_inference_steps=steps)
+        return measure(
+            self.model,
+            self.text_encoder,
+            prompts,
+            self.benchmark,
+            seed=seed,
+            num_inference_steps=steps,
+            mixed_precision=self.config.mixed_precision,
+        )
 
     def splits(self) -> dict[str, list[str]]:
         """Captions that are measured after the last step, by split."""
@@ -227,7 +237,8 @@ def _judge(config: TrainConfig) -> Judge | None:
     from prd.evaluation.run import EvaluationConfig, load_judge  # here: with the readers of mesh files it takes a while
 
     clip, folder = config.validation.clip, Path(config.output_dir)
-    return load_judge(EvaluationConfig(protocol=config.validation.protocol, output=folder, clip=clip))
+    with shown_loading(), loading("validation.protocol"):
+        return load_judge(EvaluationConfig(protocol=config.validation.protocol, output=folder, clip=clip))
 
 
 def check_judged(protocol: str | None, clip: str | None, gallery_steps: int | None) -> None:
@@ -262,7 +273,15 @@ def measure(
     *,
     seed: int,
     num_inference_steps: int,
+    mixed_precision: str = "no",
 ) -> list[Score]:
     """Scores of a benchmark's captions; for reports alone, no choice is made by them."""
-    batches = generate_fields(model, text_encoder, prompts, seed=seed, num_inference_steps=num_inference_steps)
+    batches = generate_fields(
+        model,
+        text_encoder,
+        prompts,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        mixed_precision=mixed_precision,
+    )
     return [score for part, field in batches for score in benchmark.score(field, part, device=model.device)]

@@ -9,15 +9,18 @@ import datasets
 import pytest
 import torch
 import trimesh
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
+from prd.adapters.precision import keep_in_half
 from prd.data.prompts import held_out_prompts
 from prd.errors import ConfigError
 from prd.evaluation.pictures import LABEL_HEIGHT
 from prd.generators.triplane_turbo import TriplaneTurboModel
 from prd.loading.stable_diffusion import load_base
 from prd.toybox.benchmark import ToyBox
-from prd.training.galleries import mesh_names, save_gallery
+from prd.training.galleries import export_meshes, make_fields, mesh_names, save_gallery
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
 from prd.training.validation import Validation, measure
@@ -177,3 +180,53 @@ def test_a_run_shows_its_steps_in_tensorboard_a_gallery_and_a_page(toybox, tmp_p
     assert "2 of 2 steps" in page and "gallery/step-000002/sheet.png" in page and "meshes/a_red_cube.glb" in page
     bar = capfd.readouterr().err
     assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d, .*(s/it|it/s).*peak=\d", bar), bar[-500:]
+
+
+@pytest.mark.parametrize(
+    ("name", "base_dtype", "expected"),
+    [("no", None, torch.float32), ("bf16", None, torch.bfloat16), ("bf16", "bfloat16", torch.bfloat16)],
+)
+def test_what_is_shown_and_measured_is_computed_in_the_precision_of_training(
+    name, base_dtype, expected, student_and_encoder, tmp_path, monkeypatch
+):
+    student, encoder = student_and_encoder
+    if base_dtype is not None:
+        keep_in_half(student.backbone, torch.bfloat16)
+    words = [*SMALL, "--validation.prompts", "[a red cube, a blue mug]", "--mixed_precision", name]
+    words += ["--validation.num_inference_steps", "1", "--output_dir", str(tmp_path / "run"), "--report_to", "null"]
+    seen: list[torch.dtype] = []
+    generate = student.generate
+
+    def watched(embeds, *args, **options):
+        assert embeds.dtype == torch.float32  # of the text encoder, as in training
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        field = generate(embeds, *args, **options)
+        assert field.sdf(torch.zeros(len(embeds), 1, 3)).dtype == torch.float32
+        return field
+
+    monkeypatch.setattr(student, "generate", watched)
+    config = load_config("toybox", words)
+    validation = Validation(config, student, encoder, ["a red cube", "a blue mug"], benchmark=ToyBox())
+    (tmp_path / "run").mkdir()
+    for shown in (
+        *(validation.before, validation.spread, lambda: validation.gallery(1), validation.quick_recognition),
+        lambda: export_meshes(student, encoder, ["a red cube"], config, tmp_path / "meshes"),
+    ):
+        seen.clear()
+        shown()
+        assert seen and set(seen) == {expected}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_gallery_in_half_precision_is_that_of_a_rollout(student_and_encoder):
+    """The planes are those of the model under the trainer's own autocast, bit for bit."""
+    student, encoder = student_and_encoder
+    embeds = encoder(["a red cube"])
+    shown = make_fields(student, embeds, [torch.Generator().manual_seed(0)], 2, "bf16")
+    AcceleratorState._reset_state()  # of a run before
+    with Accelerator(mixed_precision="bf16", cpu=True).autocast(), torch.no_grad():
+        trained = student.generate(embeds, [torch.Generator().manual_seed(0)], num_inference_steps=2)
+    AcceleratorState._reset_state()
+    assert torch.equal(shown.planes, trained.planes)
+    exact = make_fields(student, embeds, [torch.Generator().manual_seed(0)], 2)
+    assert not torch.equal(exact.planes, shown.planes.float())

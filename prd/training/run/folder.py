@@ -142,6 +142,15 @@ def write_environment(folder: Path, num_processes: int = 1) -> None:
     write_atomic(path, json.dumps([*earlier, environment(num_processes)], indent=1) + "\n")
 
 
+def note_first_step(folder: Path, seconds: float) -> None:
+    """Add to `environment.json` how many seconds after its start the process had taken its first step."""
+    path = folder / ENVIRONMENT
+    *earlier, own = read_json(path, []) or [{}]
+    if isinstance(own, dict):
+        own["seconds_to_first_step"] = round(seconds, 1)
+        write_atomic(path, json.dumps([*earlier, own], indent=1) + "\n")
+
+
 def open_metrics(path: Path, steps: int) -> TextIO:
     """metrics.jsonl, ready for the line after `steps`.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from prd.training.run.folder import metrics_line, open_metrics
+from prd.training.run.folder import ENVIRONMENT, metrics_line, note_first_step, open_metrics
+from prd.training.run.heartbeat import Heartbeat
 from prd.utils.files import only_shown
 
 
@@ -17,9 +18,10 @@ class Logbook:
 
     def __init__(self, folder: Path, accelerator: Accelerator, first: int, total: int) -> None:
         main = accelerator.is_main_process
-        self.accelerator = accelerator
+        self.accelerator, self.folder = accelerator, folder
         self.metrics = open_metrics(folder / "metrics.jsonl", first) if main else None
         self.bar = tqdm(initial=first, total=total, disable=not main, desc="train", mininterval=1.0)
+        self.heartbeat = Heartbeat(self.bar)
         self.shown: dict[str, str] = {}
         self.tracked = True
 
@@ -39,13 +41,22 @@ class Logbook:
         self.metrics.flush()
         self.bar.set_postfix(self.shown, refresh=False)
 
+    def tell_first_step(self, seconds: float) -> None:
+        """Show and record how many seconds after its start this process had taken its first step."""
+        if self.metrics is not None:
+            tqdm.write(f"first step: done {seconds:.0f} s after the start")
+            with only_shown(self.folder / ENVIRONMENT):
+                note_first_step(self.folder, seconds)
+
     def advance(self, total: int) -> None:
         """Show that one more of `total` steps is done."""
+        self.heartbeat.updated_now()
         self.bar.total = total
         self.bar.update()
 
     def close(self) -> None:
         """Leave the progress bar as it is, and close the files."""
+        self.heartbeat.close()
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -20,16 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from prd.errors import ConfigError, PrdError
 from prd.training.config import TrainConfig
 from prd.training.run.folder import check_run, forget_peak_memory, peak_memory, run_lock
+from prd.training.run.heartbeat import Heartbeat
 from prd.training.run.logbook import Logbook
 from prd.training.run.session import begin_session
 from prd.training.trainer import Trainer
 from prd.utils.files import nothing_only_shown
+from prd.utils.progress import LINE
 
 STEPS = 2
+TENSORBOARD = "tensorboard"
 MARK, TRACEBACK = "rehearsal.txt", "traceback.txt"
 PASSED = "The rehearsal passed: the run loads, trains, saves, resumes and is shown."
 
@@ -96,7 +100,10 @@ def rehearse(config: TrainConfig) -> str | None:
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The config of a rehearsal: the run's own, with all that is measured now and then measured at once."""
+    """The config of a rehearsal: the run's own, with all that is measured now and then measured at once.
+
+    Of the trackers TensorBoard alone is told, which writes into the run folder; others keep runs elsewhere.
+    """
     validation = config.validation
     due: dict[str, Any] = {"gallery_steps": STEPS if validation.prompts else None}
     due |= {name: STEPS for name in ("every_steps", "spread_steps") if getattr(validation, name) is not None}
@@ -106,6 +113,7 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
         schedule_steps=config.total_steps,
         max_train_minutes=None,
         resume_from_checkpoint=None,
+        report_to=TENSORBOARD if config.report_to in (TENSORBOARD, "all") else None,
         validation=replace(validation, **due),
     )
 
@@ -170,8 +178,11 @@ def _later_stages(trainer: Trainer, rehearsal: Rehearsal) -> Mapping[str, float]
 
 
 def _step(trainer: Trainer, step: int) -> Mapping[str, float]:
-    """An optimiser step; FloatingPointError for one that was skipped."""
-    values = trainer.train_step(step)
+    """An optimiser step, whose place is shown if it takes long; FloatingPointError for one that was skipped."""
+    hidden = not trainer.accelerator.is_main_process
+    with tqdm(desc=f"rehearsal, step {step}", bar_format=LINE + "{postfix}", disable=hidden) as bar:
+        with closing(Heartbeat(bar)):
+            values = trainer.train_step(step)
     if values["skipped"]:
         raise FloatingPointError(f"step {step} was skipped, for a gradient or a prediction was not finite")
     return values

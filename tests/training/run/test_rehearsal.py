@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from prd.cli import main
 from prd.errors import ConfigError
 from prd.training.recipes import load_config, stages_of
-from prd.training.run import rehearsal
+from prd.training.run import heartbeat, rehearsal
 from prd.training.run.folder import forget_peak_memory, peak_memory
 from prd.utils.files import only_shown
+from prd.utils.progress import at
 
 SMALL = (
     *("--num_threads=1", "--train_batch_size=1", "--num_denoising_steps=2", "--report_to=null"),
@@ -154,6 +158,21 @@ def test_a_stage_that_fails_is_named_and_its_folder_kept(stage, stub, tmp_path):
     assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path))) and not list(tmp_path.iterdir())
 
 
+def test_a_long_step_shows_its_place(stub, tmp_path, capfd):
+    def train_step(trainer: Any, step: int) -> dict[str, float]:
+        at(estimate="estimate 3 of 4", doing="teacher mvdream, renderer volume")
+        time.sleep(0.3)
+        return {"skipped": 0.0, "seconds": 1.0}
+
+    stub.setattr(Rehearsed, "train_step", train_step)
+    stub.setattr(heartbeat, "SILENCE", 0.05)
+    assert rehearsal.PASSED in str(rehearsal.rehearse(config_in(tmp_path)))
+    text = capfd.readouterr().err
+    for step in (0, 1):
+        line = rf"rehearsal, step {step}: \d\.\d s, estimate 3 of 4, teacher mvdream, renderer volume, 0 s"
+        assert re.search(line, text)
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_step_without_a_gradient_does_not_pass(step, stub, tmp_path, capsys):
     stub.setattr(Rehearsed, "fails", f"skipped {step}")
@@ -190,6 +209,43 @@ def test_everything_that_is_measured_now_and_then_is_due(tmp_path):
     assert (
         rehearsal.rehearsed(config_in(tmp_path, "--validation.prompts=[]"), tmp_path).validation.gallery_steps is None
     )
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [("null", None), ("tensorboard", "tensorboard"), ("all", "tensorboard"), ("wandb", None), ("mlflow", None)],
+)
+def test_of_the_trackers_the_one_in_the_run_folder_alone_is_told(report_to, told, tmp_path):
+    config = rehearsal.rehearsed(config_in(tmp_path, f"--report_to={report_to}"), tmp_path)
+    assert config.report_to == told
+
+
+def test_a_tracker_leaves_nothing(random_toybox, tmp_path, monkeypatch, capsys):
+    """Of a tracker that writes into the current folder or the Internet no run is begun; TensorBoard's goes with it."""
+    begun: list[str] = []
+    for kind in set(LOGGER_TYPE_TO_CLASS.values()):
+        if kind is not None:
+            monkeypatch.setattr(kind, "start", watched_start(kind, begun))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("prd.training.run.folder.get_available_trackers", lambda: list(LOGGER_TYPE_TO_CLASS))
+    for tracker in ("all", "wandb"):
+        words = [*SMALL, f"--report_to={tracker}", f"--output_dir={tmp_path / 'runs' / tracker}"]
+        assert main(["train", "--rehearse", "--config", "toybox", *words]) == 0
+        assert rehearsal.PASSED in capsys.readouterr().out
+        assert sorted(tmp_path.rglob("*")) == [here]
+    assert set(begun) == {"TensorBoardTracker"}
+
+
+def watched_start(kind: Any, begun: list[str]) -> Any:
+    start = kind.start
+
+    def watched(tracker: Any) -> Any:
+        begun.append(kind.__name__)
+        return start(tracker)
+
+    return watched
 
 
 def test_the_peak_of_a_stage_is_its_own():
