@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import trimesh
-import xatlas
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from prd.meshes.charts import charts_of, join_small
+from prd.meshes.charts import charts_of, cut_into_charts
 from prd.meshes.packing import pack
 from prd.rendering.rasterize import interpolate_covered, rasterize
 
@@ -62,19 +61,8 @@ def unwrap(
     Charts are packed in some seconds, at any number of triangles; cutting grows faster than linearly: decimate first.
     """
     started = time.perf_counter()
-    atlas = xatlas.Atlas()
-    atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
-    options, packing = xatlas.ChartOptions(), xatlas.PackOptions()
-    options.fix_winding, options.max_cost = True, MAX_COST
-    options.normal_deviation_weight = options.normal_seam_weight = 1.0  # charts may bend more than by default
-    packing.rotate_charts = False  # it mirrors them
-    atlas.generate(options, packing)
-    source, charted, uv = atlas.get_mesh(0)
-    source = source.astype(np.int64)
-    charted, uv = join_small(vertices[source], source, charted.astype(np.int64), uv)
-    used, charted = np.unique(charted, return_inverse=True)
-    source, charted = source[used], charted.reshape(-1, 3)
-    uv = pack(uv[used], charted, min(size, CELLS), GAP)
+    source, charted, uv = cut_into_charts(vertices, faces)
+    uv = pack(uv, charted, min(size, CELLS), GAP)
     seconds, count = time.perf_counter() - started, charts_of(charted, len(uv))[0]
     logger.info(
         "unwrapped %d triangles in %.2f s: %d charts, %.2f s per chart; %.0f %% of the texture used",
