@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 from scipy.spatial import ConvexHull
 
-from prd.meshes.segments import edges_between, halved, nodes_of, segmented, smoothed, whole
+from prd.meshes.edges import border_of, edges_between, pieces
+from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
 
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
 ANGLES = 32  # of a quarter turn, among which the smallest box is found
@@ -31,10 +31,8 @@ THIN = 1e-12  # square scene units: no triangle counts for less
 
 def charts_of(faces: NDArray[np.int64], count: int) -> tuple[int, NDArray[np.int64]]:
     """Return the number of charts and, for each of `count` vertices of an unwrapped surface, its chart [V]."""
-    pairs = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count))
-    found, label = connected_components(graph.tocsr(), directed=False)
-    return int(found), label.astype(np.int64)
+    label = pieces(faces[:, [0, 1, 1, 2]].reshape(-1, 2), count)
+    return int(label.max()) + 1, label
 
 
 def cut_into_charts(
@@ -135,14 +133,6 @@ class _Charts:
 def _is_convex(chart: _Chart) -> bool:
     """Return True if a chart fills the convex outline around it well, as one without holes and bays does."""
     return bool(chart.area >= CONVEX * ConvexHull(chart.uv).volume)
-
-
-def border_of(faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the edges [E, 2] that only one of the faces [F, 3] has, as it runs them."""
-    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    key = edges.min(axis=1) * (int(faces.max()) + 1) + edges.max(axis=1)
-    _, index, counts = np.unique(key, return_index=True, return_counts=True)
-    return edges[index[counts == 1]]
 
 
 def upright(points: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,22 +1,24 @@
 """Pack the charts of an unwrapped surface into a square: turned, never mirrored, at one scale.
 
-A chart is placed where it lies lowest in a strip of cells, one chart after the other. The cells of the strip are the bits
-of one long integer, so that all places where a chart would overlap others are found by a few shifts.
+A chart is placed where it lies lowest in a strip of cells, one chart after the other. The cells of the strip are the
+bits of one long integer, so that all places where a chart would overlap others are found by a few shifts.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
-from prd.meshes.charts import border_of, charts_of, upright
+from prd.meshes.charts import charts_of, upright
+from prd.meshes.edges import border_of
 
-SIDES = ((0, 1, 2, 3), (0, 2), (1, 3))  # quarter turns from which a chart's is chosen
+SLANTS = 4  # parts of a quarter turn, by which charts are turned from where their smallest box stands upright
+SIDES = ((0, 1, 2, 3), (0, 2), (1, 3))  # quarter turns beside it, from which a chart's is chosen
 NARROW = 0.55  # between the sides of what is in use, at least: the texture is not stretched more than that
 WIDTHS = (0.74, 1.35)  # of strips that are tried
 WIDER = 0.05  # of a strip's width, in a change of it
@@ -51,40 +53,48 @@ def pack(uv: NDArray[np.float32], faces: NDArray[np.int64], cells: int, gap: int
     if found is None:
         raise ValueError(f"texture_size={cells}: too small for {count} charts of {len(faces)} faces; take a larger one")
     out = np.zeros((len(uv), 2))
-    for chart, turn, corner in zip(charts, found.turns, found.corners, strict=True):
-        out[chart.vertices] = (chart.turned(turn, found.scale) + corner) / found.size
+    for chart, side, quarters, corner in zip(charts, found.plan.sides, found.quarters, found.corners, strict=True):
+        out[chart.vertices] = (chart.turned(side // len(SIDES), quarters, found.scale) + corner) / found.size
     return out.clip(0, 1).astype(np.float32)
 
 
 class _Chart:
-    """One chart: its vertices, their points [V, 2] in lengths of the surface, and the segments [E, 2, 2] around it."""
+    """One chart: its vertices, their points [V, 2] in lengths of the surface, and the edges [E, 2] around it."""
 
     def __init__(self, uv: NDArray[np.float64], faces: NDArray[np.int64]) -> None:
         self.vertices, local = np.unique(faces, return_inverse=True)
-        points = upright(uv[self.vertices])
-        self.points = points - points.min(axis=0)
-        self.segments = self.points[border_of(local.reshape(-1, 3))]
+        self.border = border_of(local.reshape(-1, 3))
+        self.upright = upright(uv[self.vertices])
         (a, b), (c, d) = ((uv[faces[:, k]] - uv[faces[:, 0]]).T for k in (1, 2))
         self.area = float(np.abs(a * d - b * c).sum() / 2)
-        self.extent = float(self.points.max())
+        self.extent = float(np.ptp(self.upright, axis=0).max())
 
-    def box(self, scale: float) -> tuple[int, int]:
+    @cached_property
+    def slanted(self) -> list[NDArray[np.float64]]:
+        """The points [V, 2] turned by parts of a quarter, their lowest corner at the origin."""
+        angles = [math.pi / 2 * k / SLANTS for k in range(SLANTS)]
+        turns = [np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles]
+        return [points - points.min(axis=0) for points in (self.upright @ turn for turn in turns)]
+
+    def box(self, slant: int, scale: float) -> tuple[int, int]:
         """Return the columns and rows of cells that the chart takes at a scale."""
-        width, height = (max(1, math.ceil(side * scale + 1e-9)) for side in self.points.max(axis=0).tolist())
+        sides = self.slanted[slant].max(axis=0).tolist()
+        width, height = (max(1, math.ceil(side * scale + 1e-9)) for side in sides)
         return width, height
 
-    def turned(self, turn: int, scale: float) -> NDArray[np.float64]:
+    def turned(self, slant: int, quarters: int, scale: float) -> NDArray[np.float64]:
         """Return the points [V, 2] in cells, turned by so many quarters together with the box of cells around them."""
-        points, (width, height) = self.points * scale, self.box(scale)
-        for _ in range(turn):
+        points, (width, height) = self.slanted[slant] * scale, self.box(slant, scale)
+        for _ in range(quarters):
             points, width, height = np.stack([height - points[:, 1], points[:, 0]], axis=1), height, width
         return points
 
-    def mask(self, scale: float) -> NDArray[np.bool_]:
+    def mask(self, slant: int, scale: float) -> NDArray[np.bool_]:
         """Return the cells [rows, columns] that the chart touches at a scale."""
-        width, height = self.box(scale)
+        width, height = self.box(slant, scale)
         mask = np.zeros((height, width), bool)
-        begins, along = self.segments[:, 0] * scale, (self.segments[:, 1] - self.segments[:, 0]) * scale
+        begins, ends = (self.slanted[slant][self.border[:, k]] * scale for k in (0, 1))
+        along = ends - begins
         steps = np.ceil(np.linalg.norm(along, axis=1) / STEP).astype(np.int64) + 1
         at = np.repeat(np.arange(len(steps)), steps)
         part = (np.arange(len(at)) - (np.cumsum(steps) - steps)[at]) / steps[at]
@@ -110,30 +120,30 @@ class _Chart:
 
 @dataclass(frozen=True)
 class _Way:
-    """A chart's cells at a turn: how many rows and columns, their runs with the margin around, its own cells in bits."""
+    """A chart's cells at a turn: rows, columns, the runs of its cells with the margin around, its own cells in bits."""
 
-    turn: int
+    quarters: int
     rows: int
     columns: int
     runs: list[tuple[int, int]]
     bits: int
 
 
-def _ways(chart: _Chart, scale: float, columns: int, gap: int) -> list[_Way]:
-    """Return a chart's cells at a scale, at each turn at which they fit into a strip of so many columns."""
-    width, height = chart.box(scale)
+def _ways(chart: _Chart, slant: int, scale: float, columns: int, gap: int) -> list[_Way]:
+    """Return a chart's cells at a scale, at each quarter turn at which they fit into a strip of so many columns."""
+    width, height = chart.box(slant, scale)
     inner = np.zeros((height + 2 * gap, width + 2 * gap), bool)
-    inner[gap : gap + height, gap : gap + width] = chart.mask(scale)
+    inner[gap : gap + height, gap : gap + width] = chart.mask(slant, scale)
     outer = binary_dilation(inner, NEIGHBOURS, iterations=gap) if gap else inner
     ways = []
-    for turn, (own, mask) in enumerate(zip(_turns(inner), _turns(outer), strict=True)):
+    for quarters, (own, mask) in enumerate(zip(_turns(inner), _turns(outer), strict=True)):
         if mask.shape[1] <= columns:
             wide = np.zeros((2, len(mask), columns), np.int8)
             wide[0, :, : mask.shape[1]], wide[1, :, : mask.shape[1]] = mask, own
             ends = np.flatnonzero(np.diff(wide[0].reshape(-1), prepend=0, append=0)).reshape(-1, 2)
             bits = int.from_bytes(np.packbits(wide[1], bitorder="little").tobytes(), "little")
             runs = [(begin, end - begin) for begin, end in ends.tolist()]
-            ways.append(_Way(turn, *mask.shape, runs, bits))
+            ways.append(_Way(quarters, *mask.shape, runs, bits))
     return ways
 
 
@@ -144,7 +154,9 @@ def _turns(mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], ...]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The order [N] in which charts are placed, which of `SIDES` each chart [N] may take, and how wide the strip is.
+    """The order [N] in which charts are placed, the slant and side of each chart [N], and how wide the strip is.
+
+    sides  of each chart: number of `SIDES` + number of sides * slant
 
     width  as a part of the side of a square of which the charts cover `FILLED`
     """
@@ -161,7 +173,7 @@ class _Plan:
                 rest = [*self.order[:i], *self.order[i + 1 :]]
                 return replace(self, order=(*rest[:j], self.order[i], *rest[j:]))
             case 1:
-                side = int(draw.integers(len(SIDES)))
+                side = int(draw.integers(SLANTS * len(SIDES)))
                 return replace(self, sides=(*self.sides[:i], side, *self.sides[i + 1 :]))
             case _:
                 return replace(self, width=float(np.clip(self.width * draw.normal(1, WIDER), *WIDTHS)))
@@ -169,7 +181,7 @@ class _Plan:
 
 @dataclass
 class _Packing:
-    """Charts in their places: the turn of each and its lowest corner (column, row), cells; columns, rows in use.
+    """Charts in their places: quarter turns and lowest corner (column, row) of each; columns, rows in use.
 
     area  of the charts, square cells
     """
@@ -177,7 +189,7 @@ class _Packing:
     plan: _Plan
     scale: float
     area: float
-    turns: list[int]
+    quarters: list[int]
     corners: list[tuple[int, int]]
     columns: int = 0
     rows: int = 0
@@ -258,25 +270,28 @@ class _Strip:
     def __init__(self, charts: list[_Chart], scale: float, columns: int, gap: int) -> None:
         self.scale, self.columns, self.gap = scale, columns, gap
         self.area = sum(chart.area for chart in charts) * scale**2
-        self.ways = [_ways(chart, scale, columns, gap) for chart in charts]
+        self.charts = charts
+        self.ways: dict[tuple[int, int], list[_Way]] = {}  # by chart and slant
 
     def place(self, plan: _Plan, width: int) -> _Packing | None:
         """Return charts placed by a plan in the first columns, each where it ends in the lowest row.
 
         None where one finds no room.
         """
-        count = len(self.ways)
+        count = len(self.charts)
         packing = _Packing(plan, self.scale, self.area, [0] * count, [(0, 0)] * count)
         taken = 0
         for i in plan.order:
-            turns = SIDES[plan.sides[i]]
-            ways = [way for way in self.ways[i] if way.columns <= width]
-            found = self._lowest([way for way in ways if way.turn in turns] or ways, _Spans(taken), width)
+            slant, side = divmod(plan.sides[i], len(SIDES))
+            if (i, slant) not in self.ways:
+                self.ways[i, slant] = _ways(self.charts[i], slant, self.scale, self.columns, self.gap)
+            ways = [way for way in self.ways[i, slant] if way.columns <= width]
+            found = self._lowest([way for way in ways if way.quarters in SIDES[side]] or ways, _Spans(taken), width)
             if found is None:
                 return None
             place, way = found
             row, column = divmod(place, self.columns)
-            packing.turns[i], packing.corners[i] = way.turn, (column + self.gap, row + self.gap)
+            packing.quarters[i], packing.corners[i] = way.quarters, (column + self.gap, row + self.gap)
             packing.rows = max(packing.rows, row + way.rows - self.gap)
             packing.columns = max(packing.columns, column + way.columns - self.gap)
             taken |= way.bits << place

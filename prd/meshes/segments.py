@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, dijkstra
+from scipy.sparse.csgraph import dijkstra
+
+from prd.meshes.edges import edges_between, neighbours_of, pieces
 
 PATCHES = 1000  # of faces, about, on which seeds are looked for
 ALONG = 0.1  # cost of a step that does not turn
@@ -21,26 +23,6 @@ PASSES = 12  # of smoothing borders
 TEETH = 0.01  # of the mean length of an edge: less is not worth a change
 CRUMB = 0.1  # of its chart's area: parts below that hang apart go to the charts around them
 TINY = 1e-12
-
-
-def edges_between(faces: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pairs of faces [E, 2] that share an edge, and the two vertices [E, 2] of each edge."""
-    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    key = edges.min(axis=1) * (int(faces.max()) + 1) + edges.max(axis=1)
-    order = np.argsort(key, kind="stable")
-    same = np.flatnonzero(key[order][1:] == key[order][:-1])
-    return np.stack([order[same], order[same + 1]], axis=1) // 3, edges[order[same]]
-
-
-def neighbours_of(faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the face [F, 3] on the other side of the edges 01, 12 and 20 of each face, -1 where there is none."""
-    ends = np.roll(faces, -1, axis=1)
-    key = (np.minimum(faces, ends) * (int(faces.max()) + 1) + np.maximum(faces, ends)).reshape(-1)
-    order = np.argsort(key, kind="stable")
-    same = np.flatnonzero(key[order][1:] == key[order][:-1])
-    out = np.full(faces.size, -1)
-    out[order[same]], out[order[same + 1]] = order[same + 1] // 3, order[same] // 3
-    return out.reshape(-1, 3)
 
 
 class Nodes:
@@ -69,7 +51,7 @@ class Nodes:
 
     def pieces(self) -> NDArray[np.int64]:
         """Return the number [N] of the connected piece of each node."""
-        return np.asarray(connected_components(self.graph(self.length), directed=False)[1], np.int64)
+        return pieces(np.stack([self.row, self.column], axis=1), self.count)
 
     def costs(self, seeds: NDArray[np.int64], normals: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the costs [K, N] of the cheapest ways from seeds [K] to all nodes, for charts with normals [K, 3]."""
@@ -169,17 +151,14 @@ def whole(nodes: Nodes, label: NDArray[np.int64]) -> NDArray[np.int64]:
     label = label.copy()
     for _ in range(PASSES):
         inside = label[nodes.row] == label[nodes.column]
-        graph = csr_array(
-            (np.ones(int(inside.sum())), (nodes.row[inside], nodes.column[inside])), shape=(nodes.count,) * 2
-        )
-        part = connected_components(graph, directed=False)[1]
+        part = pieces(np.stack([nodes.row[inside], nodes.column[inside]], axis=1), nodes.count)
         area, of = np.bincount(part, nodes.area), np.bincount(label, nodes.area)[label]
         crumb = area[part] < CRUMB * of
         step = crumb[nodes.row] & ~crumb[nodes.column]
         if not step.any():
             break
         label[nodes.row[step]] = label[nodes.column[step]]
-    return np.asarray(part, np.int64)
+    return part
 
 
 def smoothed(vertices: NDArray[np.float64], faces: NDArray[np.int64], label: NDArray[np.int64]) -> NDArray[np.int64]:
