@@ -24,19 +24,21 @@ def topology_of(faces: NDArray[np.int64]) -> Topology:
     """Return whether a surface of faces [F, 3] is closed, and its Euler number: 2 for a sphere, 0 for a torus."""
     begin, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
     low, high = np.minimum(begin, end), np.maximum(begin, end)
-    count = int(faces.max()) + 1
+    count = int(faces.max(initial=-1)) + 1
     keys = np.sort((low * count + high) * 2 + (begin > end))  # of one edge: first as it runs upwards, then downwards
     used = np.zeros(count, bool)
     used[begin] = True
-    edges = 1 + np.count_nonzero(np.diff(keys >> 1))
-    is_closed = len(keys) % 2 == 0 and edges == len(keys) // 2 and bool((keys[::2] + 1 == keys[1::2]).all())
+    edges = np.count_nonzero(np.diff(keys >> 1, prepend=-1))
+    is_closed = (
+        len(keys) > 0 and len(keys) % 2 == 0 and edges == len(keys) // 2 and bool((keys[::2] + 1 == keys[1::2]).all())
+    )
     return Topology(is_closed, int(used.sum()) - int(edges) + len(faces))
 
 
 def edge_keys(faces: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a number [3 F] of each edge 01, 12, 20 of faces [F, 3] in turn, the same one for both of its faces."""
     begin, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
-    return np.asarray(np.minimum(begin, end) * (int(faces.max()) + 1) + np.maximum(begin, end))
+    return np.asarray(np.minimum(begin, end) * (int(faces.max(initial=-1)) + 1) + np.maximum(begin, end))
 
 
 def _twins(faces: NDArray[np.int64]) -> NDArray[np.int64]:
