@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
-from scipy.sparse.linalg import spsolve
-from scipy.spatial import ConvexHull
+from scipy.sparse.linalg import splu
+from scipy.spatial import ConvexHull, QhullError
 
 from prd.meshes.edges import border_of, edges_between, pieces
 from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
@@ -26,6 +26,7 @@ GROWTH = 1.15  # at most, of the boxes around charts that are joined
 CONVEX = 0.8  # of the area of the convex outline, at least, of charts that are not small
 MIRRORED = 1e-6  # of the area, at most, that needles may lie turned over
 STRETCH = 2.5  # at most, between the areas that 1 % of the texture and 99 % of it give to an equal area of the surface
+PAIRS = 1 << 20  # of edges of a border, that are compared at a time
 THIN = 1e-12  # square scene units: no triangle counts for less
 
 
@@ -84,7 +85,7 @@ class _Charts:
         while waiting:
             part = waiting.pop()
             chart = self.flat(part)
-            if chart is not None and (chart.area < self.least or _is_convex(chart)):
+            if chart is not None and (len(part) == 1 or chart.area < self.least or _is_convex(chart)):
                 self.found.append(chart)
             else:
                 waiting += self.parted(part)
@@ -93,11 +94,14 @@ class _Charts:
     def flat(self, part: NDArray[np.int64]) -> _Chart | None:
         """Return the chart of faces [f]; None where they do not lie flat."""
         used, local = np.unique(self.triangles[part], return_inverse=True)
-        uv = flattened(self.vertices[used], local.reshape(-1, 3))
+        points = self.vertices[used]
+        uv = flattened(points, local.reshape(-1, 3))
+        if uv is None and len(part) == 1:  # a needle without area: as it is, on a line
+            uv = np.stack([np.linalg.norm(points - points[0], axis=1), np.zeros(3)], axis=1)
         return None if uv is None else _Chart(part, uv, float(self.areas[part].sum()))
 
     def parted(self, part: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Return faces [f] in two or more parts."""
+        """Return at least two faces [f] in two or more parts."""
         used, local = np.unique(self.triangles[part], return_inverse=True)
         points, faces = self.vertices[used], local.reshape(-1, 3)
         nodes = nodes_of(points, faces)
@@ -132,7 +136,10 @@ class _Charts:
 
 def _is_convex(chart: _Chart) -> bool:
     """Return True if a chart fills the convex outline around it well, as one without holes and bays does."""
-    return bool(chart.area >= CONVEX * ConvexHull(chart.uv).volume)
+    try:
+        return bool(chart.area >= CONVEX * ConvexHull(chart.uv).volume)
+    except QhullError:  # on a line
+        return True
 
 
 def upright(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +169,11 @@ def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[
     pins, free = [first, last], np.setdiff1d(np.arange(len(points)), [first, last])
     known = np.array([0.0, np.linalg.norm(points[last] - points[first])], complex)
     matrix = system[:, free]
-    solved = spsolve((matrix.conj().T @ matrix).tocsc(), -(matrix.conj().T @ (system[:, pins] @ known)))
+    right = -(matrix.conj().T @ (system[:, pins] @ known))
+    try:
+        solved = splu((matrix.conj().T @ matrix).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
+    except RuntimeError:  # exactly singular, as where parts hang together by a vertex
+        return None
     flat = np.zeros(len(points), complex)
     flat[free], flat[pins] = solved, known
     uv = np.stack([flat.real, flat.imag], axis=1)
@@ -198,9 +209,12 @@ def _crosses_itself(uv: NDArray[np.float64], faces: NDArray[np.int64]) -> bool:
         (x, y), (z, w) = (q - p).T[:, :, None], (r[None] - p[:, None]).transpose(2, 0, 1)
         return np.sign(x * w - y * z)
 
-    from_a, from_b = side(a, b, a), side(a, b, b)
-    cross = (from_a * from_b < 0) & (from_a * from_b < 0).T
-    return bool(cross.any())
+    rows = max(1, PAIRS // max(1, len(border)))
+    for p, q in ((a[k : k + rows], b[k : k + rows]) for k in range(0, len(border), rows)):
+        apart = side(p, q, a) * side(p, q, b) < 0
+        if (apart & (side(a, b, p) * side(a, b, q) < 0).T).any():
+            return True
+    return False
 
 
 def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -73,7 +73,7 @@ def border_of(faces: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def pieces(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return the number [count] of the connected piece of each of `count` things of which pairs [E, 2] are connected."""
+    """Return the number [count] of the piece of each of `count` things of which pairs [E, 2] hang together."""
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count))
     return np.asarray(connected_components(graph.tocsr(), directed=False)[1], np.int64)
 

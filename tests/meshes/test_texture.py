@@ -129,6 +129,16 @@ def test_pieces_that_are_tiny_or_open_are_unwrapped() -> None:
     assert signed_areas(uv, charted).min() > -1e-7 and used_area(charted, uv) > 0.5
 
 
+def test_needles_without_area_are_unwrapped() -> None:
+    """Alone, and among others."""
+    ball = trimesh.creation.icosphere(2)
+    vertices = np.concatenate([ball.vertices, [[2, 0, 0], [3, 0, 0], [4, 0, 0]]]).astype(np.float32)
+    faces = np.concatenate([ball.faces, [[162, 163, 164]], [[0, 162, 164]]]).astype(np.int64)
+    source, charted, uv = unwrap(vertices, faces, 64)
+    np.testing.assert_array_equal(source[charted], faces)
+    assert np.isfinite(uv).all() and signed_areas(uv, charted).min() > -1e-7
+
+
 def covered(uv: np.ndarray, faces: np.ndarray, size: int) -> np.ndarray:
     """Texels [size, size] whose middles lie in one of the triangles."""
     out = np.zeros((size, size), bool)
