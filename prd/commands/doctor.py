@@ -27,7 +27,6 @@ IMPORTED = {  # which break where a wheel does not fit
     "diffusers": lambda: importlib.import_module("diffusers"),
     "transformers": lambda: importlib.import_module("transformers"),
     "numba": lambda: importlib.import_module("numba"),
-    "xatlas": lambda: importlib.import_module("xatlas"),
 }
 IMPORT_TORCH = ("diffusers", "transformers")  # and fail where it does, whole as they may be
 FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_tile": "AMX", "amx_bf16": "AMX BF16"}

@@ -25,6 +25,28 @@ def dense_head(hidden: Sequence[Tensor], second: Tensor, third: Tensor) -> Tenso
     return _DenseHead.apply(*hidden, second, third)
 
 
+@torch.no_grad()
+def head_at(hidden: Sequence[Tensor], second: Tensor, third: Tensor, nodes: Tensor) -> Tensor:
+    """`dense_head` at nodes [n, 4] (b, x, y, z) alone, [n, out], without gradient."""
+    parts = [_hidden_at(hidden, some) for some in nodes.split(nodes_per_tile(nodes))]
+    return torch.cat([F.linear(F.relu_(F.linear(part, second)), third) for part in parts])
+
+
+def _hidden_at(hidden: Sequence[Tensor], nodes: Tensor) -> Tensor:
+    """The first layer's output [n, width] at nodes [n, 4] (b, x, y, z)."""
+    rows = [h.flatten(0, 2).index_select(0, place) for h, place in zip(hidden, _places(hidden, nodes), strict=True)]
+    return F.relu_(rows[0].add_(rows[1]).add_(rows[2]))
+
+
+def _places(hidden: Sequence[Tensor], nodes: Tensor) -> list[Tensor]:
+    """Rows [n] of each lattice, its leading dimensions flattened, that nodes [n, 4] (b, x, y, z) take."""
+    b, x, y, z = nodes.unbind(1)
+    return [
+        (b * tensor.shape[1] + row) * tensor.shape[2] + column
+        for tensor, row, column in zip(hidden, (x, x, y), (y, z, z), strict=True)
+    ]
+
+
 class _DenseHead(torch.autograd.Function):
     """out[b, x, y, z] = w3 relu(w2 relu(xy[b, x, y] + xz[b, x, z] + yz[b, y, z])), made tile by tile.
 
@@ -74,14 +96,8 @@ def _some_backward(
     """`_whole_backward` of nodes [n, 4] (b, x, y, z) alone, outside of which grad_out is zero."""
     *grad_hidden, grad_w2, grad_w3 = grads
     for some in nodes.split(nodes_per_tile(nodes)):
-        b, x, y, z = some.unbind(1)
-        places = [
-            (b * tensor.shape[1] + row) * tensor.shape[2] + column
-            for tensor, row, column in zip(hidden, (x, x, y), (y, z, z), strict=True)
-        ]
-        first, second, third = (h.flatten(0, 2).index_select(0, i) for h, i in zip(hidden, places, strict=True))
-        h1 = F.relu_(first.add_(second).add_(third))
-        grad1 = _head_backward(h1, w2, w3, grad_out[b, x, y, z], grad_w2, grad_w3)
+        places, h1 = _places(hidden, some), _hidden_at(hidden, some)
+        grad1 = _head_backward(h1, w2, w3, grad_out[tuple(some.unbind(1))], grad_w2, grad_w3)
         for grad, place in zip(grad_hidden, places, strict=True):
             grad.flatten(0, 2).index_add_(0, place, grad1)
 

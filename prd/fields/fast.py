@@ -7,6 +7,7 @@ this module, which take a field's own faster method if it has one and check what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,10 @@ class FastField(Field, Protocol):
 
     def geometry_grid(self, resolution: int, first: int, last: int) -> Geometry:
         """The planes x[first], ..., x[last - 1] of the nodes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
+        ...
+
+    def surface_grid(self, resolution: int, first: int, last: int, level: float) -> Geometry:
+        """`geometry_grid` without gradient, the deformation right at the nodes of cells that a level cuts alone."""
         ...
 
     def select(self, index: int | Sequence[int]) -> Field:
@@ -173,12 +178,18 @@ def grid_slabs(
     batch: int = 1,
     device: torch.device | str = "cpu",
     chunk: int = NODES_PER_CHUNK,
+    level: float | None = None,
 ) -> Iterator[Geometry]:
-    """`evaluate_grid` in slabs along x of that many planes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None."""
+    """`evaluate_grid` in slabs along x of that many planes: sdf [B, n, R, R], deformation [B, n, R, R, 3] or None.
+
+    level  of the surface, near which alone the deformation is wanted, without gradient; None: it is wanted everywhere
+    """
     if resolution < 2:
         raise ValueError(f"resolution={resolution}: must be at least 2 nodes per axis")
     geometry: Callable[[int, int, int], Geometry] | None = _method(field, "geometry_grid")
     whole: Callable[[int], Nodes] | None = _method(field, "grid")
+    if level is not None and (surface := _method(field, "surface_grid")) is not None:
+        geometry = partial(surface, level=level)
     if geometry is None and whole is not None:
         sdf, _, deformation = several("grid", whole(resolution), 3)
         _checked((sdf, deformation), resolution, resolution, batch)

@@ -71,3 +71,24 @@ def plane_lattices(planes: Tensor, nodes: Tensor) -> list[Tensor]:
         (up @ xz @ left.T).permute(0, 3, 2, 1),  # row -z, column -x
         (up @ yz @ right.T).permute(0, 3, 2, 1),  # row -z, column y
     ]
+
+
+def nodes_of_cut_cells(inside: Tensor) -> Tensor:
+    """Return bool [B, X, Y, Z] for nodes of cells that have some of their corners inside and some outside.
+
+    inside bool [B, X, Y, Z]
+    """
+    some, whole = inside, inside
+    for axis in (1, 2, 3):
+        last = inside.shape[axis] - 1
+        some = some.narrow(axis, 0, last) | some.narrow(axis, 1, last)
+        whole = whole.narrow(axis, 0, last) & whole.narrow(axis, 1, last)
+    cut = some & ~whole  # of cells
+    for axis in (1, 2, 3):
+        shape = list(cut.shape)
+        shape[axis] += 1
+        nodes = torch.zeros(shape, dtype=torch.bool, device=cut.device)
+        nodes.narrow(axis, 0, shape[axis] - 1).copy_(cut)
+        nodes.narrow(axis, 1, shape[axis] - 1).logical_or_(cut)
+        cut = nodes
+    return cut

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prd.fields.dense_head import dense_head
-from prd.fields.planes import plane_coordinates, plane_lattices, sample_planes
+from prd.fields.dense_head import dense_head, head_at
+from prd.fields.planes import nodes_of_cut_cells, plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
 from prd.utils.arguments import one_or_more
 from prd.utils.construction import float32_weights
@@ -119,6 +119,25 @@ class TriplaneField(AutogradGradient):
             raise ValueError(f"first={first}, last={last}: expected 0 <= first < last <= resolution={resolution}")
         return self._geometry(resolution, slice(first, last), True)
 
+    @torch.no_grad()
+    def surface_grid(self, resolution: int, first: int, last: int, level: float) -> tuple[Tensor, Tensor]:
+        """`geometry_grid` without gradient, the deformation where cells are cut by a level, and zero elsewhere.
+
+        Nodes of the first and last plane count as cut where the grid goes on beyond them.
+        """
+        if not 0 <= first < last <= resolution:
+            raise ValueError(f"first={first}, last={last}: expected 0 <= first < last <= resolution={resolution}")
+        sdf, _ = self._geometry(resolution, slice(first, last), False)
+        cut = nodes_of_cut_cells(sdf < level)
+        cut[:, : int(first > 0)] = True
+        cut[:, last - first - int(last < resolution) :] |= last < resolution
+        nodes = cut.nonzero()
+        deformation = sdf.new_zeros(*sdf.shape, 3)
+        xy, xz, yz = plane_lattices(self.planes[:, :3], self._nodes(resolution))
+        found = self._dense(self.heads.deformation, [xy[:, first:last], xz[:, first:last], yz], nodes)
+        deformation[tuple(nodes.T)] = found.to(deformation.dtype)
+        return sdf, deformation
+
     def _nodes(self, resolution: int) -> Tensor:
         if resolution < 2:
             raise ValueError(f"resolution={resolution}: must be at least 2")
@@ -133,10 +152,13 @@ class TriplaneField(AutogradGradient):
         sdf = self._dense(self.heads.sdf, lattices)[..., 0] + radius
         return sdf, self._dense(self.heads.deformation, lattices) if deformation else None
 
-    def _dense(self, head: nn.Sequential, lattices: list[Tensor]) -> Tensor:
-        """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum."""
+    def _dense(self, head: nn.Sequential, lattices: list[Tensor], nodes: Tensor | None = None) -> Tensor:
+        """One head at R^3 nodes, [B, R, R, R, out]: its first layer is applied plane by plane before the sum.
+
+        nodes [n, 4] (b, x, y, z): at these alone, [n, out].
+        """
         first, second, third = (layer.weight for layer in head if isinstance(layer, nn.Linear))
         shares = first.split(self.heads.channels, dim=1) if first.shape[1] > self.heads.channels else (first,) * 3
         with torch.autocast(first.device.type, enabled=False):  # the backward pass runs outside of it: one precision
             hidden = [F.linear(x.to(share.dtype), share) for x, share in zip(lattices, shares, strict=True)]
-            return dense_head(hidden, second, third)
+            return dense_head(hidden, second, third) if nodes is None else head_at(hidden, second, third, nodes)

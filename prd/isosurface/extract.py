@@ -217,7 +217,8 @@ def extract_isosurface(
     planes = max(2, max_nodes // (batch * resolution**2))
 
     def slabs() -> Iterator[Geometry]:
-        return grid_slabs(field, resolution, planes, batch=batch, device=device, chunk=chunk)
+        near = None if torch.is_grad_enabled() else level
+        return grid_slabs(field, resolution, planes, batch=batch, device=device, chunk=chunk, level=near)
 
     if planes >= resolution:
         return grid_to_meshes(*next(slabs()), level, isosurface=marching, on_empty=on_empty)

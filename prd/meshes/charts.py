@@ -7,58 +7,139 @@ texture, as complex numbers, sum_k W_k u_k is as near to 0 as it gets, W_k being
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import splu
+from scipy.spatial import ConvexHull, QhullError
+
+from prd.meshes.edges import border_of, edges_between, pieces
+from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
 
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
 ANGLES = 32  # of a quarter turn, among which the smallest box is found
 GROWTH = 1.15  # at most, of the boxes around charts that are joined
-PASSES = 8  # of smoothing borders
+CONVEX = 0.8  # of the area of the convex outline, at least, of charts that are not small
 MIRRORED = 1e-6  # of the area, at most, that needles may lie turned over
 STRETCH = 2.5  # at most, between the areas that 1 % of the texture and 99 % of it give to an equal area of the surface
+PAIRS = 1 << 20  # of edges of a border, that are compared at a time
 THIN = 1e-12  # square scene units: no triangle counts for less
 
 
 def charts_of(faces: NDArray[np.int64], count: int) -> tuple[int, NDArray[np.int64]]:
     """Return the number of charts and, for each of `count` vertices of an unwrapped surface, its chart [V]."""
-    pairs = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count))
-    found, label = connected_components(graph.tocsr(), directed=False)
-    return int(found), label.astype(np.int64)
+    label = pieces(faces[:, [0, 1, 1, 2]].reshape(-1, 2), count)
+    return int(label.max()) + 1, label
 
 
-def join_small(
-    points: NDArray[Any], source: NDArray[np.int64], faces: NDArray[np.int64], uv: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Join the charts below `SMALL` to the neighbours with which they have the longest border, where that works.
+def cut_into_charts(
+    vertices: NDArray[Any], faces: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Cut a surface into charts that neither overlap nor stretch themselves, nor turn over.
 
-    points [V, 3] of the unwrapped vertices; source [V]: the vertex that each copies; faces [F, 3]; uv [V, 2] at one
-    scale. Returns faces and uv, at the scale of the surface: some vertices are no longer in use.
+    vertices [V, 3], faces [F, 3]. Returns source [V'] (the vertex that each new vertex copies: those on a cut appear
+    once per chart), faces [F, 3] into the new vertices (same triangles, same order) and uv [V', 2] at the scale of the
+    surface, each chart somewhere.
     """
-    count, label = charts_of(faces, len(uv))
-    points, exact = points.astype(np.float64), uv.astype(np.float64)
-    exact *= np.sqrt(_areas(points[faces]).sum() / _signed_areas(exact[faces]).sum())
-    joined = _Joined(points, source, faces.copy(), exact, label[faces[:, 0]])
-    joined.smooth()
-    areas = joined.areas(count)
-    order = [int(chart) for chart in np.argsort(areas) if areas[chart] < SMALL * areas.sum()]
-    wanted: dict[int, list[int]] = {}
-    for chart in order:  # all at once into each of the large ones, which is fast
-        if near := [other for other in joined.neighbours(chart) if other not in order]:
-            wanted.setdefault(near[0], []).append(chart)
-    for large, small in wanted.items():
-        joined.join(large, small)
-    for chart in order:  # what is left one by one, the smallest first
-        for other in joined.neighbours(chart):
-            if joined.join(other, [chart]):
-                break
-    joined.smooth()
-    return joined.faces, joined.uv.astype(np.float32)
+    charts = _Charts(vertices.astype(np.float64), faces)
+    label = np.zeros(len(faces), np.int64)
+    for number, chart in enumerate(charts.found):
+        label[chart.faces] = number
+    key, charted = np.unique(label[:, None] * len(vertices) + faces, return_inverse=True)
+    source, charted = key % len(vertices), charted.reshape(-1, 3)
+    uv = np.zeros((len(source), 2), np.float32)
+    for chart in charts.found:  # each one's vertices are sorted, as the keys are
+        uv[np.unique(charted[chart.faces])] = chart.uv
+    return source, charted, uv
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """Faces [f] of a surface and their vertices' places in the plane, uv [v, 2], the vertices in ascending order."""
+
+    faces: NDArray[np.int64]
+    uv: NDArray[np.float64]
+    area: float
+
+    @cached_property
+    def box(self) -> float:
+        """Area of the smallest box around the chart."""
+        return float(np.ptp(upright(self.uv), axis=0).prod())
+
+
+class _Charts:
+    """The charts of a surface: its nearly flat segments, parted where they cannot lie flat, the small ones joined."""
+
+    def __init__(self, vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> None:
+        self.vertices, self.triangles = vertices, faces
+        self.areas = _areas(vertices[faces])
+        self.least = SMALL * float(self.areas.sum())
+        self.found: list[_Chart] = []
+        label = segmented(vertices, faces)
+        order = np.argsort(label, kind="stable")
+        waiting = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
+        while waiting:
+            part = waiting.pop()
+            chart = self.flat(part)
+            if chart is not None and (len(part) == 1 or chart.area < self.least or _is_convex(chart)):
+                self.found.append(chart)
+            else:
+                waiting += self.parted(part)
+        self.join_small()
+
+    def flat(self, part: NDArray[np.int64]) -> _Chart | None:
+        """Return the chart of faces [f]; None where they do not lie flat."""
+        used, local = np.unique(self.triangles[part], return_inverse=True)
+        points = self.vertices[used]
+        uv = flattened(points, local.reshape(-1, 3))
+        if uv is None and len(part) == 1:  # a needle without area: as it is, on a line
+            uv = np.stack([np.linalg.norm(points - points[0], axis=1), np.zeros(3)], axis=1)
+        return None if uv is None else _Chart(part, uv, float(self.areas[part].sum()))
+
+    def parted(self, part: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return at least two faces [f] in two or more parts."""
+        used, local = np.unique(self.triangles[part], return_inverse=True)
+        points, faces = self.vertices[used], local.reshape(-1, 3)
+        nodes = nodes_of(points, faces)
+        label = whole(nodes, smoothed(points, faces, halved(nodes)))
+        if label.max() == 0:
+            label = (np.arange(len(part)) >= len(part) // 2).astype(np.int64)
+        return [part[label == k] for k in range(int(label.max()) + 1)]
+
+    def join_small(self) -> None:
+        """Join charts below `SMALL`, the smallest first, to the neighbours with which they have the longest border."""
+        pairs, edges = edges_between(self.triangles)
+        lengths = np.linalg.norm(np.subtract(*self.vertices[edges.T]), axis=1)
+        chart_of = np.zeros(len(self.triangles), np.int64)
+        for number, chart in enumerate(self.found):
+            chart_of[chart.faces] = number
+        kept: dict[int, _Chart] = dict(enumerate(self.found))
+        for number in sorted(kept, key=lambda n: kept[n].area):
+            if kept[number].area >= self.least:
+                continue
+            sides = chart_of[pairs]
+            across = np.concatenate([sides[sides[:, 0] == number, 1], sides[sides[:, 1] == number, 0]])
+            weight = np.concatenate([lengths[sides[:, 0] == number], lengths[sides[:, 1] == number]])
+            border = np.bincount(across, weight * (across != number))
+            for other in np.argsort(-border)[: int((border > 0).sum())].tolist():
+                both = self.flat(np.concatenate([kept[other].faces, kept[number].faces]))
+                if both is not None and both.box <= GROWTH * (kept[other].box + kept[number].box):
+                    kept[other] = both
+                    chart_of[kept.pop(number).faces] = other
+                    break
+        self.found = list(kept.values())
+
+
+def _is_convex(chart: _Chart) -> bool:
+    """Return True if a chart fills the convex outline around it well, as one without holes and bays does."""
+    try:
+        return bool(chart.area >= CONVEX * ConvexHull(chart.uv).volume)
+    except QhullError:  # on a line
+        return True
 
 
 def upright(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -68,94 +149,6 @@ def upright(points: NDArray[np.float64]) -> NDArray[np.float64]:
     rotations = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)  # [A, 2, 2]
     turned = points @ rotations  # [A, V, 2]
     return np.asarray(turned[int(np.ptp(turned, axis=1).prod(axis=1).argmin())])
-
-
-class _Joined:
-    """Charts under way: chart_of [F] tells the chart of each face."""
-
-    def __init__(
-        self,
-        points: NDArray[np.float64],
-        source: NDArray[np.int64],
-        faces: NDArray[np.int64],
-        uv: NDArray[np.float64],
-        chart_of: NDArray[np.int64],
-    ) -> None:
-        self.points, self.faces, self.uv, self.chart_of = points, faces, uv, chart_of
-        corners = source[faces]
-        first, second = corners.reshape(-1), np.roll(corners, -1, axis=1).reshape(-1)
-        count = int(source.max()) + 1
-        there, back = first * count + second, second * count + first  # each edge, and how its neighbour runs it
-        order = np.argsort(there)
-        at = np.searchsorted(there, back, sorter=order).clip(max=len(order) - 1)
-        twin = order[at]
-        self.twin = np.where(there[twin] == back, twin, -1)  # [F * 3]: the same edge in the face beside; -1: none
-
-    def areas(self, count: int) -> NDArray[np.float64]:
-        """Return the area [count] of each chart on the surface."""
-        return np.asarray(np.bincount(self.chart_of, _areas(self.points[self.faces]), count), np.float64)
-
-    def borders(self, chart: int) -> NDArray[np.int64]:
-        """Return the edges [N, 2] between a chart's faces, in the first column, and those of others."""
-        edges = np.flatnonzero((np.repeat(self.chart_of, 3) == chart) & (self.twin >= 0))
-        edges = edges[self.chart_of[self.twin[edges] // 3] != chart]
-        return np.stack([edges, self.twin[edges]], axis=1)
-
-    def smooth(self) -> None:
-        """Move triangles with two sides in another chart into it, where they fit: borders lose their teeth."""
-        for _ in range(PASSES):
-            beside = np.where(self.twin >= 0, self.chart_of[self.twin // 3], -1).reshape(-1, 3)
-            pairs = beside == np.roll(beside, 1, axis=1)
-            other = np.where(pairs, beside, -1).max(axis=1)
-            teeth = np.flatnonzero((other >= 0) & (other != self.chart_of))
-            moved = [self._move(int(face), int(other[face])) for face in teeth]
-            if not any(moved):
-                break
-
-    def _move(self, face: int, chart: int) -> bool:
-        """Move a triangle into the chart on two of its sides; return False where it does not fit there."""
-        corners: dict[int, int] = {}
-        for k, twin in enumerate(self.twin[3 * face : 3 * face + 3]):
-            if twin >= 0 and self.chart_of[twin // 3] == chart:
-                for corner, there in ((k, (twin + 1) % 3), ((k + 1) % 3, twin % 3)):
-                    if corners.setdefault(corner, found := int(self.faces[twin // 3, there])) != found:
-                        return False
-        if len(corners) < 3:
-            return False
-        moved = np.array([corners[k] for k in range(3)])
-        area, flat = _areas(self.points[moved][None])[0], _signed_areas(self.uv[moved][None])[0]
-        if not area / STRETCH <= flat <= area * STRETCH:
-            return False
-        self.faces[face], self.chart_of[face] = moved, chart
-        return True
-
-    def neighbours(self, chart: int) -> list[int]:
-        """Return the charts beside one, that of the longest border first; none for one that was joined."""
-        edges = self.borders(chart)
-        begins, ends = (self.points[self.faces[edges[:, 0] // 3, (edges[:, 0] + k) % 3]] for k in (0, 1))
-        lengths = np.bincount(self.chart_of[edges[:, 1] // 3], np.linalg.norm(ends - begins, axis=1))
-        return [int(other) for other in np.argsort(-lengths) if lengths[other] > 0]
-
-    def join(self, large: int, small: list[int]) -> bool:
-        """Join charts to a large one and flatten them together; return False, all as it was, where that is no gain."""
-        into: dict[int, int] = {}
-        edges = self.borders(large)
-        for here, there in edges[np.isin(self.chart_of[edges[:, 1] // 3], small)]:
-            for k, j in ((0, 1), (1, 0)):  # the neighbour runs the edge the other way
-                mine = self.faces[here // 3, (here + k) % 3]
-                into.setdefault(int(self.faces[there // 3, (there + j) % 3]), int(mine))
-        chosen = np.flatnonzero(np.isin(self.chart_of, [large, *small]))
-        step = np.arange(len(self.uv))
-        step[list(into)] = list(into.values())
-        used, local = np.unique(step[self.faces[chosen]], return_inverse=True)
-        flat = flattened(self.points[used], local.reshape(-1, 3))
-        if flat is None:
-            return False
-        boxes = sum(_box(self.uv[np.unique(self.faces[self.chart_of == chart])]) for chart in [large, *small])
-        if _box(flat) > GROWTH * boxes:
-            return False
-        self.faces[chosen], self.uv[used], self.chart_of[chosen] = used[local.reshape(-1, 3)], flat, large
-        return True
 
 
 def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64] | None:
@@ -176,7 +169,11 @@ def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[
     pins, free = [first, last], np.setdiff1d(np.arange(len(points)), [first, last])
     known = np.array([0.0, np.linalg.norm(points[last] - points[first])], complex)
     matrix = system[:, free]
-    solved = spsolve((matrix.conj().T @ matrix).tocsc(), -(matrix.conj().T @ (system[:, pins] @ known)))
+    right = -(matrix.conj().T @ (system[:, pins] @ known))
+    try:
+        solved = splu((matrix.conj().T @ matrix).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
+    except RuntimeError:  # exactly singular, as where parts hang together by a vertex
+        return None
     flat = np.zeros(len(points), complex)
     flat[free], flat[pins] = solved, known
     uv = np.stack([flat.real, flat.imag], axis=1)
@@ -204,9 +201,7 @@ def _lies_well(uv: NDArray[np.float64], faces: NDArray[np.int64], area: NDArray[
 
 def _crosses_itself(uv: NDArray[np.float64], faces: NDArray[np.int64]) -> bool:
     """Return True if two edges of a chart's border cross: with no triangle turned over, it overlaps just then."""
-    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    _, index, counts = np.unique(np.sort(edges, axis=1), axis=0, return_index=True, return_counts=True)
-    border = edges[index[counts == 1]]
+    border = border_of(faces)
     a, b = uv[border[:, 0]], uv[border[:, 1]]
 
     def side(p: NDArray[np.float64], q: NDArray[np.float64], r: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -214,14 +209,12 @@ def _crosses_itself(uv: NDArray[np.float64], faces: NDArray[np.int64]) -> bool:
         (x, y), (z, w) = (q - p).T[:, :, None], (r[None] - p[:, None]).transpose(2, 0, 1)
         return np.sign(x * w - y * z)
 
-    from_a, from_b = side(a, b, a), side(a, b, b)
-    cross = (from_a * from_b < 0) & (from_a * from_b < 0).T
-    return bool(cross.any())
-
-
-def _box(points: NDArray[np.float64]) -> float:
-    """Return the area of the smallest box around points [V, 2]."""
-    return float(np.ptp(upright(points), axis=0).prod())
+    rows = max(1, PAIRS // max(1, len(border)))
+    for p, q in ((a[k : k + rows], b[k : k + rows]) for k in range(0, len(border), rows)):
+        apart = side(p, q, a) * side(p, q, b) < 0
+        if (apart & (side(a, b, p) * side(a, b, q) < 0).T).any():
+            return True
+    return False
 
 
 def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, dijkstra, minimum_spanning_tree
 
+from prd.meshes.edges import edges_between, pieces, topology_of
+
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 ROUNDS = 3  # of looking for shorter loops
@@ -29,6 +31,8 @@ def close_handles(vertices: NDArray[np.float32], faces: NDArray[np.int64], width
     pi. Returns vertices and faces, and how many handles were closed. Pieces stay as many as they are.
     """
     closed = 0
+    if topology_of(faces).euler == 2 * _pieces(faces):  # spheres
+        return vertices, faces, closed
     for _ in range(PASSES):
         loops = _short_loops(vertices, faces, width * math.pi)
         if not loops:
@@ -120,9 +124,7 @@ def _length(points: NDArray[np.float32]) -> float:
 
 def _pieces(faces: NDArray[np.int64]) -> int:
     """Return the number of connected pieces of a closed surface."""
-    _, left, right = _edges(faces)
-    graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(faces), len(faces)))
-    return int(connected_components(graph.tocsr(), directed=False, return_labels=False))
+    return len(np.unique(pieces(edges_between(faces)[0], len(faces))))
 
 
 def _apart(loops: list[list[int]], faces: NDArray[np.int64]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from prd.isosurface.coarse_to_fine import extract_coarse_to_fine
 from prd.isosurface.extract import extract_isosurface
 from prd.isosurface.marching_cubes import Surface
 from prd.meshes.charts import charts_of
+from prd.meshes.edges import topology_of
 from prd.meshes.export import SUFFIXES, Export, ExportKeywords, export_mesh, to_trimesh
 from prd.meshes.handles import close_handles
 from prd.meshes.normals import FineSurface, in_tangent_space, tangents
@@ -202,7 +203,7 @@ def build_mesh(
     device = surface[0].device
     raw_vertices, raw_faces = (tensor.detach().cpu().numpy() for tensor in surface)
     vertices, faces = clean(raw_vertices, raw_faces, options.keep)
-    if options.close_handles and trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+    if options.close_handles and topology_of(faces).is_closed:
         vertices, faces, closed = close_handles(vertices, faces, options.close_handles)
         if closed:
             logger.warning(
@@ -230,7 +231,7 @@ def _simplified(
             "target_faces=%d: %d triangles were reached, for fewer would change the topology%s",
             *(target, len(faces), remedy),
         )
-    elif not trimesh.Trimesh(vertices, faces, process=False).is_watertight:
+    elif not topology_of(faces).is_closed:
         logger.warning("target_faces=%d: the surface of so few triangles is not closed; take more", target)
     return vertices, faces
 

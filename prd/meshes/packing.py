@@ -1,31 +1,39 @@
-"""Pack the charts of an unwrapped surface into a square: turned, never mirrored, at one scale."""
+"""Pack the charts of an unwrapped surface into a square: turned, never mirrored, at one scale.
+
+A chart is placed where it lies lowest in a strip of cells, one chart after the other. The cells of the strip are the
+bits of one long integer, so that all places where a chart would overlap others are found by a few shifts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
-from scipy.fft import irfft2, rfft2
 from scipy.ndimage import binary_dilation
 
 from prd.meshes.charts import charts_of, upright
+from prd.meshes.edges import border_of
 
-TURNS = 4  # of a quarter, that are tried for each chart, whose smallest box stands upright first
-USED = tuple(0.8 - 0.04 * k for k in range(16))  # parts of the grid's area that charts may cover
-MORE = 0.16  # of the area, at most, that has room on the finer grid and not on the coarse one
-STEPS = 5  # of the bisection there
-FEW = tuple(0.4 * 0.7**k for k in range(20))  # where nothing else has room
-NARROW = 0.55  # of the grid's rows, at least, that are in use: the texture is not stretched more than that
-ORDERS = 6  # in which the charts are placed, the largest about first
-SHUFFLE = 0.25  # of the logarithm of a chart's extent, in these orders
-FINALISTS = 2  # packings of the coarse grid that are tried on the finer one
-MANY = 64  # charts, above which one order must do
-REACH = 3  # cells, within which charts touch
-FINER = 2  # pixels per cell, at least, in which a chart's outline is kept
+SLANTS = 4  # parts of a quarter turn, by which charts are turned from where their smallest box stands upright
+SIDES = ((0, 1, 2, 3), (0, 2), (1, 3))  # quarter turns beside it, from which a chart's is chosen
+NARROW = 0.55  # between the sides of what is in use, at least: the texture is not stretched more than that
+WIDTHS = (0.74, 1.35)  # of strips that are tried
+WIDER = 0.05  # of a strip's width, in a change of it
+FILLED = 0.75  # of the texture, that charts are taken to cover at first
+SHUFFLE = 0.25  # of the logarithm of a chart's extent, in orders other than the largest first
+COARSE = 3  # cells of the finer grid to one of the coarse one, which needs no gap: a touched cell is one
+PLACED = 1200  # charts, at most, in all trials on the coarse grid together
+TRIALS = 120  # there, at most
+FINALISTS = 3  # packings of the coarse grid that are tried on the finer one
+FITS = 5  # of the scale to the grid
+ALIKE = 0.96  # of the area that charts covered on the coarse grid, from which on a packing is like it
+MOST_FITS = 150  # of it, where no packing of the coarse grid fits
+SHRINK = 0.97  # of the scale, from one of these to the next
+STEP = 0.25  # cells between the points of a chart's border whose cells count as touched
+TALL = 4  # times the columns of a strip: its rows
 NEIGHBOURS = np.ones((3, 3), bool)
 
 
@@ -33,185 +41,296 @@ def pack(uv: NDArray[np.float32], faces: NDArray[np.int64], cells: int, gap: int
     """Return texture coordinates [V, 2] in [0, 1], the charts as large as they fit at one scale.
 
     uv [V, 2] of each chart at the scale and handedness that all have, faces [F, 3]; cells: side of the grid on which
-    the charts are placed; gap: cells between charts, at least. Rows that stay empty are left out: then the texture is
-    stretched that much upwards. Raises ValueError where the grid is too small.
+    the charts are placed; gap: cells between charts, at least, also where the texture repeats itself. Rows that stay
+    empty are left out: then the texture is stretched that much upwards. Raises ValueError where the grid is too small.
     """
     count, label = charts_of(faces, len(uv))
     exact = uv.astype(np.float64)
-    charts = [_Chart(exact, np.flatnonzero(label == i), faces[label[faces[:, 0]] == i]) for i in range(count)]
+    order = np.argsort(label[faces[:, 0]], kind="stable")
+    bounds = np.searchsorted(label[faces[order, 0]], np.arange(count + 1))
+    charts = [_Chart(exact, faces[order[bounds[i] : bounds[i + 1]]]) for i in range(count)]
     found = _packed(charts, cells, gap)
     if found is None:
         raise ValueError(f"texture_size={cells}: too small for {count} charts of {len(faces)} faces; take a larger one")
     out = np.zeros((len(uv), 2))
-    for i, turn, corner in zip(found.plan.order, found.turns, found.corners, strict=True):
-        out[charts[i].vertices] = (charts[i].turned(turn) * found.scale + corner) / [found.cells, found.rows]
+    for chart, side, quarters, corner in zip(charts, found.plan.sides, found.quarters, found.corners, strict=True):
+        out[chart.vertices] = (chart.turned(side // len(SIDES), quarters, found.scale) + corner) / found.size
     return out.clip(0, 1).astype(np.float32)
 
 
 class _Chart:
-    """One chart: its vertices, its points in lengths of the surface, and its outline at each angle."""
+    """One chart: its vertices, their points [V, 2] in lengths of the surface, and the edges [E, 2] around it."""
 
-    def __init__(self, uv: NDArray[np.float64], vertices: NDArray[np.int64], faces: NDArray[np.int64]) -> None:
-        self.vertices, self.points = vertices, upright(uv[vertices])
-        self.triangles = np.searchsorted(vertices, faces)
+    def __init__(self, uv: NDArray[np.float64], faces: NDArray[np.int64]) -> None:
+        self.vertices, local = np.unique(faces, return_inverse=True)
+        self.border = border_of(local.reshape(-1, 3))
+        self.upright = upright(uv[self.vertices])
         (a, b), (c, d) = ((uv[faces[:, k]] - uv[faces[:, 0]]).T for k in (1, 2))
         self.area = float(np.abs(a * d - b * c).sum() / 2)
-        self.extent = float(np.ptp(self.points, axis=0).max())
-        self.touched: dict[int, NDArray[np.float64]] = {}  # by angle: middles of pixels that the chart touches
-        self.fine = 0.0  # pixels per unit of length there
+        self.extent = float(np.ptp(self.upright, axis=0).max())
 
-    def turned(self, turn: int) -> NDArray[np.float64]:
-        """Return the points [V, 2] turned by so many quarters, their lowest corner at the origin."""
-        points = self.points @ np.linalg.matrix_power(np.array([[0.0, 1.0], [-1.0, 0.0]]), turn)
-        return np.asarray(points - points.min(axis=0))
+    @cached_property
+    def slanted(self) -> list[NDArray[np.float64]]:
+        """The points [V, 2] turned by parts of a quarter, their lowest corner at the origin."""
+        angles = [math.pi / 2 * k / SLANTS for k in range(SLANTS)]
+        turns = [np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles]
+        return [points - points.min(axis=0) for points in (self.upright @ turn for turn in turns)]
 
-    def mask(self, turn: int, scale: float, gap: int) -> NDArray[np.bool_]:
-        """Return the cells [H, W] that the turned chart touches at a scale, with a margin of `gap` cells around it."""
-        if scale * FINER > self.fine:
-            self.fine, self.touched = 1.5 * scale * FINER, {}
-        if turn not in self.touched:
-            points = self.turned(turn) * self.fine
-            width, height = (int(side) + 2 for side in points.max(axis=0))
-            picture = Image.new("1", (width, height))
-            draw = ImageDraw.Draw(picture)
-            for corners in (points[self.triangles] - 0.5).reshape(-1, 6).tolist():  # a pixel's middle is its number
-                draw.polygon(corners, fill=1, outline=1)
-            self.touched[turn] = np.argwhere(np.asarray(picture)).astype(np.float64) + 0.5
-        cells = (self.touched[turn] * (scale / self.fine)).astype(np.int64) + gap
-        mask = np.zeros(cells.max(axis=0) + gap + 1, bool)
-        mask[tuple(cells.T)] = True
-        return binary_dilation(mask, NEIGHBOURS, iterations=gap) if gap else mask
+    def box(self, slant: int, scale: float) -> tuple[int, int]:
+        """Return the columns and rows of cells that the chart takes at a scale."""
+        sides = self.slanted[slant].max(axis=0).tolist()
+        width, height = (max(1, math.ceil(side * scale + 1e-9)) for side in sides)
+        return width, height
+
+    def turned(self, slant: int, quarters: int, scale: float) -> NDArray[np.float64]:
+        """Return the points [V, 2] in cells, turned by so many quarters together with the box of cells around them."""
+        points, (width, height) = self.slanted[slant] * scale, self.box(slant, scale)
+        for _ in range(quarters):
+            points, width, height = np.stack([height - points[:, 1], points[:, 0]], axis=1), height, width
+        return points
+
+    def mask(self, slant: int, scale: float) -> NDArray[np.bool_]:
+        """Return the cells [rows, columns] that the chart touches at a scale."""
+        width, height = self.box(slant, scale)
+        mask = np.zeros((height, width), bool)
+        begins, ends = (self.slanted[slant][self.border[:, k]] * scale for k in (0, 1))
+        along = ends - begins
+        steps = np.ceil(np.linalg.norm(along, axis=1) / STEP).astype(np.int64) + 1
+        at = np.repeat(np.arange(len(steps)), steps)
+        part = (np.arange(len(at)) - (np.cumsum(steps) - steps)[at]) / steps[at]
+        touched = (begins[at] + part[:, None] * along[at]).astype(np.int64)
+        mask[touched[:, 1].clip(max=height - 1), touched[:, 0].clip(max=width - 1)] = True
+        return mask | self._inside(begins, along, height, width)
+
+    @staticmethod
+    def _inside(begins: NDArray[np.float64], along: NDArray[np.float64], height: int, width: int) -> NDArray[np.bool_]:
+        """Return the cells [height, width] whose middles lie inside of segments, by the parity of what is crossed."""
+        low, high = (
+            np.minimum(begins[:, 1], begins[:, 1] + along[:, 1]),
+            np.maximum(begins[:, 1], begins[:, 1] + along[:, 1]),
+        )
+        first, last = np.ceil(low - 0.5).astype(np.int64), np.ceil(high - 0.5).astype(np.int64)  # rows, exclusive
+        at = np.repeat(np.arange(len(first)), last - first)
+        row = np.arange(len(at)) - (np.cumsum(last - first) - (last - first))[at] + first[at]
+        x = begins[at, 0] + along[at, 0] * (row + 0.5 - begins[at, 1]) / along[at, 1]
+        crossed = np.zeros((height, width + 1), np.int64)
+        np.add.at(crossed, (row, np.ceil(x - 0.5).astype(np.int64).clip(0, width)), 1)
+        return (crossed.cumsum(axis=1)[:, :width] & 1).astype(bool)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A chart's cells at a turn: rows, columns, the runs of its cells with the margin around, its own cells in bits."""
+
+    quarters: int
+    rows: int
+    columns: int
+    runs: list[tuple[int, int]]
+    bits: int
+
+
+def _ways(chart: _Chart, slant: int, scale: float, columns: int, gap: int) -> list[_Way]:
+    """Return a chart's cells at a scale, at each quarter turn at which they fit into a strip of so many columns."""
+    width, height = chart.box(slant, scale)
+    inner = np.zeros((height + 2 * gap, width + 2 * gap), bool)
+    inner[gap : gap + height, gap : gap + width] = chart.mask(slant, scale)
+    outer = binary_dilation(inner, NEIGHBOURS, iterations=gap) if gap else inner
+    ways = []
+    for quarters, (own, mask) in enumerate(zip(_turns(inner), _turns(outer), strict=True)):
+        if mask.shape[1] <= columns:
+            wide = np.zeros((2, len(mask), columns), np.int8)
+            wide[0, :, : mask.shape[1]], wide[1, :, : mask.shape[1]] = mask, own
+            ends = np.flatnonzero(np.diff(wide[0].reshape(-1), prepend=0, append=0)).reshape(-1, 2)
+            bits = int.from_bytes(np.packbits(wide[1], bitorder="little").tobytes(), "little")
+            runs = [(begin, end - begin) for begin, end in ends.tolist()]
+            ways.append(_Way(quarters, *mask.shape, runs, bits))
+    return ways
+
+
+def _turns(mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], ...]:
+    """Return a mask as `_Chart.turned` turns it by 0 to 3 quarters."""
+    return mask, mask.T[:, ::-1], mask[::-1, ::-1], mask.T[::-1]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A way to place charts: one after the other in an order, each as near to the first row as it goes.
+    """The order [N] in which charts are placed, the slant and side of each chart [N], and how wide the strip is.
 
-    touching  where it touches others and the sides of the grid most, instead
+    sides  of each chart: number of `SIDES` + number of sides * slant
+
+    width  as a part of the side of a square of which the charts cover `FILLED`
     """
 
     order: tuple[int, ...]
-    touching: bool = False
+    sides: tuple[int, ...]
+    width: float
+
+    def changed(self, draw: np.random.Generator) -> _Plan:
+        """Return a plan that is a little different."""
+        i, j = draw.integers(len(self.order), size=2).tolist()
+        match int(draw.integers(3)):
+            case 0:
+                rest = [*self.order[:i], *self.order[i + 1 :]]
+                return replace(self, order=(*rest[:j], self.order[i], *rest[j:]))
+            case 1:
+                side = int(draw.integers(SLANTS * len(SIDES)))
+                return replace(self, sides=(*self.sides[:i], side, *self.sides[i + 1 :]))
+            case _:
+                return replace(self, width=float(np.clip(self.width * draw.normal(1, WIDER), *WIDTHS)))
 
 
 @dataclass
 class _Packing:
-    """Charts in their places: the turn of each and its lowest corner (column, row), cells, in the order of the plan.
+    """Charts in their places: quarter turns and lowest corner (column, row) of each; columns, rows in use.
 
-    used   part of the whole grid that the charts cover
-    scale  cells per unit of length
-    cells  side of the grid
-    rows   of it that are in use
+    area  of the charts, square cells
     """
 
     plan: _Plan
-    used: float
     scale: float
-    cells: int
-    turns: list[int] = field(default_factory=list)
-    corners: list[tuple[int, int]] = field(default_factory=list)
+    area: float
+    quarters: list[int]
+    corners: list[tuple[int, int]]
+    columns: int = 0
     rows: int = 0
 
     @property
+    def longest(self) -> int:
+        """Columns or rows in use, whichever are more."""
+        return max(self.columns, self.rows)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Columns and rows of the texture."""
+        return max(self.columns, NARROW * self.longest), max(self.rows, NARROW * self.longest)
+
+    @property
     def filled(self) -> float:
-        """Part of the rows in use that the charts cover."""
-        return self.used * self.cells / max(self.rows, NARROW * self.cells)
+        """Part of the texture that the charts cover."""
+        return self.area / math.prod(self.size)
 
 
 def _packed(charts: list[_Chart], cells: int, gap: int) -> _Packing | None:
     """Return the fullest packing found: by many plans on a coarse grid, by the best of them on the finer one."""
-    plans = _plans(charts)
-    tried = [packing for used in USED for packing in _placed(charts, plans, used, cells // 2, gap)]
-    tried.sort(key=lambda packing: -packing.filled)
-    found = tried[:1]
-    for coarse in tried[:FINALISTS]:
-        used, step = coarse.used, MORE
-        for _ in range(STEPS):
-            step /= 2
-            finer = _placed(charts, [coarse.plan], used + step, cells, gap)
-            found += finer
-            used += step if finer else 0
+    found = [packing for coarse in _tried(charts, cells // COARSE) if (packing := _refined(charts, coarse, cells, gap))]
     if not found:
-        found = next(filter(None, (_placed(charts, plans[:1], used, cells, gap) for used in FEW)), [])
+        scale, plan = cells / math.sqrt(sum(chart.area for chart in charts)), _plans(charts, 1)[0]
+        sizes = (scale * SHRINK**k for k in range(MOST_FITS))
+        tried = (_Strip(charts, size, cells + gap, gap).place(plan, cells + gap) for size in sizes)
+        found = [packing for packing in tried if packing and packing.longest <= cells][:1]
     return max(found, key=lambda packing: packing.filled, default=None)
 
 
-def _plans(charts: list[_Chart]) -> list[_Plan]:
-    """Return the plans to try, the same ones for the same charts."""
-    extents = np.array([chart.extent for chart in charts])
-    draw = np.random.default_rng(0)
-    noise = np.concatenate([np.zeros((1, len(charts))), draw.normal(0, SHUFFLE, (ORDERS - 1, len(charts)))])
-    orders = [tuple(np.argsort(-extents * np.exp(shift), kind="stable").tolist()) for shift in noise]
-    if len(charts) > MANY:
-        return [_Plan(orders[0])]
-    return [_Plan(order, touching) for order in dict.fromkeys(orders) for touching in (False, True)]
+def _refined(charts: list[_Chart], coarse: _Packing, cells: int, gap: int) -> _Packing | None:
+    """Return a packing by the plan of one on a coarse grid; None where none as large as the grid was found."""
+    best = None
+    scale = coarse.scale * cells / coarse.longest
+    width = math.ceil(coarse.columns * cells / coarse.longest) + gap
+    for _ in range(FITS):  # smaller, until the charts find their places again; then as large as there is room
+        packing = _Strip(charts, scale, cells + gap, gap).place(coarse.plan, width)
+        if packing and packing.longest <= cells and packing.filled > (best.filled if best else 0):
+            best = packing
+        if packing and packing.filled > ALIKE * coarse.filled:
+            if packing.longest == cells:
+                break
+            scale *= cells / packing.longest
+        else:
+            scale *= SHRINK
+    return best
 
 
-def _placed(charts: list[_Chart], plans: Sequence[_Plan], used: float, cells: int, gap: int) -> list[_Packing]:
-    """Return the packings of those plans for which charts that cover this part of the grid find room."""
-    scale = math.sqrt(used / sum(chart.area for chart in charts)) * cells
-    stamps = [_Stamps(chart, scale, cells, gap) for chart in charts]
-    if not all(stamp.turns for stamp in stamps):
-        return []
-    packings = [_Packing(plan, used, scale, cells) for plan in plans]
-    return [packing for packing in packings if _place(stamps, packing, gap)]
+def _tried(charts: list[_Chart], cells: int) -> list[_Packing]:
+    """Return the fullest packings on a coarse grid: by plans drawn at random, and by changes of the best of these."""
+    scale = math.sqrt(FILLED / sum(chart.area for chart in charts)) * cells
+    trials = min(TRIALS, PLACED // len(charts))
+    plans, draw, best = _plans(charts, -(-trials // 3)), np.random.default_rng(0), []
+    strip = _Strip(charts, scale, int(WIDTHS[1] * cells) + 1, 0)
+    for k in range(trials if cells > 1 else 0):
+        plan = plans[k] if k < len(plans) or not best else best[k % len(best)].plan.changed(draw)
+        packing = strip.place(plan, round(plan.width * cells))
+        if packing and all(packing.corners != other.corners for other in best):
+            best = sorted([*best, packing], key=lambda packing: -packing.filled)[:FINALISTS]
+    return best
 
 
-class _Stamps:
-    """A chart's cells at each turn in which they fit on the grid, with the margin around them, and their spectra."""
-
-    def __init__(self, chart: _Chart, scale: float, cells: int, gap: int) -> None:
-        masks = [chart.mask(turn, scale, gap) for turn in range(TURNS)]
-        self.turns = [turn for turn in range(TURNS) if max(masks[turn].shape) <= cells]
-        self.inner = {turn: chart.mask(turn, scale, 0) for turn in self.turns}
-        self.shapes = [masks[turn].shape for turn in self.turns]
-        self.size = int(masks[0].sum())
-        padded = np.zeros((len(self.turns), cells, cells), np.float32)
-        for layer, turn in zip(padded, self.turns, strict=True):
-            layer[: masks[turn].shape[0], : masks[turn].shape[1]] = masks[turn]
-        self.spectra = np.conj(rfft2(padded))
-
-    def overlaps(self, taken: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return how many cells [turns, cells, cells] are taken already, of a stamp with its corner at each cell."""
-        return np.asarray(irfft2(rfft2(taken) * self.spectra, taken.shape))
+def _plans(charts: list[_Chart], count: int) -> list[_Plan]:
+    """Return plans, the same for the same charts: the first places the largest first, the others about so."""
+    extents, draw = np.array([chart.extent for chart in charts]), np.random.default_rng(0)
+    plans = []
+    for k in range(count):
+        noise, sides = draw.normal(0, SHUFFLE, len(charts)), draw.integers(len(SIDES), size=len(charts))
+        order = np.argsort(-extents * np.exp(noise if k else 0), kind="stable")
+        plans.append(_Plan(tuple(order.tolist()), tuple((sides if k else 0 * sides).tolist()), draw.uniform(*WIDTHS)))
+    return plans
 
 
-def _place(stamps: list[_Stamps], packing: _Packing, gap: int) -> bool:
-    """Put the charts in their places by the packing's plan; False where one finds no room."""
-    cells = packing.cells
-    taken = np.zeros((cells, cells), np.float32)
-    for i in packing.plan.order:
-        stamp = stamps[i]
-        overlaps = stamp.overlaps(taken)
-        touch = stamp.overlaps(_near(taken)) / stamp.size if packing.plan.touching else None
-        best: tuple[float, int, int, int] | None = None  # cost, row, column, number of the turn
-        for k, (height, width) in enumerate(stamp.shapes):
-            room = overlaps[k, : cells - height + 1, : cells - width + 1] < 0.5
-            if touch is None:
-                free = np.flatnonzero(room.reshape(-1))
-                if not len(free):
-                    continue
-                row, column = divmod(int(free[0]), room.shape[1])
-                cost = float(row + height) + column / cells
-            else:
-                top = (np.arange(room.shape[0]) + height) / cells
-                costs = np.where(room, top[:, None] - touch[k, : room.shape[0], : room.shape[1]], np.inf)
-                row, column = divmod(int(costs.argmin()), room.shape[1])
-                cost = float(costs[row, column])
-            if cost < (best[0] if best else np.inf):
-                best = (cost, row, column, k)
-        if best is None:
-            return False
-        _, row, column, k = best
-        inner = stamp.inner[stamp.turns[k]]
-        taken[row + gap :, column + gap :][: inner.shape[0], : inner.shape[1]] += inner
-        packing.turns.append(stamp.turns[k])
-        packing.corners.append((column + gap, row + gap))
-        packing.rows = max(packing.rows, row + stamp.shapes[k][0])
-    return True
+class _Strip:
+    """A strip of so many columns of cells in which charts are placed at one scale."""
+
+    def __init__(self, charts: list[_Chart], scale: float, columns: int, gap: int) -> None:
+        self.scale, self.columns, self.gap = scale, columns, gap
+        self.area = sum(chart.area for chart in charts) * scale**2
+        self.charts = charts
+        self.ways: dict[tuple[int, int], list[_Way]] = {}  # by chart and slant
+
+    def place(self, plan: _Plan, width: int) -> _Packing | None:
+        """Return charts placed by a plan in the first columns, each where it ends in the lowest row.
+
+        None where one finds no room.
+        """
+        count = len(self.charts)
+        packing = _Packing(plan, self.scale, self.area, [0] * count, [(0, 0)] * count)
+        taken = 0
+        for i in plan.order:
+            slant, side = divmod(plan.sides[i], len(SIDES))
+            if (i, slant) not in self.ways:
+                self.ways[i, slant] = _ways(self.charts[i], slant, self.scale, self.columns, self.gap)
+            ways = [way for way in self.ways[i, slant] if way.columns <= width]
+            found = self._lowest([way for way in ways if way.quarters in SIDES[side]] or ways, _Spans(taken), width)
+            if found is None:
+                return None
+            place, way = found
+            row, column = divmod(place, self.columns)
+            packing.quarters[i], packing.corners[i] = way.quarters, (column + self.gap, row + self.gap)
+            packing.rows = max(packing.rows, row + way.rows - self.gap)
+            packing.columns = max(packing.columns, column + way.columns - self.gap)
+            taken |= way.bits << place
+        return packing
+
+    def _lowest(self, ways: list[_Way], spans: _Spans, width: int) -> tuple[int, _Way] | None:
+        """Return the cell and the way in which a chart ends in the lowest row."""
+        found, known = None, spans.known
+        for way in ways:
+            blocked = 0
+            for start, length in way.runs:
+                blocked |= (known.get(length) or spans.of(length)) >> start
+            free = _starts(self.columns, width - way.columns + 1, TALL * self.columns) & ~blocked
+            if free:
+                place = (free & -free).bit_length() - 1
+                row, column = divmod(place, self.columns)
+                if found is None or (row + way.rows, column) < found[0]:
+                    found = (row + way.rows, column), place, way
+        return found and found[1:]
 
 
-def _near(taken: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the cells [H, W] near to those that are taken or to the sides of the grid."""
-    framed = np.pad(taken > 0.5, 1, constant_values=True)
-    return binary_dilation(framed, NEIGHBOURS, iterations=REACH)[1:-1, 1:-1].astype(np.float32)
+class _Spans:
+    """The cells of a strip from which on one of the next so many is taken, in bits."""
+
+    def __init__(self, taken: int) -> None:
+        self.powers, self.known = [taken], {1: taken}
+
+    def of(self, length: int) -> int:
+        """Return the cells of which one of the `length` cells from them on is taken."""
+        if length not in self.known:
+            power = length.bit_length() - 1
+            while len(self.powers) <= power:
+                self.powers.append(self.powers[-1] | self.powers[-1] >> (1 << len(self.powers) - 1))
+            self.known[length] = self.powers[power] | self.powers[power] >> (length - (1 << power))
+        return self.known[length]
+
+
+@lru_cache(maxsize=4096)
+def _starts(columns: int, width: int, rows: int) -> int:
+    """Return the first `width` cells of each row of a strip, in bits."""
+    row = np.arange(columns) < width
+    return int.from_bytes(np.packbits(np.tile(row, rows), bitorder="little").tobytes(), "little")

@@ -13,6 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from prd.meshes.edges import edges_between, pieces, row_keys, topology_of
 from prd.meshes.handles import close_handles
 
 WELD = 2.0**-20  # scene units: vertices closer than this are one; readers merge at 1e-8 and must find nothing to merge
@@ -30,8 +31,7 @@ def clean(vertices: NDArray[np.float32], faces: NDArray[np.int64], keep: Literal
     encloses a volume.
     """
     vertices, faces, _ = weld(vertices, faces)
-    adjacency = trimesh.Trimesh(vertices, faces, process=False).face_adjacency
-    label = trimesh.graph.connected_component_labels(adjacency, node_count=len(faces))  # [F]
+    label = pieces(edges_between(faces)[0], len(faces))  # [F]
     a, b, c = (vertices[faces[:, k]].astype(np.float64) for k in range(3))
     volume = np.bincount(label, (a * np.cross(b, c)).sum(1) / 6)  # signed, per piece
     largest = int(np.abs(volume).argmax())
@@ -58,7 +58,7 @@ def merge_positions(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """Return positions [V', 3], each once, first [V'] (a vertex at each) and merged [V] (each vertex's position)."""
     snapped = np.round(vertices.astype(np.float64) / WELD).astype(np.int64)
-    _, first, merged = np.unique(snapped, axis=0, return_index=True, return_inverse=True)
+    _, first, merged = np.unique(row_keys(snapped), return_index=True, return_inverse=True)
     return (snapped[first] * WELD).astype(np.float32), first, merged.reshape(-1)
 
 
@@ -66,7 +66,8 @@ def is_proper(faces: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return [F] False for slivers, with one vertex twice, and for the faces of pairs on the same three vertices."""
     a, b, c = faces.T
     proper = (a != b) & (b != c) & (c != a)
-    _, same, count = np.unique(np.sort(faces[proper], axis=1), axis=0, return_inverse=True, return_counts=True)
+    keys = row_keys(np.sort(faces[proper], axis=1))
+    _, same, count = np.unique(keys, return_inverse=True, return_counts=True)
     proper[proper] = count[same.reshape(-1)] == 1  # two faces back to back enclose nothing: both go, edges stay paired
     return proper
 
@@ -85,10 +86,10 @@ def decimate(
     """
     if len(faces) <= target_faces:
         return vertices, faces
-    whole = trimesh.Trimesh(vertices, faces, process=False)
-    if not whole.is_watertight:
+    whole = topology_of(faces)
+    if not whole.is_closed:
         return _collapsed(vertices, faces, target_faces)
-    euler = whole.euler_number if topology == "keep" else None
+    euler = whole.euler if topology == "keep" else None
     best = _bisected((vertices, faces), target_faces, euler)
     if topology == "keep" or len(best[1]) <= target_faces:
         return best
@@ -102,9 +103,8 @@ def _bisected(surface: Arrays, target_faces: int, euler: int | None) -> Arrays:
     while part < CLOSE and len(best[1]) > target_faces:
         asked = max(target_faces, int(part * len(best[1])))
         result = _collapsed(*best, asked)
-        after = trimesh.Trimesh(*result, process=False)
-        closed = after.is_watertight and after.is_winding_consistent
-        if closed and euler in (None, after.euler_number) and len(result[1]) <= CLOSE * len(best[1]):
+        after = topology_of(result[1])
+        if after.is_closed and euler in (None, after.euler) and len(result[1]) <= CLOSE * len(best[1]):
             best = result
         else:  # halfway, by the logarithm, between what does not do and what is there
             part = math.sqrt(max(asked / len(best[1]), part))
@@ -134,9 +134,15 @@ def merge_near(vertices: NDArray[np.float32], faces: NDArray[np.int64], near: fl
     middle = np.stack([np.bincount(label, axis) for axis in vertices.T], axis=1) / np.bincount(label)[:, None]
     welded, kept, _ = weld(middle.astype(np.float32), label[faces].astype(np.int64))
     result = compact(welded, kept)
-    before, after = (trimesh.Trimesh(*surface, process=False) for surface in ((vertices, faces), result))
-    same = after.is_watertight == before.is_watertight and after.euler_number == before.euler_number
-    return result if same and abs(after.volume - before.volume) < DUST * abs(before.volume) else (vertices, faces)
+    same = topology_of(result[1]) == topology_of(faces)
+    before, after = (_volume(*surface) for surface in ((vertices, faces), result))
+    return result if same and abs(after - before) < DUST * abs(before) else (vertices, faces)
+
+
+def _volume(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> float:
+    """Return the volume that a closed surface encloses, cubic scene units."""
+    a, b, c = (vertices[faces[:, k]].astype(np.float64) for k in range(3))
+    return float((a * np.cross(b, c)).sum() / 6)
 
 
 def vertex_normals(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> NDArray[np.float32]:

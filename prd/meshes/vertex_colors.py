@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, eye_array
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import cg
 
 SAMPLES = 6  # per triangle
 PULL = 1e-2  # of a vertex's mean weight, to the colour at the vertex itself: none goes astray
+PRECISE = 1e-4  # of the right side, that is left over of it
 Colors = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -33,7 +34,10 @@ def fitted_colors(vertices: NDArray[np.float32], faces: NDArray[np.int64], rgb: 
     normal = system.T @ system
     pull = PULL * float(normal.diagonal().mean())
     right = system.T @ (wanted * root[:, None]) + pull * at_vertices
-    fitted = np.asarray(spsolve((normal + pull * eye_array(len(vertices))).tocsc(), right)).reshape(-1, 3)
+    matrix = (normal + pull * eye_array(len(vertices))).tocsr()
+    fitted = np.stack(
+        [cg(matrix, b, x0=start, rtol=PRECISE)[0] for b, start in zip(right.T, at_vertices.T, strict=True)], axis=1
+    )
     low, high = at_vertices.copy(), at_vertices.copy()
     for column in of.T:
         np.minimum.at(low, column, wanted)

@@ -10,7 +10,7 @@ from pathlib import Path
 DISTRIBUTION = "prd-3d"
 PACKAGES = (
     *(DISTRIBUTION, "torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "safetensors"),
-    *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "xatlas", "fast-simplification", "pillow"),
+    *("huggingface_hub", "trimesh", "numpy", "numba", "scipy", "fast-simplification", "pillow"),
 )
 
 

@@ -95,3 +95,20 @@ def test_wrong_shapes_are_named() -> None:
         field.sdf(torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match="resolution=1"):
         field.grid(1)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 9), (2, 6)])
+def test_a_surface_grid_is_right_at_the_nodes_of_cut_cells(first: int, last: int) -> None:
+    field, level = make_field(), 0.1
+    wanted, offsets = field.geometry_grid(9, first, last)
+    sdf, found = field.surface_grid(9, first, last, level)
+    torch.testing.assert_close(sdf, wanted)
+    inside = (wanted < level).float()[:, None]
+    most = torch.nn.functional.max_pool3d(inside, 2, 1)
+    least = -torch.nn.functional.max_pool3d(-inside, 2, 1)
+    cut = torch.nn.functional.max_pool3d(torch.nn.functional.pad(most - least, (1,) * 6), 2, 1)[:, 0] > 0
+    if (first, last) != (0, 9):
+        cut[:, 0] = cut[:, -1] = True
+    assert 0 < cut.sum() < cut.numel() and offsets is not None
+    torch.testing.assert_close(found, torch.where(cut[..., None], offsets, 0.0))
+    assert not found.requires_grad
