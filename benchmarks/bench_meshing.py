@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +55,7 @@ STAGES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
     ("pack", texture, ("pack",)),
     ("bake", meshing, ("texture_size", "fitted_colors", "texel_points", "paint")),
 )
-seconds: Counter[str] = Counter()
+seconds: dict[str, float] = defaultdict(float)
 
 
 def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +122,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             prompt = f"a {args.color} {shape}"
-            field = pipe(prompt, generator=torch.Generator().manual_seed(args.seed), output_type="field").field
+            generator = torch.Generator().manual_seed(args.seed)
+            output: Any = pipe(prompt, generator=generator, output_type="field")
+            field = output.field
             if "first_call" not in record:
                 record["first_call"] = textured(field, Path(folder))[1]
             mesh, spent = textured(field, Path(folder))

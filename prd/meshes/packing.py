@@ -143,7 +143,7 @@ def _ways(chart: _Chart, slant: int, scale: float, columns: int, gap: int) -> li
             ends = np.flatnonzero(np.diff(wide[0].reshape(-1), prepend=0, append=0)).reshape(-1, 2)
             bits = int.from_bytes(np.packbits(wide[1], bitorder="little").tobytes(), "little")
             runs = [(begin, end - begin) for begin, end in ends.tolist()]
-            ways.append(_Way(quarters, *mask.shape, runs, bits))
+            ways.append(_Way(quarters, mask.shape[0], mask.shape[1], runs, bits))
     return ways
 
 
@@ -243,7 +243,8 @@ def _tried(charts: list[_Chart], cells: int) -> list[_Packing]:
     """Return the fullest packings on a coarse grid: by plans drawn at random, and by changes of the best of these."""
     scale = math.sqrt(FILLED / sum(chart.area for chart in charts)) * cells
     trials = min(TRIALS, PLACED // len(charts))
-    plans, draw, best = _plans(charts, -(-trials // 3)), np.random.default_rng(0), []
+    plans, draw = _plans(charts, -(-trials // 3)), np.random.default_rng(0)
+    best: list[_Packing] = []
     strip = _Strip(charts, scale, int(WIDTHS[1] * cells) + 1, 0)
     for k in range(trials if cells > 1 else 0):
         plan = plans[k] if k < len(plans) or not best else best[k % len(best)].plan.changed(draw)

@@ -118,7 +118,7 @@ def _patches(nodes: Nodes) -> tuple[NDArray[np.int64], Nodes]:
     turn = ALONG + 1 - (nodes.normal[nodes.row] * nodes.normal[nodes.column]).sum(axis=1)
     near = dijkstra(nodes.graph(nodes.length * turn), indices=seeds, min_only=True, return_predecessors=True)[2]
     patch, count = np.searchsorted(seeds, near), len(seeds)
-    area = np.bincount(patch, nodes.area, count)
+    area = np.bincount(patch, nodes.area, count).astype(np.float64)
     pairs = np.stack([patch[nodes.row], patch[nodes.column]], axis=1)
     centre, normal = (nodes.means(patch, count, values) for values in (nodes.centre, nodes.normal))
     return patch, Nodes(centre / area[:, None], _unit(normal), area, pairs[pairs[:, 0] != pairs[:, 1]])
