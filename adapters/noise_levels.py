@@ -50,7 +50,10 @@ class NoiseLevels(nn.Module):
 
     def at(self, timestep: Tensor | int, like: Tensor) -> Tensor:
         """The level [B or 1, 1, 1, 1, 1] at an integer timestep or [B] of them, in the type of `like`."""
-        return self.levels[as_timestep(timestep, self.levels.device)].to(like.dtype).view(-1, 1, 1, 1, 1)
+        return self._levels_at(as_timestep(timestep, self.levels.device)).to(like.dtype).view(-1, 1, 1, 1, 1)
+
+    def _levels_at(self, timestep: Tensor) -> Tensor:
+        return self.levels[timestep.reshape(-1)].view(timestep.shape)  # an index of no dimension is read by the host
 
     def alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t [B or 1, 1, 1, 1, 1] at an integer timestep or [B] of them."""
@@ -118,7 +121,7 @@ class FlowLevels(NoiseLevels):
         return 1 - sigma, sigma
 
     def told(self, timestep: Tensor) -> Tensor:
-        return self.sigmas[timestep.to(self.sigmas.device)] * len(self)
+        return self._levels_at(timestep.to(self.sigmas.device)) * len(self)
 
     def x0(self, x: Tensor, prediction: Tensor, timestep: Tensor | int) -> Tensor:
         return x - self.at(timestep, x) * prediction
