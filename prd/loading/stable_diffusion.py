@@ -262,7 +262,9 @@ def check_backbone(name: str, folder: Path) -> None:
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
         pipeline = str(index.get("_class_name") or "")
         found = f"{pipeline} of {parts}: " if pipeline else ""
-        reason = f" ({FLUX})" if pipeline.startswith("Flux") else ""
+        if PART in index:
+            wrong = [fault.replace("no unet/", f"no {PART}/") for fault in wrong]
+        reason = f" ({FLUX})" if pipeline.startswith("Flux") or wrong[0].startswith(f"{PART} Flux") else ""
         raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}{reason}; {EXPECTED}")
     scheduler = _config(folder / "scheduler/scheduler_config.json")
     if not scheduler:
