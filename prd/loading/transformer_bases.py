@@ -121,8 +121,12 @@ def load_text(kind: TransformerKind, folder: Path, transformer: Mapping[str, Any
     """The text encoders and tokenizers of a folder as one encoder, as stored; errors of `load_strict`."""
     place, width = str(folder), transformer[kind.text_width]
     if kind is SD3:
-        return load_sd3_encoder(place, width, t5=T5_END in text_ends(kind, folder))
+        encoder = load_sd3_encoder(place, width, t5=T5_END in text_ends(kind, folder))
+        pooled = sum(config.projection_dim for config in encoder.configs[:2])
+        if pooled != (wanted := transformer.get("pooled_projection_dim")):
+            raise ValueError(f"{place}: a transformer for a pooled embedding of {wanted} beside two CLIPs of {pooled}")
+        return encoder
     model = load_strict(T5EncoderModel, place, "text_encoder", None)
     if model.config.d_model != width:
-        raise ValueError(f"text_encoder: its width is {model.config.d_model}, the transformer takes {width}")
+        raise ValueError(f"{place}: its text_encoder is {model.config.d_model} wide, its transformer takes {width}")
     return MaskedT5PromptEncoder(load_tokenizer(AutoTokenizer, place), model)

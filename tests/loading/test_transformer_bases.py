@@ -15,14 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from prd import TriplaneTurbo
-from prd.adapters import Backbone, PetaConfig, backbone_of
-from prd.adapters.peta import PlanePatchLora, attach_peta
-from prd.adapters.precision import keep_in_half
+from prd.adapters import PetaConfig, backbone_of
 from prd.errors import ConfigError, ModelMismatch
 from prd.generators import SavedConfig, TriplaneTurboModel
 from prd.generators.adapter_files import base_hash
-from prd.generators.published import model_from_published
-from prd.generators.triplane_turbo import TriplaneTurboConfig
 from prd.loading.stable_diffusion import Base, UnsupportedBase, load_base
 from prd.text.loading import encoder_digest, load_encoder
 from prd.training.estimate.counts import count_student
@@ -147,20 +143,6 @@ def test_pixart_is_denoised_as_diffusers_does(bases: dict[str, Base]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
-def test_planes_of_a_sample_see_each_other_and_no_other_sample(name: str, bases: dict[str, Base]) -> None:
-    base = bases[name]
-    model, text = model_of(base), embeds_of(base, PROMPTS)
-    x, t = noise(2, *model.latent_shape), torch.tensor([900, 30])
-    before = model.denoise(x, t, text)
-    x[0, 3] += 1
-    changed = (model.denoise(x, t, text) - before).flatten(2).abs().amax(2) > 1e-5
-    assert changed.tolist() == [[True] * 6, [False] * 6]
-    alone = model.denoise(x[1:], t[1:], text[1:])
-    assert relative_difference(alone, before[1:]) <= ROUNDING
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
 def test_the_decoder_is_given_what_its_vae_says(name: str, bases: dict[str, Base]) -> None:
     """latents / scaling_factor + shift_factor, where a U-Net's are taken raw."""
     base = bases[name]
@@ -174,124 +156,7 @@ def test_the_decoder_is_given_what_its_vae_says(name: str, bases: dict[str, Base
         scaled.decode_planes(latents)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
-def test_a_fused_model_predicts_the_same(name: str, bases: dict[str, Base]) -> None:
-    base = bases[name]
-    model, text = model_of(base), embeds_of(base, PROMPTS)
-    x = noise(2, *model.latent_shape)
-    x0 = model.denoise(x, 500, text)
-    planes = model.decode_planes(x0)
-    model.fuse()
-    assert relative_difference(model.denoise(x, 500, text), x0) <= ROUNDING
-    assert relative_difference(model.decode_planes(x0), planes) <= ROUNDING
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("kept", ["autocast", "bfloat16"])
-def test_half_precision_is_near(name: str, kept: str, bases: dict[str, Base]) -> None:
-    base = bases[name]
-    model, text = model_of(base), embeds_of(base, PROMPTS)
-    x = noise(2, *model.latent_shape)
-    exact = model.denoise(x, 500, text)
-    other = model_of(load_base(base.name) if kept == "bfloat16" else base)
-    if kept == "bfloat16":
-        other.to(torch.bfloat16)
-    else:
-        keep_in_half(other.backbone, torch.bfloat16)
-    found = other.denoise(x, 500, text)
-    assert other.backbone.levels.levels.dtype == torch.float32
-    assert 0 < relative_difference(found.float(), exact) < 0.05
-    if kept == "autocast":  # the weights were the base's own
-        bases[name] = load_base(base.name)
-
-
-# -- what is adapted ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_what_is_adapted_is_counted(name: str, bases: dict[str, Base]) -> None:
-    groups = backbone_of(bases[name].unet, bases[name].vae, PetaConfig()).layers()
-    assert {group: len(names) for group, names in groups.items() if not group.startswith("decoder")} == {
-        "self_attention": 2 * 4,
-        "cross_attention": 2 * 4 if name == "pixart" else 4 + 2,  # the last block's text is read, and not put out
-        "convolutions": 2 + 2 * 2,
-    }
-    model = model_of(bases[name])
-    plane_wise = {n for n, m in model.backbone.named_modules() if hasattr(m, "lora_A") and _planes(m) == 6}
-    assert plane_wise == model.backbone.plane_wise_layers() and len(plane_wise) == 2 * 4 + 2
-    shared = model_of(bases[name], plane_wise=False)
-    assert not [n for n, m in shared.backbone.named_modules() if hasattr(m, "lora_A") and _planes(m) == 6]
-
-
-def _planes(layer: Any) -> int:
-    weight = layer.lora_A["default"].weight
-    return weight.shape[0] if weight.ndim == 3 else 1
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_all_that_is_trained_is_reached_by_the_gradient(name: str, bases: dict[str, Base]) -> None:
-    """With and without gradient checkpointing, to the same gradient."""
-    base, found = bases[name], []
-    text = embeds_of(base, PROMPTS)
-    for again in (False, True):
-        model = model_of(base)
-        if again:
-            model.gradient_checkpointing = True
-            model.backbone.network.enable_gradient_checkpointing()
-        planes = model.decode_planes(model.denoise(noise(2, *model.latent_shape), 700, text))
-        planes.square().mean().backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and not n.startswith("heads.")}
-        assert [n for n, gradient in gradients.items() if gradient is None or not gradient.any()] == []
-        found.append(torch.cat([gradient.flatten() for gradient in gradients.values() if gradient is not None]))
-    assert relative_difference(*found) <= 1e-4
-
-
-@torch.no_grad()
-def test_a_patch_embedding_of_each_plane_is_six_convolutions(bases: dict[str, Base]) -> None:
-    layer = model_of(bases["sd3"]).backbone.get_submodule("joint_transformer.pos_embed.proj")
-    assert isinstance(layer, PlanePatchLora)
-    x = noise(12, 16, 8, 8)
-    up: Any = layer.lora_B["default"]
-    up.bias.normal_()
-    delta = (up.weight @ layer.lora_A["default"].weight).unflatten(2, (16, 2, 2))
-    base: Any = layer.get_base_layer()
-    separate = [
-        torch.nn.functional.conv2d(x[i, None], base.weight + delta[i % 6], base.bias + up.bias[i % 6], stride=2)
-        for i in range(12)
-    ]
-    assert relative_difference(layer(x), torch.cat(separate)) <= ROUNDING
-    assert relative_difference(layer.fused()(x), torch.cat(separate)) <= ROUNDING
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_layer_that_is_not_known_is_refused(name: str, bases: dict[str, Base]) -> None:
-    backbone = backbone_of(bases[name].unet, bases[name].vae, PetaConfig())
-    backbone.network.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"transformer\.extra: is a Linear that PETA does not know"):
-        attach_peta(backbone, PetaConfig())
-    backbone = backbone_of(bases[name].unet, bases[name].vae, PetaConfig())
-    backbone.network.transformer_blocks[1] = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"transformer_blocks\.1: is a Linear, which PETA does not know"):
-        attach_peta(backbone, PetaConfig())
-
-
-def test_another_network_is_refused(bases: dict[str, Base]) -> None:
-    with pytest.raises(TypeError, match="base is a AutoencoderKL: PETA adapts UNet2DConditionModel, PixArt"):
-        backbone_of(bases["sd3"].vae, bases["sd3"].vae, PetaConfig())
-    with pytest.raises(ValueError, match="DDIMScheduler: the base is a flow"):
-        backbone_of(bases["sd3"].unet, bases["sd3"].vae, PetaConfig(), DDIMScheduler())
-    with pytest.raises(ValueError, match="the published adapter is a U-Net's; give Stable Diffusion 2.1-base"):
-        model_from_published({}, bases["pixart"], source="x.pth")
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_the_rank_of_self_attention_is_its_own(name: str, bases: dict[str, Base]) -> None:
-    config = TriplaneTurboConfig(rank=2, self_attention_rank=3, plane_channels=4, head_width=8, latent_size=8)
-    model = TriplaneTurboModel.from_base(bases[name], config)
-    ranks = {n: m.r["default"] for n, m in model.backbone.named_modules() if hasattr(m, "lora_A")}
-    assert {n for n, rank in ranks.items() if rank == 3} == set(model.backbone.layers()["self_attention"])
+# -- folders and runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -303,9 +168,6 @@ def test_full_fine_tuning_trains_the_whole_network(name: str, bases: dict[str, B
     text, x = embeds_of(bases[name], PROMPTS), noise(2, *model.latent_shape)
     pipe: Any = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=bases[name].name)
     assert relative_difference(pipe.model.denoise(x, 500, text), model.denoise(x, 500, text)) <= ROUNDING
-
-
-# -- folders and runs --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -441,6 +303,15 @@ def test_wrong_folders_and_inputs_are_named(folders: dict[str, Path], bases: dic
     with pytest.raises(ValueError, match="overflows in it; give bfloat16 or float32"):
         load_base(folders["pixart"], dtype=torch.float16)
     assert load_base(folders["sd3"], dtype=torch.float16, text=False).vae.dtype == torch.float16
+    for name, key, found in (
+        ("sd3", "pooled_projection_dim", "two CLIPs of 24"),
+        ("pixart", "caption_channels", "wide"),
+    ):
+        other = Path(shutil.copytree(folders[name], tmp_path / f"other {name}"))
+        network = bases[name].unet
+        type(network).from_config({**network.config, key: 32}).save_pretrained(other / "transformer")
+        with pytest.raises(UnsupportedBase, match=found):
+            load_base(other)
     broken = Path(shutil.copytree(folders["pixart"], tmp_path / "broken"))
     edit(broken / "transformer/config.json", num_layers=3)
     with pytest.raises(UnsupportedBase, match="transformer: .* missing tensors"):
@@ -473,8 +344,3 @@ def test_another_attention_is_pixarts_too(bases: dict[str, Base]) -> None:
     model.set_attention(attention)
     assert relative_difference(model.denoise(x, 500, text), before) <= ROUNDING
     assert called == [6 * 16] * 2
-
-
-def test_a_backbone_without_levels_names_its_layers(bases: dict[str, Base]) -> None:
-    backbone: Backbone = backbone_of(bases["sd3"].unet, bases["sd3"].vae, PetaConfig())
-    assert backbone.levels is None and backbone.latent_channels == 16 and backbone.text_width == 40
