@@ -34,6 +34,11 @@ class NoiseLevels(nn.Module):
         self.register_buffer(self.name, levels.to(torch.float32), persistent=False)
         self.prediction_type = prediction_type
 
+    @classmethod
+    def of(cls, scheduler: Any) -> Self:
+        """Of a diffusers scheduler; ValueError for one of another kind."""
+        raise NotImplementedError
+
     @property
     def levels(self) -> Tensor:
         return self.get_buffer(self.name)

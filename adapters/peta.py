@@ -193,8 +193,9 @@ def with_planes(layer: PlaneLinear, base: Any, up: Tensor, down: Tensor, bias: T
     """`layer` with the base's weight and bias and the change of each plane: up [P, out, r], down [P, r, in]."""
     planes = len(up)
     layer.weight = frozen(torch.baddbmm(base.weight.flatten(1).expand(planes, -1, -1), up, down))
-    biases = [each for each in (base.bias, bias) if each is not None]
-    layer.bias = frozen(sum(biases).to(base.weight.dtype).expand(planes, -1).contiguous()) if biases else None
+    biases: list[Tensor] = [each for each in (base.bias, bias) if each is not None]
+    total: Any = sum(biases)
+    layer.bias = frozen(total.to(base.weight.dtype).expand(planes, -1).contiguous()) if biases else None
     return layer
 
 

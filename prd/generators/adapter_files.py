@@ -285,7 +285,7 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
 
 
 def _is_schedule(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() not in ({"num_train_timesteps", kind} for kind in LEVELS):
+    if not isinstance(value, dict) or set(value) not in [{"num_train_timesteps", kind} for kind in LEVELS]:
         return False
     alphas = next(value[kind] for kind in LEVELS if kind in value)
     return (

@@ -31,7 +31,7 @@ from tests.teachers.tiny_large import POOLED, make_pixart, make_sd3
 
 KINDS: dict[str, Callable[[Path], Any]] = {"pixart": make_pixart, "sd3": make_sd3}
 PROMPTS = ["a red cube", "a blue sphere"]
-SIZES = {"latent_size": 8, "head_width": 8}
+SIZES: dict[str, Any] = {"latent_size": 8, "head_width": 8}
 
 
 @pytest.fixture(scope="module")

@@ -118,8 +118,8 @@ def folder_of(place: str, part: str = "base") -> Path | None:
         return Path(place)
     if HUB_ID.fullmatch(place):
         cached = [try_to_load_from_cache(place, f"{part}/config.json") for part in ("unet", "transformer")]
-        if found := [path for path in cached if isinstance(path, str)]:
-            return Path(found[0]).parent.parent
+        if there := [path for path in cached if isinstance(path, str)]:
+            return Path(there[0]).parent.parent
     return None
 
 
@@ -139,8 +139,8 @@ def base_architecture(place: str) -> Architecture:
             return Architecture(unet, vae, texts, "config.json")
     if (known := published_transformer(place)) is not None:
         kind, config = known
-        vae = {**VAE, **VAE_16} if kind is SD3 else VAE
-        return Architecture(config, vae, published_texts(kind, _xl_texts()), kind=kind)
+        sizes = {**VAE, **VAE_16} if kind is SD3 else VAE
+        return Architecture(config, sizes, published_texts(kind, _xl_texts()), kind=kind)
     if "xl" in Path(place).name.lower():
         return published_xl()
     is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
