@@ -1,4 +1,4 @@
-"""Six planes of one sample in one U-Net: their order, and the attention in which they see each other."""
+"""Six planes of one sample in one network: their order, and the attention in which they see each other."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class PlaneAttention:
     hidden_states [B * P, L, C]. Self-attention joins the P * L tokens of a sample, planes on the slow axis.
     Cross-attention takes the text once per sample [B, 77, Ct], shared by its planes, or once per plane [B * P, 77, Ct]:
     queries are independent of each other, so sharing changes the cost and not the result.
+
+    A mask is of the text alone: what is added to its tokens' scores, [groups of the text, 1, tokens].
     """
 
     def __init__(self, num_planes: int = NUM_PLANES, attention: Callable[..., Tensor] | None = None) -> None:
@@ -34,8 +36,13 @@ class PlaneAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        one_text: bool = False,
     ) -> Tensor:
+        """one_text: the text is given once per plane, and is the same for all planes of a sample."""
         rows = hidden_states.shape[0]
+        if one_text and encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states[:: self.num_planes]
+            attention_mask = None if attention_mask is None else attention_mask[:: self.num_planes]
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         groups = rows // self.num_planes if encoder_hidden_states is None else source.shape[0]
         if rows % self.num_planes or rows % groups:
@@ -43,22 +50,31 @@ class PlaneAttention:
                 f"hidden_states={tuple(hidden_states.shape)}, encoder_hidden_states={tuple(source.shape)}: the batch "
                 f"must be {self.num_planes} planes per sample, and the text given once per sample or once per plane"
             )
-        if attention_mask is not None:
-            raise ValueError("attention_mask: six-plane attention takes none; pass embeddings padded to 77 tokens")
+        if attention_mask is not None and encoder_hidden_states is None:
+            raise ValueError("attention_mask: six-plane self-attention takes none; give the mask of a text alone")
         query, key, value = (
             tokens.view(groups, -1, attn.heads, tokens.shape[-1] // attn.heads).transpose(1, 2)  # [B, heads, P L, d]
             for tokens in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
         )
-        mixed = self.attention(query, key, value).transpose(1, 2)
+        if attention_mask is None:
+            mixed = self.attention(query, key, value).transpose(1, 2)
+        else:  # torch's own, whatever is set: a mask is not every attention's argument
+            bias = attention_mask[:, None].to(query.dtype)  # [groups, 1, 1, tokens]
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
         mixed = mixed.reshape(rows, hidden_states.shape[1], -1)  # [B P, L, C]
         return attn.to_out[1](attn.to_out[0](mixed))
 
 
-def set_attention(unet: nn.Module, attention: Callable[..., Tensor] | None) -> None:
-    """Set the attention of every `PlaneAttention` of a U-Net, of q, k, v [B, heads, L, d]; None: torch's."""
-    processors: Any = unet.attn_processors
-    for processor in {id(p): p for p in processors.values()}.values():
-        assert isinstance(processor, PlaneAttention)
+def set_attention(network: nn.Module, attention: Callable[..., Tensor] | None) -> None:
+    """Set the attention of every `PlaneAttention` of a network, of q, k, v [B, heads, L, d]; None: torch's.
+
+    Raises ValueError for a network that attends by itself, as Stable Diffusion 3 does.
+    """
+    processors: Any = network.attn_processors
+    own = [p for p in {id(p): p for p in processors.values()}.values() if isinstance(p, PlaneAttention)]
+    if not own and attention is not None:
+        raise ValueError(f"{type(network).__name__} attends by torch's own attention alone; leave it as it is")
+    for processor in own:
         processor.attention = attention or F.scaled_dot_product_attention
 
 
@@ -83,15 +99,26 @@ def _xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class PlaneLinear(nn.Module):
     """P linear maps as one batched weight: plane p's tokens meet weight[p].
 
-    weight [P, out, in], bias [P, out] or None; forward [B * P, L, in] -> [B * P, L, out].
+    weight [P, out, in], bias [P, out] or None; forward [B * P, L, in] -> [B * P, L, out]. With `joined` the planes of a
+    sample are one sequence: [B, P * L, in] -> [B, P * L, out].
     """
 
-    def __init__(self, num_planes: int, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(
+        self, num_planes: int, in_features: int, out_features: int, bias: bool = False, *, joined: bool = False
+    ) -> None:
         super().__init__()
+        self.joined = joined
         self.weight = nn.Parameter(torch.empty(num_planes, out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_planes, out_features, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.joined:
+            return self.of_rows(x)
+        samples, length, _ = x.shape
+        return self.of_rows(x.reshape(samples * len(self.weight), -1, x.shape[2])).view(samples, length, -1)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The outputs [B * P, L, out] of tokens [B * P, L, in]."""
         planes, out_features, in_features = self.weight.shape
         samples, length = x.shape[0] // planes, x.shape[1]
         weight = self.weight.transpose(1, 2)
@@ -105,6 +132,22 @@ class PlaneLinear(nn.Module):
         side = tokens.transpose(0, 1).reshape(planes, samples * length, in_features)  # one product per plane
         y = side @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], side, weight)
         return y.view(planes, samples, length, out_features).transpose(0, 1).reshape(*x.shape[:-1], out_features)
+
+
+class PlanePatches(PlaneLinear):
+    """P convolutions of patches that do not overlap: forward [B * P, in, H, W] -> [B * P, out, H / patch, W / patch].
+
+    weight [P, out, in * patch^2] as `PlaneLinear`'s.
+    """
+
+    def __init__(self, num_planes: int, channels: int, out_channels: int, patch: int, bias: bool = False) -> None:
+        super().__init__(num_planes, channels * patch**2, out_channels, bias)
+        self.patch = patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2] // self.patch, x.shape[3] // self.patch
+        patches = F.unfold(x, self.patch, stride=self.patch) if self.patch > 1 else x.flatten(2)
+        return self.of_rows(patches.transpose(1, 2).contiguous()).transpose(1, 2).unflatten(2, size)
 
 
 class PlaneConvOut(nn.Conv2d):

@@ -43,7 +43,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['name']}: {found['class']}, {found['kind']}"
     yield f"folder       {found['folder']} ({size(found['bytes'])}, saved by {found['saved_by']})"
     if (base := found["base"]) is not None:
-        name = base["name"] or "a Stable Diffusion of its maker's disk: pass --base"
+        name = base["name"] or "one of its maker's disk: pass --base"
         revision = f" at {base['revision']}" if base["revision"] else ""
         held = f"; {base['parameters']:,} parameters, {size(base['bytes'])}" if "bytes" in base else ""
         yield f"base         {name}{revision} (predicts {base['prediction_type']}{held})"

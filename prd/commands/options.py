@@ -17,7 +17,7 @@ TOKEN_HELP = "of the Hub (default: HF_TOKEN, or what `hf auth login` stored)"
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add which model is loaded, and where and how it computes."""
     command.add_argument("--model", "--adapter", default="toybox", help=MODEL_HELP)
-    command.add_argument("--base", default=None, help="another place of the adapter's Stable Diffusion")
+    command.add_argument("--base", default=None, help="another place of the adapter's base model")
     command.add_argument("--text-encoder", default=None, help="another place of a single-pass model's text encoder")
     command.add_argument("--revision", default=None, help="branch, tag or commit of the model on the Hub")
     command.add_argument("--token", default=None, help=TOKEN_HELP)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
+LEVELS = ("alphas_cumprod", "sigmas")  # of a diffusion, of a flow (`prd.adapters.noise_levels`)
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
@@ -131,10 +132,10 @@ def base_hash(backbone: nn.Module) -> dict[str, str]:
 
 
 def noise_schedule(model: TriplaneTurboModel) -> dict[str, Any]:
-    """The base's noise schedule: how many timesteps, and alphas_cumprod at evenly spaced ones, the ends among them."""
-    alphas = model.alphas_cumprod.double().cpu()
-    points = torch.linspace(0, len(alphas) - 1, SCHEDULE_POINTS, dtype=torch.float32, device="cpu").round().long()
-    return {"num_train_timesteps": len(alphas), "alphas_cumprod": [float(f"{a:.7g}") for a in alphas[points].tolist()]}
+    """The base's noise schedule: how many timesteps, and its levels at evenly spaced ones, the ends among them."""
+    kind, levels = model.backbone.levels.name, model.backbone.levels.levels.double().cpu()
+    points = torch.linspace(0, len(levels) - 1, SCHEDULE_POINTS, dtype=torch.float32, device="cpu").round().long()
+    return {"num_train_timesteps": len(levels), kind: [float(f"{a:.7g}") for a in levels[points].tolist()]}
 
 
 def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -234,10 +235,10 @@ def _name_of(record: Mapping[str, Any]) -> str:
 
 
 def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one["num_train_timesteps"] == other["num_train_timesteps"] and all(
-        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-7)
-        for a, b in zip(one["alphas_cumprod"], other["alphas_cumprod"], strict=True)
-    )
+    if one.keys() != other.keys() or one["num_train_timesteps"] != other["num_train_timesteps"]:
+        return False
+    kind = next(key for key in LEVELS if key in one)
+    return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-7) for a, b in zip(one[kind], other[kind], strict=True))
 
 
 def read_settings(folder: Path) -> tuple[PetaConfig, SavedConfig]:
@@ -273,7 +274,9 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
             raise ModelMismatch(f"{path}: {name}={value!r}: must hold hashes by name; save the adapter again")
     schedule = record.get("noise_schedule", {"num_train_timesteps": 1, "alphas_cumprod": [0.0] * SCHEDULE_POINTS})
     if not _is_schedule(schedule):
-        raise ModelMismatch(f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and alphas_cumprod")
+        raise ModelMismatch(
+            f"{path}: noise_schedule={schedule!r}: must hold num_train_timesteps and {' or '.join(LEVELS)}"
+        )
     try:
         SavedConfig(**{field.name: record[field.name] for field in fields(SavedConfig)})
     except ValueError as error:
@@ -282,9 +285,9 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
 
 
 def _is_schedule(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"num_train_timesteps", "alphas_cumprod"}:
+    if not isinstance(value, dict) or set(value) not in [{"num_train_timesteps", kind} for kind in LEVELS]:
         return False
-    alphas = value["alphas_cumprod"]
+    alphas = next(value[kind] for kind in LEVELS if kind in value)
     return (
         type(value["num_train_timesteps"]) is int
         and isinstance(alphas, list)

@@ -99,6 +99,11 @@ def model_from_published(
     Raises ValueError for a latent size or a base that it cannot have, and CheckpointError naming missing, unknown or
     misshapen entries, or another base.
     """
+    if not isinstance(base.unet, UNet2DConditionModel):
+        raise ValueError(
+            f"base={base.name!r}: is a {type(base.unet).__name__}, and the published adapter is a U-Net's; give Stable "
+            "Diffusion 2.1-base"
+        )
     if (found := base.scheduler.config.prediction_type) != "epsilon":
         raise ValueError(
             f"base={base.name!r}: predicts {found}, and the published adapter was trained on a base that predicts "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -54,20 +53,6 @@ def draw_latents(shape: tuple[int, ...], batch: int, device: torch.device, gener
         return torch.randn(batch, *shape, generator=generator, dtype=torch.float32, device=source).to(device)
     drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device=g.device) for g in generator]
     return torch.stack([sample.to(device) for sample in drawn])
-
-
-def as_timestep(timestep: Tensor | int, device: torch.device) -> Tensor:
-    """An integer timestep, or a tensor of them, as a tensor on a device."""
-    if isinstance(timestep, Tensor):
-        return timestep.to(device)
-    return torch.tensor(operator.index(timestep), dtype=torch.long, device=device)
-
-
-def alpha_sigma(alphas_cumprod: Tensor, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(a_t) and sqrt(1 - a_t) [B or 1, 1, 1, 1, 1] at an integer timestep or [B] of them."""
-    a = alphas_cumprod[as_timestep(timestep, alphas_cumprod.device)].to(like.dtype)
-    a = a.view(-1, 1, 1, 1, 1)
-    return a.sqrt(), (1 - a).sqrt()
 
 
 @torch.no_grad()

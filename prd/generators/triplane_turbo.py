@@ -1,6 +1,8 @@
 """TriplaneTurbo's model: a frozen Stable Diffusion that denoises and decodes six planes (TriplaneTurbo, section 3.3).
 
-noise [B, 6, 4, h, w] --U-Net + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
+noise [B, 6, 4, h, w] --network + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
+
+The kind of network and its noise levels are its `Backbone`'s; of Stable Diffusion 3 latents have 16 channels.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from prd.adapters.peta import GROUPS, SELF_ATTENTION, PetaConfig, SixPlaneBackbone, attach_peta, fuse_peta
+from prd.adapters.backbone import Backbone
+from prd.adapters.diffusion_transformers import backbone_class, backbone_of
+from prd.adapters.peta import GROUPS, PetaConfig, attach_peta, fuse_peta
 from prd.adapters.planes import set_attention
 from prd.adapters.precision import keep_in_half
 from prd.distillation.draws import draw_normal
@@ -37,7 +41,7 @@ from prd.utils.dtypes import HALF_PRECISIONS
 class TriplaneTurboConfig:
     """Settings to train TriplaneTurbo: a frozen Stable Diffusion with PETA adapters and the three heads."""
 
-    base: Place = "toybox"  # Hub id or folder of a Stable Diffusion; "toybox" is the one shipped in the package
+    base: Place = "toybox"  # Hub id or folder of a Stable Diffusion or PixArt-Sigma; "toybox" ships in the package
     revision: str | None = None  # branch, tag or commit of a Hub id
     prediction_type: Literal["epsilon", "v_prediction"] | None = None  # of a base in one file that does not say it
     rank: Count = 16  # rank of every LoRA pair
@@ -45,10 +49,10 @@ class TriplaneTurboConfig:
     self_attention_rank: Count | None = None  # there alone; 6 * rank with plane_wise=False: as many parameters
     self_attention: bool = True  # whether it is adapted, as the next four
     cross_attention: bool = True
-    convolutions: bool = True  # of the U-Net
+    convolutions: bool = True  # of the U-Net; a transformer's patch embeddings and feed-forward layers
     decoder_attention: bool = True
     decoder_convolutions: bool = True
-    full: bool = False  # full fine-tuning: the whole U-Net and decoder instead of adapters
+    full: bool = False  # full fine-tuning: the whole network and decoder instead of adapters
     plane_channels: Count = 16  # channels of each plane; the decoder's last convolution puts out twice as many
     head_width: Count = 32  # hidden width of the sdf, deformation and colour MLPs
     latent_size: Count = 32  # height and width of each plane's latents
@@ -56,15 +60,15 @@ class TriplaneTurboConfig:
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
     inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
     base_dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen base under mixed_precision; null: float32
-    gradient_checkpointing: bool = False  # recompute in the backward pass: the U-Net by blocks, the decoder by planes
+    gradient_checkpointing: bool = False  # recompute in the backward pass: the network by blocks, decoder by planes
 
 
 class TriplaneTurboModel(nn.Module):
     """Frozen base, trainable PETA, conv_out and heads.
 
-    unet, vae: the base; its modules stay unadapted, its weights are shared (moving or casting either moves or casts
-    both), frozen and never trained.
-    scheduler: any diffusers scheduler; its `alphas_cumprod` and `prediction_type` (epsilon or v_prediction) are read.
+    unet, vae: the base, a U-Net or a transformer and its VAE; its modules stay unadapted, its weights are shared
+    (moving or casting either moves or casts both), frozen and never trained.
+    scheduler: of diffusers; its noise levels and `prediction_type` are read (`prd.adapters.noise_levels`).
     base_hash: `Base.hashes`, of the weights as they were stored; None: of the weights as they are here.
     """
 
@@ -75,7 +79,7 @@ class TriplaneTurboModel(nn.Module):
     @float32_weights()
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         vae: AutoencoderKL,
         scheduler: Any,
         peta: PetaConfig | None = None,
@@ -88,47 +92,48 @@ class TriplaneTurboModel(nn.Module):
         self.peta, self.config = peta or PetaConfig(), config or SavedConfig()
         if self.peta.num_planes != 6:
             raise ValueError(f"num_planes={self.peta.num_planes}: a triplane field has 6 planes")
-        self.prediction_type: str = scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type={self.prediction_type!r}: the base must predict epsilon or v_prediction")
-        backbone = SixPlaneBackbone(unet, vae, self.peta)
+        backbone = backbone_of(unet, vae, self.peta, scheduler)
+        self.prediction_type: str = backbone.levels.prediction_type
+        backbone.check_size(self.config.latent_size, self.config.latent_size)
         backbone.__dict__["name_or_path"] = self.config.base  # where peft looks for the name it records
         self.peft = attach_peta(backbone, self.peta)
         self.heads = TriplaneHeads(self.peta.plane_channels, self.config.head_width, self.config.sdf_init_scale)
         if self.config.inv_std is not None:
             self.heads.add_module("inv_std", LearnedInvStd.of(self.config.inv_std))  # saved and kept exact as they are
         self.heads.to(self.device)
-        alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
-        self.register_buffer("alphas_cumprod", alphas.to(self.device), persistent=False)
-        self.alphas_cumprod: Tensor
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            self.backbone.unet.enable_gradient_checkpointing()
+            self.backbone.network.enable_gradient_checkpointing()
         self._base_hash = dict(base_hash) if base_hash else None
         self.loaded_state: Mapping[str, Tensor] = {}  # of the adapter, as it was on disk
         self._unfused_state: dict[str, Tensor] | None = None  # of the adapter, once it is fused
         self.eval()
 
     @property
-    def backbone(self) -> SixPlaneBackbone:
-        """The adapted U-Net and decoder."""
+    def backbone(self) -> Backbone:
+        """The adapted network and decoder, with the noise levels."""
         adapted: Any = self.peft
         return adapted.base_model.model
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.decoder.conv_in.weight.device
+        return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the base's weights; latents and planes are computed in it, the field in float32."""
-        return self.backbone.decoder.conv_in.weight.dtype
+        return self.backbone.dtype
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Noise levels [T] of a diffusion, float32; a flow has none, but `backbone.levels.sigmas`."""
+        return self.backbone.levels.alphas_cumprod
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape (6, 4, h, w) of a sample's latents."""
         size = self.config.latent_size
-        return 6, self.backbone.unet.config["in_channels"], size, size
+        return 6, self.backbone.latent_channels, size, size
 
     @property
     def num_estimates(self) -> int:
@@ -152,10 +157,10 @@ class TriplaneTurboModel(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _apply(self, fn: Any, recurse: bool = True) -> TriplaneTurboModel:
-        """Heads and noise schedule follow to every device, but stay in float32 when the base goes to half precision."""
-        exact = [self.alphas_cumprod.data, *(parameter.data for parameter in self.heads.parameters())]
+        """The heads follow to every device, but stay in float32 when the base goes to half precision."""
+        exact = [parameter.data for parameter in self.heads.parameters()]
         super()._apply(fn, recurse)
-        for moved, values in zip([self.alphas_cumprod, *self.heads.parameters()], exact, strict=True):
+        for moved, values in zip(self.heads.parameters(), exact, strict=True):
             if moved.dtype in HALF_PRECISIONS:
                 moved.data = values.to(moved.device)
         return self
@@ -180,66 +185,61 @@ class TriplaneTurboModel(nn.Module):
         return self
 
     def set_attention(self, attention: Callable[..., Tensor] | None) -> None:
-        """Set the attention of q, k, v [B, heads, L, d] in the U-Net, as `load_xformers_attention()`; None: torch's."""
-        set_attention(self.backbone.unet, attention)
+        """Set the attention of q, k, v [B, heads, L, d], as `load_xformers_attention()`; None: torch's (SD3's only)."""
+        set_attention(self.backbone.network, attention)
 
     def predict(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """The U-Net's own prediction (epsilon or v) [B, 6, 4, h, w].
+        """The network's own prediction (`prediction_type`) [B, 6, 4, h, w].
 
         latents [B, 6, 4, h, w]; timestep an integer or [B] in [0, T); prompt_embeds [B, 77, Ct], or [B, 6, 77, Ct]
         for a text of its own for each plane.
         """
-        batch = self.check_latents(latents)
-        shape, width = prompt_embeds.shape, self.backbone.unet.config["cross_attention_dim"]
+        self._check_condition(latents, prompt_embeds)
+        return self.backbone.predict(latents, timestep, prompt_embeds)
+
+    def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
+        """Denoise in one step: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
+        self._check_condition(latents, prompt_embeds)
+        return self.backbone.predict_x0(latents, timestep, prompt_embeds)
+
+    def _check_condition(self, latents: Tensor, prompt_embeds: Tensor) -> None:
+        """Raise ValueError for latents or embeddings of another shape."""
+        batch, shape, width = self.check_latents(latents), prompt_embeds.shape, self.backbone.text_width
         if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != 6):
             raise ValueError(
                 f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
             )
-        t = sampling.as_timestep(timestep, latents.device)
-        text = prompt_embeds.flatten(0, 1) if prompt_embeds.ndim == 4 else prompt_embeds
-        rows = t.repeat_interleave(6) if t.ndim else t
-        prediction = self.backbone.denoise(latents.flatten(0, 1).to(self.dtype), rows, text.to(self.dtype))
-        return prediction.view(latents.shape).to(latents.dtype)
-
-    def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """Denoise in one step: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
-        prediction = self.predict(latents, timestep, prompt_embeds)
-        alpha, sigma = self._alpha_sigma(timestep, latents)
-        if self.prediction_type == "epsilon":
-            return (latents - sigma * prediction) / alpha
-        return alpha * latents - sigma * prediction
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
-        """sqrt(a_t) x0 + sqrt(1 - a_t) noise, all [B, 6, 4, h, w]."""
-        alpha, sigma = self._alpha_sigma(timestep, x0)
+        """alpha_t x0 + sigma_t noise by the base's levels, all [B, 6, 4, h, w]."""
+        alpha, sigma = self.backbone.levels.alpha_sigma(timestep, x0)
         return alpha * x0 + sigma * noise
 
     def decode(self, latents: Tensor) -> TriplaneField:
         """The field of latents [B, 6, 4, h, w].
 
-        The decoder takes them raw, not divided by the VAE's scaling factor, as the published adapter was trained;
-        `latent_scale` in the config divides them.
+        A U-Net's decoder takes them raw, not divided by the VAE's scaling factor, as the published adapter was trained;
+        `latent_scale` in the config divides them. A transformer's takes them by the VAE's own scaling and shift.
         """
         return TriplaneField(self.decode_planes(latents), self.heads, self.config.bias_radius)
 
     def decode_planes(self, latents: Tensor) -> Tensor:
         """Planes [B, 6, C, H, W] (xy, xz, yz geometry, then texture) of latents [B, 6, 4, h, w]."""
         self.check_latents(latents)
-        scale = self.config.latent_scale
-        flat = (latents if scale is None else latents / scale).flatten(0, 1).to(self.dtype)
+        flat = self.backbone.to_decoder(latents, self.config.latent_scale).flatten(0, 1).to(self.dtype)
         return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Return K timesteps from T - 1 down in equal strides; ValueError for a K that does not divide T."""
-        return sampling.even_timesteps(num_inference_steps, len(self.alphas_cumprod), self.num_estimates)
+        return sampling.even_timesteps(num_inference_steps, len(self.backbone.levels), self.num_estimates)
 
     def draw_latents(self, batch: int, generator: sampling.Generators = None) -> Tensor:
         """Draw Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one per sample."""
         return sampling.draw_latents(self.latent_shape, batch, self.device, generator)
 
     def ddim_step(self, latents: Tensor, x0: Tensor, timestep: int, previous: int) -> Tensor:
-        """Step by DDIM with eta 0 (Song et al. 2021, Eq. 12) from `timestep` to `previous` (below 0: the first)."""
-        alpha, sigma = self._alpha_sigma(timestep, latents)
+        """Step by DDIM with eta 0 (Song et al. 2021, Eq. 12), of a flow Euler's, to `previous` (below 0: the first)."""
+        alpha, sigma = self.backbone.levels.alpha_sigma(timestep, latents)
         return self.add_noise(x0, (latents - alpha * x0) / sigma, max(previous, 0))
 
     def sample_latents(
@@ -297,15 +297,13 @@ class TriplaneTurboModel(nn.Module):
 
     def check_latents(self, latents: Tensor) -> int:
         """Return the number of samples of latents [B, 6, 4, h, w]; ValueError for another shape."""
-        channels, size = self.backbone.unet.config["in_channels"], self.config.latent_size
+        channels, size = self.backbone.latent_channels, self.config.latent_size
         if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or 0 in latents.shape:
             raise ValueError(
                 f"latents={tuple(latents.shape)}: expected [B, 6, {channels}, h, w] (trained: {size} x {size})"
             )
+        self.backbone.check_size(*latents.shape[3:])
         return latents.shape[0]
-
-    def _alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        return sampling.alpha_sigma(self.alphas_cumprod, timestep, like)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """Every trained tensor by name: peft's keys of the LoRA and conv_out, and `heads.*`."""
@@ -365,7 +363,8 @@ class TriplaneTurboModel(nn.Module):
     @classmethod
     def from_base(cls, base: Base, config: TriplaneTurboConfig, num_denoising_steps: int = 4) -> Self:
         """Attach PETA and heads of the config's sizes to a base; K = num_denoising_steps."""
-        ranks = {} if config.self_attention_rank is None else {SELF_ATTENTION.pattern: config.self_attention_rank}
+        attention = backbone_class(base.unet).self_attention.pattern
+        ranks = {} if config.self_attention_rank is None else {attention: config.self_attention_rank}
         same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
         names = ("latent_size", "head_width", "sdf_init_scale", "inv_std")
@@ -384,7 +383,7 @@ class TriplaneTurboModel(nn.Module):
     def from_adapter(
         cls,
         folder: str | Path,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         vae: AutoencoderKL,
         scheduler: Any,
         *,

@@ -16,7 +16,7 @@ from prd.text.trained_prompts import KEY
 
 LIBRARY = "prd"
 PROMPT = "a wooden chair with a red cushion"
-BASE = "a Stable Diffusion that has no address on the Hub; its weights' hash is in config.json"
+BASE = "a base that has no address on the Hub; its weights' hash is in config.json"
 BASE_LICENSE = (
     "An adapter is made for a base and is of no use without it: the base's own licence, with its rules of use, applies "
     "to what is made with both. Read it on the base's page."
@@ -57,7 +57,7 @@ def model_card(folder: Path, name: str, license: str | None, training_metadata: 
         "revision": f", revision `{record['base_revision']}`" if shared and record["base_revision"] else "",
         "place": "" if shared or known else ', base="FOLDER_OF_ITS_BASE"',
         "prompt": known.get("prompt", PROMPT),
-        "trained": "full fine-tuning of the U-Net and the decoder" if peta.full else f"PETA of rank {peta.r}",
+        "trained": "full fine-tuning of the network and the decoder" if peta.full else f"PETA of rank {peta.r}",
         "channels": peta.plane_channels,
         "steps": record["num_inference_steps"],
         "size": record["latent_size"],

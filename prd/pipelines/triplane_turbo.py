@@ -89,7 +89,7 @@ class TriplaneTurbo(TextTo3DPipeline):
 
         Raises ValueError for another dtype, a device that is not here or a revision of files on disk, FileNotFoundError
         if there is no adapter, `ModelMismatch` for a model of another class or one that does not fit the base,
-        and `UnsupportedBase` for a base that is no Stable Diffusion 1.x or 2.x.
+        and `UnsupportedBase` for a base of another kind.
         """
         check_dtype(dtype)
         check_device(device)
@@ -144,16 +144,16 @@ class TriplaneTurbo(TextTo3DPipeline):
         return self
 
     def compile(self, **kwargs: Any) -> TriplaneTurbo:
-        """torch.compile the U-Net and the decoder, in place; kwargs as for torch.compile. Fuse first.
+        """torch.compile the network and the decoder, in place; kwargs as for torch.compile. Fuse first.
 
         The first call of each batch size compiles (minutes at full size) and needs a C++ compiler, on CUDA Triton.
         """
-        self.model.backbone.unet.compile(**kwargs)
+        self.model.backbone.network.compile(**kwargs)
         self.model.backbone.decoder.compile(**kwargs)
         return self
 
     def enable_xformers_memory_efficient_attention(self) -> TriplaneTurbo:
-        """xformers' attention in the U-Net instead of torch's; ImportError where it is not installed."""
+        """xformers' attention instead of torch's; ImportError where it is not installed, ValueError for SD3."""
         self.model.set_attention(load_xformers_attention())
         return self
 
@@ -199,7 +199,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         k = len(self.model.timesteps(self.model.num_estimates if num_inference_steps is None else num_inference_steps))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r}: must be a function, or None")
-        width = self.model.backbone.unet.config["cross_attention_dim"]
+        width = self.model.backbone.text_width
         self._check_start(len(self._listed(prompt, prompt_embeds, width)) * num_meshes_per_prompt, generator, latents)
         watch = Stopwatch(self.device)
         prompts, embeds = self._encode(prompt, prompt_embeds, width)

@@ -68,7 +68,7 @@ def test_fused_half_precision_is_as_close_as_unfused(dtype: torch.dtype) -> None
 def test_large_planes_are_decoded_one_by_one_to_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
     model = student()
     whole = model.decode_planes(LATENTS).detach()
-    monkeypatch.setattr("prd.adapters.peta.LARGE_LATENT", 1)
+    monkeypatch.setattr("prd.adapters.backbone.LARGE_LATENT", 1)
     seen = []
     hook = model.backbone.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     with torch.no_grad():

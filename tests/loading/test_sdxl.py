@@ -129,7 +129,7 @@ def test_the_unet_is_told_text_and_size(pipeline: StableDiffusionXLPipeline, fol
     latents = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     added = {"text_embeds": pooled.repeat_interleave(6, dim=0), "time_ids": sizes.expand(12, -1)}
     six = tokens.repeat_interleave(6, dim=0)
-    expected = model.backbone.unet(latents.flatten(0, 1), 500, encoder_hidden_states=six, added_cond_kwargs=added)[0]
+    expected = model.backbone.network(latents.flatten(0, 1), 500, encoder_hidden_states=six, added_cond_kwargs=added)[0]
     encoder = load_base(folder).encoder
     assert encoder is not None
     found = model.predict(latents, 500, encoder(PROMPTS))

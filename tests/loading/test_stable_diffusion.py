@@ -221,7 +221,9 @@ def test_another_backbone_is_refused_before_a_weight_is_read(
 def test_a_transformer_is_named_by_its_pipeline(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UnsupportedBase, match="found StableDiffusion3Pipeline of transformer: no unet/config.json"):
+    with pytest.raises(
+        UnsupportedBase, match="found StableDiffusion3Pipeline of transformer: no transformer/config.json"
+    ):
         load_base(str(tmp_path))
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The networks of a run without memory, on the meta device: from configs on this machine, else as published.
 
-The architectures of Stable Diffusion 1.5, 2.1 and XL, MVDream and RichDreamer are known: what is not here yet is built
-by them.
+The architectures of Stable Diffusion 1.5, 2.1 and XL, of diffusion transformers (`transformers`), MVDream and
+RichDreamer are known: what is not here yet is built by them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,6 +20,8 @@ from prd.hub.shipped import HUB_ID, shipped
 from prd.loading.single_file import SingleFile
 from prd.loading.stable_diffusion import Base
 from prd.loading.strict import build
+from prd.loading.transformer_bases import SD3, TransformerKind
+from prd.loading.weights import read_object
 from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.convert import WIDTHS, stable_diffusion_scheduler
 from prd.teachers.loading import CONFIG_NAME, read_config, shared_folder
@@ -28,6 +30,15 @@ from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.text.sdxl import TwoTextEncoders
+from prd.training.estimate.transformers import (
+    VAE_16,
+    meta_texts,
+    published_texts,
+    published_transformer,
+    rows_and_width,
+    texts_in,
+    transformer_in,
+)
 from prd.utils.arguments import has_suffix
 
 CAMERA = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_DIMENSIONS}
@@ -63,7 +74,8 @@ TEACHERS: dict[Any, Any] = {MVDreamTeacher: MVDreamConfig, RichDreamerTeacher: R
 class Architecture:
     """Configs of a Stable Diffusion's or a teacher's parts: a folder's config.json, or settings as published.
 
-    text    of the text encoder, or a pair of Stable Diffusion XL's two
+    unet    of the U-Net, or of the transformer of this `kind`
+    text    of the text encoder, a pair of Stable Diffusion XL's two, or all of a transformer's
     source  where they are from: "config.json", or "as published"
     """
 
@@ -71,6 +83,14 @@ class Architecture:
     vae: Any
     text: Any
     source: str = "as published"
+    kind: TransformerKind | None = None
+
+    @property
+    def text_width(self) -> int:
+        """Channels of a prompt's embedding that the transformer takes."""
+        assert self.kind is not None
+        config = read_object(self.unet / "config.json") if isinstance(self.unet, Path) else self.unet
+        return config[self.kind.text_width]
 
 
 def published(context: int, camera: bool = False) -> Architecture:
@@ -82,8 +102,12 @@ def published(context: int, camera: bool = False) -> Architecture:
 
 def published_xl() -> Architecture:
     """Stable Diffusion XL 1.0."""
-    texts = [CLIPTextConfig(vocab_size=VOCABULARY, **sizes) for sizes in (VIT_L, {**BIG_G, "projection_dim": 1280})]
-    return Architecture(SDXL, VAE, tuple(texts))
+    return Architecture(SDXL, VAE, _xl_texts())
+
+
+def _xl_texts() -> tuple[CLIPTextConfig, CLIPTextConfig]:
+    large, larger = VIT_L | {"projection_dim": 768}, BIG_G | {"projection_dim": 1280}
+    return CLIPTextConfig(vocab_size=VOCABULARY, **large), CLIPTextConfig(vocab_size=VOCABULARY, **larger)
 
 
 def folder_of(place: str, part: str = "base") -> Path | None:
@@ -93,9 +117,9 @@ def folder_of(place: str, part: str = "base") -> Path | None:
     if Path(place).is_dir():
         return Path(place)
     if HUB_ID.fullmatch(place):
-        cached = try_to_load_from_cache(place, "unet/config.json")
-        if isinstance(cached, str):
-            return Path(cached).parent.parent
+        cached = [try_to_load_from_cache(place, f"{part}/config.json") for part in ("unet", "transformer")]
+        if there := [path for path in cached if isinstance(path, str)]:
+            return Path(there[0]).parent.parent
     return None
 
 
@@ -105,20 +129,29 @@ def base_architecture(place: str) -> Architecture:
         file = SingleFile(Path(place))
         return replace(published(file.context), source="the file's header")
     folder = folder_of(place)
+    if folder is not None and (kind := transformer_in(folder)) is not None:
+        return Architecture(folder / "transformer", folder / "vae", texts_in(kind, folder), "config.json", kind)
     if folder is not None:
         unet, vae, text = (folder / part for part in ("unet", "vae", "text_encoder"))
         if all((part / "config.json").is_file() for part in (unet, vae, text)):
             second = folder / "text_encoder_2"
             texts = (text, second) if (second / "config.json").is_file() else text
             return Architecture(unet, vae, texts, "config.json")
+    if (known := published_transformer(place)) is not None:
+        kind, config = known
+        sizes = {**VAE, **VAE_16} if kind is SD3 else VAE
+        return Architecture(config, sizes, published_texts(kind, _xl_texts()), kind=kind)
     if "xl" in Path(place).name.lower():
         return published_xl()
     is_first = any(version in place.lower() for version in ("v1-", "1-5", "1.5", "v1.", "sd15"))
     return published(768 if is_first else 1024)
 
 
-def meta_text_encoder(config: Any) -> Any:
-    """A CLIP text encoder without memory, of a folder or a config; of a pair both as one module, as of XL."""
+def meta_text_encoder(architecture: Architecture) -> Any:
+    """The text encoder without memory; of several all as one module, as of XL."""
+    config = architecture.text
+    if architecture.kind is not None:
+        return meta_texts(config, architecture.text_width)
     if isinstance(config, tuple):
         return TwoTextEncoders(build(CLIPTextModel, config[0]), build(CLIPTextModelWithProjection, config[1]))
     return build(CLIPTextModel, config)
@@ -126,14 +159,19 @@ def meta_text_encoder(config: Any) -> Any:
 
 def embedding_shape(text: Any) -> tuple[int, int]:
     """Rows and channels of a prompt's embedding by a text encoder."""
+    if (found := rows_and_width(text)) is not None:
+        return found
     length = text.config.max_position_embeddings
     return (length + 1, text.width) if isinstance(text, TwoTextEncoders) else (length, text.config.hidden_size)
 
 
 def meta_student(config: TriplaneTurboConfig, architecture: Architecture, num_denoising_steps: int) -> Any:
     """The model that a run trains, without memory."""
-    unet, vae = build(UNet2DConditionModel, architecture.unet), build(AutoencoderKL, architecture.vae)
-    base = Base(config.base, unet, vae, stable_diffusion_scheduler(), None)
+    kind, vae = architecture.kind, build(AutoencoderKL, architecture.vae)
+    network = build(UNet2DConditionModel if kind is None else kind.network, architecture.unet)
+    torch.nn.Module.to(network, "meta")  # tables of positions are made with values
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0) if kind is SD3 else stable_diffusion_scheduler()
+    base = Base(config.base, network, vae, scheduler, None)
     with torch.device("meta"):
         return TriplaneTurboModel.from_base(base, config, num_denoising_steps)
 
@@ -167,7 +205,7 @@ def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtyp
         vae = shared.vae if shared and shares_vae else folder / "vae"
         parts = Architecture(folder / "unet", vae, text_config, "config.json")
         text = str(Path(base).resolve() if base and Path(base).exists() else base or folder.resolve())
-    unet, encoder = build(UNet2DConditionModel, parts.unet), meta_text_encoder(parts.text)
+    unet, encoder = build(UNet2DConditionModel, parts.unet), meta_text_encoder(parts)
     own: dict[str, Any] = {"unet": unet, "scheduler": stable_diffusion_scheduler(), "tokenizer": None}
     own |= {"text_encoder": encoder} | ({} if settings is None else {"config": settings})
     if kind is not RichDreamerTeacher:

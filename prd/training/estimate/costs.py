@@ -68,7 +68,7 @@ def step_parts(counts: StepCounts, config: TrainConfig) -> dict[str, Part]:
     s, k, shown = counts.student, config.num_denoising_steps, renders_per_estimate(config)
     student = str(PRECISIONS[config.mixed_precision]).removeprefix("torch.")
     parts = {
-        "student's U-Net": Part(k * (s.denoise + s.denoise_backward), student, "unet"),
+        f"student's {s.network}": Part(k * (s.denoise + s.denoise_backward), student, "unet"),
         "student's decoder": Part(k * (s.decode + s.decode_backward), student, "autoencoder"),
     }
     for name, t in counts.teachers.items():
@@ -126,7 +126,7 @@ def memory(counts: StepCounts, config: TrainConfig) -> dict[str, float]:
     prompts = config.train_batch_size * config.rollout_batch_size
     away, offload_texts = config.teacher_options.offload, offloaded(config)["offload_texts"]
     work = [
-        s.unet_bytes,
+        s.network_bytes,
         *(t.activation_bytes for t in counts.teachers.values()),
         *(r.backward_bytes for r in renderers),
     ]

@@ -58,13 +58,14 @@ class StudentCount:
     decode: Work
     decode_backward: Work
     kept_bytes: int
-    unet_bytes: int
+    network_bytes: int
     decoder_bytes: int
     plane_bytes: int
     trained: int  # parameters
     frozen: int
     weight_bytes: int
     text_bytes: int
+    network: str  # "U-Net" or "transformer"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"renderers.{name}")
     background = 0
     if config.text_background:
-        _, width = embedding_shape(meta_text_encoder(base_architecture(config.model.base).text))
+        _, width = embedding_shape(meta_text_encoder(base_architecture(config.model.base)))
         background = sum(parameter.numel() for parameter in TextBackground(width).parameters())
     return StepCounts(student, teachers, renderers, background, tuple(uncounted))
 
@@ -138,12 +139,12 @@ def count_student(config: TrainConfig) -> StudentCount:
     """The student of a config."""
     architecture = base_architecture(config.model.base)
     model = meta_student(config.model, architecture, config.num_denoising_steps)
-    text = meta_text_encoder(architecture.text)
+    text = meta_text_encoder(architecture)
     latents = torch.empty(1, *model.latent_shape, dtype=torch.float32, device="meta")
     embeds = torch.empty(1, *embedding_shape(text), dtype=torch.float32, device="meta")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("heads.")}
-    unet = [p for name, p in trained.items() if ".unet." in name]
-    decoder = [p for name, p in trained.items() if ".unet." not in name]
+    network = [p for name, p in trained.items() if ".decoder." not in name]
+    decoder = [p for name, p in trained.items() if ".decoder." in name]
     with counting([*model.parameters(), *model.buffers()]) as count:
         x = model.predict(latents, 999, embeds)
         denoise = count.work()
@@ -151,7 +152,9 @@ def count_student(config: TrainConfig) -> StudentCount:
         decode, kept, size = count.work(), count.bytes.live, planes.numel() * planes.element_size()
         plane, found = count.peak(lambda: torch.autograd.grad(planes.sum(), [x, *decoder], allow_unused=True))
         decode_backward = count.work()
-        blocks, _ = count.peak(lambda: torch.autograd.grad(x, unet, found[0], allow_unused=True) if unet else None)
+        blocks, _ = count.peak(
+            lambda: torch.autograd.grad(x, network, found[0], allow_unused=True) if network else None
+        )
         denoise_backward = count.work()
     number = sum(p.numel() for p in model.trainable_parameters())
     if config.model.base_dtype is not None:  # counted in float32
@@ -162,13 +165,14 @@ def count_student(config: TrainConfig) -> StudentCount:
         decode=decode,
         decode_backward=decode_backward,
         kept_bytes=kept,
-        unet_bytes=blocks,
+        network_bytes=blocks,
         decoder_bytes=plane,
         plane_bytes=size,
         trained=number,
         frozen=sum(p.numel() for module in (model, text) for p in module.parameters()) - number,
         weight_bytes=weight_bytes(model),
         text_bytes=weight_bytes(text),
+        network="U-Net" if architecture.kind is None else "transformer",
     )
 
 

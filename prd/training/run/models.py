@@ -13,6 +13,7 @@ from prd.generators.triplane_turbo import TriplaneTurboConfig
 from prd.hub.shipped import HUB_ID, shipped
 from prd.loading.single_file import SingleFile
 from prd.loading.stable_diffusion import check_backbone
+from prd.loading.transformer_bases import PART, transformer_kind
 from prd.loading.weights import PICKLES, read_object
 from prd.teachers.loading import CONFIG_NAME, shared_folder
 from prd.training.classes import class_name_of
@@ -161,6 +162,9 @@ def _width(place: str, part: str) -> int | None:
             return SingleFile(folder).context
         settings = read_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
         own = Path(shared_folder(str(folder), settings.get("base")) or folder)
+        transformer = own / PART / "config.json"
+        if transformer.is_file() and (kind := transformer_kind(config := read_object(transformer))) is not None:
+            return config.get(kind.text_width)
         files = [own / part for part in (TEXT, TEXT.replace("/", "_2/")) if (own / part).is_file()]
         widths = [read_object(file).get("hidden_size") for file in files]
         return sum(width for width in widths if isinstance(width, int)) or None
