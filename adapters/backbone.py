@@ -153,7 +153,7 @@ class Backbone(nn.Module):
             if isinstance(module, Attention):
                 groups["decoder_attention"] += [f"{name}.{linear}" for linear in PROJECTIONS]
         if empty := [group for group, names in groups.items() if not names]:
-            raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of Stable Diffusion")
+            raise ValueError(f"base without {', '.join(empty)}: PETA expects the blocks of a known base")
         return groups
 
 

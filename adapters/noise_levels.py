@@ -85,7 +85,7 @@ class DiffusionLevels(NoiseLevels):
         found = scheduler.config.get("prediction_type")
         if found not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type={found!r}: the base must predict epsilon or v_prediction")
-        return cls(torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32), found)
+        return cls(torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32, device="cpu"), found)
 
     def alpha_sigma(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         a = self.at(timestep, like)

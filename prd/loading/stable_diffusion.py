@@ -137,8 +137,9 @@ def load_base(
         used = [network, "vae", *(f"text_encoder{end}" for end in ends if text)]
         path = download_weights(name, used, others, {**hub, "revision": commit})
     unet, scheduler = _network(path)
+    vae = _load(AutoencoderKL, path, "vae")
     encoder = _encoder(path, two=len(ends) == 2) if text else None
-    return _finish(Base(name, unet, _load(AutoencoderKL, path, "vae"), scheduler, encoder, commit), dtype, expected)
+    return _finish(Base(name, unet, vae, scheduler, encoder, commit), dtype, expected)
 
 
 def _network(folder: Path) -> tuple[Any, Any]:
@@ -330,7 +331,7 @@ FLUX = "12 billion parameters, mostly under a licence for non-commercial use: to
 TEXT_TIME = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
 TIME_IDS = 6  # original size, crop and target size, two numbers each
 EXPECTED = (
-    "PETA adapts Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, PixArt-Sigma and fine-tunes of them: give one of these"
+    "PETA adapts Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, PixArt-Sigma and fine-tunes of them: give one of these"
 )
 
 

@@ -49,6 +49,8 @@ def pack(uv: NDArray[np.float32], faces: NDArray[np.int64], cells: int, gap: int
     order = np.argsort(label[faces[:, 0]], kind="stable")
     bounds = np.searchsorted(label[faces[order, 0]], np.arange(count + 1))
     charts = [_Chart(exact, faces[order[bounds[i] : bounds[i + 1]]]) for i in range(count)]
+    if not sum(chart.area for chart in charts) > 0:
+        raise ValueError(f"faces={faces.shape}: the surface has no area; drop degenerate faces")
     found = _packed(charts, cells, gap)
     if found is None:
         raise ValueError(f"texture_size={cells}: too small for {count} charts of {len(faces)} faces; take a larger one")

@@ -127,7 +127,7 @@ def _patches(nodes: Nodes) -> tuple[NDArray[np.int64], Nodes]:
 def _grown(nodes: Nodes, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return seeds [K] and normals [K, 3] of charts that bend little, from one seed for each piece on."""
     normals, most = nodes.normal[seeds], len(seeds) + MOST
-    while True:
+    for _ in range(MOST + 1):  # faces without a normal always bend: then the number of seeds may stay
         for _ in range(SWEEPS):
             costs = nodes.costs(seeds, normals)
             label = costs.argmin(axis=0)
@@ -144,6 +144,7 @@ def _grown(nodes: Nodes, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], N
         worst = worst[np.argsort(-cost[worst], kind="stable")][: max(1, len(seeds) // 4)]
         worst = worst[cost[worst] >= 0]
         seeds, normals = np.concatenate([seeds, worst]), np.concatenate([normals, nodes.normal[worst]])
+    return seeds, normals
 
 
 def whole(nodes: Nodes, label: NDArray[np.int64]) -> NDArray[np.int64]:

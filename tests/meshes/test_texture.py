@@ -179,3 +179,24 @@ def test_the_texture_is_as_large_as_its_detail() -> None:
     assert texture_size(*ball, lambda points: points * 0.5 + 0.5) == 256
     assert texture_size(*ball, partial(waves, 150)) == 1024
     assert texture_size(*ball, partial(waves, 40)) in (512, 1024)
+
+
+@pytest.mark.parametrize(
+    ("points", "faces", "said"),
+    [
+        ([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], "no area"),
+        ([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2], [0, 0, 1]], "three different"),
+        ([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]], "finite"),
+        ([[0, 0, 0]], np.zeros((0, 3)), "cannot be unwrapped"),
+    ],
+    ids=["in a line", "repeated", "nan", "none"],
+)
+def test_what_has_no_surface_is_refused(points: list, faces: list, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        unwrap(np.asarray(points, np.float32), np.asarray(faces, np.int64), 64)
+
+
+def test_a_piece_without_area_beside_a_triangle_ends() -> None:
+    vertices = np.asarray([[0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 0], [6, 0, 0], [7, 0, 0]], np.float32)
+    uv = unwrap(vertices, np.asarray([[0, 1, 2], [3, 4, 5]]), 64)[2]
+    assert np.isfinite(uv).all() and uv.min() >= 0 and uv.max() <= 1
