@@ -60,7 +60,9 @@ def unwrap(
     Some tenths of a second at 10,000 triangles, growing about as their number does.
     """
     if not len(faces) or not np.isfinite(vertices).all() or (faces == np.roll(faces, 1, axis=1)).any():
-        raise ValueError(f"faces={faces.shape}: cannot be unwrapped; give faces of three different, finite vertices each")
+        raise ValueError(
+            f"faces={faces.shape}: cannot be unwrapped; give faces of three different, finite vertices each"
+        )
     started = time.perf_counter()
     source, charted, uv = cut_into_charts(vertices, faces)
     uv = pack(uv, charted, min(size, CELLS), GAP)

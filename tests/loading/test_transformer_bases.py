@@ -290,7 +290,9 @@ def test_another_transformer_is_refused_before_a_weight_is_read(
 ) -> None:
     folder = Path(shutil.copytree(folders[name], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")))
     edit(folder / file, **changes)
-    with pytest.raises(UnsupportedBase, match=f"{found}.*PETA adapts Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, PixArt"):
+    with pytest.raises(
+        UnsupportedBase, match=f"{found}.*PETA adapts Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, PixArt"
+    ):
         load_base(folder)
 
 
