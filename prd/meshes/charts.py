@@ -27,7 +27,7 @@ CONVEX = 0.8  # of the area of the convex outline, at least, of charts that are 
 MIRRORED = 1e-6  # of the area, at most, that needles may lie turned over
 STRETCH = 2.5  # at most, between the areas that 1 % of the texture and 99 % of it give to an equal area of the surface
 PAIRS = 1 << 20  # of edges of a border, that are compared at a time
-THIN = 1e-12  # square scene units: no triangle counts for less
+THIN = 1e-12  # scene units, and square ones: no edge and no triangle counts for less
 
 
 def charts_of(faces: NDArray[np.int64], count: int) -> tuple[int, NDArray[np.int64]]:

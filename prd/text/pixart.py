@@ -22,5 +22,9 @@ class MaskedT5PromptEncoder(PromptEncoder):
         """Last hidden states [n, L, Ct] of n prompts, and in one more row the mask of their tokens."""
         tokens = self._tokens([prompt.lower().strip() for prompt in prompts])
         states = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        if states.shape[-1] < self.length:
+            raise ValueError(
+                f"the encoder is {states.shape[-1]} wide: a row must hold the mask of {self.length} tokens"
+            )
         mask = F.pad(tokens.attention_mask.to(states), (0, states.shape[-1] - self.length))
         return torch.cat([states, mask[:, None]], dim=1)

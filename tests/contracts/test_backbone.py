@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prd.adapters import PetaConfig, backbone_of
+from prd.adapters import backbone_of
 from prd.adapters.precision import keep_in_half
-from prd.generators import SavedConfig, TriplaneTurboModel
+from prd.generators import TriplaneTurboModel
 from prd.generators.adapter_files import base_hash
 from prd.loading.weight_hashes import backbone_weights, weights_hash
-from tests.adapters.tiny import tiny_base
+from tests.adapters.tiny import adapted, tiny_base
 from tests.compare import ROUNDING, relative_difference
 from tests.teachers.tiny_large import make_pixart, make_sd3, make_sdxl
 
@@ -52,19 +52,6 @@ def parts(request: pytest.FixtureRequest, made: dict[str, Parts]) -> Parts:
     return network.float(), vae.float(), scheduler
 
 
-def model_of(parts: Parts, *, trained: bool = True, **options: Any) -> TriplaneTurboModel:
-    """A model with an adapter of rank 2 that is not at its start, unless `trained` is False."""
-    torch.manual_seed(1)
-    model = TriplaneTurboModel(
-        *parts, PetaConfig(**{"r": 2, "plane_channels": 4, **options}), SavedConfig(latent_size=8, head_width=8)
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if trained and parameter.requires_grad and "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
-
-
 def noise(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -80,7 +67,7 @@ def text_of(model: TriplaneTurboModel) -> Tensor:
 
 @torch.no_grad()
 def test_a_fresh_adapter_changes_no_prediction(parts: Parts) -> None:
-    model = model_of(parts, trained=False)
+    model = adapted(*parts, trained=False)
     plain = backbone_of(parts[0], parts[1], model.peta, parts[2])
     x, t, text = noise(2, *model.latent_shape), torch.tensor([900, 30]), text_of(model)
     assert relative_difference(model.predict(x, t, text), plain.predict(x, t, text)) <= ROUNDING
@@ -89,13 +76,13 @@ def test_a_fresh_adapter_changes_no_prediction(parts: Parts) -> None:
 
 def test_what_is_adapted_is_of_its_own_layers(parts: Parts) -> None:
     """Every listed layer, no other, and those of the planes with a pair of factors per plane."""
-    model = model_of(parts)
+    model = adapted(*parts)
     found = {name: module for name, module in model.backbone.named_modules() if hasattr(module, "lora_A")}
     groups = model.backbone.layers()
     assert set(found) == {name for names in groups.values() for name in names}
     plane_wise = {name for name, module in found.items() if len(module.lora_A["default"].weight) == 6}
     assert plane_wise == model.backbone.plane_wise_layers() >= set(groups["self_attention"])
-    shared = model_of(parts, plane_wise=False)
+    shared = adapted(*parts, plane_wise=False)
     assert not [
         n for n, m in shared.backbone.named_modules() if hasattr(m, "lora_A") and m.lora_A["default"].weight.ndim == 3
     ]
@@ -105,7 +92,7 @@ def test_what_is_adapted_is_of_its_own_layers(parts: Parts) -> None:
 
 def test_the_base_is_shared_and_stays_as_it_is(parts: Parts) -> None:
     names, hashes = set(dict(parts[0].named_modules())), weights_hash(backbone_weights(parts[0], parts[1]))
-    model = model_of(parts)
+    model = adapted(*parts)
     assert set(dict(parts[0].named_modules())) == names
     assert base_hash(model.backbone) == hashes == weights_hash(backbone_weights(parts[0], parts[1]))
     own = {id(parameter) for parameter in parts[0].parameters()}
@@ -115,7 +102,7 @@ def test_the_base_is_shared_and_stays_as_it_is(parts: Parts) -> None:
 
 @torch.no_grad()
 def test_planes_of_a_sample_see_each_other_and_no_other_sample(parts: Parts) -> None:
-    model = model_of(parts)
+    model = adapted(*parts)
     x, t, text = noise(2, *model.latent_shape), torch.tensor([900, 30]), text_of(model)
     before = model.denoise(x, t, text)
     x[0, 3] += 1
@@ -132,7 +119,7 @@ def test_planes_of_a_sample_see_each_other_and_no_other_sample(parts: Parts) -> 
 @torch.no_grad()
 def test_noise_and_x0_are_two_ends_of_one_line(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given the exact answer, x0 is what was noised, and a step goes to the same noise at the lower level."""
-    model = model_of(parts)
+    model = adapted(*parts)
     levels, text = model.backbone.levels, text_of(model)
     x0, drawn, t = noise(2, *model.latent_shape), noise(2, *model.latent_shape, seed=3), torch.tensor([900, 30])
     noisy = model.add_noise(x0, drawn, t)
@@ -150,7 +137,7 @@ def test_noise_and_x0_are_two_ends_of_one_line(parts: Parts, monkeypatch: pytest
 
 @torch.no_grad()
 def test_a_fused_model_predicts_the_same(parts: Parts) -> None:
-    model = model_of(parts)
+    model = adapted(*parts)
     x, text = noise(2, *model.latent_shape), text_of(model)
     x0 = model.denoise(x, 500, text)
     planes = model.decode_planes(x0)
@@ -163,7 +150,7 @@ def test_all_that_is_trained_is_reached_by_the_gradient(parts: Parts) -> None:
     """With and without gradient checkpointing, to the same gradient."""
     found = []
     for again in (False, True):
-        model = model_of(parts)
+        model = adapted(*parts)
         if again:
             model.gradient_checkpointing = True
             model.backbone.network.enable_gradient_checkpointing()
@@ -178,10 +165,10 @@ def test_all_that_is_trained_is_reached_by_the_gradient(parts: Parts) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kept", ["autocast", "bfloat16"])
 def test_half_precision_is_near(parts: Parts, kept: str) -> None:
-    exact = model_of(parts)
+    exact = adapted(*parts)
     x, text = noise(2, *exact.latent_shape), text_of(exact)
     expected = exact.denoise(x, 200, text)
-    model = model_of(parts)
+    model = adapted(*parts)
     if kept == "bfloat16":
         model.to(torch.bfloat16)
     else:

@@ -19,9 +19,8 @@ from prd.generators import SavedConfig, TriplaneTurboModel
 from prd.loading.stable_diffusion import UnsupportedBase, load_base
 from prd.text.loading import encoder_digest, load_encoder
 from prd.toybox.models import make_tokenizer, make_vae
-from prd.training.recipes import load_config
-from prd.training.trainer import Trainer
 from prd.utils.construction import meta_weights
+from tests.adapters.tiny import check_training
 from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 
@@ -157,17 +156,7 @@ def test_an_adapter_is_saved_and_opened(folder: Path, tmp_path: Path) -> None:
 def test_it_trains(folder: Path, tmp_path: Path, random_toybox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps with the toy box's teachers: all that is trained moves, and is generated from."""
     use_assets(monkeypatch, random_toybox)
-    small = ["--train_batch_size=1", "--num_denoising_steps=2", "--optimizer.warmup_steps=0", "--num_threads=1"]
-    sizes = ["--renderers.volume.grid_resolution=16", "--renderers.surface.grid_resolution=16"]
-    trainer = Trainer(load_config("toybox", [*small, *sizes, f"--model.base={folder}", "--model.rank=2"]))
-    start = {name: tensor.clone() for name, tensor in trainer.model.trained_state_dict().items()}
-    for step in range(2):  # one factor of each pair starts at zero: the other moves in the second step
-        assert trainer.train_step(step)["skipped"] == 0
-    now = trainer.model.trained_state_dict()
-    assert [name for name, tensor in start.items() if torch.equal(now[name], tensor)] == []
-    trainer.model.save_pretrained(tmp_path / "adapter")
-    pipe: Any = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
-    assert len(pipe("a red cube", isosurface_resolution=16, texture_size=16).meshes[0].faces)
+    check_training(folder, tmp_path / "adapter")
 
 
 def test_wrong_folders_are_named(folder: Path, tmp_path: Path) -> None:

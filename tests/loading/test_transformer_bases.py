@@ -24,7 +24,7 @@ from prd.text.loading import encoder_digest, load_encoder
 from prd.training.estimate.counts import count_student
 from prd.training.recipes import load_config
 from prd.training.run.models import model_faults
-from prd.training.trainer import Trainer
+from tests.adapters.tiny import adapted, check_training
 from tests.compare import ROUNDING, relative_difference
 from tests.conftest import use_assets
 from tests.teachers.tiny_large import POOLED, make_pixart, make_sd3
@@ -49,14 +49,7 @@ def bases(folders: dict[str, Path]) -> dict[str, Base]:
 
 def model_of(base: Base, *, trained: bool = True, **options: Any) -> TriplaneTurboModel:
     """A model with an adapter of rank 2 that is not at its start, unless `trained` is False."""
-    torch.manual_seed(1)
-    peta = PetaConfig(**{"r": 2, "plane_channels": 4, **options})
-    model = TriplaneTurboModel(base.unet, base.vae, base.scheduler, peta, SavedConfig(**SIZES), base_hash=base.hashes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if trained and parameter.requires_grad and "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return adapted(base.unet, base.vae, base.scheduler, trained=trained, base_hash=base.hashes, **options)
 
 
 def noise(*shape: int, seed: int = 2) -> Tensor:
@@ -239,18 +232,8 @@ def test_it_trains_and_generates(
 ) -> None:
     """Two steps with the toy box's teachers: all that is trained moves; then a mesh."""
     use_assets(monkeypatch, random_toybox)
-    small = ["--train_batch_size=1", "--num_denoising_steps=2", "--optimizer.warmup_steps=0", "--num_threads=1"]
-    sizes = ["--renderers.volume.grid_resolution=16", "--renderers.surface.grid_resolution=16", "--model.rank=2"]
-    own = [f"--model.base={folders[name]}", "--model.latent_size=8", "--model.gradient_checkpointing=true"]
-    trainer = Trainer(load_config("toybox", [*small, *sizes, *own]))
-    start = {name: tensor.clone() for name, tensor in trainer.model.trained_state_dict().items()}
-    for step in range(2):  # one factor of each pair starts at zero: the other moves in the second step
-        assert trainer.train_step(step)["skipped"] == 0
-    now = trainer.model.trained_state_dict()
-    assert [name for name, tensor in start.items() if torch.equal(now[name], tensor)] == []
-    trainer.model.save_pretrained(tmp_path / "adapter")
-    pipe: Any = TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folders[name]))
-    assert len(pipe("a red cube", isosurface_resolution=16, texture_size=16).meshes[0].faces)
+    own = ["--model.latent_size=8", "--model.gradient_checkpointing=true"]
+    check_training(folders[name], tmp_path / "adapter", *own)
 
 
 @pytest.mark.parametrize("name", KINDS)

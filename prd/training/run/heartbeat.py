@@ -45,8 +45,8 @@ class Heartbeat:
 
     def close(self) -> None:
         """End the thread."""
-        unfollow(self.token)
         self.ended.set()
+        unfollow(self.token)
         if self.thread.is_alive():
             self.thread.join()
 
