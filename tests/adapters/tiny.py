@@ -39,11 +39,15 @@ def tiny_base(
     return unet.eval(), vae.eval(), scheduler
 
 
-def adapted(*parts: Any, trained: bool = True, base_hash: Any = None, **options: Any) -> TriplaneTurboModel:
+def adapted(
+    network: Any, vae: Any, scheduler: Any, *, trained: bool = True, base_hash: Any = None, **options: Any
+) -> TriplaneTurboModel:
     """A model of a base's parts with an adapter of rank 2 that is not at its start, unless `trained` is False."""
     torch.manual_seed(1)
     peta = PetaConfig(**{"r": 2, "plane_channels": 4, **options})
-    model = TriplaneTurboModel(*parts, peta, SavedConfig(latent_size=8, head_width=8), base_hash=base_hash)
+    model = TriplaneTurboModel(
+        network, vae, scheduler, peta, SavedConfig(latent_size=8, head_width=8), base_hash=base_hash
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if trained and parameter.requires_grad and "lora_B" in name:
