@@ -1,8 +1,9 @@
 """TriplaneTurbo's model: a frozen Stable Diffusion that denoises and decodes six planes (TriplaneTurbo, section 3.3).
 
-noise [B, 6, 4, h, w] --network + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
+noise [B, 6, c, h, w] --network + PETA, K steps--> latents --VAE decoder + LoRA--> planes [B, 6, C, H, W] --> Field
 
-The kind of network and its noise levels are its `Backbone`'s; of Stable Diffusion 3 latents have 16 channels.
+The kind of network and its noise levels are its `Backbone`'s; latents have c = 4 channels, of Stable Diffusion 3 16,
+and a text has L = 77 tokens, of other bases more, and in a last row what their networks read beside them.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class TriplaneTurboModel(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """Shape (6, 4, h, w) of a sample's latents."""
+        """Shape (6, c, h, w) of a sample's latents."""
         size = self.config.latent_size
         return 6, self.backbone.latent_channels, size, size
 
@@ -189,16 +190,16 @@ class TriplaneTurboModel(nn.Module):
         set_attention(self.backbone.network, attention)
 
     def predict(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """The network's own prediction (`prediction_type`) [B, 6, 4, h, w].
+        """The network's own prediction (`prediction_type`) [B, 6, c, h, w].
 
-        latents [B, 6, 4, h, w]; timestep an integer or [B] in [0, T); prompt_embeds [B, 77, Ct], or [B, 6, 77, Ct]
+        latents [B, 6, c, h, w]; timestep an integer or [B] in [0, T); prompt_embeds [B, L, Ct], or [B, 6, L, Ct]
         for a text of its own for each plane.
         """
         self._check_condition(latents, prompt_embeds)
         return self.backbone.predict(latents, timestep, prompt_embeds)
 
     def denoise(self, latents: Tensor, timestep: Tensor | int, prompt_embeds: Tensor) -> Tensor:
-        """Denoise in one step: x0 [B, 6, 4, h, w] from noisy latents of that shape. Arguments as for `predict`."""
+        """Denoise in one step: x0 [B, 6, c, h, w] from noisy latents of that shape. Arguments as for `predict`."""
         self._check_condition(latents, prompt_embeds)
         return self.backbone.predict_x0(latents, timestep, prompt_embeds)
 
@@ -207,16 +208,16 @@ class TriplaneTurboModel(nn.Module):
         batch, shape, width = self.check_latents(latents), prompt_embeds.shape, self.backbone.text_width
         if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != width or (len(shape) == 4 and shape[1] != 6):
             raise ValueError(
-                f"prompt_embeds={tuple(shape)}: expected [{batch}, 77, Ct] or [{batch}, 6, 77, Ct] with Ct = {width}"
+                f"prompt_embeds={tuple(shape)}: expected [{batch}, L, Ct] or [{batch}, 6, L, Ct] with Ct = {width}"
             )
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
-        """alpha_t x0 + sigma_t noise by the base's levels, all [B, 6, 4, h, w]."""
+        """alpha_t x0 + sigma_t noise by the base's levels, all [B, 6, c, h, w]."""
         alpha, sigma = self.backbone.levels.alpha_sigma(timestep, x0)
         return alpha * x0 + sigma * noise
 
     def decode(self, latents: Tensor) -> TriplaneField:
-        """The field of latents [B, 6, 4, h, w].
+        """The field of latents [B, 6, c, h, w].
 
         A U-Net's decoder takes them raw, not divided by the VAE's scaling factor, as the published adapter was trained;
         `latent_scale` in the config divides them. A transformer's takes them by the VAE's own scaling and shift.
@@ -224,7 +225,7 @@ class TriplaneTurboModel(nn.Module):
         return TriplaneField(self.decode_planes(latents), self.heads, self.config.bias_radius)
 
     def decode_planes(self, latents: Tensor) -> Tensor:
-        """Planes [B, 6, C, H, W] (xy, xz, yz geometry, then texture) of latents [B, 6, 4, h, w]."""
+        """Planes [B, 6, C, H, W] (xy, xz, yz geometry, then texture) of latents [B, 6, c, h, w]."""
         self.check_latents(latents)
         flat = self.backbone.to_decoder(latents, self.config.latent_scale).flatten(0, 1).to(self.dtype)
         return self.backbone.decode(flat, recompute=self.gradient_checkpointing).unflatten(0, (-1, 6))
@@ -234,7 +235,7 @@ class TriplaneTurboModel(nn.Module):
         return sampling.even_timesteps(num_inference_steps, len(self.backbone.levels), self.num_estimates)
 
     def draw_latents(self, batch: int, generator: sampling.Generators = None) -> Tensor:
-        """Draw Gaussian noise [B, 6, 4, h, w]; one generator for the batch, or one per sample."""
+        """Draw Gaussian noise [B, 6, c, h, w]; one generator for the batch, or one per sample."""
         return sampling.draw_latents(self.latent_shape, batch, self.device, generator)
 
     def ddim_step(self, latents: Tensor, x0: Tensor, timestep: int, previous: int) -> Tensor:
@@ -250,7 +251,7 @@ class TriplaneTurboModel(nn.Module):
         latents: Tensor | None = None,
         on_step: Callable[[int, int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return the last x0 [B, 6, 4, h, w] of K steps from `latents`, drawn if None (`prd.generators.sampling`)."""
+        """Return the last x0 [B, 6, c, h, w] of K steps from `latents`, drawn if None (`prd.generators.sampling`)."""
         timesteps = self.timesteps(num_inference_steps)
         x = self.draw_latents(len(prompt_embeds), generator) if latents is None else latents.to(self.device)
         return sampling.sample_latents(self, prompt_embeds, x, timesteps, on_step)
@@ -288,15 +289,16 @@ class TriplaneTurboModel(nn.Module):
     ) -> TriplaneField:
         """Return the field of each prompt.
 
-        prompt_embeds [B, 77, Ct]; num_inference_steps K in {1, 2, 4, ...}, None: as trained; latents [B, 6, 4, h, w],
-        None: drawn from `generator`. Raises ValueError for a K that does not divide the schedule, and for tensors of
-        another shape.
+        prompt_embeds [B, L, Ct]; num_inference_steps K in {1, 2, 4, ...}, None: as trained; latents [B, 6, c, h, w],
+        None: drawn from `generator`. Raises ValueError for a K that does not divide the schedule, for tensors of
+        another shape, and for embeddings without the last row that some bases read (`prd.adapters.backbone`).
         """
+        self.backbone.check_text(prompt_embeds)
         k = self.num_estimates if num_inference_steps is None else num_inference_steps
         return self.decode(self.sample_latents(prompt_embeds, generator, k, latents))
 
     def check_latents(self, latents: Tensor) -> int:
-        """Return the number of samples of latents [B, 6, 4, h, w]; ValueError for another shape."""
+        """Return the number of samples of latents [B, 6, c, h, w]; ValueError for another shape."""
         channels, size = self.backbone.latent_channels, self.config.latent_size
         if latents.ndim != 5 or latents.shape[1:3] != (6, channels) or 0 in latents.shape:
             raise ValueError(

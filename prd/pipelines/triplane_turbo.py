@@ -182,8 +182,8 @@ class TriplaneTurbo(TextTo3DPipeline):
         num_meshes_per_prompt  samples of each prompt, beside each other in the output
         generator              of the initial noise: one for the batch, or one per sample (then a sample's planes do not
                                depend on the others)
-        latents                [B, 6, 4, h, w] the initial noise itself
-        prompt_embeds          [prompts, 77, Ct] hidden states of the text encoder, instead of a prompt
+        latents                [B, 6, c, h, w] the initial noise itself
+        prompt_embeds          [prompts, L, Ct] of the text encoder (`pipe.encoder`), instead of a prompt
         output_type            how far to go: "planes" and "field" stop before the isosurface
         callback_on_step_end   called as (pipe, step, timestep, {"latents": ...}) after each step; what it returns under
                                "latents" replaces them
@@ -201,6 +201,8 @@ class TriplaneTurbo(TextTo3DPipeline):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r}: must be a function, or None")
         width = self.model.backbone.text_width
         self._check_start(len(self._listed(prompt, prompt_embeds, width)) * num_meshes_per_prompt, generator, latents)
+        if prompt_embeds is not None:
+            self.model.backbone.check_text(prompt_embeds)
         watch = Stopwatch(self.device)
         prompts, embeds = self._encode(prompt, prompt_embeds, width)
         prompts = [text for text in prompts for _ in range(num_meshes_per_prompt)]
@@ -230,7 +232,7 @@ class TriplaneTurbo(TextTo3DPipeline):
         latents: Tensor | None,
         callback: StepCallback | None,
     ) -> Tensor:
-        """Return the last x0 [B, 6, 4, h, w] of K steps, with a progress bar and the user's callback."""
+        """Return the last x0 [B, 6, c, h, w] of K steps, with a progress bar and the user's callback."""
         with tqdm(total=k, desc="denoise", **self._progress) as bar:
 
             def on_step(step: int, timestep: int, x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def test_bad_inputs_are_named() -> None:
     latents = torch.randn(2, 6, 4, 4, 4)
     with pytest.raises(ValueError, match=r"latents=\(2, 4, 4, 4\): expected \[B, 6, 4, h, w\]"):
         model.denoise(latents[:, 0], 999, TEXT)
-    with pytest.raises(ValueError, match=r"prompt_embeds=\(1, 77, 12\): expected \[2, 77, Ct\]"):
+    with pytest.raises(ValueError, match=r"prompt_embeds=\(1, 77, 12\): expected \[2, L, Ct\]"):
         model.denoise(latents, 999, TEXT[:1])
     with pytest.raises(ValueError, match="1 generators for 2 samples"):
         model.generate(TEXT, [torch.Generator()])

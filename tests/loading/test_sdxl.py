@@ -153,6 +153,14 @@ def test_an_adapter_is_saved_and_opened(folder: Path, tmp_path: Path) -> None:
     assert relative_difference(*planes) <= ROUNDING
 
 
+def test_embeddings_without_the_pooled_row_are_refused(folder: Path) -> None:
+    pipe: Any = TriplaneTurbo(model_of(folder), load_base(folder).encoder)
+    embeds = pipe.encoder(PROMPTS)
+    assert pipe(prompt_embeds=embeds, num_inference_steps=1, output_type="planes").planes.shape[:2] == (2, 6)
+    with pytest.raises(ValueError, match="the last row must be the pooled embedding, 24 numbers"):
+        pipe(prompt_embeds=embeds[:, :-1], num_inference_steps=1)
+
+
 def test_it_trains(folder: Path, tmp_path: Path, random_toybox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps with the toy box's teachers: all that is trained moves, and is generated from."""
     use_assets(monkeypatch, random_toybox)

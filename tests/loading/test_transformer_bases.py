@@ -186,6 +186,19 @@ def test_sd3_does_without_its_t5(folders: dict[str, Path], bases: dict[str, Base
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_embeddings_without_the_last_row_are_refused(name: str, bases: dict[str, Base]) -> None:
+    model = model_of(bases[name])
+    embeds = embeds_of(bases[name], PROMPTS)
+    latents = noise(len(PROMPTS), *model.latent_shape)
+    model.generate(embeds, num_inference_steps=1, latents=latents)
+    without = embeds[:, :-1] + 0.1  # T5's tokens at random weights are small, SD3's without T5 zero
+    with pytest.raises(ValueError, match="the last row must be the"):
+        model.generate(without, num_inference_steps=1, latents=latents)
+    with pytest.raises(ValueError, match="the last row must be the"):
+        TriplaneTurbo(model, encoder=None)(prompt_embeds=without, num_inference_steps=1, latents=latents)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_is_saved_and_opened_on_its_base_alone(name: str, bases: dict[str, Base], tmp_path: Path) -> None:
     model = model_of(bases[name])
     assert base_hash(model.backbone).items() <= bases[name].hashes.items()
