@@ -94,6 +94,9 @@ class Backbone(nn.Module):
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for latents of a size that the network cannot take."""
 
+    def check_text(self, prompt_embeds: Tensor) -> None:
+        """Raise ValueError for embeddings [..., L, Ct] whose last row is not what this base reads in it."""
+
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The network's prediction [B * P, C, h, w] for latents of that shape; text [B, L, Ct] or [B * P, L, Ct].
 
@@ -180,6 +183,10 @@ class SixPlaneBackbone(Backbone):
     def text_width(self) -> int:
         return self.unet.config["cross_attention_dim"]
 
+    def check_text(self, prompt_embeds: Tensor) -> None:
+        if self.pooled:
+            check_last_row(prompt_embeds, self.pooled, "the pooled embedding")
+
     @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The U-Net's prediction [B * P, 4, h, w] for latents of that shape; text [B, 77, Ct] or [B * P, 77, Ct].
@@ -206,6 +213,19 @@ class SixPlaneBackbone(Backbone):
                 groups["self_attention"] += [f"{name}.attn1.{linear}" for linear in PROJECTIONS]
                 groups["cross_attention"] += [f"{name}.attn2.{linear}" for linear in PROJECTIONS]
         return groups
+
+
+def check_last_row(prompt_embeds: Tensor, count: int, what: str, *, mask: bool = False) -> None:
+    """ValueError unless the last row of embeddings [..., L, Ct] is `count` numbers and zeros; mask: some 1, others 0."""
+    row = prompt_embeds[..., -1, :]
+    is_right = prompt_embeds.shape[-2] > 1 and not row[..., count:].any()
+    if is_right and mask:
+        is_right = bool(((row == 0) | (row == 1)).all() and (row == 1).any(-1).all())
+    if not is_right:
+        raise ValueError(
+            f"prompt_embeds={tuple(prompt_embeds.shape)}: the last row must be {what}, {count} numbers filled up with "
+            "zeros; take embeddings from this base's own text encoder (`pipe.encoder`)"
+        )
 
 
 def shared_copy(module: Any) -> Any:

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DM
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from torch import Tensor, nn
 
-from prd.adapters.backbone import PROJECTIONS, Backbone, SixPlaneBackbone
+from prd.adapters.backbone import PROJECTIONS, Backbone, SixPlaneBackbone, check_last_row
 from prd.adapters.noise_levels import FlowLevels, NoiseLevels
 from prd.adapters.planes import PlaneAttention
 from prd.adapters.precision import under_own_autocast
@@ -101,6 +101,10 @@ class PixArtBackbone(TransformerBackbone):
     def text_width(self) -> int:
         return self.transformer.config["caption_channels"]
 
+    def check_text(self, prompt_embeds: Tensor) -> None:
+        tokens = prompt_embeds.shape[-2] - 1
+        check_last_row(prompt_embeds, tokens, "the mask of the prompt's tokens, 1 or 0", mask=True)
+
     @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The noise [B * P, 4, h, w] in latents of that shape; text [B, L + 1, Ct] or [B * P, L + 1, Ct]."""
@@ -156,6 +160,10 @@ class StableDiffusion3Backbone(TransformerBackbone):
     @property
     def text_width(self) -> int:
         return self.joint_transformer.config["joint_attention_dim"]
+
+    def check_text(self, prompt_embeds: Tensor) -> None:
+        pooled = self.joint_transformer.config["pooled_projection_dim"]
+        check_last_row(prompt_embeds, pooled, "the pooled embedding")
 
     @under_own_autocast
     def denoise(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

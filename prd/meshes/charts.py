@@ -27,6 +27,7 @@ CONVEX = 0.8  # of the area of the convex outline, at least, of charts that are 
 MIRRORED = 1e-6  # of the area, at most, that needles may lie turned over
 STRETCH = 2.5  # at most, between the areas that 1 % of the texture and 99 % of it give to an equal area of the surface
 PAIRS = 1 << 20  # of edges of a border, that are compared at a time
+DENSE = 64  # vertices, up to which a chart is flattened faster without sparse matrices
 THIN = 1e-12  # scene units, and square ones: no edge and no triangle counts for less
 
 
@@ -112,26 +113,39 @@ class _Charts:
 
     def join_small(self) -> None:
         """Join charts below `SMALL`, the smallest first, to the neighbours with which they have the longest border."""
-        pairs, edges = edges_between(self.triangles)
-        lengths = np.linalg.norm(np.subtract(*self.vertices[edges.T]), axis=1)
-        chart_of = np.zeros(len(self.triangles), np.int64)
-        for number, chart in enumerate(self.found):
-            chart_of[chart.faces] = number
         kept: dict[int, _Chart] = dict(enumerate(self.found))
+        borders = self.borders()
         for number in sorted(kept, key=lambda n: kept[n].area):
             if kept[number].area >= self.least:
                 continue
-            sides = chart_of[pairs]
-            across = np.concatenate([sides[sides[:, 0] == number, 1], sides[sides[:, 1] == number, 0]])
-            weight = np.concatenate([lengths[sides[:, 0] == number], lengths[sides[:, 1] == number]])
-            border = np.bincount(across, weight * (across != number))
-            for other in np.argsort(-border)[: int((border > 0).sum())].tolist():
+            for other in sorted(borders[number], key=lambda n: (-borders[number][n], n)):
                 both = self.flat(np.concatenate([kept[other].faces, kept[number].faces]))
                 if both is not None and both.box <= GROWTH * (kept[other].box + kept[number].box):
                     kept[other] = both
-                    chart_of[kept.pop(number).faces] = other
+                    del kept[number]
+                    for beyond, length in borders.pop(number).items():
+                        del borders[beyond][number]
+                        if beyond != other:
+                            borders[other][beyond] = borders[beyond][other] = borders[other].get(beyond, 0.0) + length
                     break
         self.found = list(kept.values())
+
+    def borders(self) -> dict[int, dict[int, float]]:
+        """Return how long a border each chart has with each one beside it."""
+        chart_of = np.zeros(len(self.triangles), np.int64)
+        for number, chart in enumerate(self.found):
+            chart_of[chart.faces] = number
+        pairs, edges = edges_between(self.triangles)
+        sides, count = chart_of[pairs], len(self.found)
+        apart = sides[:, 0] != sides[:, 1]
+        sides, edges = np.sort(sides[apart], axis=1), edges[apart]
+        keys, place = np.unique(sides @ np.array([count, 1]), return_inverse=True)
+        lengths = np.bincount(place, np.linalg.norm(np.subtract(*self.vertices[edges.T]), axis=1), len(keys))
+        found: dict[int, dict[int, float]] = {number: {} for number in range(count)}
+        for key, length in zip(keys.tolist(), lengths.tolist(), strict=True):
+            a, b = divmod(key, count)
+            found[a][b] = found[b][a] = length
+        return found
 
 
 def _is_convex(chart: _Chart) -> bool:
@@ -162,17 +176,12 @@ def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[
     third = run + 1j * (2 * area / length)
     weights = np.stack([third - length, -third, length.astype(complex)], axis=1)  # the edges opposite each corner
     weights /= np.sqrt(2 * np.maximum(area, THIN))[:, None]
-    rows = np.repeat(np.arange(len(faces)), 3)
-    system = coo_array((weights.reshape(-1), (rows, faces.reshape(-1))), shape=(len(faces), len(points))).tocsc()
     first = int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmax())
     last = int(np.linalg.norm(points - points[first], axis=1).argmax())
     pins, free = [first, last], np.setdiff1d(np.arange(len(points)), [first, last])
     known = np.array([0.0, np.linalg.norm(points[last] - points[first])], complex)
-    matrix = system[:, free]
-    right = -(matrix.conj().T @ (system[:, pins] @ known))
-    try:
-        solved = splu((matrix.conj().T @ matrix).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
-    except RuntimeError:  # exactly singular, as where parts hang together by a vertex
+    solved = _least_squares(weights, faces, free, pins, known)
+    if solved is None:
         return None
     flat = np.zeros(len(points), complex)
     flat[free], flat[pins] = solved, known
@@ -184,6 +193,29 @@ def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[
         return None
     uv *= np.sqrt(area.sum() / signed.sum())
     return uv if _lies_well(uv, faces, area) else None
+
+
+def _least_squares(
+    weights: NDArray[np.complex128], faces: NDArray[np.int64], free: NDArray[np.int64], pins: list[int], known: Any
+) -> NDArray[np.complex128] | None:
+    """Return the places of free vertices that make sum_k weights [F, 3] of all faces least; None where any would do."""
+    shape, entries = (len(faces), len(free) + len(pins)), weights.reshape(-1)
+    rows = np.repeat(np.arange(len(faces)), 3)
+    if shape[1] <= DENSE:
+        dense = np.zeros(shape, complex)
+        dense[rows, faces.reshape(-1)] = entries
+        matrix = dense[:, free]
+        try:
+            return np.linalg.solve(matrix.conj().T @ matrix, -(matrix.conj().T @ (dense[:, pins] @ known)))
+        except np.linalg.LinAlgError:
+            return None
+    system = coo_array((entries, (rows, faces.reshape(-1))), shape=shape).tocsc()
+    sparse = system[:, free]
+    right = -(sparse.conj().T @ (system[:, pins] @ known))
+    try:
+        return splu((sparse.conj().T @ sparse).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
+    except RuntimeError:  # exactly singular, as where parts hang together by a vertex
+        return None
 
 
 def _lies_well(uv: NDArray[np.float64], faces: NDArray[np.int64], area: NDArray[np.float64]) -> bool:

@@ -18,7 +18,7 @@ ALONG = 0.1  # cost of a step that does not turn
 SWEEPS = 3  # of moving seeds to the middles of their charts
 TURNED = 0.4  # cosine of the angle from its chart, from which on a face bends too much
 BENT = 0.1  # of a chart's area, which may
-MOST = 96  # charts beside one for each piece
+MOST = 96  # charts of a piece, beside its first
 PASSES = 12  # of smoothing borders
 TEETH = 0.01  # of the mean length of an edge: less is not worth a change
 CRUMB = 0.1  # of its chart's area: parts below that hang apart go to the charts around them
@@ -48,10 +48,6 @@ class Nodes:
     def graph(self, cost: NDArray[np.float64]) -> csr_array:
         """Return the graph whose steps cost [E] these."""
         return csr_array((cost, self.column.astype(np.int32), self.first), shape=(self.count, self.count))
-
-    def pieces(self) -> NDArray[np.int64]:
-        """Return the number [N] of the connected piece of each node."""
-        return pieces(np.stack([self.row, self.column], axis=1), self.count)
 
     def costs(self, seeds: NDArray[np.int64], normals: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the costs [K, N] of the cheapest ways from seeds [K] to all nodes, for charts with normals [K, 3]."""
@@ -85,11 +81,22 @@ def nodes_of(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> Nodes:
 
 
 def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the chart [F] of each face: connected, nearly flat, few."""
+    """Return the chart [F] of each face: connected, nearly flat, few; each piece of the surface has its own."""
+    piece = pieces(edges_between(faces)[0], len(faces))
+    order = np.argsort(piece, kind="stable")
+    label, count = np.zeros(len(faces), np.int64), 0
+    for part in np.split(order, np.flatnonzero(np.diff(piece[order])) + 1):
+        used, local = np.unique(faces[part], return_inverse=True)
+        label[part] = count + _segmented(vertices[used], local.reshape(-1, 3))
+        count = int(label[part].max()) + 1
+    return label
+
+
+def _segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the chart [F] of each face of a surface in one piece."""
     nodes = nodes_of(vertices, faces)
     patch, patches = _patches(nodes)
-    starts = np.unique(patches.pieces(), return_index=True)[1]
-    seeds, normals = _grown(patches, starts)
+    seeds, normals = _grown(patches, np.zeros(1, np.int64))
     where = np.unique(patch, return_index=True)[1]  # a face of each patch
     label = whole(nodes, nodes.costs(where[seeds], normals).argmin(axis=0))
     return whole(nodes, smoothed(vertices, faces, label))
@@ -114,7 +121,7 @@ def _patches(nodes: Nodes) -> tuple[NDArray[np.int64], Nodes]:
     if nodes.count <= 2 * PATCHES:
         return np.arange(nodes.count), nodes
     drawn = np.random.default_rng(0).choice(nodes.count, PATCHES, replace=False, p=nodes.area / nodes.area.sum())
-    seeds = np.union1d(drawn, np.unique(nodes.pieces(), return_index=True)[1])
+    seeds = np.sort(drawn)
     turn = ALONG + 1 - (nodes.normal[nodes.row] * nodes.normal[nodes.column]).sum(axis=1)
     near = dijkstra(nodes.graph(nodes.length * turn), indices=seeds, min_only=True, return_predecessors=True)[2]
     patch, count = np.searchsorted(seeds, near), len(seeds)
@@ -125,7 +132,7 @@ def _patches(nodes: Nodes) -> tuple[NDArray[np.int64], Nodes]:
 
 
 def _grown(nodes: Nodes, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return seeds [K] and normals [K, 3] of charts that bend little, from one seed for each piece on."""
+    """Return seeds [K] and normals [K, 3] of charts that bend little, from the first seeds [K] on."""
     normals, most = nodes.normal[seeds], len(seeds) + MOST
     for _ in range(MOST + 1):  # faces without a normal always bend: then the number of seeds may stay
         for _ in range(SWEEPS):

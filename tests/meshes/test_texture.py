@@ -12,7 +12,7 @@ from scipy.ndimage import maximum_filter
 from prd.meshes.charts import charts_of, cut_into_charts, flattened
 from prd.meshes.edges import edges_between
 from prd.meshes.packing import pack
-from prd.meshes.segments import smoothed
+from prd.meshes.segments import segmented, smoothed
 from prd.meshes.texture import texture_size, unwrap, used_area
 
 
@@ -128,6 +128,16 @@ def test_pieces_that_are_tiny_or_open_are_unwrapped() -> None:
     source, charted, uv = unwrap(vertices, faces, 256)
     np.testing.assert_array_equal(source[charted], faces)
     assert signed_areas(uv, charted).min() > -1e-7 and used_area(charted, uv) > 0.5
+
+
+def test_each_piece_is_segmented_as_if_alone() -> None:
+    """So that a thousand pieces take no more memory than the largest of them."""
+    ball, box = trimesh.creation.icosphere(3), trimesh.creation.box().subdivide()
+    box.apply_translation((3, 0, 0))
+    faces = np.concatenate([ball.faces, box.faces + len(ball.vertices)]).astype(np.int64)
+    label = segmented(np.concatenate([ball.vertices, box.vertices]), faces)
+    alone = [segmented(np.array(part.vertices), np.array(part.faces, np.int64)) for part in (ball, box)]
+    np.testing.assert_array_equal(label, np.concatenate([alone[0], alone[1] + alone[0].max() + 1]))
 
 
 def test_needles_without_area_are_unwrapped() -> None:
