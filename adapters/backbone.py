@@ -66,6 +66,7 @@ class Backbone(nn.Module):
         old = self.decoder.conv_out
         conv_out = PlaneConvOut(old.in_channels, config.plane_channels, config.num_planes)
         self.decoder.conv_out = conv_out.to(device=old.weight.device, dtype=old.weight.dtype)
+        self.vae_scaling: dict[str, float] | None = None  # "factor" and "shift", where latents are decoded by the VAE's
         self.levels: Any = None if scheduler is None else self.levels_class.of(scheduler).to(self.device)
 
     @property
@@ -216,7 +217,7 @@ class SixPlaneBackbone(Backbone):
 
 
 def check_last_row(prompt_embeds: Tensor, count: int, what: str, *, mask: bool = False) -> None:
-    """ValueError unless the last row of embeddings [..., L, Ct] is `count` numbers and zeros; mask: some 1, others 0."""
+    """ValueError unless the last row of embeddings [..., L, Ct] is `count` numbers, then zeros; mask: 1 or 0 each."""
     row = prompt_embeds[..., -1, :]
     is_right = prompt_embeds.shape[-2] > 1 and not row[..., count:].any()
     if is_right and mask:

@@ -35,13 +35,15 @@ class TransformerBackbone(Backbone):
     def __init__(self, network: nn.Module, vae: AutoencoderKL, config: Any, scheduler: Any = None) -> None:
         super().__init__(network, vae, config, scheduler)
         own: Any = vae.config
-        self.scaling, self.shift = float(own.scaling_factor), float(getattr(own, "shift_factor", None) or 0.0)
+        shift = getattr(own, "shift_factor", None) or 0.0
+        self.vae_scaling: dict[str, float] = {"factor": float(own.scaling_factor), "shift": float(shift)}
 
     def to_decoder(self, latents: Tensor, scale: float | None = None) -> Tensor:
         """Latents as the decoder takes them: latents / scaling_factor + shift_factor; ValueError for another scale."""
+        factor, shift = self.vae_scaling["factor"], self.vae_scaling["shift"]
         if scale is not None:
-            raise ValueError(f"latent_scale={scale}: this base has its VAE's own, {self.scaling}; leave it out")
-        return latents / self.scaling + self.shift
+            raise ValueError(f"latent_scale={scale}: this base has its VAE's own, {factor}; leave it out")
+        return latents / factor + shift
 
     def check_size(self, height: int, width: int) -> None:
         patch, most = self.network.config["patch_size"], self.network.config.get("pos_embed_max_size")

@@ -3,11 +3,11 @@
     prd ablate k --output_dir runs/ablations                     # or any other runs of toy recipes
     python benchmarks/bench_clip_truth.py runs/ablations/*-seed* --clip toybox
 
-Every finished run draws its single objects once more, each from its own noise. The benchmark compares a shape with every
-exact one (`prd.toybox.score`); `prd evaluate --protocol prd-paper` asks the CLIP for the caption of its pictures among
-those of all single objects and stacks. Reported are rank correlations (Spearman's) over the runs, and over the shapes of
-all runs the correlation with the IoU and the AUC for "recognised by the truth"; intervals resample runs. The JSON goes to
-benchmarks/results/.
+Every finished run draws its single objects once more, each from its own noise. The benchmark compares a shape with
+every exact one (`prd.toybox.score`); `prd evaluate --protocol prd-paper` asks the CLIP for the caption of its pictures
+among those of all single objects and stacks. Reported are rank correlations (Spearman's) over the runs, and over the
+shapes of all runs the correlation with the IoU and the AUC for "recognised by the truth"; intervals resample runs. The
+JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def features(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, texts
 
 
 def contrastive_loss(images: Tensor, words: Tensor, scale: Tensor, place: Tensor, maybe: Tensor) -> Tensor:
-    """CLIP's loss of pictures [m, D] and texts [n, D]: each picture finds its text, each text that has some its pictures."""
+    """CLIP's loss of pictures [m, D] and texts [n, D]: a picture finds its text, a text the pictures that it is of."""
     logits = scale.exp() * images @ words.T
     right = F.one_hot(place, len(words)).bool()
     logits = logits.masked_fill(maybe & ~right, -torch.inf)

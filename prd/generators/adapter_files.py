@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
 LEVELS = ("alphas_cumprod", "sigmas")  # of a diffusion, of a flow (`prd.adapters.noise_levels`)
+VAE_SCALING = "vae_scaling"  # key of bases whose latents are decoded by their VAE's own factor and shift
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
@@ -167,6 +168,7 @@ def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype 
             "prediction_type": model.prediction_type,
             "base_hash": model.base_hash(),
             "noise_schedule": noise_schedule(model),
+            **({} if model.backbone.vae_scaling is None else {VAE_SCALING: model.backbone.vae_scaling}),
             "weights_hash": hashes,
         }
 
@@ -223,6 +225,11 @@ def _check_base(model: TriplaneTurboModel, folder: Path, record: dict[str, Any])
             f"{folder}: trained on the noise schedule {record['noise_schedule']}, and the scheduler of the base loaded "
             f"has {noise_schedule(model)}; {remedy}"
         )
+    if VAE_SCALING in record and record[VAE_SCALING] != model.backbone.vae_scaling:
+        raise ModelMismatch(
+            f"{folder}: trained on a VAE with the scaling {record[VAE_SCALING]}, and the base loaded has "
+            f"{model.backbone.vae_scaling}; {remedy}"
+        )
     if record["prediction_type"] != model.prediction_type:
         raise ModelMismatch(
             f"{folder}: trained on a base that predicts {record['prediction_type']}, and the scheduler of the one "
@@ -260,7 +267,7 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     known = {field.name for field in fields(SavedConfig)} | {
         *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
     }
-    optional = {"noise_schedule", OWN_CLASS, "inv_std"}  # the first is not in the first ones
+    optional = {"noise_schedule", OWN_CLASS, "inv_std", VAE_SCALING}  # the first is not in the first ones
     missing, extra = known - record.keys() - optional, record.keys() - known - optional
     if missing or extra:
         raise ModelMismatch(

@@ -240,6 +240,17 @@ def test_another_shift_is_another_base(bases: dict[str, Base], folders: dict[str
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_another_scaling_of_the_vae_is_another_base(
+    name: str, bases: dict[str, Base], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model_of(bases[name]).save_pretrained(tmp_path / "adapter")
+    folder = Path(shutil.copytree(folders[name], tmp_path / "scaled"))
+    edit(folder / "vae/config.json", scaling_factor=0.5)
+    with pytest.raises(ModelMismatch, match="trained on a VAE with the scaling .*'factor': 0.5"):
+        TriplaneTurbo.from_pretrained(tmp_path / "adapter", base=str(folder))
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_it_trains_and_generates(
     name: str, folders: dict[str, Path], tmp_path: Path, random_toybox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
