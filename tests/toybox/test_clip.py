@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,58 @@ def test_it_is_small() -> None:
     assert sum(p.numel() for p in make_clip(make_clip_tokenizer()).parameters()) < 1_000_000
 
 
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLE))
+
+
+def test_captions_that_some_object_answers_both_of_agree(example: dict[str, Any]) -> None:
+    captions, agree = example["agreement"]()
+
+    def both(one: str, other: str) -> bool:
+        return bool(agree[captions.index(one), captions.index(other)])
+
+    assert both("a cube", "a red cube") and both("a red toy", "a cube") and both("a red cube", "a red cube")
+    assert not both("a cube", "a red sphere") and not both("a red cube", "a red cone")
+    assert not both("a red cube", "a red cube on a blue cube")
+    closed = len(all_captions())
+    torch.testing.assert_close(agree[:closed, :closed], torch.eye(closed).bool())
+
+
+@pytest.mark.parametrize("asked", [0, 3])
+def test_a_picture_is_told_from_other_captions_and_other_sides(example: dict[str, Any], asked: int) -> None:
+    """`asked`: the wording, without and with the words of a view."""
+    own, sides = ["a red cube", "a cube", "a red cube"], ["back", "front", "front"]
+    candidates = example["Candidates"](10_000)  # all captions
+    wordings = example["TEXTS"]
+    example["Candidates"].draw.__globals__["TEXTS"] = (wordings[asked],)
+    try:
+        texts, place, maybe = candidates.draw(own, sides, torch.Generator().manual_seed(0))
+    finally:
+        example["Candidates"].draw.__globals__["TEXTS"] = wordings
+    assert len(texts) == len(set(texts)) == len(candidates.captions) * (4 if asked else 1)
+    wanted = [wordings[asked].format(caption=caption, view=side) for caption, side in zip(own, sides, strict=True)]
+    assert [texts[k] for k in place.tolist()] == wanted
+    of_first = {texts[k] for k in maybe[0].nonzero()[:, 0].tolist()}
+    assert wanted[0] in of_first and wordings[asked].format(caption="a cube", view="back") in of_first
+    assert not any("front" in text or "sphere" in text for text in of_first)
+
+
+def test_the_loss_counts_neither_what_may_be_right_nor_a_second_picture_of_a_text(example: dict[str, Any]) -> None:
+    """Three pictures of two texts; the first text may be right of the third picture, too."""
+    axes = torch.eye(3)
+    images, words = axes[[0, 0, 1]], axes
+    place, maybe = torch.tensor([0, 0, 1]), torch.eye(3).bool()[[0, 0, 1]]
+    loss = example["contrastive_loss"]
+    assert loss(images, words, torch.tensor(5.0), place, maybe) < math.log(2)  # two pictures share a text
+    near = images.clone()
+    near[2] = torch.tensor([1.0, 1.0, 0.0]) / math.sqrt(2)
+    allowed = maybe.clone()
+    allowed[2, 0] = True
+    wrong, right = (loss(near, words, torch.tensor(5.0), place, m) for m in (maybe, allowed))
+    assert right < wrong
+
+
 def test_it_trains_and_judges_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example for two steps; what it saves is a CLIP that `prd evaluate --clip FOLDER` reads."""
     words = ["train_toyclip.py", "--assets", str(tmp_path), "--steps", "2", "--sets", "1"]
@@ -53,7 +106,8 @@ def test_it_trains_and_judges_pictures(tmp_path: Path, monkeypatch: pytest.Monke
     finally:
         torch.set_num_threads(threads)
     rows = [json.loads(line) for line in (tmp_path / "log_clip.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows[0]["step"] == 2 and math.isfinite(rows[0]["loss"]) and set(rows[1]) == {"r_at_1", "side"}
+    assert len(rows) == 1 and rows[0]["step"] == 2 and math.isfinite(rows[0]["loss"])
+    assert 0 <= rows[0]["r_at_1"] <= 1 and 0 <= rows[0]["side"] <= 1
     scorer = load_scorer(str(tmp_path / "clip"))
     assert scorer.size == 32 and scorer.mean == (0.5, 0.5, 0.5)
     scores = scorer.score([np.full((40, 30, 3), 128, np.uint8)] * 2, ["a red cube", "front view of a red cube", "x"])
