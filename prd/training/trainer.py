@@ -85,7 +85,10 @@ class Trainer:
         if config.ema_decay is not None:
             every = [*trainable_parameters(self.model, None), *self.background_parameters]
             self.average = WeightAverage(every, config.ema_decay)
-        self.validation = Validation(config, self.model, encoder, self.corpus.prompts, self.average, parts.benchmark)
+        with shown_loading(self.accelerator.is_main_process):
+            self.validation = Validation(
+                config, self.model, encoder, self.corpus.prompts, self.average, parts.benchmark
+            )
         self.skipped = SkippedSteps(self.accelerator, self.folder)
         self.first = self.first_prompt = 0  # the step a resumed run begins at, and the prompts drawn before it
         self.frames = 0  # rendered for the teachers, by all processes

@@ -30,7 +30,7 @@ from prd.training.galleries import contact_sheet, export_meshes, generate_fields
 from prd.training.run.folder import peak_memory
 from prd.utils.checked_types import CHECKS, Count, Float, Fraction, Int, Place, Positive, Prompt, Size
 from prd.utils.files import only_shown, write_atomic
-from prd.utils.progress import loading, shown_loading
+from prd.utils.progress import loading
 
 if TYPE_CHECKING:
     from prd.evaluation.judges import Judge
@@ -237,7 +237,7 @@ def _judge(config: TrainConfig) -> Judge | None:
     from prd.evaluation.run import EvaluationConfig, load_judge  # here: with the readers of mesh files it takes a while
 
     clip, folder = config.validation.clip, Path(config.output_dir)
-    with shown_loading(), loading("validation.protocol"):
+    with loading("validation.protocol"):
         return load_judge(EvaluationConfig(protocol=config.validation.protocol, output=folder, clip=clip))
 
 
