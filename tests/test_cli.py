@@ -54,7 +54,7 @@ def test_what_generate_is_asked_for_reaches_the_files(random_toybox, tmp_path, c
 
 
 def one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    """What a failing command prints: a single line, no traceback, exit status 2."""
+    """Return what a failing command prints: a single line, no traceback, exit status 2."""
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.strip().splitlines()) == 1

@@ -54,7 +54,7 @@ def prose_of(page: Path) -> str:
 
 
 def spans_of(page: Path) -> list[str]:
-    """What a page sets in backticks within a line or two."""
+    """Return what a page sets in backticks within a line or two."""
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose_of(page))]
 
 

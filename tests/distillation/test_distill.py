@@ -43,7 +43,7 @@ class Draws:
 
 
 def written_out(teacher: StubTeacher, views: Views, change: dict, draws: Draws) -> AsdResult:
-    """What `distill` promises: view, encoder noise, timestep, shift and noise, and every setting handed on."""
+    """Check what `distill` promises: view, encoder noise, timestep, shift and noise, and every setting handed on."""
     settings, config = settings_of(**change), config_of(**(BASE | change))
     if teacher.num_views == 1:
         views = select_views(views, (draws.uniform() * 4).long()[:, None])

@@ -126,7 +126,7 @@ def asked(settings: dict[str, Any], seed: int = SEED, fake: Any = None, **others
 
 
 def drawn(eta: float = 0.0, inverted: bool = False) -> Case:
-    """What a loss is to draw, in its order: the encoder's noise, timestep, shift, noise."""
+    """Return what a loss is to draw, in its order: the encoder's noise, timestep, shift, noise."""
     g = torch.Generator().manual_seed(SEED)
     x = StubTeacher(V).encode(views_of(B), noise=torch.randn(B * V, 3, 4, 4, generator=g))
     t = (T_MIN + (torch.rand(B, generator=g) * (980 - T_MIN)).floor()).long()

@@ -34,7 +34,7 @@ def run(source: Path, protocol: str, out: Path, *words: str, status: int = 0) ->
 
 
 def refused(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """What is said of a command that is refused: one line."""
+    """Return what is said of a command that is refused: one line."""
     capfd.readouterr()
     assert main(["evaluate", *words]) == 2
     said = capfd.readouterr().err

@@ -13,7 +13,7 @@ from tests.compare import ROUNDING, relative_difference
 
 
 class TinyBase:
-    """What `from_base` reads of a base."""
+    """Return what `from_base` reads of a base."""
 
     name, revision = "tiny", None
     public_name = ""

@@ -341,7 +341,7 @@ def test_wrong_folders_and_inputs_are_named(folders: dict[str, Path], bases: dic
 
 
 def test_another_attention_is_pixarts_too(bases: dict[str, Base]) -> None:
-    """Of its planes; that to the text is masked, and torch's."""
+    """The planes' alone: attention to the text is masked, and torch's."""
     model, text, called = model_of(bases["pixart"]), embeds_of(bases["pixart"], PROMPTS), list[int]()
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def open_edges(shape: Any) -> int:
 
 
 def seen(path: str) -> dict[str, Any]:
-    """How a file came in."""
+    """Return how a file came in."""
     thing = imported(path)
     shape, place = thing.data, np.array(thing.matrix_world)
     points = np.array([vertex.co[:] for vertex in shape.vertices]) @ place[:3, :3].T + place[:3, 3]

@@ -66,7 +66,7 @@ def bare(mesh: Mesh) -> Mesh:
 
 
 def said(module: str, variable: str, script: str, paths: list[Path]) -> list[dict[str, Any]]:
-    """What a script prints of files, run by the Python that has a module."""
+    """Return what a script prints of files, run by the Python that has a module."""
     python = sys.executable if importlib.util.find_spec(module) else os.environ.get(variable)
     if python is None:
         pytest.skip(f"needs {module}; see the head of this file")
@@ -84,7 +84,7 @@ def said(module: str, variable: str, script: str, paths: list[Path]) -> list[dic
 def test_the_khronos_validator_has_nothing_to_say(
     kind: str, compress: Any, suffix: str, mug: Mesh, tmp_path: Path
 ) -> None:
-    """Of compressed geometry it reads no more than the accessors."""
+    """It reads no more of compressed geometry than the accessors."""
     mesh = mug if kind == "levels" else replace(mug, lods=())
     mesh = bare(mesh) if kind == "vertex colours" else mesh
     picture: Any = "webp" if kind == "webp" else "png"

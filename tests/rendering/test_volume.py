@@ -315,7 +315,7 @@ def test_the_variance_along_a_ray_is_that_of_its_density() -> None:
 
 
 def test_chunks_change_no_gradient_of_first_or_second_order() -> None:
-    """Of images and of an eikonal term: the chunks' activations are made again in the backward pass."""
+    """Holds for images and for an eikonal term: the chunks' activations are made again in the backward pass."""
     torch.manual_seed(0)
     heads = TriplaneHeads(4, 8).double()
     planes = (0.3 * torch.randn(2, 6, 4, 8, 8, dtype=torch.float64)).requires_grad_()

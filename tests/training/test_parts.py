@@ -238,7 +238,7 @@ def test_settings_of_the_librarys_classes_by_other_names_need_no_class(tmp_path)
 
 
 def test_a_run_with_settings_given_in_python_is_read_again_and_resumed(toybox, tmp_path):
-    """Of a whole trainer: what stands in its run folder is its config, by the command line too."""
+    """The file in the run folder of a whole trainer is its config, by the command line too."""
     base = settings("--output_dir", str(tmp_path / "run"), "--stages", "[{until: 0.5}, {until: 1, background: 0.1}]")
     own = OwnTeacherConfig(path=str(toybox / "stable_diffusion"), strength=0.5, weight=2.0)
     config = replace(base, teachers={**base.teachers, "mine": own})

@@ -69,7 +69,7 @@ def gradients(trainer: Trainer) -> dict[str, float]:
 
 
 def frozen_hash(trainer: Trainer) -> str:
-    """Of every weight that must not move: base, text encoder, teachers."""
+    """Return a hash of every weight that must not move: base, text encoder, teachers."""
     digest = hashlib.sha256()
     modules = [
         trainer.model,

@@ -185,7 +185,7 @@ def test_every_way_to_shard_is_turned_off_with_a_warning(
 
 
 def results(folder: Path, launcher: list[str], *words: str, **variables: str) -> tuple[list[dict[str, Any]], str]:
-    """What each process of a real launcher found, and what they said."""
+    """Return what each process of a real launcher found, and what they said."""
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")

@@ -221,7 +221,7 @@ def test_of_the_trackers_the_one_in_the_run_folder_alone_is_told(report_to, told
 
 
 def test_a_tracker_leaves_nothing(random_toybox, tmp_path, monkeypatch, capsys):
-    """Of a tracker that writes into the current folder or the Internet no run is begun; TensorBoard's goes with it."""
+    """A tracker that writes into the current folder or the Internet begins no run; TensorBoard's goes with it."""
     begun: list[str] = []
     for kind in set(LOGGER_TYPE_TO_CLASS.values()):
         if kind is not None:
