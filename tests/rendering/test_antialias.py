@@ -129,7 +129,7 @@ def test_a_square_finds_its_place_and_size(size):
 
 
 def test_the_gradient_leaves_out_half_a_pixel_of_colour_change():
-    """Check what the antialiasing's docstring says: an upright outline that moves over a colour ramp of slope k a pixel.
+    """As the docstring says: an upright outline that moves over a colour ramp of slope k a pixel.
 
     The image follows the outline exactly; its gradient is the colour at the pixel centre before the outline, whose
     mean over a pixel is k / 2 less than the colour at the outline.
