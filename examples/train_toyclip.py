@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--assets", type=Path, default=Path("runs/toyclip"), help="folder that receives clip/ and its log"
     )
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sets", type=int, default=48, help="four-view sets rendered of every shape and stack")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
