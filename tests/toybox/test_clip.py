@@ -114,6 +114,25 @@ def test_it_trains_and_judges_pictures(tmp_path: Path, monkeypatch: pytest.Monke
     assert scores.shape == (2, 3) and (np.abs(scores) <= 1.001).all()
 
 
+def test_the_shipped_one_finds_the_captions_of_exact_pictures() -> None:
+    """Measured in training: .80 of views from anywhere, before any grey, among all captions."""
+    generator = torch.Generator().manual_seed(7)
+    forms: list[tuple] = [
+        ("cube", 0),
+        ("sphere", 0),
+        ("wedge", 0),
+        ("mug", 0),
+        ("sphere", "cube"),
+        ("cone", "cylinder"),
+    ]
+    batch = ViewPool(2, generator, forms).draw(24, generator, open_words=0.0)
+    pictures = (batch.rgb.flatten(0, 1).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    captions = [caption.text for caption in all_captions()]
+    best = load_scorer("toybox").score(list(pictures), captions).argmax(axis=1)
+    right = [captions[k] == batch.captions[n // 4] for n, k in enumerate(best)]
+    assert np.mean(right) > 0.6
+
+
 def few_shapes(make: Callable[..., None]) -> Callable[..., None]:
     """A pool of a shape and a stack: rendering all takes minutes."""
 
