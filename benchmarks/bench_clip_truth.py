@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -119,9 +120,14 @@ def main() -> None:
             run.name: {key: float(np.mean([shape[key] for shape in known[run.name]])) for key in (*CLIP, *TRUTH)}
             for run in folders
         },
-        "shapes": {run.name: known[run.name] for run in folders},
+        "shapes": {
+            run.name: [{k: round(v, 4) for k, v in shape.items()} for shape in known[run.name]] for run in folders
+        },
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = re.sub(
+        r"\{[^{}\[\]]*\}", lambda flat: " ".join(flat[0].split()), json.dumps(result, indent=1)
+    )  # a line each
+    args.output.write_text(text + "\n", encoding="utf-8")
     print(json.dumps({key: result[key] for key in ("agreement", "runs")}, indent=1))
 
 
