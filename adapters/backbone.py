@@ -217,11 +217,12 @@ class SixPlaneBackbone(Backbone):
 
 
 def check_last_row(prompt_embeds: Tensor, count: int, what: str, *, mask: bool = False) -> None:
-    """ValueError unless the last row of embeddings [..., L, Ct] is `count` numbers, then zeros; mask: 1 or 0 each."""
-    row = prompt_embeds[..., -1, :]
-    is_right = prompt_embeds.shape[-2] > 1 and not row[..., count:].any()
-    if is_right and mask:
-        is_right = bool(((row == 0) | (row == 1)).all() and (row == 1).any(-1).all())
+    """ValueError unless the last row of [..., L, Ct] is `count` numbers, not all 0, then zeros; mask: of 0 and 1."""
+    is_right = prompt_embeds.ndim > 1 and prompt_embeds.shape[-2] > 1
+    if is_right:
+        row = prompt_embeds[..., -1, :]
+        is_right = bool(row[..., :count].any(-1).all() and not row[..., count:].any())
+        is_right = is_right and not (mask and bool(((row != 0) & (row != 1)).any()))
     if not is_right:
         raise ValueError(
             f"prompt_embeds={tuple(prompt_embeds.shape)}: the last row must be {what}, {count} numbers filled up with "

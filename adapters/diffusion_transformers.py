@@ -104,7 +104,7 @@ class PixArtBackbone(TransformerBackbone):
         return self.transformer.config["caption_channels"]
 
     def check_text(self, prompt_embeds: Tensor) -> None:
-        tokens = prompt_embeds.shape[-2] - 1
+        tokens = prompt_embeds.shape[-2] - 1 if prompt_embeds.ndim > 1 else 0
         check_last_row(prompt_embeds, tokens, "the mask of the prompt's tokens, 1 or 0", mask=True)
 
     @under_own_autocast

@@ -35,7 +35,6 @@ from prd.evaluation.run import EvaluationConfig, evaluate
 from prd.evaluation.statistics import RESAMPLES
 from prd.meshes.mesh import extract_mesh
 from prd.toybox.world import single_captions
-from prd.utils.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe  # noqa: E402
@@ -105,11 +104,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     folders = [run for run in args.runs if (run / "adapter" / "record.json").is_file()]
-    known: dict[str, list[Shape]] = read_json(args.output, {}).get("shapes", {})
+    if len({run.name for run in folders}) < max(1, len(folders)):
+        parser.error(
+            f"{len(folders)} of the {len(args.runs)} folders are finished runs; give at least one, each name once"
+        )
+    known: dict[str, list[Shape]] = {}
     for run in tqdm(folders):
-        if run.name not in known:
-            with tempfile.TemporaryDirectory() as name:
-                known[run.name] = judge(run, args.clip, Path(name), args.resolution)
+        with tempfile.TemporaryDirectory() as name:
+            known[run.name] = judge(run, args.clip, Path(name), args.resolution)
     runs = [known[run.name] for run in folders]
     found, intervals = agreement(runs), resampled(runs, RESAMPLES // 10)
     result = {

@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=48, help="four-view sets rendered of every shape and stack")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps={args.steps}: must be at least 1")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

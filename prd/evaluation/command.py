@@ -25,7 +25,9 @@ def add_evaluate(commands: Any) -> None:
     )
     command.add_argument("--protocol", help=", ".join(NAMES))
     command.add_argument("-o", "--output", help="folder of report.json and report.html; an interrupted one is resumed")
-    command.add_argument("--clip", default=None, help="folder or Hub id of a CLIP, or open_clip:MODEL/TAG_OR_FILE")
+    command.add_argument(
+        "--clip", default=None, help="toybox, a folder or Hub id of a CLIP, or open_clip:MODEL/TAG_OR_FILE"
+    )
     command.add_argument("--up", default=None, choices=("y", "z"), help="upward axis (default: y in .glb and .obj)")
     command.add_argument("--reference", default=None, help="folder of pictures that render-fid and kid compare with")
     command.add_argument("--queries", default=None, help="further captions to choose from: a set of prompts")

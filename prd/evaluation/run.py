@@ -19,11 +19,13 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from prd.errors import ConfigError, PrdError
+from prd.evaluation.benchmark import find_benchmark
 from prd.evaluation.geometry import GOOD
 from prd.evaluation.inputs import Item, check_captions
 from prd.evaluation.judges import Judge, judge_of
 from prd.evaluation.page import write_page
 from prd.evaluation.protocols import GEOMETRY, Protocol, find_protocol
+from prd.hub.shipped import shipped_names
 from prd.utils.arguments import check_writable_folder, shown
 from prd.utils.files import write_atomic
 from prd.utils.processes import Processes
@@ -94,6 +96,15 @@ def evaluate(
     if protocol.candidates != "none":
         check_captions(items, protocol.name)
     judge = judge or begin(config)
+    strange = captions_outside(config.clip, [*(item.caption for item in items), *config.queries])
+    if strange and not processes.rank:
+        logger.warning(
+            "clip=%r: knows the captions of its own world alone, and %d given are none, as %s: figures of these mean "
+            "nothing",
+            config.clip,
+            len(strange),
+            shown(strange[0]),
+        )
     output = judge.output
     keys = [work_key(item, protocol, judge, config) for item in items]
     places = [output / WORK / f"{key}.json" for key in keys]
@@ -109,6 +120,21 @@ def evaluate(
         write_page(report, output / PAGE)
     processes.wait()
     return report
+
+
+def captions_outside(clip: str | None, captions: Sequence[str]) -> list[str]:
+    """Return the captions that a CLIP of a shipped world was not trained on; none of any other CLIP."""
+    world = find_benchmark(clip) if clip in shipped_names("clip") else None
+    if world is None:
+        return []
+
+    found = []
+    for caption in captions:
+        try:
+            world.check_prompt(caption)
+        except ValueError:
+            found.append(caption)
+    return found
 
 
 def load_judge(config: EvaluationConfig) -> Judge:

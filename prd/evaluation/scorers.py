@@ -216,7 +216,10 @@ def load_scorer(place: str, device: str | None = None, *, half_on_cuda: bool = F
             f"clip={place!r}: is no folder, no Hub id owner/name, no {OPEN_CLIP}MODEL/TAG_OR_FILE and no "
             "import path; " + (f"these ship: {', '.join(names)}" if names else "no CLIP ships with the package")
         )
-    return TransformersClip(str(path) if path.is_dir() else place, device, dtype)
+    scorer = TransformersClip(str(path) if path.is_dir() else place, device, dtype)
+    if shipped(place, "clip"):
+        scorer.name = f"the CLIP of {place}"
+    return scorer
 
 
 def pixels_of(image: Image.Image | NDArray[np.uint8], size: int, resize: Resize = "bicubic") -> NDArray[np.float32]:

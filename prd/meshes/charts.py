@@ -198,7 +198,7 @@ def flattened(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[
 def _least_squares(
     weights: NDArray[np.complex128], faces: NDArray[np.int64], free: NDArray[np.int64], pins: list[int], known: Any
 ) -> NDArray[np.complex128] | None:
-    """Return the places of free vertices that make sum_k weights [F, 3] of all faces least; None where any would do."""
+    """Return the places of free vertices that make sum_k weights [F, 3] of all faces least; None if many do."""
     shape, entries = (len(faces), len(free) + len(pins)), weights.reshape(-1)
     rows = np.repeat(np.arange(len(faces)), 3)
     if shape[1] <= DENSE:

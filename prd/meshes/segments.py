@@ -84,12 +84,27 @@ def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArra
     """Return the chart [F] of each face: connected, nearly flat, few; each piece of the surface has its own."""
     piece = pieces(edges_between(faces)[0], len(faces))
     order = np.argsort(piece, kind="stable")
+    corners = vertices[faces]
+    across = np.cross(
+        corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    )  # normal [F, 3], twice the area long
     label, count = np.zeros(len(faces), np.int64), 0
     for part in np.split(order, np.flatnonzero(np.diff(piece[order])) + 1):
-        used, local = np.unique(faces[part], return_inverse=True)
-        label[part] = count + _segmented(vertices[used], local.reshape(-1, 3))
+        if _is_flat(across[part]):
+            label[part] = count
+        else:
+            used, local = np.unique(faces[part], return_inverse=True)
+            label[part] = count + _segmented(vertices[used], local.reshape(-1, 3))
         count = int(label[part].max()) + 1
     return label
+
+
+def _is_flat(across: NDArray[np.float64]) -> bool:
+    """Return True if a chart of faces with these normals [F, 3], twice their area long, bends little."""
+    area = np.linalg.norm(across, axis=1)
+    mean = across.sum(axis=0)
+    bent = across @ mean < TURNED * area * np.linalg.norm(mean)
+    return bool(area[bent].sum() <= BENT * area.sum())
 
 
 def _segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.int64]:

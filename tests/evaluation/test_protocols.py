@@ -18,6 +18,7 @@ from trimesh import creation
 from prd.cli import main
 from prd.evaluation import command, formulas
 from prd.evaluation.protocols import PROTOCOLS
+from prd.toybox.world import COLORS
 from tests.evaluation.made import CAPTIONS, refused, run, write_captions
 from tests.evaluation.test_report import Links
 from tests.evaluation.tiny_clip import save_tiny_clip
@@ -181,8 +182,10 @@ def test_a_planted_second_front_is_told_from_right_shapes(
     assert spec is not None and spec.loader is not None
     bench = module_from_spec(spec)
     spec.loader.exec_module(bench)
-    monkeypatch.setattr(bench, "COLORS", ("red", "green"))
-    assert bench.measure(str(clip), tmp_path, 32)["front_back_similarity"] > 0.9
+    monkeypatch.setattr(bench, "COLORS", {name: COLORS[name] for name in ("red", "green")})
+    found = bench.measure(str(clip), tmp_path, 32)
+    assert set(found) == set(bench.fields_of("red", "mug")) - {"right"}
+    assert found["second front"]["front_back_similarity"] > 0.9
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tests.compare import ROUNDING, relative_difference
 
 
 class TinyBase:
-    """Return what `from_base` reads of a base."""
+    """A base as `from_base` reads it."""
 
     name, revision = "tiny", None
     public_name = ""

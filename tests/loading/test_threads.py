@@ -28,7 +28,7 @@ THREADS = 4
 
 @pytest.fixture(scope="module")
 def loaders(random_toybox: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Callable[[], Any]]]:
-    """Return by name how each thing is loaded; each has tensors or modules that are compared."""
+    """Return loaders by name; what each loads has tensors or modules that are compared."""
     root = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
         use_assets(patch, random_toybox)

@@ -191,9 +191,11 @@ def test_embeddings_without_the_last_row_are_refused(name: str, bases: dict[str,
     embeds = embeds_of(bases[name], PROMPTS)
     latents = noise(len(PROMPTS), *model.latent_shape)
     model.generate(embeds, num_inference_steps=1, latents=latents)
-    without = embeds[:, :-1] + 0.1  # T5's tokens at random weights are small, SD3's without T5 zero
-    with pytest.raises(ValueError, match="the last row must be the"):
-        model.generate(without, num_inference_steps=1, latents=latents)
+    without = embeds[:, :-1]
+    no_t5 = torch.cat([embeds[:, :77], torch.zeros_like(embeds[:, 77:-1])], dim=1)  # ends with a row of zeros
+    for wrong in (without, no_t5, embeds[0, 0], embeds[:, :0]):
+        with pytest.raises(ValueError, match="the last row must be the"):
+            model.generate(wrong, num_inference_steps=1, latents=latents)
     with pytest.raises(ValueError, match="the last row must be the"):
         TriplaneTurbo(model, encoder=None)(prompt_embeds=without, num_inference_steps=1, latents=latents)
 
