@@ -85,9 +85,7 @@ def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArra
     piece = pieces(edges_between(faces)[0], len(faces))
     order = np.argsort(piece, kind="stable")
     corners = vertices[faces]
-    across = np.cross(
-        corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    )  # normal [F, 3], twice the area long
+    across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     label, count = np.zeros(len(faces), np.int64), 0
     for part in np.split(order, np.flatnonzero(np.diff(piece[order])) + 1):
         if _is_flat(across[part]):
@@ -102,8 +100,7 @@ def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArra
 def _is_flat(across: NDArray[np.float64]) -> bool:
     """Return True if a chart of faces with these normals [F, 3], twice their area long, bends little."""
     area = np.linalg.norm(across, axis=1)
-    mean = across.sum(axis=0)
-    bent = across @ mean < TURNED * area * np.linalg.norm(mean)
+    bent = across @ _unit(across.sum(axis=0, keepdims=True))[0] < TURNED * area
     return bool(area[bent].sum() <= BENT * area.sum())
 
 
