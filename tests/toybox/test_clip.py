@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prd.cameras import orbit_cameras
+from prd.evaluation.inputs import Item
 from prd.evaluation.protocols import VIEW_WORDS
+from prd.evaluation.run import EvaluationConfig, captions_outside, evaluate
 from prd.evaluation.scorers import load_scorer
 from prd.toybox.clip import TEXT_LENGTH, TEXTS, WORDS, make_clip, make_clip_tokenizer, view_words
 from prd.toybox.data import ViewPool
@@ -131,6 +134,18 @@ def test_the_shipped_one_finds_the_captions_of_exact_pictures() -> None:
     best = load_scorer("toybox").score(list(pictures), captions).argmax(axis=1)
     right = [captions[k] == batch.captions[n // 4] for n, k in enumerate(best)]
     assert np.mean(right) > 0.6
+
+
+def test_captions_outside_of_its_world_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    captions = ["a red cube", "a cube", "a shiny dragon", "a red cube on a blue cylinder"]
+    assert captions_outside("toybox", captions) == ["a shiny dragon"]
+    assert captions_outside(str(tmp_path), captions) == captions_outside(None, captions) == []
+    picture = tmp_path / "dragon.png"
+    Image.new("RGB", (512, 512), "white").save(picture)
+    items = [Item("dragon.png", "a shiny dragon", pictures=(picture,) * 4)]
+    report = evaluate(items, EvaluationConfig(protocol="prd-paper", output=tmp_path / "out", clip="toybox"))
+    assert "1 given are none, as 'a shiny dragon'" in caplog.text
+    assert report["summary"]["model"] == "the CLIP of toybox"
 
 
 def few_shapes(make: Callable[..., None]) -> Callable[..., None]:
