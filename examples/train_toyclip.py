@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def agreement() -> tuple[list[str], Tensor]:
 class Candidates:
     """The texts that the pictures of a step are told apart by: of many captions, in one wording."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, wordings: Sequence[str] = TEXTS) -> None:
+        self.count, self.wordings = count, wordings
         self.captions, self.agree = agreement()
         self.rows = {caption: i for i, caption in enumerate(self.captions)}
 
@@ -79,7 +80,7 @@ class Candidates:
         With the words of a view in them there are four texts of each caption, else one. A picture of "a cube" may show
         a red one: "a red cube" is neither right nor wrong.
         """
-        template = TEXTS[int(torch.randint(len(TEXTS), (), generator=generator))]
+        template = self.wordings[int(torch.randint(len(self.wordings), (), generator=generator))]
         views = VIEW_WORDS if "{view}" in template else ("",)
         side = torch.tensor([views.index(word) if len(views) > 1 else 0 for word in sides], device="cpu")
         asked = torch.tensor([self.rows[caption] for caption in own], device="cpu")

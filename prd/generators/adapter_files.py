@@ -267,12 +267,7 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     known = {field.name for field in fields(SavedConfig)} | {
         *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
     }
-    optional = {
-        "noise_schedule",
-        OWN_CLASS,
-        "inv_std",
-        VAE_SCALING,
-    }  # not in each: older ones, or other bases, have none
+    optional = {"noise_schedule", OWN_CLASS, "inv_std", VAE_SCALING}  # older adapters or other bases have none
     missing, extra = known - record.keys() - optional, record.keys() - known - optional
     if missing or extra:
         raise ModelMismatch(
