@@ -203,7 +203,7 @@ def _least_squares(
     rows = np.repeat(np.arange(len(faces)), 3)
     if shape[1] <= DENSE:
         dense = np.zeros(shape, complex)
-        dense[rows, faces.reshape(-1)] = entries
+        np.add.at(dense, (rows, faces.reshape(-1)), entries)
         matrix = dense[:, free]
         try:
             return np.linalg.solve(matrix.conj().T @ matrix, -(matrix.conj().T @ (dense[:, pins] @ known)))
