@@ -7,7 +7,11 @@
     python examples/train_toybox.py --resume                        # go on where the same command was stopped
 
 Stages may run side by side where they do not lean on each other: richdreamer beside vae, stable_diffusion, and then
-mvdream beside controlnet.
+mvdream beside controlnet. Four more make bases that do not ship, beside a copy of the models that do:
+
+    cp -r prd/toybox/assets BASES && python examples/train_toybox.py --stages sdxl pixart vae16 sd3 --assets BASES
+    accelerate launch examples/train_prd.py --model.base BASES/sdxl
+
 Every stage writes its folder in diffusers' layout (fp16 safetensors), a log (log_STAGE.jsonl; its first line says what
 the stage is trained with) and a picture of samples. Every few minutes its state is saved in unfinished_STAGE,
 which is removed when the stage is done.
@@ -17,9 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prd.evaluation.pictures import save_sheet
 from prd.teachers.depth_control import control_images
 from prd.teachers.multiview import camera_vector, set_joint_attention
+from prd.toybox.bases import BASES, FLOW_CHANNELS, base_loss, sample_base
 from prd.toybox.check import (
     REQUIRED_DEPTH_RATIO,
     REQUIRED_RATIO,
@@ -57,137 +60,35 @@ from prd.toybox.diffusion import (
 from prd.toybox.folders import load_stable_diffusion, load_vae, save_mvdream, save_richdreamer, save_stable_diffusion
 from prd.toybox.models import make_controlnet, make_normal_unet, make_text_encoder, make_tokenizer, make_unet, make_vae
 from prd.toybox.splits import held_out_rules
-from prd.training.run import checkpoints
-from prd.training.run.folder import open_metrics
+from prd.training.run.stage import Stage, is_done, mark_done
 
-STEPS = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
+SHIPPED = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
+OTHERS = {"sdxl": 2000, "pixart": 2000, "vae16": 2000, "sd3": 2000}  # bases, made by this command alone
+STEPS = {**SHIPPED, **OTHERS}
+BATCH = {"sdxl": 32, "pixart": 32, "sd3": 16}  # Stable Diffusion 3 reads 272 tokens of text, most of them padding
 STAGES = tuple(STEPS)  # a stage's place seeds its draws
-DONE = {"done": True}  # the last line of a log
 HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
 
 
-class Run:
-    """One stage: its random numbers, data, optimizer, average of weights, log, and the state to resume from."""
+class Run(Stage):
+    """One stage: its training, and the renderings that it is trained on."""
 
     def __init__(self, stage: str, modules: list[nn.Module], args: argparse.Namespace, lr: float) -> None:
-        self.stage, self.modules, self.device = stage, modules, args.device
-        self.assets: Path = args.assets
-        self.steps = max(1, int(STEPS[stage] * args.steps_scale))
-        self.generator = torch.Generator().manual_seed(args.seed + STAGES.index(stage))
-        self.pool: ViewPool = load_pool(args)
+        steps, seed = max(1, int(STEPS[stage] * args.steps_scale)), args.seed + STAGES.index(stage)
+        own: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr, "save_seconds": 60 * args.save_minutes}
+        super().__init__(args.assets, stage, modules, settings(args), **own)
+        self.device, self.assets, self.pool = args.device, args.assets, load_pool(args)
         self.exclude = frozenset(held_out_rules()[args.held_out]) if args.held_out else frozenset[str]()
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-        self.lr = lr
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.running: float | None = None
-        self.unfinished, self.save_seconds = unfinished(args, stage), 60 * args.save_minutes
-        self.saved = self.start = time.time()
-        self.first = self.restore() if checkpoints.latest_checkpoint(self.unfinished) else 0
-        self.log = log_path(args, stage)
-        with open_metrics(self.log, self.first) as log:
-            log.write("" if self.first else json.dumps(settings(args)) + "\n")
-
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps aside, then in the place of the one before."""
-        optimizer, settings = checkpoints.optimizer_state(self.optimizer)
-        draws = {**checkpoints.rng_state(), "generator": self.generator.get_state()}
-        tensors: dict[str, dict[str, Tensor]] = {"optimizer": optimizer, "draws": draws}
-        for group, own in (("weights", self.parameters), ("average", self.average)):
-            tensors[group] = {str(i): tensor for i, tensor in enumerate(own)}
-        state = {"optimizer": settings, "running": self.running, "seconds": time.time() - self.start}
-        checkpoints.save_checkpoint(self.unfinished, step, tensors, state, total_limit=1)
-        self.saved = time.time()
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Undo `save`; returns the number of steps that are done."""
-        folder = checkpoints.latest_checkpoint(self.unfinished)
-        assert folder is not None
-        found = checkpoints.load_checkpoint(folder)
-        for group, own in (("weights", self.parameters), ("average", self.average)):
-            for i, tensor in enumerate(own):
-                tensor.copy_(found.tensors[group][str(i)])
-        checkpoints.load_optimizer_state(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
-        self.generator.set_state(found.tensors["draws"].pop("generator"))
-        checkpoints.set_rng_state(found.tensors["draws"])
-        self.running, self.start = found.state["running"], time.time() - found.state["seconds"]
-        return found.step
-
-    def each_step(self) -> Iterator[int]:
-        """Yield step numbers with the learning rate set: 3 % warm-up, constant, linear decay over the second half."""
-        numbers = range(self.first, self.steps)
-        for step in tqdm(numbers, desc=self.stage, mininterval=5, initial=self.first, total=self.steps):
-            done = step / self.steps
-            factor = min(1.0, (step + 1) / (0.03 * self.steps)) * min(1.0, max(0.02, 2 * (1 - done)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * factor
-            yield step
-
-    def update(self, step: int, loss: Tensor) -> None:
-        """One optimizer step, the moving average of the weights, and a line in the log every 100 steps."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-        value = loss.item()
-        self.running = value if self.running is None else 0.98 * self.running + 0.02 * value
-        if step % 100 == 99 or step + 1 == self.steps:
-            self.write(step=step + 1, loss=round(self.running, 5))
-        if step + 1 < self.steps and time.time() - self.saved >= self.save_seconds:
-            self.save(step + 1)
 
     def draw(self, count: int) -> ViewSets:
         """`count` four-view sets, none of them of a held-out caption's object."""
         return self.pool.draw(count, self.generator, exclude=self.exclude)
-
-    def write(self, **values: Any) -> None:
-        """Add a line to the log, by default of the last step."""
-        line = {"seconds": round(time.time() - self.start, 1), "step": self.steps, **values}
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Put the averaged weights in place."""
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.copy_(average)
-        for module in self.modules:
-            module.eval()
-
-
-def unfinished(args: argparse.Namespace, stage: str) -> Path:
-    """The folder of a stage's states while it is trained."""
-    return args.assets / f"unfinished_{stage}"
-
-
-def log_path(args: argparse.Namespace, stage: str) -> Path:
-    return args.assets / f"log_{stage}.jsonl"
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides what a stage becomes: the first line of its log."""
     names = ("held_out", "seed", "sets", "batch_scale", "steps_scale")
     return {"step": 0, **{name: getattr(args, name) for name in names}}
-
-
-def is_done(args: argparse.Namespace, stage: str) -> bool:
-    """Whether a stage is to be left out: it is done, and the command resumes.
-
-    SystemExit where a state would be lost, or where one to resume was made with other settings.
-    """
-    place, log = unfinished(args, stage), log_path(args, stage)
-    stopped = checkpoints.latest_checkpoint(place) is not None
-    if stopped and not args.resume:
-        raise SystemExit(f"{place}: {stage} was stopped in the middle; give --resume to go on, or remove the folder")
-    first, *rest = (log.read_text(encoding="utf-8") if log.is_file() else "").splitlines() or [""]
-    done = bool(args.resume and rest and rest[-1] == json.dumps(DONE))
-    if (stopped or done) and first != json.dumps(settings(args)):
-        given = f"{first or 'nothing known'}, not {json.dumps(settings(args))}"
-        raise SystemExit(f"{log}: {stage} was begun with {given}; give the same, or begin anew without --resume")
-    return done
 
 
 def load_pool(args: argparse.Namespace) -> ViewPool:
@@ -209,9 +110,19 @@ def draw_images(run: Run, count: int) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """Autoencoder: L1 + L2 + a little KL; then the latents' scale is measured and stored."""
-    vae = make_vae().to(args.device)
-    run = Run("vae", [vae], args, lr=2e-3)
+    """The autoencoder of all but Stable Diffusion 3."""
+    train_autoencoder(args, "vae", make_vae(), args.assets / "stable_diffusion")
+
+
+def train_vae16(args: argparse.Namespace) -> None:
+    """Stable Diffusion 3's autoencoder, of 16 channels."""
+    train_autoencoder(args, "vae16", make_vae(FLOW_CHANNELS), args.assets / "sd3")
+
+
+def train_autoencoder(args: argparse.Namespace, stage: str, vae: AutoencoderKL, folder: Path) -> None:
+    """L1 + L2 + a little KL; then the latents' scale is measured and stored."""
+    vae = vae.to(args.device)
+    run = Run(stage, [vae], args, lr=2e-3)
     for step in run.each_step():
         images = draw_images(run, 16 * args.batch_scale)[0] * 2 - 1
         posterior = vae.encode(images).latent_dist
@@ -227,9 +138,9 @@ def train_vae(args: argparse.Namespace) -> None:
     psnr = -10 * torch.log10(F.mse_loss((restored + 1) / 2, (images + 1) / 2)).item()
     channel_std = [round(v, 3) for v in latents.std(dim=(0, 2, 3)).tolist()]
     run.write(psnr=round(psnr, 2), channel_std=channel_std, scaling_factor=vae.config.scaling_factor)
-    print(f"vae: PSNR {psnr:.2f} dB, latent channel std {channel_std}")
-    save_sheet(torch.cat([images[:12], restored[:12]]) / 2 + 0.5, args.assets / "vae.png", columns=12)
-    vae.half().save_pretrained(args.assets / "stable_diffusion" / "vae")
+    print(f"{stage}: PSNR {psnr:.2f} dB, latent channel std {channel_std}")
+    save_sheet(torch.cat([images[:12], restored[:12]]) / 2 + 0.5, args.assets / f"{stage}.png", columns=12)
+    vae.half().save_pretrained(folder / "vae")
 
 
 def encode_views(run: Run, vae: AutoencoderKL, batch: ViewSets) -> Tensor:
@@ -320,6 +231,21 @@ def train_controlnet(args: argparse.Namespace) -> None:
     controlnet.half().save_pretrained(args.assets / "controlnet")
 
 
+def train_base(args: argparse.Namespace, name: str) -> None:
+    """Another base of the student than the Stable Diffusion: single views, the text encoders with the network."""
+    vae = load_vae(args.assets, args.device, name if name == "sd3" else "stable_diffusion")
+    base = BASES[name](vae)
+    base.pipeline.to(args.device)
+    run = Run(name, base.trained, args, lr=1e-3)
+    for step in run.each_step():
+        images, _, captions = draw_images(run, BATCH[name] * args.batch_scale)
+        run.update(step, base_loss(base, encode_images(vae, images, run.generator), captions, run.generator))
+    run.finish()
+    samples = sample_base(base, SHOWN * 4, seed=args.seed)
+    save_sheet(decode_images(vae, samples), args.assets / f"{name}.png", columns=8)
+    base.pipeline.to(dtype=torch.float16).save_pretrained(args.assets / name)
+
+
 def measure_outlines(run: Run, images: dict[str, Tensor], disparity: Tensor) -> None:
     """Log how well images [4 * n, 3, H, W], made with a depth and without, fill its outline; write the sheet.
 
@@ -346,10 +272,10 @@ def check_cameras(
 def require(run: Run, kind: str, ratios: dict[str, dict[str, float]], least: float) -> None:
     """A teacher that ignores its cameras or its depth is not saved, so that none is distilled from."""
     run.write(**{kind: ratios})
-    print(f"{run.stage}: {kind}, the error with the wrong over that with the right\n{json.dumps(ratios, indent=1)}")
+    print(f"{run.name}: {kind}, the error with the wrong over that with the right\n{json.dumps(ratios, indent=1)}")
     worst = min(ratio for by_time in ratios.values() for ratio in by_time.values())
     if worst < least:
-        raise SystemExit(f"{run.stage}: {kind}: {worst} is below {least}; train longer (--steps_scale)")
+        raise SystemExit(f"{run.name}: {kind}: {worst} is below {least}; train longer (--steps_scale)")
 
 
 TRAINERS = {
@@ -358,13 +284,15 @@ TRAINERS = {
     "mvdream": train_mvdream,
     "richdreamer": train_richdreamer,
     "controlnet": train_controlnet,
+    "vae16": train_vae16,
+    **{name: partial(train_base, name=name) for name in BASES},
 }
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "prd" / "toybox" / "assets"
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(SHIPPED))
     parser.add_argument("--assets", type=Path, default=default, help="folder that receives the models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sets", type=int, default=96, help="four-view sets rendered of every shape and stack")
@@ -383,14 +311,12 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     args.assets.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
-        if is_done(args, stage):
+        if is_done(args.assets, stage, settings(args), resume=args.resume):
             print(f"{stage}: is done")
         else:
             torch.manual_seed(args.seed)
             TRAINERS[stage](args)
-            with log_path(args, stage).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(DONE) + "\n")
-        shutil.rmtree(unfinished(args, stage), ignore_errors=True)
+            mark_done(args.assets, stage)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from prd.text.encoders import PromptEncoder
 
+TOKENS = 300  # of what PixArt-Sigma was trained with
+
 
 class MaskedT5PromptEncoder(PromptEncoder):
-    """A T5 encoder and its tokenizer: embeddings [300 + 1, Ct] of the lower-cased prompt, the last row its mask."""
+    """A T5 encoder and its tokenizer: embeddings [300 + 1, Ct] of the lower-cased prompt, the last row its mask.
 
-    length = 300  # of what PixArt-Sigma was trained with
+    Fewer than 300 tokens are read where the tokenizer says so (`model_max_length`).
+    """
+
+    @property
+    def length(self) -> int:
+        return min(TOKENS, int(self.tokenizer.model_max_length))
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts, and in one more row the mask of their tokens."""

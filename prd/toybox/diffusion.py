@@ -38,6 +38,14 @@ def controlled(unet: UNet2DConditionModel, controlnet: ControlNetModel, disparit
     return lambda x_t, t, text: run_controlled(unet, controlnet, x_t, t, text, control)
 
 
+def captions_left_out(captions: list[str], generator: torch.Generator) -> list[str]:
+    """Return captions of which a tenth is empty, for classifier-free guidance."""
+    return [
+        "" if float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu")) < 0.1 else caption
+        for caption in captions
+    ]
+
+
 def diffusion_loss(
     predict: Predict,
     text_encoder: CLIPTextModel,
@@ -59,10 +67,7 @@ def diffusion_loss(
     """
     sets = x.shape[0] // views
     device = x.device
-    captions = [
-        "" if float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu")) < 0.1 else caption
-        for caption in captions
-    ]
+    captions = captions_left_out(captions, generator)
     text = text_encoder(tokenize(tokenizer, captions, device)).last_hidden_state.repeat_interleave(views, dim=0)
     t = (
         (1000 * torch.rand(sets, generator=generator, dtype=torch.float32, device="cpu") ** 0.75)

@@ -13,9 +13,9 @@ from prd.errors import ConfigError
 from prd.toybox.models import make_scheduler
 
 
-def load_vae(assets: Path, device: str) -> AutoencoderKL:
-    """Load the frozen autoencoder in float32."""
-    vae = AutoencoderKL.from_pretrained(assets / "stable_diffusion", subfolder="vae", dtype=torch.float32)
+def load_vae(assets: Path, device: str, base: str = "stable_diffusion") -> AutoencoderKL:
+    """Load the frozen autoencoder of a base in float32."""
+    vae = AutoencoderKL.from_pretrained(assets / base, subfolder="vae", dtype=torch.float32)
     return vae.to(device).eval().requires_grad_(False)
 
 

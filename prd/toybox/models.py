@@ -83,8 +83,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_vae() -> AutoencoderKL:
-    """Make an autoencoder between images [B, 3, 32, 32] in [-1, 1] and latents [B, 4, 8, 8]."""
+def make_vae(channels: int = 4) -> AutoencoderKL:
+    """Make an autoencoder between images [B, 3, 32, 32] in [-1, 1] and latents [B, channels, 8, 8]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -92,7 +92,7 @@ def make_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
     )

@@ -32,7 +32,7 @@ def finished(pool: ViewPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
     def remembered(run: train_toybox.Run) -> None:
         finish(run)
-        found[run.stage] = [p.detach().clone() for p in run.parameters]
+        found[run.name] = [p.detach().clone() for p in run.parameters]
 
     monkeypatch.setattr(train_toybox.Run, "finish", remembered)
     monkeypatch.setattr(train_toybox, "ViewPool", lambda sets, generator: pool)

@@ -10,7 +10,7 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from prd.loading.strict import build
 from prd.loading.transformer_bases import PIXART, SD3, T5_END, TransformerKind, text_ends, transformer_kind
 from prd.loading.weights import read_object
-from prd.text.pixart import MaskedT5PromptEncoder
+from prd.text.pixart import TOKENS
 from prd.text.sd3 import T5_TOKENS, ThreeTextEncoders
 
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -93,4 +93,4 @@ def rows_and_width(text: Any) -> tuple[int, int] | None:
     """Rows and channels of a prompt's embedding by `meta_texts`; None for another text encoder."""
     if isinstance(text, ThreeTextEncoders):
         return text.config.max_position_embeddings + T5_TOKENS + 1, text.width
-    return (MaskedT5PromptEncoder.length + 1, text.config.d_model) if isinstance(text, T5EncoderModel) else None
+    return (TOKENS + 1, text.config.d_model) if isinstance(text, T5EncoderModel) else None
