@@ -65,7 +65,6 @@ from prd.training.run.stage import Stage, is_done, mark_done
 SHIPPED = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
 OTHERS = {"sdxl": 2000, "pixart": 2000, "vae16": 2000, "sd3": 2000}  # bases, made by this command alone
 STEPS = {**SHIPPED, **OTHERS}
-BATCH = {"sdxl": 32, "pixart": 32, "sd3": 16}  # Stable Diffusion 3 reads 272 tokens of text, most of them padding
 STAGES = tuple(STEPS)  # a stage's place seeds its draws
 HELD_OUT_SEED = 1000  # added to the seed: cameras that no stage is trained on
 
@@ -238,7 +237,7 @@ def train_base(args: argparse.Namespace, name: str) -> None:
     base.pipeline.to(args.device)
     run = Run(name, base.trained, args, lr=1e-3)
     for step in run.each_step():
-        images, _, captions = draw_images(run, BATCH[name] * args.batch_scale)
+        images, _, captions = draw_images(run, 32 * args.batch_scale)
         run.update(step, base_loss(base, encode_images(vae, images, run.generator), captions, run.generator))
     run.finish()
     samples = sample_base(base, SHOWN * 4, seed=args.seed)

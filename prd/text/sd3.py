@@ -49,10 +49,11 @@ class Sd3PromptEncoder(SdxlPromptEncoder):
         return torch.cat([self.filled(tokens), self._t5(prompts, tokens), self.filled(pooled[:, None])], dim=1)
 
     def _t5(self, prompts: list[str], like: Tensor) -> Tensor:
-        """The T5's last hidden states [n, 256, Ct]; zeros without it."""
+        """The T5's last hidden states [n, 256, Ct], fewer where its tokenizer says so; zeros without it."""
         if self.model.third is None:
             return like.new_zeros(len(prompts), T5_TOKENS, self.model.width)
-        tokens = self._tokens(prompts, self.tokenizers[2], T5_TOKENS)
+        tokenizer = self.tokenizers[2]
+        tokens = self._tokens(prompts, tokenizer, min(T5_TOKENS, int(tokenizer.model_max_length)))
         return self.model.third(tokens.input_ids).last_hidden_state.to(like)
 
 

@@ -26,7 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from prd.text.encoders import PromptEncoder
 from prd.text.pixart import MaskedT5PromptEncoder
@@ -104,21 +104,27 @@ def make_sdxl(vae: AutoencoderKL) -> ToyBase:
     return ToyBase(pipeline, unet, encoder, predict)
 
 
-def make_pixart(vae: AutoencoderKL) -> ToyBase:
-    """Make a PixArt-Sigma on latents [B, 4, 8, 8] in patches of 2x2, with PixArt's own noise schedule."""
-    tokenizer = make_tokenizer()
-    text_encoder = T5EncoderModel(
+def make_t5(tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
+    """Make the encoder of a T5 with two layers, which reads CLIP's tokens here."""
+    heads = 4
+    return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_kv=16,
-            d_ff=4 * TEXT_WIDTH,
+            d_model=width,
+            d_kv=width // heads,
+            d_ff=4 * width,
             num_layers=2,
-            num_heads=4,
+            num_heads=heads,
             pad_token_id=tokenizer.pad_token_id,
             dropout_rate=0.0,
         )
     )
+
+
+def make_pixart(vae: AutoencoderKL) -> ToyBase:
+    """Make a PixArt-Sigma on latents [B, 4, 8, 8] in patches of 2x2, with PixArt's own noise schedule."""
+    tokenizer = make_tokenizer()
+    text_encoder = make_t5(tokenizer, TEXT_WIDTH)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
@@ -147,10 +153,10 @@ def make_pixart(vae: AutoencoderKL) -> ToyBase:
 
 
 def make_sd3(vae: AutoencoderKL) -> ToyBase:
-    """Make a Stable Diffusion 3 without a T5 on latents [B, 16, 8, 8] in patches of 2x2, a flow of shift 3."""
+    """Make a Stable Diffusion 3 on latents [B, 16, 8, 8] in patches of 2x2: three text encoders, a flow of shift 3."""
     tokenizer = make_tokenizer()
     first = CLIPTextModelWithProjection(make_text_encoder(tokenizer).config)
-    second = CLIPTextModelWithProjection(first.config)
+    second, third = CLIPTextModelWithProjection(first.config), make_t5(tokenizer, 2 * TEXT_WIDTH)
     transformer = SD3Transformer2DModel(
         sample_size=IMAGE_SIZE // 4,
         patch_size=2,
@@ -177,10 +183,10 @@ def make_sd3(vae: AutoencoderKL) -> ToyBase:
         tokenizer=tokenizer,
         text_encoder_2=second,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=third,
+        tokenizer_3=tokenizer,
     )
-    encoder = Sd3PromptEncoder((tokenizer, tokenizer), ThreeTextEncoders(first, second, None, 2 * TEXT_WIDTH))
+    encoder = Sd3PromptEncoder((tokenizer,) * 3, ThreeTextEncoders(first, second, third, 2 * TEXT_WIDTH))
     return ToyBase(pipeline, transformer, encoder, predict, flow=True)
 
 
