@@ -143,6 +143,17 @@ def _measured(run: Run, table: Ablation, command: str) -> dict[str, Any]:
     }
 
 
+def commits_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the commits that the runs of a table are of, each with its cells; runs outside of a checkout have none."""
+    found: dict[str, list[str]] = {}
+    for name, cell in results["cells"].items():
+        for run in cell["runs"].values():
+            if commit := run["machine"].get("commit"):
+                cells = found.setdefault(commit[:7], [])
+                cells += [] if name in cells else [name]
+    return found
+
+
 def _curves(run: Run) -> dict[str, list[tuple[int, float]]]:
     """Return what the run measured of its shapes over the steps, else its losses: {name: [(step, value)]}."""
     lines: dict[str, list[tuple[int, float]]] = {}

@@ -5,6 +5,7 @@ Most tests put a stub in the place of `prd train`; the last one trains.
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -265,6 +266,19 @@ def test_the_command_says_by_its_status_that_a_run_failed(
     assert results is not None and results["cells"]["rank=2"]["verdict"] == "indication"
     assert results["cells"]["rank=8"]["failed"] == {"0": "no room left on this device"}
     assert results["cells"]["rank=2"]["runs"]["0"]["command"].startswith(f"prd ablate {tmp_path}")
+
+    assert "WARNING" not in out
+    for name, commit in (("rank=2", "1" * 40), ("rank=4", "2" * 40)):
+        results["cells"][name]["runs"]["1"] = copy.deepcopy(results["cells"][name]["runs"]["0"])  # another seed's
+        results["cells"][name]["runs"]["1"]["machine"]["commit"] = commit
+    write_results(results, path)
+    capsys.readouterr()
+    assert main([*words, "--report"]) == 0
+    mixed = "2 versions of the code (1111111: rank=2; 2222222: rank=4)"
+    assert f"WARNING: the runs are of {mixed}; a difference may be of the code" in capsys.readouterr().out
+    page = tmp_path / "mixed.md"
+    write_page([table], {"mine": read_results(path) or {}}, page, tmp_path / "runs")
+    assert f"Runs of {mixed}." in page.read_text(encoding="utf-8")
 
 
 # -- with real training ------------------------------------------------------------------------------------------------

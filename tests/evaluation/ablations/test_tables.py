@@ -123,7 +123,7 @@ BAD_TABLES = [
     ({"captions": {"a": "b"}}, "captions.a"),
     ({"cells": {"a": {"extends": "b"}}}, "extends='b': must be a cell of the table that this one extends"),
     ({"extends": "mine.yaml"}, "extends itself"),
-    ({"extends": "nowhere"}, "table='nowhere': is no table; give adapters, corpus"),
+    ({"extends": "nowhere"}, "table='nowhere': is no table; give adapters, bases, corpus"),
     ({"cells": {"rank=4": {"changes": {"model": {"rnk": 4}}}}}, "mine, rank=4: unknown config key 'model.rnk'"),
     ({"cells": {"rank=4": {"changes": {"model": {"rank": 0}}}}}, "mine, rank=4: model.rank=0"),
     ({"cells": {"rank=4": {"changes": {"benchmark": None}}}}, "benchmark=null: nothing would be measured"),
