@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prd.adapters.peta import PetaConfig
 
 LARGE_LATENT = 32 * 32  # latent pixels per plane from which planes are decoded one by one
+GUIDANCE = 7.5  # that a latent consistency model is told, in the middle of what it was distilled for
 PICTURE = (1024, 1024, 0, 0, 1024, 1024)  # Stable Diffusion XL is told: a picture as trained for, whole
 GROUPS = ("self_attention", "cross_attention", "convolutions", "decoder_attention", "decoder_convolutions")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -162,7 +164,11 @@ class Backbone(nn.Module):
 
 
 class SixPlaneBackbone(Backbone):
-    """The U-Net and the VAE decoder of a Stable Diffusion 1.x, 2.x or XL."""
+    """The U-Net and the VAE decoder of a Stable Diffusion 1.x, 2.x or XL, or of one distilled to few steps.
+
+    Turbo and Lightning models differ in their weights alone. A latent consistency model is also told a guidance scale
+    (`time_cond_proj_dim`; Luo et al. 2023, section 4.3).
+    """
 
     network_class = UNet2DConditionModel
     network_name = "unet"
@@ -201,7 +207,22 @@ class SixPlaneBackbone(Backbone):
                 pooled = pooled.repeat_interleave(self.num_planes, dim=0)
             sizes = torch.tensor(PICTURE, dtype=pooled.dtype, device=pooled.device).expand(len(pooled), -1)
             added = {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+        return self.unet(
+            latents,
+            timestep,
+            encoder_hidden_states=text,
+            timestep_cond=self._guidance(latents),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def _guidance(self, like: Tensor) -> Tensor | None:
+        """The guidance scale [B * P, D] that a latent consistency model is told; None for other U-Nets."""
+        width = self.unet.config.get("time_cond_proj_dim")
+        if width is None:
+            return None
+        scale = torch.full((len(like),), 1000 * (GUIDANCE - 1), dtype=torch.float32, device=like.device)
+        return get_timestep_embedding(scale, width, downscale_freq_shift=1).to(like.dtype)
 
     def network_layers(self) -> dict[str, list[str]]:
         """Attention of the transformer blocks, and the convolutions of ResNet, down- and upsampling blocks."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from peft import PeftModel, get_peft_model_state_dict
 
 from prd.adapters import PetaConfig, SixPlaneBackbone, attach_peta
@@ -40,6 +40,20 @@ def test_fresh_adapter_changes_nothing_in_the_unet() -> None:
         before = backbone.denoise(latents, torch.tensor(500), text)
         attach_peta(backbone, config)
         torch.testing.assert_close(backbone.denoise(latents, torch.tensor(500), text), before)
+
+
+@torch.no_grad()
+def test_a_latent_consistency_model_is_told_its_guidance() -> None:
+    """As diffusers' pipeline tells it at a guidance scale of 7.5."""
+    unet, vae, _ = tiny_base(time_cond_proj_dim=10)
+    backbone = SixPlaneBackbone(unet, vae, PetaConfig(**CONFIG))
+    one, text = torch.randn(1, 4, 4, 4), torch.randn(1, 77, 12)
+    pipeline: Any = LatentConsistencyModelPipeline
+    told = pipeline.get_guidance_scale_embedding(None, torch.tensor([7.5 - 1]), embedding_dim=10)
+    wanted = unet(one, torch.tensor(500), text, timestep_cond=told).sample
+    found = backbone.denoise(one.expand(6, -1, -1, -1), torch.tensor(500), text)
+    assert relative_difference(found, wanted.expand_as(found)) <= ROUNDING
+    assert relative_difference(wanted, unet(one, torch.tensor(500), text).sample) > ROUNDING
 
 
 def test_base_is_shared_and_stays_unadapted() -> None:

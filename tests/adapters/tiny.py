@@ -14,7 +14,7 @@ from prd.training.trainer import Trainer
 
 
 def tiny_base(
-    seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = True
+    seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = True, **unet_config: Any
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, DDIMScheduler]:
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -27,6 +27,7 @@ def tiny_base(
         attention_head_dim=2,
         norm_num_groups=4,
         use_linear_projection=linear,
+        **unet_config,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16),

@@ -35,6 +35,7 @@ def _of(make: Callable[[Path], Any]) -> Callable[[Path], Parts]:
 MEMBERS: dict[str, Callable[[Path], Parts]] = {
     "sd": lambda folder: tiny_base(),
     "sd v": lambda folder: tiny_base(prediction_type="v_prediction"),
+    "lcm": lambda folder: tiny_base(time_cond_proj_dim=10),
     "sdxl": _of(make_sdxl),
     "pixart": _of(make_pixart),
     "sd3": _of(make_sd3),
