@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from examples import train_toybox
+from prd.loading.stable_diffusion import load_base
 from prd.toybox.data import ViewPool
 from prd.toybox.splits import held_out_rules
 
@@ -147,3 +148,14 @@ def test_a_rule_holds_its_captions_out_and_the_log_says_so(
     asked.clear()
     train(tmp_path, "--stages", "vae")
     assert set(asked) == {frozenset()} and log(tmp_path, "vae")[0]["held_out"] is None
+
+
+@pytest.mark.slow
+def test_other_bases_are_trained_into_folders_that_open_as_bases(tmp_path: Path) -> None:
+    """Two steps each; Stable Diffusion 3 has its own autoencoder, the others the Stable Diffusion's."""
+    train(tmp_path, "--stages", "vae", "sdxl", "pixart", "vae16", "sd3")
+    for name, channels in (("sdxl", 4), ("pixart", 4), ("sd3", 16)):
+        base = load_base(tmp_path / name)
+        assert base.vae.config["latent_channels"] == channels and base.encoder is not None
+        assert base.encoder(["a red cube"]).isfinite().all() and (tmp_path / f"{name}.png").is_file()
+        assert log(tmp_path, name)[-1] == {"done": True}
