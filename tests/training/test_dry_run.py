@@ -11,7 +11,7 @@ import torch
 
 from prd.cli import main
 from prd.rendering.background import TextBackground
-from prd.training.estimate import costs
+from prd.training.estimate import costs, report
 from prd.training.estimate.counts import count_step
 from prd.training.estimate.report import dry_run, remedy, total_memory
 from prd.training.optimizers import build_optimizer
@@ -112,6 +112,18 @@ def test_what_stays_in_main_memory_is_not_counted(toy_counts):
     assert next(size for part, size in away.items() if part.startswith("teachers")) == pytest.approx(largest / 1e9)
     embedded = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, embeddings="e"))
     assert sum(costs.memory(counts, embedded).values()) == pytest.approx(after)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has memory of its own")
+def test_what_is_offloaded_is_counted_where_there_is_main_memory_alone(toy_counts, monkeypatch):
+    config, counts = toy_counts
+    offload = ("--offload_text_encoders=true", "--teacher_options.offload=true")
+    monkeypatch.setattr(report, "this_device", lambda: ("memory", total_memory(counts, config) - 1e-6))
+    for words in ((), offload):
+        told = report._fit_here(counts, load_config("toybox", [*SMALL, *words]))
+        assert told.startswith("memory, ") and told.endswith("GB with all that would be offloaded: does not fit")
+    monkeypatch.setattr(report, "this_device", lambda: ("memory", total_memory(counts, config)))
+    assert report._fit_here(counts, load_config("toybox", [*SMALL, *offload])).endswith("offloaded: fits")
 
 
 def test_a_base_in_half_precision_is_counted(toy_counts):

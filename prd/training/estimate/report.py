@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,11 +123,20 @@ def _memory(counts: StepCounts, config: TrainConfig) -> str:
     parts = memory(counts, config)
     rows = [[part, f"{size:.1f}"] for part, size in parts.items()]
     rows += [["context, fragmentation", f"{RESERVE:.1f}"], ["all", f"{total_memory(counts, config):.1f}"]]
-    name, size = this_device()
     prompts = f"{config.train_batch_size} prompts at a time" if config.train_batch_size > 1 else "1 prompt at a time"
     lines = [f"Memory of a process, GB, {prompts}", grid(["", "GB"], rows)]
-    lines.append(f"{name}, {size:.0f} GB: {_verdict(counts, config, size)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, _fit_here(counts, config)])
+
+
+def _fit_here(counts: StepCounts, config: TrainConfig) -> str:
+    """Whether a process fits this machine; without a GPU what is offloaded is in the same memory."""
+    name, size = this_device()
+    if torch.cuda.is_available():
+        return f"{name}, {size:.0f} GB: {_verdict(counts, config, size)}"
+    options = replace(config.teacher_options, offload=False)
+    needed = total_memory(counts, replace(config, offload_text_encoders=False, teacher_options=options))
+    verdict = "fits" if needed <= size else "does not fit"
+    return f"{name}, {size:.0f} GB: {needed:.1f} GB with all that would be offloaded: {verdict}"
 
 
 def _verdict(counts: StepCounts, config: TrainConfig, gigabytes: float) -> str:
