@@ -277,7 +277,7 @@ def require(run: Run, kind: str, ratios: dict[str, dict[str, float]], least: flo
         raise SystemExit(f"{run.name}: {kind}: {worst} is below {least}; train longer (--steps_scale)")
 
 
-TRAINERS = {
+TRAINERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "vae": train_vae,
     "stable_diffusion": train_stable_diffusion,
     "mvdream": train_mvdream,
