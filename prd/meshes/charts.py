@@ -22,6 +22,7 @@ from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
 
 ALONGS = (0.1, 0.03)  # of `segmented`, the second where charts of the first do not fill their boxes well
 BOXED = 0.71  # of the boxes around the charts, that these fill well
+MANY = 32  # charts, above which a surface is rough, and no other way makes few of them
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
 ANGLES = 32  # of a quarter turn, among which the smallest box is found
 GROWTH = 1.15  # at most, of the boxes around charts that are joined
@@ -67,7 +68,7 @@ def _well_boxed(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> _Cha
         charts = _Charts(vertices, faces, along)
         if best is None or charts.boxed > best.boxed:
             best = charts
-        if best.boxed >= BOXED:
+        if best.boxed >= BOXED or len(best.found) > MANY:
             break
     assert best is not None
     return best

@@ -87,11 +87,17 @@ def _packed(charts: list[Chart], cells: int, gap: int) -> Placed | None:
     fullest = sorted(drawn, key=lambda placed: -placed.filled)[:BEST]
     found = [placed for start in fullest if (placed := _fitted(charts, start, cells, gap))]
     if not found:  # the first scale at which there is room
-        scale, plan = cells / math.sqrt(sum(chart.area for chart in charts)), _plans(charts, 1)[0]
+        scale, plan = _roomiest(charts, cells, gap), _plans(charts, 1)[0]
         sizes = (scale * SHRINK**k for k in range(MOST_FITS))
         tried = (Strip(charts, size, cells + gap, gap).place(plan.order, plan.sides, cells + gap) for size in sizes)
         return next((placed for placed in tried if placed and placed.longest <= cells), None)
     return max(found, key=lambda placed: placed.filled)
+
+
+def _roomiest(charts: list[Chart], cells: int, gap: int) -> float:
+    """Return a scale at which charts with half a gap, and half a touched cell, around them have the grid's area."""
+    area, around = sum(chart.area for chart in charts), (gap + 1) / 2 * sum(chart.outline for chart in charts)
+    return (math.sqrt(around**2 + 4 * area * cells**2) - around) / (2 * area)
 
 
 def _drawn(charts: list[Chart], start: Placed, cells: int, gap: int) -> Placed | None:

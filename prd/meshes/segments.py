@@ -43,7 +43,8 @@ class Nodes:
     ) -> None:
         self.centre, self.normal, self.area, self.along = centre, normal, area, along
         self.count = len(area)
-        key = np.unique(np.concatenate([pairs, pairs[:, ::-1]]) @ np.array([self.count, 1]))
+        key = np.sort(np.concatenate([pairs, pairs[:, ::-1]]) @ np.array([self.count, 1]))
+        key = key[np.diff(key, prepend=-1) != 0]
         self.row, self.column = key // self.count, key % self.count
         self.first = np.searchsorted(self.row, np.arange(self.count + 1)).astype(np.int32)
         self.length = np.linalg.norm(centre[self.row] - centre[self.column], axis=1) + TINY

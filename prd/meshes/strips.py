@@ -37,6 +37,7 @@ class Chart:
         (a, b), (c, d) = ((uv[faces[:, k]] - uv[faces[:, 0]]).T for k in (1, 2))
         self.area = float(np.abs(a * d - b * c).sum() / 2)
         self.extent = float(np.ptp(self.upright, axis=0).max())
+        self.outline = float(np.linalg.norm(np.subtract(*self.upright[self.border.T]), axis=1).sum())
 
     @cached_property
     def slanted(self) -> list[NDArray[np.float64]]:
