@@ -21,7 +21,7 @@ from prd.meshes.edges import border_of, edges_between, pieces
 from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
 
 ALONGS = (0.1, 0.03)  # of `segmented`, the second where charts of the first do not fill their boxes well
-BOXED = 0.71  # of the boxes around the charts, that these fill well
+BOXED = 0.7  # of the boxes around the charts, that these fill well
 MANY = 32  # charts, above which a surface is rough, and no other way makes few of them
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
 ANGLES = 32  # of a quarter turn, among which the smallest box is found
@@ -230,11 +230,16 @@ def _least_squares(
             return np.linalg.solve(matrix.conj().T @ matrix, -(matrix.conj().T @ (dense[:, pins] @ known)))
         except np.linalg.LinAlgError:
             return None
-    system = coo_array((entries, (rows, faces.reshape(-1))), shape=shape).tocsc()
-    sparse = system[:, free]
-    right = -(sparse.conj().T @ (system[:, pins] @ known))
+    column, value = np.full(shape[1], -1), np.zeros(shape[1], complex)
+    column[free], value[pins] = np.arange(len(free)), known
+    columns = column[faces.reshape(-1)]
+    is_free = columns >= 0
+    places = (rows[is_free], columns[is_free])
+    sparse = coo_array((entries[is_free], places), shape=(len(faces), len(free))).tocsr()
+    adjoint = sparse.conj().T
+    right = -(adjoint @ (weights * value[faces]).sum(axis=1))
     try:
-        return splu((sparse.conj().T @ sparse).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
+        return splu((adjoint @ sparse).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
     except RuntimeError:  # exactly singular, as where parts hang together by a vertex
         return None
 
