@@ -78,7 +78,12 @@ def add_surface(command: argparse.ArgumentParser) -> None:
     command.add_argument("--metallic", type=float, default=0.0, help="of the material, 0 to 1 (0)")
     command.add_argument("--roughness", type=float, default=1.0, help="of the material, 0 to 1 (1)")
     command.add_argument("--compress", default=None, choices=("draco",), help="the geometry of a .glb or .gltf")
-    command.add_argument("--up", default=None, choices=("y", "z"), help="of .obj and .ply (default: y), .stl (z)")
+    command.add_argument(
+        "--up",
+        default=None,
+        choices=("y", "z"),
+        help="of .obj and .ply (default: y, as a .glb is; Blender imports a .ply upright with z), .stl (z)",
+    )
     command.add_argument(
         "--height",
         default=None,

@@ -20,6 +20,9 @@ from scipy.spatial import ConvexHull, QhullError
 from prd.meshes.edges import border_of, edges_between, pieces
 from prd.meshes.segments import halved, nodes_of, segmented, smoothed, whole
 
+ALONGS = (0.1, 0.03)  # of `segmented`, the second where charts of the first do not fill their boxes well
+BOXED = 0.7  # of the boxes around the charts, that these fill well
+MANY = 32  # charts, above which a surface is rough, and no other way makes few of them
 SMALL = 0.03  # of the area: charts below are joined to a neighbour where the two can be flattened together
 ANGLES = 32  # of a quarter turn, among which the smallest box is found
 GROWTH = 1.15  # at most, of the boxes around charts that are joined
@@ -46,7 +49,7 @@ def cut_into_charts(
     once per chart), faces [F, 3] into the new vertices (same triangles, same order) and uv [V', 2] at the scale of the
     surface, each chart somewhere.
     """
-    charts = _Charts(vertices.astype(np.float64), faces)
+    charts = _well_boxed(vertices.astype(np.float64), faces)
     label = np.zeros(len(faces), np.int64)
     for number, chart in enumerate(charts.found):
         label[chart.faces] = number
@@ -56,6 +59,19 @@ def cut_into_charts(
     for chart in charts.found:  # each one's vertices are sorted, as the keys are
         uv[np.unique(charted[chart.faces])] = chart.uv
     return source, charted, uv
+
+
+def _well_boxed(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> _Charts:
+    """Return the first charts, of several ways to find them, that fill the boxes around them well; else the fullest."""
+    best = None
+    for along in ALONGS:
+        charts = _Charts(vertices, faces, along)
+        if best is None or charts.boxed > best.boxed:
+            best = charts
+        if best.boxed >= BOXED or len(best.found) > MANY:
+            break
+    assert best is not None
+    return best
 
 
 @dataclass(frozen=True)
@@ -75,12 +91,12 @@ class _Chart:
 class _Charts:
     """The charts of a surface: its nearly flat segments, parted where they cannot lie flat, the small ones joined."""
 
-    def __init__(self, vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> None:
-        self.vertices, self.triangles = vertices, faces
+    def __init__(self, vertices: NDArray[np.float64], faces: NDArray[np.int64], along: float) -> None:
+        self.vertices, self.triangles, self.along = vertices, faces, along
         self.areas = _areas(vertices[faces])
         self.least = SMALL * float(self.areas.sum())
         self.found: list[_Chart] = []
-        label = segmented(vertices, faces)
+        label = segmented(vertices, faces, along)
         order = np.argsort(label, kind="stable")
         waiting = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
         while waiting:
@@ -91,6 +107,11 @@ class _Charts:
             else:
                 waiting += self.parted(part)
         self.join_small()
+
+    @property
+    def boxed(self) -> float:
+        """Part of the smallest boxes around the charts that these fill."""
+        return float(self.areas.sum()) / max(sum(chart.box for chart in self.found), THIN)
 
     def flat(self, part: NDArray[np.int64]) -> _Chart | None:
         """Return the chart of faces [f]; None where they do not lie flat."""
@@ -105,7 +126,7 @@ class _Charts:
         """Return at least two faces [f] in two or more parts."""
         used, local = np.unique(self.triangles[part], return_inverse=True)
         points, faces = self.vertices[used], local.reshape(-1, 3)
-        nodes = nodes_of(points, faces)
+        nodes = nodes_of(points, faces, self.along)
         label = whole(nodes, smoothed(points, faces, halved(nodes)))
         if label.max() == 0:
             label = (np.arange(len(part)) >= len(part) // 2).astype(np.int64)
@@ -209,11 +230,16 @@ def _least_squares(
             return np.linalg.solve(matrix.conj().T @ matrix, -(matrix.conj().T @ (dense[:, pins] @ known)))
         except np.linalg.LinAlgError:
             return None
-    system = coo_array((entries, (rows, faces.reshape(-1))), shape=shape).tocsc()
-    sparse = system[:, free]
-    right = -(sparse.conj().T @ (system[:, pins] @ known))
+    column, value = np.full(shape[1], -1), np.zeros(shape[1], complex)
+    column[free], value[pins] = np.arange(len(free)), known
+    columns = column[faces.reshape(-1)]
+    is_free = columns >= 0
+    places = (rows[is_free], columns[is_free])
+    sparse = coo_array((entries[is_free], places), shape=(len(faces), len(free))).tocsr()
+    adjoint = sparse.conj().T
+    right = -(adjoint @ (weights * value[faces]).sum(axis=1))
     try:
-        return splu((sparse.conj().T @ sparse).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
+        return splu((adjoint @ sparse).tocsc(), permc_spec="MMD_AT_PLUS_A").solve(right)
     except RuntimeError:  # exactly singular, as where parts hang together by a vertex
         return None
 

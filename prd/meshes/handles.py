@@ -89,7 +89,9 @@ def _loops(
     places = (low.astype(np.int32), high.astype(np.int32))  # scipy 1.17.0 takes no others here
     tree = minimum_spanning_tree(coo_array((-loop, places), shape=(count, count)).tocsr()).tocoo()  # the longest
     in_tree = np.minimum(tree.row, tree.col).astype(np.int64) * count + np.maximum(tree.row, tree.col)
-    left_over = rest[~np.isin(low * count + high, in_tree)]
+    in_tree.sort()
+    keys = low * count + high
+    left_over = rest[in_tree[np.searchsorted(in_tree, keys).clip(max=len(in_tree) - 1)] != keys]
     return [path for e in left_over if (path := _loop(int(a[e]), int(b[e]), parent))]
 
 
@@ -124,7 +126,7 @@ def _length(points: NDArray[np.float32]) -> float:
 
 def _pieces(faces: NDArray[np.int64]) -> int:
     """Return the number of connected pieces of a closed surface."""
-    return len(np.unique(pieces(edges_between(faces)[0], len(faces))))
+    return int(pieces(edges_between(faces)[0], len(faces)).max()) + 1
 
 
 def _apart(loops: list[list[int]], faces: NDArray[np.int64]) -> list[list[int]]:

@@ -126,7 +126,7 @@ class Mesh:
         .gltf  the same as JSON, in one file
         .obj   +Y up, front +Z, as most readers expect; NAME.mtl, NAME.png and NAME_normal.png beside it, or colours on
                the v lines
-        .ply   +Y up, front +Z; welded, with vertex colours
+        .ply   +Y up, front +Z; welded, with vertex colours. Blender's importer takes it for +Z up: give up="z" for it
         .stl   for printers, in millimetres: +Z up, front -Y, welded, its lowest corner at the origin
         .3mf   as .stl, with vertex colours
         .usdz  in metres, +Y up, front +Z, as .glb; needs usd-core, the extra `usd`

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import dijkstra
 from prd.meshes.edges import edges_between, neighbours_of, pieces
 
 PATCHES = 1000  # of faces, about, on which seeds are looked for
-ALONG = 0.1  # cost of a step that does not turn
+ALONG = 0.1  # cost of a step that does not turn: charts are round where it is high, follow folds where it is low
 SWEEPS = 3  # of moving seeds to the middles of their charts
 TURNED = 0.4  # cosine of the angle from its chart, from which on a face bends too much
 BENT = 0.1  # of a chart's area, which may
@@ -29,6 +29,8 @@ class Nodes:
     """Faces, or patches of them, as the nodes of a graph.
 
     centre [N, 3], normal [N, 3] unit, area [N]; neighbours in compressed rows: row, column [E] and the length of a step
+
+    along  cost of a step that does not turn
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Nodes:
         normal: NDArray[np.float64],
         area: NDArray[np.float64],
         pairs: NDArray[np.int64],
+        along: float = ALONG,
     ) -> None:
-        self.centre, self.normal, self.area = centre, normal, area
+        self.centre, self.normal, self.area, self.along = centre, normal, area, along
         self.count = len(area)
-        key = np.unique(np.concatenate([pairs, pairs[:, ::-1]]) @ np.array([self.count, 1]))
+        key = np.sort(np.concatenate([pairs, pairs[:, ::-1]]) @ np.array([self.count, 1]))
+        key = key[np.diff(key, prepend=-1) != 0]
         self.row, self.column = key // self.count, key % self.count
         self.first = np.searchsorted(self.row, np.arange(self.count + 1)).astype(np.int32)
         self.length = np.linalg.norm(centre[self.row] - centre[self.column], axis=1) + TINY
@@ -51,7 +55,7 @@ class Nodes:
 
     def costs(self, seeds: NDArray[np.int64], normals: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the costs [K, N] of the cheapest ways from seeds [K] to all nodes, for charts with normals [K, 3]."""
-        facing = ALONG + 1 - normals @ self.normal.T  # [K, N]
+        facing = self.along + 1 - normals @ self.normal.T  # [K, N]
         ways = [
             dijkstra(self.graph(self.length * turn[self.column]), indices=s)
             for s, turn in zip(seeds, facing, strict=True)
@@ -67,21 +71,24 @@ class Nodes:
         area = np.maximum(np.bincount(label, self.area, count), TINY)
         normals = _unit(self.means(label, count, self.normal))
         away = self.centre - (self.means(label, count, self.centre) / area[:, None])[label]
-        far = np.linalg.norm(away, axis=1) * (ALONG + 1 - (self.normal * normals[label]).sum(axis=1))
+        far = np.linalg.norm(away, axis=1) * (self.along + 1 - (self.normal * normals[label]).sum(axis=1))
         order = np.lexsort((far, label))
         return order[np.searchsorted(label[order], np.arange(count))], normals
 
 
-def nodes_of(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> Nodes:
-    """Return the faces [F, 3] of vertices [V, 3] as nodes."""
+def nodes_of(vertices: NDArray[np.float64], faces: NDArray[np.int64], along: float = ALONG) -> Nodes:
+    """Return the faces [F, 3] of vertices [V, 3] as nodes; along: cost of a step that does not turn."""
     corners = vertices[faces]
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = np.linalg.norm(across, axis=1) / 2
-    return Nodes(corners.mean(axis=1), _unit(across), np.maximum(area, TINY), edges_between(faces)[0])
+    return Nodes(corners.mean(axis=1), _unit(across), np.maximum(area, TINY), edges_between(faces)[0], along)
 
 
-def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the chart [F] of each face: connected, nearly flat, few; each piece of the surface has its own."""
+def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64], along: float = ALONG) -> NDArray[np.int64]:
+    """Return the chart [F] of each face: connected, nearly flat, few; each piece of the surface has its own.
+
+    vertices [V, 3], faces [F, 3]; along: cost of a step that does not turn.
+    """
     piece = pieces(edges_between(faces)[0], len(faces))
     order = np.argsort(piece, kind="stable")
     corners = vertices[faces]
@@ -92,7 +99,7 @@ def segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArra
             label[part] = count
         else:
             used, local = np.unique(faces[part], return_inverse=True)
-            label[part] = count + _segmented(vertices[used], local.reshape(-1, 3))
+            label[part] = count + _segmented(vertices[used], local.reshape(-1, 3), along)
         count = int(label[part].max()) + 1
     return label
 
@@ -104,9 +111,9 @@ def _is_flat(across: NDArray[np.float64]) -> bool:
     return bool(area[bent].sum() <= BENT * area.sum())
 
 
-def _segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.int64]:
+def _segmented(vertices: NDArray[np.float64], faces: NDArray[np.int64], along: float) -> NDArray[np.int64]:
     """Return the chart [F] of each face of a surface in one piece."""
-    nodes = nodes_of(vertices, faces)
+    nodes = nodes_of(vertices, faces, along)
     patch, patches = _patches(nodes)
     seeds, normals = _grown(patches, np.zeros(1, np.int64))
     where = np.unique(patch, return_index=True)[1]  # a face of each patch
@@ -134,13 +141,13 @@ def _patches(nodes: Nodes) -> tuple[NDArray[np.int64], Nodes]:
         return np.arange(nodes.count), nodes
     drawn = np.random.default_rng(0).choice(nodes.count, PATCHES, replace=False, p=nodes.area / nodes.area.sum())
     seeds = np.sort(drawn)
-    turn = ALONG + 1 - (nodes.normal[nodes.row] * nodes.normal[nodes.column]).sum(axis=1)
+    turn = nodes.along + 1 - (nodes.normal[nodes.row] * nodes.normal[nodes.column]).sum(axis=1)
     near = dijkstra(nodes.graph(nodes.length * turn), indices=seeds, min_only=True, return_predecessors=True)[2]
     patch, count = np.searchsorted(seeds, near), len(seeds)
     area = np.bincount(patch, nodes.area, count).astype(np.float64)
     pairs = np.stack([patch[nodes.row], patch[nodes.column]], axis=1)
     centre, normal = (nodes.means(patch, count, values) for values in (nodes.centre, nodes.normal))
-    return patch, Nodes(centre / area[:, None], _unit(normal), area, pairs[pairs[:, 0] != pairs[:, 1]])
+    return patch, Nodes(centre / area[:, None], _unit(normal), area, pairs[pairs[:, 0] != pairs[:, 1]], nodes.along)
 
 
 def _grown(nodes: Nodes, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

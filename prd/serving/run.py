@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 
@@ -90,7 +90,8 @@ def run_app(app: Any, service: Service, bound: socket.socket) -> int:
     """Answer requests until SIGINT or SIGTERM; returns the exit status.
 
     After the first signal new jobs are refused, waiting ones fail, running ones finish, and what became of them can be
-    read for some seconds; a second signal ends at once. Raises what loading the model raised.
+    read for some seconds; a second signal ends the process at once with the status `FORCED`. Raises what loading the
+    model raised.
     """
     config = uvicorn.Config(
         app,
@@ -105,13 +106,18 @@ def run_app(app: Any, service: Service, bound: socket.socket) -> int:
     if service.worker.failure is not None:
         service.jobs.close()
         raise service.worker.failure
-    if service.worker.is_alive():  # loading, or after a second signal: Python would wait for torch, or crash in it
-        service.jobs.close()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(FORCED if server.force_exit else 0)
+    if service.worker.is_alive():  # loading
+        _end_at_once(service, 0)
     service.close()
     return 0
+
+
+def _end_at_once(service: Service, status: int) -> NoReturn:
+    """Remove the service's files and end the process: Python would wait for torch on the worker's thread, or crash."""
+    service.jobs.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Server(uvicorn.Server):
@@ -135,14 +141,17 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self.ending is not None:  # the process is about to end: Ctrl-C would only interrupt Python's tidying up
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end(self) -> None:
-        """Begin to stop; a second time: stop at once."""
+        """Begin to stop; a second time: end the process."""
         if self.ending is None:
             self.service.stop()
             self.ending = asyncio.get_running_loop().create_task(self._finish())
         else:
-            self.should_exit = self.force_exit = True
+            print("prd: ended at once by a second signal; running jobs are lost", file=sys.stderr)
+            _end_at_once(self.service, FORCED)
 
     async def _finish(self) -> None:
         while self.service.is_busy:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import trimesh
 from scipy.ndimage import maximum_filter
 
+from prd.meshes import packing
 from prd.meshes.charts import charts_of, cut_into_charts, flattened
 from prd.meshes.edges import edges_between
 from prd.meshes.packing import pack
 from prd.meshes.segments import segmented, smoothed
+from prd.meshes.strips import Chart, Placed, Strip
 from prd.meshes.texture import texture_size, unwrap, used_area
 
 
@@ -171,6 +175,42 @@ def test_all_charts_have_one_scale() -> None:
     packed = pack(uv, faces, 128, 1)
     areas = signed_areas(packed, faces)
     assert areas[:2].sum() == pytest.approx(4 * areas[2:].sum(), rel=1e-4) and areas.min() > 0
+
+
+def squares(count: int, side: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Charts, each a square of two triangles."""
+    corners = np.array([[0, 0], [side, 0], [side, side], [0, side]], np.float32)
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    return np.tile(corners, (count, 1)), (4 * np.arange(count)[:, None, None] + faces).reshape(-1, 3)
+
+
+def test_charts_are_drawn_together_without_touching() -> None:
+    uv, faces = squares(2)
+    charts = [Chart(uv.astype(float), faces[2 * k : 2 * k + 2]) for k in range(2)]
+    strip = Strip(charts, 10.0, 64, gap=1)
+    apart = Placed((0, 0), (0, 0), ((20, 30), (40, 5)), 10.0, 200.0, columns=60, rows=45)
+    together = strip.settled(apart, 1.0)
+    assert together is not None
+    (a, b), (c, d) = together.corners
+    assert max(abs(a - c), abs(b - d)) == 12 and min(a, c) == min(b, d) == 1  # eleven cells, and one between
+    assert together.filled > 2 * apart.filled
+    assert strip.settled(replace(apart, corners=((20, 30), (25, 30))), 1.0) is None  # there they overlap
+    assert strip.settled(apart, 5.0) is None  # there the strip ends
+
+
+def test_many_charts_end_with_the_first_scale_at_which_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def place(strip: Strip, *args: Any) -> Placed | None:
+        tried.append(strip.scale)
+        return place_(strip, *args)
+
+    place_ = Strip.place
+    monkeypatch.setattr(Strip, "place", place)
+    monkeypatch.setattr(packing, "TRIALS", 0)  # no packing of the coarse grid
+    uv, faces = squares(200)
+    packed = pack(uv, faces, 128, 1)
+    assert 0 < len(tried) < 20 and used_area(faces, packed) > 0.5
 
 
 def test_too_many_charts_for_a_small_texture_are_named() -> None:

@@ -151,3 +151,24 @@ def test_a_service_that_loads_stops_at_once_and_a_wrong_address_is_one_sentence(
     status, text = loading.end(signal.SIGTERM)
     assert status == 0 and "Traceback" not in text
     assert not list(loading.folder.glob("prd-*"))
+
+
+@POSIX
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a running job"])
+def test_a_second_signal_ends_at_once_with_one_line(start: Callable[..., Running], busy: bool) -> None:
+    service = start().wait()
+    if busy:
+        job = service.ask("/v1/meshes", {"prompt": "a red mug", "options": SMALL | {"resolution": 256}})[1]
+        deadline = time.monotonic() + 60
+        while service.ask(f"/v1/meshes/{job['id']}")[1]["status"] == "queued" and time.monotonic() < deadline:
+            time.sleep(0.02)
+    service.process.send_signal(signal.SIGINT)
+    while busy and service.ask("/v1/meshes", {"prompt": "a red cube"})[0] != 503:  # until the first is heard
+        time.sleep(0.02)
+    status, said = service.end(signal.SIGINT)
+    lines = said.splitlines()
+    if busy:
+        assert status == 130 and lines == ["prd: ended at once by a second signal; running jobs are lost"]
+    else:  # it may have ended before the second
+        assert status in (0, 130) and len(lines) == (status == 130)
+    assert not list(service.folder.glob("prd-*"))
