@@ -82,15 +82,15 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
             return condition
         return replace(condition, negative_prompt_embeds=torch.zeros_like(condition.negative_prompt_embeds))
 
-    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition, **added: Any) -> Tensor:
         """Output of the U-Net; the last row of the text is the pooled embedding."""
         text = condition.prompt_embeds.to(self.unet.dtype)
         times = 6 * self.unet.config.addition_time_embed_dim
         pooled = self.unet.config.projection_class_embeddings_input_dim - times
         size = self.pixels
         picture = torch.tensor([size, size, 0, 0, size, size], dtype=text.dtype, device=text.device)
-        added = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
-        return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
+        pair = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
+        return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=pair, **added).sample
 
 
 def _zeros_for_empty(folder: str) -> bool:
