@@ -123,6 +123,13 @@ def camera_rows(cameras: Cameras) -> Tensor:
     return ((directions @ turn.T + 1) / 2).clamp(0, 1).flatten(2).flatten(0, 1)
 
 
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ones of rows [n, C], and which of them each is, [n]; on the meta device all are counted distinct."""
+    if rows.is_meta:
+        return rows, torch.arange(len(rows), dtype=torch.long, device=rows.device)
+    return rows.unique(dim=0, return_inverse=True)
+
+
 def shifted_schedule(scheduler: DDPMScheduler, shift: float = SNR_SHIFT) -> DDPMScheduler:
     """The noise schedule with snr(t) / shift^(t / (T - 1)), snr = a / (1 - a), in the place of its own snr(t).
 
@@ -183,7 +190,8 @@ class MVAdapterTeacher(StableDiffusionTeacher):
         Raises CheckpointError for a file of another adapter, or of one for another base.
         """
         parts = super().load_parts(folder, dtype, base)
-        encoder = add_adapter(parts["unet"], cls.adapter_file(adapter), dtype, cls.encoder_settings)
+        encoder = cls.make_encoder(parts["unet"])
+        add_adapter(parts["unet"], encoder, cls.adapter_file(adapter), dtype)
         parts["scheduler"] = shifted_schedule(parts["scheduler"])
         return {**parts, "condition_encoder": encoder, "image_height": image_height}
 
@@ -199,13 +207,9 @@ class MVAdapterTeacher(StableDiffusionTeacher):
         return file
 
     @staticmethod
-    def encoder_settings(unet: UNet2DConditionModel) -> dict[str, Any]:
-        """Settings of the encoder of camera maps for a U-Net."""
-        return {
-            "adapter_type": "full_adapter",
-            "channels": list(unet.config.block_out_channels),
-            "downscale_factor": PIXELS_PER_LATENT,
-        }
+    def make_encoder(unet: UNet2DConditionModel) -> T2IAdapter:
+        """The encoder of camera maps for a U-Net, without weights: a feature for each block of its downward half."""
+        return _encoder(unet, list(unet.config.block_out_channels), "full_adapter", PIXELS_PER_LATENT)
 
     def camera_input(self, cameras: Cameras) -> Tensor:
         """Rows [B*V, 6] of the camera maps."""
@@ -214,7 +218,7 @@ class MVAdapterTeacher(StableDiffusionTeacher):
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition, **added: Any) -> Tensor:
         """Output of the U-Net, to whose downward half the features of the camera maps are added."""
         assert condition.camera is not None  # `predict` has looked
-        rows, view = condition.camera.unique(dim=0, return_inverse=True)  # of all prompts and passes: six
+        rows, view = distinct_rows(condition.camera)  # of all prompts and passes: six
         side = PIXELS_PER_LATENT * x_t.shape[-1]
         features = self.condition_encoder(rows.to(x_t.dtype)[:, :, None, None].expand(-1, -1, side, side))
         residuals = [feature[view] for feature in features]
@@ -231,14 +235,17 @@ class MVAdapterXLTeacher(MVAdapterTeacher, StableDiffusionXLTeacher):
     adapter_name = "mvadapter_t2mv_sdxl.safetensors"
 
     @staticmethod
-    def encoder_settings(unet: UNet2DConditionModel) -> dict[str, Any]:
-        """Settings of the encoder of camera maps for a U-Net: one feature more, for its middle block."""
+    def make_encoder(unet: UNet2DConditionModel) -> T2IAdapter:
+        """The encoder of camera maps for a U-Net, without weights: one feature more, for its middle block."""
         widths = list(unet.config.block_out_channels)
-        return {
-            "adapter_type": "full_adapter_xl",
-            "channels": [*widths, widths[-1]],
-            "downscale_factor": 2 * PIXELS_PER_LATENT,
-        }
+        return _encoder(unet, [*widths, widths[-1]], "full_adapter_xl", 2 * PIXELS_PER_LATENT)
+
+
+def _encoder(unet: UNet2DConditionModel, widths: list[int], kind: str, pixels: int) -> T2IAdapter:
+    """A T2I-Adapter of camera maps, whose first layer gathers `pixels` x `pixels` of them."""
+    settings = {"channels": widths, "adapter_type": kind, "downscale_factor": pixels}
+    blocks = unet.config.layers_per_block
+    return build(T2IAdapter, {"in_channels": CAMERA_CHANNELS, "num_res_blocks": blocks, **settings})
 
 
 def cameras_of(image_height: float = IMAGE_HEIGHT) -> CamerasConfig:
@@ -283,16 +290,12 @@ def _nested(layers: Mapping[str, nn.Module]) -> nn.Module:
     return root
 
 
-def add_adapter(unet: UNet2DConditionModel, file: Path, dtype: torch.dtype, settings: Any) -> T2IAdapter:
-    """Put the weights of an adapter's file beside those of a U-Net; returns the encoder of camera maps.
-
-    settings  U-Net -> settings of the encoder
+def add_adapter(unet: UNet2DConditionModel, encoder: T2IAdapter, file: Path, dtype: torch.dtype) -> None:
+    """Put the weights of an adapter's file beside those of a U-Net, and into an encoder that has none.
 
     Every tensor of the file finds its place, and no place stays empty. Raises CheckpointError for a tensor that is
     missing, left over, of another shape or not finite.
     """
-    layers_per_block = unet.config.layers_per_block
-    encoder = build(T2IAdapter, {"in_channels": CAMERA_CHANNELS, "num_res_blocks": layers_per_block, **settings(unet)})
     layers, tensors = adapted_layers(unet, encoder), read_tensors([file])
     own = layers.state_dict()
     faults = {
@@ -308,4 +311,3 @@ def add_adapter(unet: UNet2DConditionModel, file: Path, dtype: torch.dtype, sett
     if broken := [key for key, tensor in tensors.items() if has_non_finite(tensor)]:
         raise CheckpointError(f"{file}: {broken[0]} holds NaN or infinity; {AGAIN}")
     assign(layers, tensors, str(file), dtype)
-    return encoder.requires_grad_(False).eval()

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, T2IAdapter, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -92,8 +92,8 @@ def test_its_noise_schedule_is_that_of_the_published_code(teacher: MVAdapterTeac
 def test_every_tensor_of_the_published_files_has_its_place(name: str) -> None:
     kind, config = REAL[name]
     unet = build(UNet2DConditionModel, config)
-    encoder = build(T2IAdapter, {"in_channels": 6, "num_res_blocks": 2, **kind.encoder_settings(unet)})
-    found = {key: list(value.shape) for key, value in adapted_layers(unet, encoder).state_dict().items()}
+    layers = adapted_layers(unet, kind.make_encoder(unet))
+    found = {key: list(value.shape) for key, value in layers.state_dict().items()}
     published = json.loads((FIXTURES / "keys.json").read_text(encoding="utf-8"))[name]
     expected = dict(published["encoder"])
     for attention, width in published["attentions"].items():

@@ -15,8 +15,10 @@ from prd.hub.shipped import shipped
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
 from prd.training import objective
+from prd.training.estimate.counts import count_step
 from prd.training.recipes import load_config
 from prd.training.trainer import Trainer
+from prd.utils.counting import weight_bytes
 from tests.compare import ROUNDING, relative_difference
 from tests.teachers.tiny_mv_adapter import adapter_shapes, computed
 from tests.training.test_trainer import SMALL
@@ -100,6 +102,24 @@ def test_every_set_of_cameras_has_draws_of_its_own(toybox, adapter: str) -> None
             seeds += [estimates.draws(TEACHERS, *places)[0].initial_seed()]
         seeds += [estimates.draws(stream)[0].initial_seed() for stream in (CAMERAS, JITTER, SHADING)]
     assert [shot.place for shot in trainer.objective.shots] == [0, 1] and len(set(seeds)) == len(seeds) == 10
+
+
+def test_what_a_run_takes_counts_it(toybox, adapter: str) -> None:
+    """`prd train --dry-run`: the teacher as it is loaded, and six views more for each renderer."""
+    words = ["--renderer_schedule", "all", *SMALL, *OFF]
+    given = f"{{path: toybox, adapter: {adapter}, image_height: 2}}"
+    alone, beside = (
+        count_step(load_config("toybox", [*words, *own])) for own in ([], ["--teachers.mv_adapter", given])
+    )
+    found, teacher = beside.teachers["mv_adapter"], make(adapter).parts.teachers["mv_adapter"]
+    assert not beside.uncounted and isinstance(teacher, torch.nn.Module)
+    assert found.parameters == sum(p.numel() for p in teacher.parameters())
+    assert found.weight_bytes + found.text_bytes == weight_bytes(teacher)
+    assert found.one_pass.total > beside.teachers["mvdream"].one_pass.total
+    for name, renderer in beside.renderers.items():
+        before = alone.renderers[name]
+        assert renderer.lookup_bytes >= before.lookup_bytes and renderer.work.total > before.work.total
+    assert beside.renderers["surface"].lookup_bytes == pytest.approx(2.5 * alone.renderers["surface"].lookup_bytes)
 
 
 def test_single_views_may_be_orthographic(toybox) -> None:
