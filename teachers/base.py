@@ -301,12 +301,16 @@ class UNetTeacher(nn.Module):
         self.passes += len(x_t)
         return self.run_unet(x_t.to(self.unet.dtype), t, condition).float()[:, :channels]
 
-    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition, **added: Any) -> Tensor:
-        """Output of the U-Net [n, C', h, w] for x_t [n, C, h, w], in its own precision; added: what else it takes."""
+    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Output of the U-Net [n, C', h, w] for x_t [n, C, h, w], in its own precision."""
         dtype = self.unet.dtype
-        camera = None if condition.camera is None else condition.camera.to(dtype)
-        text = condition.prompt_embeds.to(dtype)
+        camera = None if condition.camera is None or self.cameras_as_maps else condition.camera.to(dtype)
+        text, added = condition.prompt_embeds.to(dtype), self.added_inputs(x_t, condition)
         return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera, **added).sample
+
+    def added_inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the U-Net takes besides, by its own names."""
+        return {}
 
     @classmethod
     def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> UNetTeacher:

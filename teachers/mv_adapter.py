@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,7 +83,7 @@ class RowAttention(nn.Module):
         hidden_states: Tensor,  # [B*V, L, C]
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **_: object,
+        **others: object,
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("encoder_hidden_states, attention_mask: attention of rows is unmasked self-attention")
@@ -105,8 +104,8 @@ class RowAttention(nn.Module):
 
 def _attend(heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention [n, L, C] of queries [n, L, C] to keys and values [n, M, C]."""
-    split = (rearrange(x, "n l (h c) -> n h l c", h=heads) for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(*split), "n h l c -> n l (h c)")
+    query, key, value = (rearrange(x, "n l (h c) -> n h l c", h=heads) for x in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(query, key, value), "n h l c -> n l (h c)")
 
 
 def camera_rows(cameras: Cameras) -> Tensor:
@@ -215,22 +214,20 @@ class MVAdapterTeacher(StableDiffusionTeacher):
         """Rows [B*V, 6] of the camera maps."""
         return camera_rows(cameras)
 
-    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition, **added: Any) -> Tensor:
-        """Output of the U-Net, to whose downward half the features of the camera maps are added."""
+    def added_inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """The features of the camera maps, which are added in the U-Net's downward half."""
         assert condition.camera is not None  # `predict` has looked
         rows, view = distinct_rows(condition.camera)  # of all prompts and passes: six
         side = PIXELS_PER_LATENT * x_t.shape[-1]
         features = self.condition_encoder(rows.to(x_t.dtype)[:, :, None, None].expand(-1, -1, side, side))
-        residuals = [feature[view] for feature in features]
-        condition = replace(condition, camera=None)
-        return super().run_unet(x_t, t, condition, down_intrablock_additional_residuals=residuals, **added)
+        return {"down_intrablock_additional_residuals": [feature[view] for feature in features]}
 
 
 class MVAdapterXLTeacher(MVAdapterTeacher, StableDiffusionXLTeacher):
     """Stable Diffusion XL or a fine-tune with MV-Adapter, as `MVAdapterTeacher`; images of 768 pixels."""
 
     name = "mv_adapter_xl"
-    config_class: ClassVar[type[TeacherConfig]] = MVAdapterXLTeacherConfig
+    config_class: ClassVar[type[TeacherConfig]] = MVAdapterXLTeacherConfig  # type: ignore[assignment]
     own_settings = ("adapter", "image_height", "pixels")
     adapter_name = "mvadapter_t2mv_sdxl.safetensors"
 

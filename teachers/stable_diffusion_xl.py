@@ -48,7 +48,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     name = "stable_diffusion_xl"
     config_class: ClassVar[type[StableDiffusionXLTeacherConfig]] = StableDiffusionXLTeacherConfig
     prompt_encoder_class: ClassVar[Any] = SdxlPromptEncoder
-    own_settings = ("pixels",)
+    own_settings: ClassVar[tuple[str, ...]] = ("pixels",)
     exact_vae = True
     zeros_for_empty: bool = True  # an empty negative prompt is no text at all: zeros, as it was trained with
 
@@ -82,7 +82,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
             return condition
         return replace(condition, negative_prompt_embeds=torch.zeros_like(condition.negative_prompt_embeds))
 
-    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition, **added: Any) -> Tensor:
+    def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Output of the U-Net; the last row of the text is the pooled embedding."""
         text = condition.prompt_embeds.to(self.unet.dtype)
         times = 6 * self.unet.config.addition_time_embed_dim
@@ -90,6 +90,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         size = self.pixels
         picture = torch.tensor([size, size, 0, 0, size, size], dtype=text.dtype, device=text.device)
         pair = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
+        added = self.added_inputs(x_t, condition)
         return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=pair, **added).sample
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from prd.adapters.lora import lora_copy
 from prd.errors import CheckpointError
 from prd.loading.strict import build
-from prd.teachers import Condition, MVAdapterTeacher, MVAdapterXLTeacher, TeacherOptions
+from prd.teachers import Condition, MVAdapterTeacher, MVAdapterTeacherConfig, MVAdapterXLTeacher, TeacherOptions
 from prd.teachers.mv_adapter import adapted_layers, camera_rows, cameras_of, shifted_schedule
 from prd.training.estimate.architectures import SD21, SDXL
 from prd.utils.checked_types import resolved
@@ -117,7 +117,7 @@ def test_rows_meet_rows_of_the_other_views_alone(teacher: MVAdapterTeacher) -> N
 
 
 def test_settings_of_a_recipe_load_it(saved: dict[str, Any]) -> None:
-    config = MVAdapterTeacher.config_class(**saved, image_height=1.8)
+    config = MVAdapterTeacherConfig(**saved, image_height=1.8)
     again = MVAdapterTeacher.from_config(config, options=TeacherOptions(), dtype=torch.bfloat16)
     assert again.unet.dtype == again.condition_encoder.dtype == torch.bfloat16
     assert float(again.cameras.sample(torch.zeros(1, 3)).relative_distance[0, 0]) == pytest.approx(0.9)

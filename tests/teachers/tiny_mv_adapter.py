@@ -23,7 +23,7 @@ ATTENTION = {
     "to_out_mv.0.weight": 2,
     "to_out_mv.0.bias": 1,
 }
-XL_UNET = {
+XL_UNET: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (8, 16, 16),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
