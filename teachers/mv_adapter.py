@@ -34,7 +34,7 @@ from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.teachers.stable_diffusion_xl import StableDiffusionXLTeacher
 from prd.utils.arguments import expanded
 from prd.utils.checked_types import CHECKS, Count, Place, Positive, Schedule, Text
-from prd.utils.construction import meta_weights
+from prd.utils.construction import float32_weights, meta_weights
 
 AZIMUTHS = (0.0, 45.0, 90.0, 180.0, 270.0, 315.0)  # of the views, degrees, in the order that they were trained in
 IMAGE_HEIGHT = 2.2  # scene units: it was trained on objects in a unit cube, in images of 1.1 units
@@ -71,6 +71,7 @@ class RowAttention(nn.Module):
     elevation 0, what a pixel sees lies in the same row of every other view.
     """
 
+    @float32_weights()
     def __init__(self, width: int, num_views: int) -> None:
         super().__init__()
         self.num_views = num_views

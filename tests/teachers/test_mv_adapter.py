@@ -26,7 +26,14 @@ from torch import Tensor
 from prd.adapters.lora import lora_copy
 from prd.errors import CheckpointError
 from prd.loading.strict import build
-from prd.teachers import Condition, MVAdapterTeacher, MVAdapterTeacherConfig, MVAdapterXLTeacher, TeacherOptions
+from prd.teachers import (
+    Condition,
+    MVAdapterTeacher,
+    MVAdapterTeacherConfig,
+    MVAdapterXLTeacher,
+    TeacherOptions,
+    mv_adapter,
+)
 from prd.teachers.mv_adapter import adapted_layers, camera_rows, cameras_of, shifted_schedule
 from prd.training.estimate.architectures import SD21, SDXL
 from prd.utils.checked_types import resolved
@@ -124,6 +131,21 @@ def test_settings_of_a_recipe_load_it(saved: dict[str, Any]) -> None:
     assert resolved(config, 0, 10).guidance_scale == 7.0 and "watermark" in config.negative_prompt
     folder = str(Path(saved["adapter"]).parent)  # which holds it by its published name
     assert MVAdapterTeacher.from_pretrained(saved["path"], adapter=folder).num_views == 6
+
+
+@pytest.mark.parametrize("kind", [MVAdapterTeacher, MVAdapterXLTeacher])
+def test_its_file_alone_is_fetched_from_the_hub(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the published repository, which holds the adapters of other bases and inputs too."""
+    asked = []
+
+    def download(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
+        asked.append((name, patterns))
+        (tmp_path / patterns[0]).touch()
+        return tmp_path
+
+    monkeypatch.setattr(mv_adapter, "download", download)
+    assert kind.adapter_file("huanngzh/mv-adapter") == tmp_path / kind.adapter_name
+    assert asked == [("huanngzh/mv-adapter", [kind.adapter_name])]
 
 
 def test_a_fake_score_trains_beside_it(teacher: MVAdapterTeacher) -> None:
