@@ -48,8 +48,7 @@ def write_splats(splats: Splats, path: str | os.PathLike[str], *, up: SplatUp = 
 
     Raises ConfigError for another suffix, an `up` that there is not and splats that are none or not finite.
     """
-    path = check_writable_file("path", path, SUFFIXES)
-    check_one_of("up", up, tuple(NOTES))
+    path = check_splats_file("path", path, up)
     if not len(splats):
         raise ConfigError("splats: there are none, the surface was empty; there is nothing to write")
     own = splats.detach().to("cpu").to(torch.float64)
@@ -62,6 +61,13 @@ def write_splats(splats: Splats, path: str | os.PathLike[str], *, up: SplatUp = 
     write = ply if path.suffix.lower() == ".ply" else splat
     data = write(means, own.scales.numpy(), rotations.numpy(), own.opacities.numpy(), own.colors.numpy(), NOTES[up])
     replace_file(path, lambda aside: aside.write_bytes(data))
+    return path
+
+
+def check_splats_file(name: str, path: str | os.PathLike[str], up: str) -> Path:
+    """The path, if splats can be written there; `name` of its argument, for the ConfigError if not."""
+    path = check_writable_file(name, path, SUFFIXES)
+    check_one_of("up", up, tuple(NOTES))
     return path
 
 
