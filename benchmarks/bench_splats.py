@@ -1,6 +1,6 @@
 """Splats against meshes in the toy box: likeness to the exact renders, seconds per view, bytes on disk.
 
-    python benchmarks/bench_splats.py                   # four minutes of one processor's time, three of them training
+    python benchmarks/bench_splats.py                   # six minutes of one processor's time, four of them training
     python benchmarks/bench_splats.py --minutes 20 --train 48 --test 16
 
 The shipped toy model generates a field for each caption once. On the fields of the training captions a splat head is
@@ -261,9 +261,9 @@ def chosen_prompts(train_count: int, test_count: int, seed: int) -> tuple[list[s
 def main() -> None:
     """Train, measure, and write the JSON and the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3.0, help="of CPU time, of the training")
-    parser.add_argument("--train", type=int, default=32, help="captions, at most 68")
-    parser.add_argument("--test", type=int, default=8, help="other captions; both together at most 72")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of CPU time, of the training")
+    parser.add_argument("--train", type=int, default=36, help="captions, at most 68")
+    parser.add_argument("--test", type=int, default=12, help="other captions; both together at most 72")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "splats.json")
     parser.add_argument("--sheet", type=Path, default=HERE.parent / "docs" / "splats.jpg")

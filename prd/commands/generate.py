@@ -135,7 +135,8 @@ def _generate_splats(args: argparse.Namespace, prompt: str) -> int:
     for name, default in OF_MESHES.items():
         if (value := getattr(args, name)) != default:
             raise ConfigError(f"{name.replace('_', '-')}={value!r}: is of meshes, not of splats; leave it out")
-    path = check_splats_file("output", args.output or "splats.splat", up := args.up or "-y")
+    up: Any = args.up or "-y"
+    path = check_splats_file("output", args.output or "splats.splat", up)
     options = mesh_options(args)
     pipe = load_model(args)
     call: dict[str, Any] = {"output_type": "field"}

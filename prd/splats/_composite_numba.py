@@ -117,49 +117,40 @@ def _backward(
 
 
 def composite_forward(
-    centres: np.ndarray,
-    conics: np.ndarray,
-    opacities: np.ndarray,
-    features: np.ndarray,
-    orders: Sequence[np.ndarray],
-    boxes: Sequence[np.ndarray],
-    size: tuple[int, int],
+    drawn: Sequence[np.ndarray], orders: Sequence[np.ndarray], boxes: Sequence[np.ndarray], size: tuple[int, int]
 ) -> Tensor:
     """Images [V, H, W, C + 1], the opacity last, on torch.get_num_threads() threads, a view each.
 
-    centres [V, N, 2], conics [V, N, 3], opacities [V, N], features [V, N, C], float64; orders: the drawn Gaussians of
-    each view, nearest first; boxes: [N, 4] of each view; size: (height, width)
+    drawn   centres [V, N, 2], conics [V, N, 3], opacities [V, N] and features [V, N, C], float64
+    orders  numbers of the Gaussians that each view draws, the nearest first
+    boxes   [N, 4] of each view: first column and row, end column and row
+    size    (height, width)
     """
-    views, _, channels = features.shape
+    views, _, channels = drawn[3].shape
     image = torch.zeros(views, *size, channels + 1, dtype=torch.float64, device="cpu")
     out = image.numpy()
 
     def draw(view: int) -> None:
-        drawn = centres[view], conics[view], opacities[view], features[view]
-        _forward(*drawn, orders[view], boxes[view], out[view])
+        _forward(*(array[view] for array in drawn), orders[view], boxes[view], out[view])
 
     share(draw, views, torch.get_num_threads())
     return image
 
 
 def composite_backward(
-    centres: np.ndarray,
-    conics: np.ndarray,
-    opacities: np.ndarray,
-    features: np.ndarray,
+    drawn: Sequence[np.ndarray],
     orders: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     image: np.ndarray,
     grad: np.ndarray,
 ) -> tuple[Tensor, ...]:
     """Gradients of centres, conics, opacities and features from that of the image; arguments of the forward pass."""
-    drawn = centres, conics, opacities, features
     grads = tuple(torch.zeros(array.shape, dtype=torch.float64, device="cpu") for array in drawn)
     out = [gradient.numpy() for gradient in grads]
 
     def draw(view: int) -> None:
-        own = [array[view] for array in (*drawn, orders, boxes, image, grad)]
-        _backward(*own, *(array[view] for array in out))
+        own = [array[view] for array in drawn], orders[view], boxes[view], image[view], grad[view]
+        _backward(*own[0], *own[1:], *(array[view] for array in out))
 
-    share(draw, len(features), torch.get_num_threads())
+    share(draw, len(image), torch.get_num_threads())
     return grads

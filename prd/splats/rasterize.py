@@ -51,14 +51,14 @@ def rasterize_splats(
     device, count, views = splats.means.device, len(splats.means), cameras.views
     if features.shape[:-1] not in ((count,), (views, count)):
         raise ValueError(f"features={tuple(features.shape)}: expected [{count}, C] or [{views}, {count}, C]")
-    backend = _chosen(backend, device)
+    chosen = _chosen(backend, device)
     features = features.expand(views, -1, -1) if features.ndim == 2 else features
-    if backend == "gsplat":
+    if chosen == "gsplat":
         return _gsplat(splats, features, cameras, height, width, antialias)
-    shape = splats.means, splats.scales, splats.rotations, splats.opacities
-    ellipses = project(*(tensor.double() for tensor in shape), cameras.to(torch.float64), height, width,
-                       antialias=antialias)  # fmt: skip
-    composite = _composite_numba if backend == "numba" else composite_torch
+    exact, seen = splats.to(torch.float64), cameras.to(torch.float64)
+    shapes = exact.means, exact.scales, exact.rotations, exact.opacities
+    ellipses = project(*shapes, seen, height, width, antialias=antialias)
+    composite = _composite_numba if chosen == "numba" else composite_torch
     image, opacity = composite(ellipses, features.double(), height, width)
     return image.to(features.dtype), opacity.to(features.dtype)
 
@@ -161,7 +161,8 @@ class _Composite(torch.autograd.Function):
     def forward(
         ctx: Any, centres: Tensor, conics: Tensor, opacities: Tensor, features: Tensor, lists: Any, size: Any
     ) -> Tensor:
-        image = composite_forward(*_arrays(centres, conics, opacities, features), *lists, size)
+        orders, boxes = lists
+        image = composite_forward(_arrays(centres, conics, opacities, features), orders, boxes, size)
         ctx.save_for_backward(centres, conics, opacities, features, image)
         ctx.lists, ctx.size = lists, size
         return image
@@ -170,8 +171,8 @@ class _Composite(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *drawn, image = ctx.saved_tensors
-        arrays = _arrays(*drawn, image, grad)
-        return *composite_backward(*arrays[:4], *ctx.lists, *arrays[4:]), None, None
+        orders, boxes = ctx.lists
+        return *composite_backward(_arrays(*drawn), orders, boxes, *_arrays(image, grad)), None, None
 
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
