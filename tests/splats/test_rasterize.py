@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 
 from prd.cameras import Cameras
-from prd.splats.project import LOW_PASS, project, rotation_matrices
-from prd.splats.rasterize import Backend, front_to_back, rasterize_splats
+from prd.splats.project import LOW_PASS, intrinsics, project, rotation_matrices
+from prd.splats.rasterize import Backend, _gsplat, front_to_back, rasterize_splats
 from prd.splats.splats import Splats, quaternion_product
 from tests.splats.made import random_splats, two_views
 
@@ -215,6 +217,37 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
     arguments = {"features": splats.colors, "cameras": two_views(), "height": 18, "width": 23, **change}
     with pytest.raises(ValueError, match=named):
         rasterize_splats(splats, **arguments)
+
+
+def test_opencv_matrices_project_as_the_cameras_do() -> None:
+    splats, (height, width) = random_splats(30), SIZE
+    world_to_camera, matrices = intrinsics(two_views(), height, width)
+    local = splats.means @ world_to_camera[:, :3, :3].transpose(1, 2) + world_to_camera[:, None, :3, 3]
+    pixels = local @ matrices.transpose(1, 2)
+    expected, depth = two_views().project(splats.means[None], height, width)
+    torch.testing.assert_close(pixels[..., :2] / pixels[..., 2:], expected[0])
+    torch.testing.assert_close(local[..., 2], depth[0])
+
+
+def test_gsplat_is_asked_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function's arguments by name, as its documentation has them, whatever is installed here."""
+    asked: dict[str, Any] = {}
+
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options):
+        asked.update(locals())
+        return colors.new_ones(2, height, width, 3), colors.new_ones(2, height, width, 1), {}
+
+    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
+    splats = random_splats(7)
+    images, opacity = _gsplat(splats, splats.colors.expand(2, -1, -1), two_views(), *SIZE, True)
+    assert images.shape == (2, *SIZE, 3) and opacity.shape == (2, *SIZE, 1) and images.dtype == torch.float64
+    assert (asked["height"], asked["width"]) == SIZE
+    for name, value in (("means", splats.means), ("quats", splats.rotations), ("scales", splats.scales)):
+        assert torch.equal(asked[name], value.float()), name
+    assert (
+        asked["colors"].shape == (2, 7, 3) and asked["viewmats"].shape == (2, 4, 4) and asked["Ks"].shape == (2, 3, 3)
+    )
+    assert asked["options"]["rasterize_mode"] == "antialiased" and asked["options"]["eps2d"] == LOW_PASS
 
 
 @pytest.mark.gpu
