@@ -36,6 +36,12 @@ class Ellipses:
     extents: Tensor
 
 
+def check_one_sample(cameras: Cameras) -> None:
+    """ValueError for the cameras of several samples: Gaussians are those of one object."""
+    if cameras.batch != 1:
+        raise ValueError(f"cameras: of {cameras.batch} samples; give those of one, [1, V], for each object's splats")
+
+
 def rotation_matrices(rotations: Tensor) -> Tensor:
     """Rotation matrices [..., 3, 3] of quaternions [..., 4] in the order (w, x, y, z), of any length but zero."""
     w, x, y, z = F.normalize(rotations, dim=-1).unbind(-1)
@@ -69,8 +75,7 @@ def project(
     `antialias` multiplies the opacity by the root of the ratio of the determinants before and after the 0.3 (Yu et al.
     2024, Mip-Splatting, Eq. 9).
     """
-    if cameras.batch != 1:
-        raise ValueError(f"cameras: of {cameras.batch} samples; Gaussians are drawn for one")
+    check_one_sample(cameras)
     world_to_camera = cameras.camera_to_world[0, :, :3, :3].transpose(-1, -2)  # [V, 3, 3]
     local = (means - cameras.position[0, :, None]) @ world_to_camera.transpose(-1, -2)  # [V, N, 3]
     depths = -local[..., 2]

@@ -17,7 +17,17 @@ from torch.autograd.function import once_differentiable
 from prd.cameras import Cameras
 from prd.rendering.views import check_image_size
 from prd.splats._composite_numba import composite_backward, composite_forward
-from prd.splats.project import LEAST_ALPHA, LEAST_LEFT, LOW_PASS, MOST_ALPHA, NEAR, Ellipses, intrinsics, project
+from prd.splats.project import (
+    LEAST_ALPHA,
+    LEAST_LEFT,
+    LOW_PASS,
+    MOST_ALPHA,
+    NEAR,
+    Ellipses,
+    check_one_sample,
+    intrinsics,
+    project,
+)
 from prd.splats.splats import Splats
 
 Backend = Literal["auto", "torch", "numba", "gsplat"]
@@ -39,8 +49,8 @@ def rasterize_splats(
     features   [N, C], or [V, N, C] where they differ by view
     cameras    of one sample, [1, V]
     antialias  as in `project`
-    backend    "torch" is the reference, on any device; "numba" the same on CPUs; "gsplat" the kernels of that library,
-               on CUDA. "auto": gsplat on CUDA where it is installed, numba on the CPU, torch elsewhere
+    backend    "torch" is the reference, on any device that has float64; "numba" the same on CPUs; "gsplat" the kernels
+               of that library, on CUDA. "auto": gsplat on CUDA if it is installed, numba on the CPU, torch elsewhere
 
     Differentiable in the Gaussians and the features. torch and numba compute in float64; gsplat in float32, by the same
     formulas and limits (its cut-offs fall on other pixels where they are met to the last digits). What is seen: mean at
@@ -48,6 +58,7 @@ def rasterize_splats(
     falls to 1e-4. Raises ValueError for features or cameras that do not fit and for a backend that is not there.
     """
     check_image_size(height, width)
+    check_one_sample(cameras)
     device, count, views = splats.means.device, len(splats.means), cameras.views
     if features.shape[:-1] not in ((count,), (views, count)):
         raise ValueError(f"features={tuple(features.shape)}: expected [{count}, C] or [{views}, {count}, C]")
