@@ -19,6 +19,7 @@ from prd.rendering.protocol import SampleDraws
 from prd.rendering.rasterize import rasterize
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
+from prd.splats.renderer import SplatConfig, SplatRenderer
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
 from prd.toybox.score import grid_points
 from prd.toybox.world import ExactField
@@ -115,6 +116,7 @@ def rendered() -> list[Tensor]:
         for renderer in (
             VolumeRenderer(VolumeConfig(height=8, width=8, num_samples=8, grid_resolution=8)),
             SurfaceRenderer(SurfaceConfig(height=8, width=8, grid_resolution=16)),
+            SplatRenderer(SplatConfig(height=8, width=8, grid_resolution=16)),
         ):
             with torch.no_grad():
                 views = renderer.render(field, cameras, (8, 8), 0.5, SampleDraws(generators())).views

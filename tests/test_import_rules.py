@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"prd": ROOT / "prd", "prd.teachers": ROOT / "teachers", "prd.adapters": ROOT / "adapters"}
 LINKED = ("teachers", "adapters")  # which prd/ holds as links
 
-GEOMETRY = {"cameras", "fields", "isosurface", "rendering", "meshes"}
+GEOMETRY = {"cameras", "fields", "isosurface", "rendering", "meshes", "splats"}
 METHOD = {"text", "loading", "teachers", "adapters", "distillation", "generators"}
 PRODUCT = {"pipelines", "hub"}
 RUNS = {"data", "evaluation", "toybox", "training", "commands", "serving", "cli"}
@@ -29,9 +29,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "utils": ROOMS - {"errors"},
     "cameras": ROOMS - {"errors", "utils"},
     "fields": (GEOMETRY - {"cameras"}) | METHOD | PRODUCT | RUNS,
-    "isosurface": {"rendering", "meshes"} | METHOD | PRODUCT | RUNS,
-    "rendering": {"meshes"} | METHOD | PRODUCT | RUNS,
-    "meshes": METHOD | PRODUCT | RUNS,
+    "isosurface": {"rendering", "meshes", "splats"} | METHOD | PRODUCT | RUNS,
+    "rendering": {"meshes", "splats"} | METHOD | PRODUCT | RUNS,
+    "meshes": {"splats"} | METHOD | PRODUCT | RUNS,
+    "splats": METHOD | PRODUCT | RUNS,
     "text": (METHOD - {"text", "loading"}) | {"pipelines"} | RUNS,
     "loading": (METHOD - {"text", "loading"}) | {"pipelines"} | RUNS,
     "teachers": (METHOD - {"text", "loading"}) | PRODUCT | RUNS,

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from prd.commands.many import Job
 
 MAX_BATCH = 1024  # meshes at a time
+OF_MESHES = {  # options that splats have not, and their defaults
+    **{"format": None, "preview": None, "height": None, "compress": None, "coarse_factor": None},
+    **{"lods": 1, "normal_map": False, "vertex_colors": False},
+}
 
 
 def add_generate(commands: Any) -> None:
@@ -31,6 +35,9 @@ def add_generate(commands: Any) -> None:
     add_model(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=None, help="denoising steps K (default: as trained)")
+    generate.add_argument(
+        "--splats", action="store_true", help="3D Gaussians instead of a mesh, as .splat or .ply; -o FILE.splat says it"
+    )
     many = generate.add_argument_group("many meshes: a folder with manifest.jsonl; the same command again goes on")
     many.add_argument(
         "--prompts", default=None, metavar="FILE", help=".txt, .json, .jsonl, .csv or .parquet; -: lines of stdin"
@@ -58,8 +65,11 @@ def run_generate(args: argparse.Namespace) -> int:
     check_int("batch-size", args.batch_size, 1, MAX_BATCH)
     prompts = _prompts(args)
     names_file = args.output is None or has_suffix(args.output, tuple(f".{name}" for name in FORMATS))
+    splats = args.splats or (args.output is not None and has_suffix(args.output, ".splat"))
     if args.prompts is None and len(prompts) == 1 and count == 1 and (args.format is None or names_file):
-        return _generate_one(args, prompts[0])
+        return _generate_splats(args, prompts[0]) if splats else _generate_one(args, prompts[0])
+    if splats:
+        raise ConfigError("splats: are of one prompt and one file; leave --splats out, or give -o FILE.splat for each")
     return _generate_many(args, prompts)
 
 
@@ -112,6 +122,30 @@ def _generate_one(args: argparse.Namespace, prompt: str) -> int:
     if preview is not None:
         save_preview([mesh], preview)
         print(preview)
+    return 0
+
+
+def _generate_splats(args: argparse.Namespace, prompt: str) -> int:
+    """Write the splats of one prompt to the file that is named."""
+    import torch
+
+    from prd.splats.files import check_splats_file
+    from prd.splats.splats import extract_splats
+
+    for name, default in OF_MESHES.items():
+        if (value := getattr(args, name)) != default:
+            raise ConfigError(f"{name.replace('_', '-')}={value!r}: is of meshes, not of splats; leave it out")
+    up: Any = args.up or "-y"
+    path = check_splats_file("output", args.output or "splats.splat", up)
+    options = mesh_options(args)
+    pipe = load_model(args)
+    call: dict[str, Any] = {"output_type": "field"}
+    if pipe.draws_noise:
+        call |= {"generator": torch.Generator().manual_seed(args.seed), "num_inference_steps": args.steps}
+    result = pipe(prompt, **call)
+    with torch.no_grad():
+        (splats,) = extract_splats(result.field, options.isosurface_resolution, device=pipe.device)
+    print(f"{splats.export(path, up=up)}: {len(splats)} Gaussians ({pipe.device})")
     return 0
 
 

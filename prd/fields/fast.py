@@ -19,6 +19,7 @@ from prd.fields.protocol import Field, FieldSamples
 Geometry = tuple[Tensor, Tensor | None]  # sdf [B, X, Y, Z], deformation [B, X, Y, Z, 3] or None
 Nodes = tuple[Tensor, Tensor, Tensor | None]  # sdf [B, R, R, R]; rgb, deformation [B, R, R, R, 3], the latter or None
 
+SPLAT_CHANNELS = 13  # position, scales, rotation, colour, opacity
 NODES_PER_CHUNK = 1 << 18  # points of one query where the field has no grid of its own
 
 
@@ -55,6 +56,14 @@ class FastField(Field, Protocol):
         """One of the B samples, or some, as a field of their own."""
         ...
 
+    def splat_residuals(self, points: Tensor) -> Tensor | None:
+        """What trained heads say of Gaussians at points [B, N, 3] of the surface, [B, N, 13]; None: there are none.
+
+        Their position, scales, rotation, colour (3 each) and opacity, as `prd.splats.splats.splats_on` adds them; 0
+        changes nothing.
+        """
+        ...
+
 
 def _method(field: Field, name: str) -> Any:
     """A field's own faster method, None if it has none."""
@@ -80,6 +89,13 @@ def sample(field: Field, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return *sdf_and_gradient(field, points), expect("rgb", field.rgb(points), points, 3)
     sdf, gradient, rgb = several("sample", own(points), 3)
     return expect("sample", sdf, points, 1), expect("sample", gradient, points, 3), expect("sample", rgb, points, 3)
+
+
+def splat_residuals(field: Field, points: Tensor) -> Tensor | None:
+    """A field's own `splat_residuals` [B, N, 13] at points [B, N, 3]; None without splat heads."""
+    own: Callable[[Tensor], Tensor | None] | None = _method(field, "splat_residuals")
+    found = None if own is None else own(points)
+    return None if found is None else expect("splat_residuals", found, points, SPLAT_CHANNELS)
 
 
 def sdf_along(field: Field, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:

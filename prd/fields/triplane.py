@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prd.fields.dense_head import dense_head, head_at
+from prd.fields.fast import SPLAT_CHANNELS
 from prd.fields.planes import nodes_of_cut_cells, plane_coordinates, plane_lattices, sample_planes
 from prd.fields.protocol import AutogradGradient
 from prd.utils.arguments import one_or_more
@@ -20,16 +21,22 @@ class TriplaneHeads(nn.Module):
 
     Geometry features are the sum of three planes [C], texture features their concatenation [3C].
     `sdf_init_scale` scales the last layer of the sdf head at initialisation: below 1 training starts near the sphere.
+    `splats`: a fourth MLP, of all features [4C], for Gaussians (`prd.splats`); its last layer is 0 at initialisation.
     """
 
-    def __init__(self, channels: int = 32, width: int = 64, sdf_init_scale: float = 1.0) -> None:
+    def __init__(
+        self, channels: int = 32, width: int = 64, sdf_init_scale: float = 1.0, *, splats: bool = False
+    ) -> None:
         super().__init__()
         self.channels, self.width = channels, width
         self.sdf = _mlp(channels, width, 1)
         self.deformation = _mlp(channels, width, 3)
         self.rgb = _mlp(3 * channels, width, 3)
+        self.splats = _mlp(4 * channels, width, SPLAT_CHANNELS) if splats else None
         with torch.no_grad():
             self.sdf.get_parameter("4.weight").mul_(sdf_init_scale)
+            if self.splats is not None:
+                self.splats.get_parameter("4.weight").zero_()
 
 
 @float32_weights()
@@ -97,6 +104,13 @@ class TriplaneField(AutogradGradient):
 
     def rgb(self, points: Tensor) -> Tensor:
         return colour_from_features(self.colour_features(points)).clamp(0, 1)
+
+    def splat_residuals(self, points: Tensor) -> Tensor | None:
+        """The splat head's raw output [B, N, 13] at points [B, N, 3]; None without that head."""
+        if self.heads.splats is None:
+            return None
+        features = torch.cat([self.geometry_features(points), self.texture_features(points)], dim=-1)
+        return self.heads.splats(features)
 
     def grid(
         self, resolution: int, *, rgb: bool = True, deformation: bool = True

@@ -1,7 +1,7 @@
 """The files of a saved adapter: what is written, what is checked before anything is loaded.
 
 adapter_config.json + adapter_model.safetensors   one peft adapter around one module (prd.adapters.peta)
-heads.safetensors                                 the three MLPs, and the learned s of NeuS if there is one
+heads.safetensors                                 the three MLPs; the splat heads and NeuS's learned s if there are any
 config.json                                       what the model is besides, its base, and hashes
 
 The base is known by its weights, its kind of prediction and its noise schedule, and by its text encoder's weights if it
@@ -51,6 +51,7 @@ WHOLE = f"an adapter is {', '.join(ADAPTER_FILES)}"  # in an error
 CLASS_NAME = "TriplaneTurbo"  # the only class whose config.json this is
 LEVELS = ("alphas_cumprod", "sigmas")  # of a diffusion, of a flow (`prd.adapters.noise_levels`)
 VAE_SCALING = "vae_scaling"  # key of bases whose latents are decoded by their VAE's own factor and shift
+OFF = {"inv_std": None, "splat_heads": False}  # what is written of a model that has it alone
 SCHEDULE_POINTS = 11  # of the noise schedule that are recorded
 
 
@@ -67,6 +68,7 @@ class SavedConfig:
     sdf_init_scale: float = 1.0  # of the sdf head's last layer at initialisation; 0.3 starts near the sphere
     num_inference_steps: int = 4  # K of the training rollout
     inv_std: float | None = None  # s of NeuS that training began with, and learnt on; None: s is not the model's
+    splat_heads: bool = False  # whether there is an MLP of what Gaussians on the surface are
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "head_width", "num_inference_steps"):
@@ -84,6 +86,8 @@ class SavedConfig:
             if may_be_none and value <= 0:
                 raise ValueError(f"{name}={value!r}: must be above 0")
             object.__setattr__(self, name, value if type(value) is int else float(value))  # of numpy, as Python's
+        if not isinstance(self.splat_heads, bool):
+            raise ValueError(f"splat_heads={self.splat_heads!r}: must be true or false")
         for name in ("base", "base_revision"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "base" or value is not None):
@@ -163,7 +167,7 @@ def save_adapter(model: TriplaneTurboModel, folder: Path, *, dtype: torch.dtype 
             "_class_name": CLASS_NAME,
             **own_class_record(type(model)),
             "_prd_version": prd.__version__,
-            **{name: value for name, value in asdict(model.config).items() if (name, value) != ("inv_std", None)},
+            **{name: value for name, value in asdict(model.config).items() if (name, value) not in OFF.items()},
             "base": base,
             "prediction_type": model.prediction_type,
             "base_hash": model.base_hash(),
@@ -195,6 +199,9 @@ def load_adapter(model: TriplaneTurboModel, folder: Path, *, allow_other_base: b
         _check_base(model, folder, record)
     state = read_weights(folder / ADAPTER_WEIGHTS)
     state |= {f"heads.{name}": tensor for name, tensor in read_weights(folder / HEADS_WEIGHTS).items()}
+    if model.config.splat_heads and not record["splat_heads"]:  # new ones, which answer 0, begin as they are
+        fresh = {name: tensor.clone() for name, tensor in model.trained_state_dict().items()}
+        state |= {name: tensor for name, tensor in fresh.items() if name.startswith("heads.splats.")}
     if problems := adapter_misfits(model, state):
         raise ModelMismatch(f"{folder}: adapter does not fit: {'; '.join(problems)}")
     for name, digest in record["weights_hash"].items():
@@ -261,13 +268,13 @@ def read_configs(folder: Path) -> tuple[PetaConfig, dict[str, Any]]:
     or unknown, or a value out of range.
     """
     path = folder / CONFIG
-    record = {"inv_std": None, **read_json(path, WHOLE)}
+    record = {**OFF, **read_json(path, WHOLE)}
     if (found := record.get("_class_name")) != CLASS_NAME:
         raise ModelMismatch(f"{path}: _class_name is {found!r}, expected {CLASS_NAME!r}; give a folder of that class")
     known = {field.name for field in fields(SavedConfig)} | {
         *("_class_name", "_prd_version", "prediction_type", "base_hash", "weights_hash")
     }
-    optional = {"noise_schedule", OWN_CLASS, "inv_std", VAE_SCALING}  # older adapters or other bases have none
+    optional = {"noise_schedule", OWN_CLASS, *OFF, VAE_SCALING}  # older adapters or other bases have none
     missing, extra = known - record.keys() - optional, record.keys() - known - optional
     if missing or extra:
         raise ModelMismatch(

@@ -60,6 +60,7 @@ class TriplaneTurboConfig:
     sdf_init_scale: Positive = 1.0  # of the sdf head's last layer at the start; below 1 training starts near the sphere
     sphere_radius: Radius = 0.5  # the sdf head's output is added to |p| - sphere_radius, scene units
     inv_std: Positive | None = None  # s of NeuS at the start, learnt on with the heads; null: the renderer's
+    splat_heads: bool = False  # a fourth MLP, of what Gaussians on the surface are (`prd.splats`); False: there is none
     base_dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen base under mixed_precision; null: float32
     gradient_checkpointing: bool = False  # recompute in the backward pass: the network by blocks, decoder by planes
 
@@ -98,7 +99,8 @@ class TriplaneTurboModel(nn.Module):
         backbone.check_size(self.config.latent_size, self.config.latent_size)
         backbone.__dict__["name_or_path"] = self.config.base  # where peft looks for the name it records
         self.peft = attach_peta(backbone, self.peta)
-        self.heads = TriplaneHeads(self.peta.plane_channels, self.config.head_width, self.config.sdf_init_scale)
+        own = self.config
+        self.heads = TriplaneHeads(self.peta.plane_channels, own.head_width, own.sdf_init_scale, splats=own.splat_heads)
         if self.config.inv_std is not None:
             self.heads.add_module("inv_std", LearnedInvStd.of(self.config.inv_std))  # saved and kept exact as they are
         self.heads.to(self.device)
@@ -369,15 +371,10 @@ class TriplaneTurboModel(nn.Module):
         ranks = {} if config.self_attention_rank is None else {attention: config.self_attention_rank}
         same: dict[str, Any] = {key: getattr(config, key) for key in (*GROUPS, "plane_wise", "plane_channels", "full")}
         peta = PetaConfig(r=config.rank, rank_pattern=ranks, **same)
-        names = ("latent_size", "head_width", "sdf_init_scale", "inv_std")
+        names = ("latent_size", "head_width", "sdf_init_scale", "inv_std", "splat_heads")
         sizes: dict[str, Any] = {name: getattr(config, name) for name in names}
-        saved = SavedConfig(
-            base=base.public_name,
-            base_revision=base.revision,
-            bias_radius=config.sphere_radius,
-            num_inference_steps=num_denoising_steps,
-            **sizes,
-        )
+        sizes |= {"bias_radius": config.sphere_radius, "num_inference_steps": num_denoising_steps}
+        saved = SavedConfig(base=base.public_name, base_revision=base.revision, **sizes)
         parts, checkpointing = (base.unet, base.vae, base.scheduler, peta, saved), config.gradient_checkpointing
         return cls(*parts, gradient_checkpointing=checkpointing, base_hash=base.hashes)
 

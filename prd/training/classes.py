@@ -20,6 +20,7 @@ from prd.rendering.patch import PatchRenderer
 from prd.rendering.protocol import Renderer
 from prd.rendering.surface import SurfaceRenderer
 from prd.rendering.volume import VolumeRenderer
+from prd.splats.renderer import SplatRenderer
 from prd.teachers.base import ConfigurableTeacher, TeacherConfig
 from prd.teachers.deepfloyd import DeepFloydTeacher
 from prd.teachers.mv_adapter import MVAdapterTeacher, MVAdapterXLTeacher
@@ -77,7 +78,10 @@ SECTIONS: dict[str, Section] = {
         ConfigurableTeacher,
         config=TeacherConfig,
     ),
-    "renderers": Section({"volume": VolumeRenderer, "surface": SurfaceRenderer, "patch": PatchRenderer}, Renderer),
+    "renderers": Section(
+        {"volume": VolumeRenderer, "surface": SurfaceRenderer, "patch": PatchRenderer, "splats": SplatRenderer},
+        Renderer,
+    ),
     "regularizers": Section(REGULARIZERS, config=RegularizerConfig, shorthand="weight"),
     "distillation": Section({"asd": AsdLoss}, DistillationLoss, default="asd"),
 }

@@ -70,6 +70,7 @@ CONFIG = [
     value("background", 1.5, "less than or equal to 1"),
     value("background", -0.1, "greater than or equal to 0"),
     value("text_background", "perhaps", "'perhaps'", "boolean"),
+    value("model.splat_heads", "perhaps", "'perhaps'", "boolean"),
     value("ema_decay", 1.0, "less than 1"),
     value("ema_decay", 0, "greater than 0"),
     value("checkpointing_steps", 0, AT_LEAST_1),

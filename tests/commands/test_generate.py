@@ -44,6 +44,40 @@ def test_a_file_of_prompts_becomes_a_folder(tmp_path: Path, capsys: pytest.Captu
         assert row["seed"] is None  # of a model that draws nothing
 
 
+def test_splats_are_asked_for_by_the_suffix_or_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A .splat, and a .ply of Gaussians, of a shipped model; without --splats a .ply stays a mesh."""
+    words = ["generate", "a red cube", "--model", "toybox-atom", "--resolution", "24"]
+    splat, ply = tmp_path / "cube.SPLAT", tmp_path / "cube.ply"
+    assert main([*words, "-o", str(splat)]) == 0
+    assert main([*words, "--splats", "-o", str(ply), "--up", "z"]) == 0
+    said = capsys.readouterr().out
+    count = splat.stat().st_size // 32
+    assert splat.stat().st_size == 32 * count and f"{splat}: {count} Gaussians" in said and count > 500
+    head = ply.read_bytes()[:600]
+    assert f"element vertex {count}".encode() in head and b"property float rot_3" in head and b"+Z up" in head
+    assert main([*words, "-o", str(ply), "--faces", "300"]) == 0
+    assert b"element face" in ply.read_bytes()[:600]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a", "b", "--splats", "-o", "OUT"], "splats: are of one prompt and one file"),
+        (["a", "--splats", "-o", "cube.glb"], "output='cube.glb': must end in .ply, .splat"),
+        (["a", "-o", "cube.splat", "--height", "60mm"], "height='60mm': is of meshes, not of splats; leave it out"),
+        (["a", "-o", "cube.splat", "--normal-map"], "normal-map=True: is of meshes"),
+        (["a", "--splats", "--format", "ply"], "format='ply': is of meshes"),
+    ],
+)
+def test_splats_that_cannot_be_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prd.commands.generate.load_model", lambda args: pytest.fail("a model was loaded"))
+    assert main(["generate", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_one_seed_of_many_makes_the_same_mesh_alone(toybox: Path, tmp_path: Path) -> None:
     """Several prompts on the command line; a seed of the manifest gives the mesh again."""
     many = ["generate", "a red cube", "a blue mug", "-o", str(tmp_path / "out"), "--num-meshes-per-prompt", "2"]

@@ -20,7 +20,7 @@ from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.rendering.protocol import Draws, Rendered, Renderer, SampleDraws, SharedGrids, at_step, image_size
 from prd.rendering.views import Views
 from tests.compare import ROUNDING, relative_difference
-from tests.rendering.made import patch_renderer, surface_renderer, volume_renderer
+from tests.rendering.made import patch_renderer, splat_renderer, surface_renderer, volume_renderer
 
 SIZE = (20, 26)  # height and width
 
@@ -32,6 +32,7 @@ RENDERERS: dict[str, Renderer] = {
     "volume_planes": volume_renderer(num_samples=64, near=1.0, far=4.0, cull_below=0.0),
     "surface_cubes": surface_renderer(grid_resolution=20),
     "surface_tetrahedra": surface_renderer(grid_resolution=16, isosurface="tetrahedra"),
+    "splats": splat_renderer(grid_resolution=20),
     "patch": patch_renderer(num_samples=32, patch=10, downsample=3, height=20, width=26),
     "example": SilhouetteRenderer(SilhouetteConfig(sharpness=40.0)),
 }

@@ -191,6 +191,55 @@ def test_a_learnt_width_reaches_the_renderer_and_comes_back(tmp_path) -> None:
         student(inv_std=30.0).load_adapter(tmp_path / "plain")
 
 
+def test_splat_heads_are_trained_saved_and_begin_on_an_adapter_without_them(tmp_path) -> None:
+    """`splat_heads`: a fourth MLP that answers 0 at first; without it the files are those of before."""
+    plain = student()
+    plain.save_pretrained(tmp_path / "plain")
+    assert "splat_heads" not in json.loads((tmp_path / "plain" / "config.json").read_text(encoding="utf-8"))
+    model = student(splat_heads=True)
+    added = set(model.trained_state_dict()) - set(plain.trained_state_dict())
+    assert added == {f"heads.splats.{layer}.weight" for layer in (0, 2, 4)}
+    model.load_adapter(tmp_path / "plain")
+    for name, tensor in plain.trained_state_dict().items():
+        assert torch.equal(model.trained_state_dict()[name], tensor), name
+    points = torch.rand(1, 5, 3) - 0.5
+    field = model.generate(TEXT[:1], torch.Generator().manual_seed(0))
+    assert float(field.splat_residuals(points).detach().abs().max()) == 0
+    assert plain.generate(TEXT[:1]).splat_residuals(points) is None
+
+    parameters = {id(parameter) for parameter in model.trainable_parameters()}
+    assert all(id(parameter) in parameters for parameter in model.heads.splats.parameters())
+    with torch.no_grad():
+        model.heads.splats[4].weight.fill_(0.5)
+    model.save_pretrained(tmp_path / "splats")
+    again = TriplaneTurboModel.from_adapter(tmp_path / "splats", *tiny_base(0))
+    assert again.config.splat_heads and torch.equal(again.heads.splats[4].weight, model.heads.splats[4].weight)
+    with pytest.raises(ModelMismatch, match="extra .*heads.splats"):
+        student().load_adapter(tmp_path / "splats")
+    with pytest.raises(ValueError, match="splat_heads='yes'"):
+        SavedConfig(splat_heads="yes")  # type: ignore[arg-type]
+
+
+def test_a_recipe_trains_splat_heads(toybox, tmp_path) -> None:
+    """A renderer of splats in a recipe, from the shipped adapter: a step moves the head, and the run's adapter has it.
+
+    The last layer begins at 0, so that the first step moves it alone.
+    """
+    words = ["--model.splat_heads", "true", "--init_from", "toybox", "--renderer_schedule", "splats"]
+    words += ["--renderers.splats.grid_resolution", "16", "--renderers.splats.height", "8"]
+    words += ["--renderers.splats.width", "8", "--optimizer.warmup_steps", "1", "--train_batch_size", "1"]
+    words += ["--num_denoising_steps", "1", "--validation.prompts", "[]", "--max_train_steps", "1"]
+    words += ["--teachers.richdreamer.enabled", "false", "--teachers.mvdream.enabled", "false"]
+    trainer = Trainer(load_config("toybox", [*words, "--output_dir", str(tmp_path / "run")]))
+    assert float(trainer.model.heads.splats[4].weight.detach().abs().max()) == 0
+    trainer.train_step(0)
+    moved = trainer.model.heads.splats[4].weight.detach().clone()
+    assert float(moved.abs().max()) > 0 and bool(torch.isfinite(moved).all())
+    trainer.model.save_pretrained(tmp_path / "run" / "adapter")
+    pipe = TriplaneTurbo.from_pretrained(tmp_path / "run")
+    assert torch.equal(pipe.model.heads.splats[4].weight, moved)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), "30"])
 def test_a_learnt_width_out_of_range_is_named(value: object) -> None:
     with pytest.raises(ValueError, match="inv_std="):

@@ -12,6 +12,7 @@ from prd.rendering.alpha import AlphaModel
 from prd.rendering.patch import PatchConfig, PatchRenderer
 from prd.rendering.surface import SurfaceConfig, SurfaceRenderer
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
+from prd.splats.renderer import SplatConfig, SplatRenderer
 
 R = TypeVar("R", VolumeRenderer, SurfaceRenderer, PatchRenderer)
 
@@ -30,6 +31,12 @@ def surface_renderer(*, on_empty: Any = "raise", **settings: Any) -> SurfaceRend
     """With the whole gradient, where the recipe takes a thousandth."""
     whole: dict[str, Any] = {"sdf_gradient_scale": 1.0, "deformation_gradient_scale": 1.0}
     return SurfaceRenderer(SurfaceConfig(**{**whole, **settings}), on_empty=on_empty)
+
+
+def splat_renderer(*, on_empty: Any = "raise", **settings: Any) -> SplatRenderer:
+    """With the whole gradient, where the recipe takes a thousandth."""
+    whole: dict[str, Any] = {"sdf_gradient_scale": 1.0, "deformation_gradient_scale": 1.0}
+    return SplatRenderer(SplatConfig(**{**whole, **settings}), on_empty=on_empty)
 
 
 def changed(renderer: R, **settings: Any) -> R:

@@ -314,7 +314,8 @@ def _measured(renderer: Renderer, config: TrainConfig, side: int) -> _Cost:
     planes.requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        heads = TriplaneHeads(model.plane_channels, model.head_width, model.sdf_init_scale)
+        sizes = model.plane_channels, model.head_width, model.sdf_init_scale
+        heads = TriplaneHeads(*sizes, splats=model.splat_heads)
     field = TriplaneField(planes, heads, model.sphere_radius)
     leaves: list[Tensor] = [planes, *heads.parameters()]
     cameras = _camera(*config.cameras.middle)
