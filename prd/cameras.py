@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from prd.utils.checked_types import CHECKS, Count, Float, Positive
 
 Elevation = Annotated[Float, Field(gt=-90, lt=90)]
 Angle = Annotated[Float, Field(gt=0, lt=180)]
+Projection = Literal["perspective", "orthographic"]
 
 HALF_DIAGONAL = math.sqrt(3.0)  # of the scene's cube [-1, 1]^3
 RIGID = 1e-3  # largest entry of R R^T - 1 of a rotation
@@ -29,14 +30,19 @@ MIN_DISTANCE = 1e-6  # scene units; nearer to the origin a camera has no directi
 
 @dataclass(frozen=True)
 class Cameras:
-    """Perspective cameras that look at the origin.
+    """Cameras that look at the origin, perspective or orthographic.
 
-    camera_to_world [B, V, 4, 4]; fovy [B, V] vertical field of view in radians. Raises ValueError for a pose that is
-    not finite or no rigid motion, a camera at the origin, or a field of view outside (0, pi).
+    camera_to_world [B, V, 4, 4]; fovy [B, V] vertical field of view in radians. The rays of orthographic cameras are
+    parallel, and their images span what a perspective one of that fovy sees at the distance of the origin:
+    2 distance tan(fovy / 2) scene units from bottom to top.
+
+    Raises ValueError for a pose that is not finite or no rigid motion, a camera at the origin, or a field of view
+    outside (0, pi).
     """
 
     camera_to_world: Tensor
     fovy: Tensor
+    orthographic: bool = False
 
     def __post_init__(self) -> None:
         shape = self.camera_to_world.shape
@@ -84,7 +90,7 @@ class Cameras:
 
     @property
     def relative_distance(self) -> Tensor:
-        """Distance times tan(fovy / 2), [B, V]: what the published recipe samples in [0.8, 1]."""
+        """Distance times tan(fovy / 2), [B, V]: half of what an image spans at the origin, scene units."""
         return self.distance * torch.tan(self.fovy / 2)
 
     @property
@@ -104,30 +110,39 @@ class Cameras:
 
     def to(self, device: torch.device | str | torch.dtype) -> Cameras:
         """These cameras on another device, or in another floating-point type."""
-        return Cameras(self.camera_to_world.to(device), self.fovy.to(device))
+        return replace(self, camera_to_world=self.camera_to_world.to(device), fovy=self.fovy.to(device))
 
     def chunk(self, parts: int) -> list[Cameras]:
         """The cameras of the first samples, of the next, ..., in `parts` equal batches."""
         pairs = zip(self.camera_to_world.chunk(parts), self.fovy.chunk(parts), strict=True)
-        return [Cameras(matrices, fovy) for matrices, fovy in pairs]
+        return [replace(self, camera_to_world=matrices, fovy=fovy) for matrices, fovy in pairs]
 
     def select(self, views: Tensor) -> Cameras:
         """The views [B, n] (indices per sample) of these cameras."""
         rows = torch.arange(self.batch, dtype=torch.long, device=views.device)[:, None]
-        return Cameras(self.camera_to_world[rows, views], self.fovy[rows, views])
+        return replace(self, camera_to_world=self.camera_to_world[rows, views], fovy=self.fovy[rows, views])
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Origins and unit directions of the rays through the pixel centres, each [B, V, H, W, 3]."""
+        """Origins and unit directions of the rays through the pixel centres, each [B, V, H, W, 3].
+
+        Rays of orthographic cameras begin on the plane through the camera that is parallel to the image.
+        """
         if height < 1 or width < 1:
             raise ValueError(f"height={height}, width={width}: must be positive")
         device, dtype = self.fovy.device, self.fovy.dtype
         rows = torch.arange(height, device=device, dtype=dtype) + 0.5
         columns = torch.arange(width, device=device, dtype=dtype) + 0.5
-        scale = 2 * torch.tan(self.fovy / 2)[..., None, None] / height  # [B, V, 1, 1] units per pixel at depth 1
+        half = self.relative_distance if self.orthographic else torch.tan(self.fovy / 2)  # of an image, at depth 1
+        scale = 2 * half[..., None, None] / height  # [B, V, 1, 1] units per pixel
         x = ((columns - width / 2)[None, None, None, :] * scale).expand(-1, -1, height, -1)
         y = (-(rows - height / 2)[None, None, :, None] * scale).expand(-1, -1, -1, width)
-        local = torch.stack([x, y, -torch.ones_like(x)], dim=-1)  # [B, V, H, W, 3]
+        plane = torch.zeros_like(x) if self.orthographic else -torch.ones_like(x)
+        local = torch.stack([x, y, plane], dim=-1)  # [B, V, H, W, 3]
         directions = torch.einsum("bvij,bvhwj->bvhwi", self.camera_to_world[..., :3, :3], local)
+        if self.orthographic:
+            forward = -self.camera_to_world[..., None, None, :3, 2]
+            forward = forward / forward.norm(dim=-1, keepdim=True)
+            return self.position[:, :, None, None] + directions, forward.expand_as(directions)
         directions = directions / directions.norm(dim=-1, keepdim=True)
         return self.position[:, :, None, None].expand_as(directions), directions
 
@@ -146,9 +161,12 @@ class Cameras:
         """
         local = (points[:, None] - self.position[:, :, None]) @ self.camera_to_world[..., :3, :3]  # [B, V, N, 3]
         depth = -local[..., 2]
-        scale = height / (2 * torch.tan(self.fovy / 2))[..., None]  # pixels per unit at depth 1
-        column = width / 2 + scale * local[..., 0] / depth
-        row = height / 2 - scale * local[..., 1] / depth
+        if self.orthographic:
+            scale, shrink = height / (2 * self.relative_distance)[..., None], torch.ones_like(depth)
+        else:
+            scale, shrink = height / (2 * torch.tan(self.fovy / 2))[..., None], depth  # pixels per unit at depth 1
+        column = width / 2 + scale * local[..., 0] / shrink
+        row = height / 2 - scale * local[..., 1] / shrink
         return torch.stack([column, row], dim=-1), depth
 
     def projection(self, aspect: float = 1.0, near: float | Tensor = 0.1, far: float | Tensor = 100.0) -> Tensor:
@@ -160,21 +178,34 @@ class Cameras:
         nearest, furthest = (torch.as_tensor(plane, dtype=torch.float64, device="cpu") for plane in (near, far))
         if not bool(((nearest > 0) & (nearest < furthest) & (furthest < math.inf)).all()):
             raise ValueError(f"near={near}, far={far}: need 0 < near < far, both finite")
-        f = 1 / torch.tan(self.fovy / 2)
+        f = 1 / (self.relative_distance if self.orthographic else torch.tan(self.fovy / 2))
         matrix = self.camera_to_world.new_zeros(self.batch, self.views, 4, 4)
         matrix[..., 0, 0] = f / aspect
         matrix[..., 1, 1] = f
+        if self.orthographic:
+            matrix[..., 2, 2] = -2 / (far - near)
+            matrix[..., 2, 3] = -(far + near) / (far - near)
+            matrix[..., 3, 3] = 1
+            return matrix
         matrix[..., 2, 2] = -(far + near) / (far - near)
         matrix[..., 2, 3] = -2 * far * near / (far - near)
         matrix[..., 3, 2] = -1
         return matrix
 
 
-def orbit_cameras(elevation: Tensor, azimuth: Tensor, distance: Tensor | float, fovy: Tensor | float) -> Cameras:
+def orbit_cameras(
+    elevation: Tensor,
+    azimuth: Tensor,
+    distance: Tensor | float,
+    fovy: Tensor | float,
+    *,
+    orthographic: bool = False,
+) -> Cameras:
     """Cameras on a sphere around the origin, looking at it.
 
     elevation, azimuth [B, V] in degrees (elevation strictly between -90 and 90); distance [B, V] or a number, scene
-    units; fovy [B, V] or a number, degrees, between 0 and 180. Raises ValueError outside these ranges or for NaN.
+    units; fovy [B, V] or a number, degrees, between 0 and 180; orthographic as for `Cameras`. Raises ValueError
+    outside these ranges or for NaN.
     """
     if elevation.ndim != 2 or elevation.shape != azimuth.shape:
         raise ValueError(
@@ -193,17 +224,20 @@ def orbit_cameras(elevation: Tensor, azimuth: Tensor, distance: Tensor | float, 
     top = torch.cat([rotation, (back * d[..., None])[..., None]], dim=-1)
     bottom = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*e.shape, 1, 4)
     angle = torch.deg2rad(torch.as_tensor(fovy, dtype=e.dtype, device=e.device)).expand_as(e)
-    return Cameras(torch.cat([top, bottom], dim=-2), angle)
+    return Cameras(torch.cat([top, bottom], dim=-2), angle, orthographic)
 
 
 @settings(frozen=True, kw_only=True, config=CHECKS)
 class CamerasConfig:
     """Settings and drawing of orbit cameras: `views` cameras evenly spaced in azimuth, from a random start per prompt.
 
-    The paper says four views at uniform azimuth intervals (section 3.4); the defaults are the published recipe's.
+    The paper says four views at uniform azimuth intervals (section 3.4); the defaults are the published recipe's. Half
+    of what an orthographic image spans is the relative distance, or distance * tan(fovy / 2) where both are given.
     """
 
     views: Count = 4  # views per prompt, evenly spaced in azimuth
+    azimuths: tuple[Float, ...] | None = None  # of the views, degrees; null: evenly spaced from a random start
+    projection: Projection = "perspective"  # orthographic: parallel rays, as many scene units in an image at any depth
     elevation: tuple[Elevation, Elevation] = (0.0, 30.0)  # range, degrees above the horizon
     relative_distance: tuple[Positive, Positive] = (0.8, 1.0)  # range of distance * tan(fovy / 2)
     fovy: Angle | tuple[Angle, Angle] = 60.0  # vertical field of view, degrees; a range is drawn from
@@ -217,6 +251,10 @@ class CamerasConfig:
             low, high = given
             if low > high:
                 raise ValueError(f"{name}=[{low}, {high}]: must be [low, high]")
+        if self.azimuths is not None and len(self.azimuths) != self.views:
+            raise ValueError(
+                f"azimuths={list(self.azimuths)}: must be one for each of views={self.views}; set views to their number"
+            )
         return self
 
     @property
@@ -248,11 +286,15 @@ class CamerasConfig:
         elevation = between(*self.elevation, 0)
         steps = torch.arange(self.views, dtype=uniforms.dtype, device=uniforms.device)
         azimuth = (uniforms[:, 1:2] + steps) / self.views * 360 - 180
+        if self.azimuths is not None:
+            azimuth = azimuth.new_tensor(self.azimuths).expand_as(azimuth)
+        parallel = self.projection == "orthographic"
         fovy = between(*self.fovy_range, 3) if self.num_draws == 4 else torch.full_like(elevation, self.fovy_range[0])
         if self.distance is not None:
-            return orbit_cameras(elevation, azimuth, between(*self.distance, 2), fovy)
+            return orbit_cameras(elevation, azimuth, between(*self.distance, 2), fovy, orthographic=parallel)
         relative = between(*self.relative_distance, 2)
-        return orbit_cameras(elevation, azimuth, relative / torch.tan(torch.deg2rad(fovy) / 2), fovy)
+        distance = relative / torch.tan(torch.deg2rad(fovy) / 2)
+        return orbit_cameras(elevation, azimuth, distance, fovy, orthographic=parallel)
 
 
 def __getattr__(name: str) -> Any:

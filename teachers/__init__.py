@@ -1,9 +1,15 @@
-"""Frozen diffusion models that score renderings: Stable Diffusion, PixArt, MVDream, RichDreamer, DeepFloyd IF."""
+"""Frozen diffusion models that score renderings: Stable Diffusion, PixArt, MVDream, MV-Adapter, RichDreamer, IF."""
 
 from prd.errors import CheckpointError
 from prd.teachers.base import Condition, ConfigurableTeacher, Teacher, TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.deepfloyd import DeepFloydTeacher, DeepFloydTeacherConfig
 from prd.teachers.depth_control import DepthControlTeacher
+from prd.teachers.mv_adapter import (
+    MVAdapterTeacher,
+    MVAdapterTeacherConfig,
+    MVAdapterXLTeacher,
+    MVAdapterXLTeacherConfig,
+)
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher, MVDreamTeacherConfig
 from prd.teachers.pixart import PixArtTeacher, PixArtTeacherConfig
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher, RichDreamerTeacherConfig
@@ -18,6 +24,10 @@ __all__ = [
     "DeepFloydTeacher",
     "DeepFloydTeacherConfig",
     "DepthControlTeacher",
+    "MVAdapterTeacher",
+    "MVAdapterTeacherConfig",
+    "MVAdapterXLTeacher",
+    "MVAdapterXLTeacherConfig",
     "MVDreamConfig",
     "MVDreamTeacher",
     "MVDreamTeacherConfig",

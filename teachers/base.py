@@ -166,6 +166,7 @@ class UNetTeacher(nn.Module):
     passes = 0
     config_class: ClassVar[type[TeacherConfig]] = TeacherConfig
     takes_cameras: ClassVar[bool] = False
+    cameras_as_maps: ClassVar[bool] = False  # by an encoder of its own, not by the U-Net's class embedding
     tokenizer_class: ClassVar[Any] = CLIPTokenizer
     text_encoder_class: ClassVar[Any] = CLIPTextModel
     prompt_encoder_class: ClassVar[type[PromptEncoder]] = PromptEncoder
@@ -187,10 +188,11 @@ class UNetTeacher(nn.Module):
                 "same folder"
             )
         embedded = getattr(unet.config, "class_embed_type", None)
-        if (embedded == "projection") != self.takes_cameras:
+        if (embedded == "projection") != (self.takes_cameras and not self.cameras_as_maps):
             raise ValueError(
                 f"unet: class_embed_type={embedded!r}; {self.name} "
-                f"{'needs a' if self.takes_cameras else 'takes no'} camera projection: this is another model's U-Net"
+                f"{'takes no' if embedded == 'projection' else 'needs a'} camera projection: this is another model's "
+                "U-Net"
             )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
         self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)
@@ -302,9 +304,13 @@ class UNetTeacher(nn.Module):
     def run_unet(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Output of the U-Net [n, C', h, w] for x_t [n, C, h, w], in its own precision."""
         dtype = self.unet.dtype
-        camera = None if condition.camera is None else condition.camera.to(dtype)
-        text = condition.prompt_embeds.to(dtype)
-        return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera).sample
+        camera = None if condition.camera is None or self.cameras_as_maps else condition.camera.to(dtype)
+        text, added = condition.prompt_embeds.to(dtype), self.added_inputs(x_t, condition)
+        return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera, **added).sample
+
+    def added_inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the U-Net takes besides, by its own names."""
+        return {}
 
     @classmethod
     def from_config(cls, config: Any, *, options: TeacherOptions, dtype: torch.dtype) -> UNetTeacher:

@@ -7,7 +7,7 @@ processor, and `class_embed_type="projection"`, whose two linear layers with a S
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from prd.cameras import Cameras
+from prd.cameras import Cameras, CamerasConfig
 from prd.utils.arguments import integer
 
 CameraEncoding = Literal["mvdream", "richdreamer", "fourier"]
@@ -30,6 +30,13 @@ def check_settings(num_views: int, camera_encoding: str, base: str | None) -> No
         raise ValueError(f"camera_encoding={camera_encoding!r}: must be one of {', '.join(get_args(CameraEncoding))}")
     if base is not None and (not isinstance(base, str) or not base):
         raise ValueError(f"base={base!r}: must be a folder beside this one ('../name'), a Hub id, or null")
+
+
+@runtime_checkable
+class OwnCameras(Protocol):
+    """A teacher that is shown renderings from cameras of its own in the place of the run's."""
+
+    cameras: CamerasConfig  # as many views as its `num_views`
 
 
 class JointViewAttnProcessor:
@@ -63,13 +70,16 @@ class JointViewAttnProcessor:
 
 def set_joint_attention(unet: UNet2DConditionModel, num_views: int) -> None:
     """Let every self-attention (`attn1`) of `unet` span `num_views` views; cross-attention is left unchanged."""
-    processors = dict(unet.attn_processors)
-    joint = [name for name in processors if name.endswith("attn1.processor")]
-    if not joint:
+    joint = {name: JointViewAttnProcessor(num_views) for name in self_attentions(unet)}
+    unet.set_attn_processor({**unet.attn_processors, **joint})
+
+
+def self_attentions(unet: UNet2DConditionModel) -> list[str]:
+    """Names of the processors of every self-attention; ValueError for a U-Net without."""
+    found = [name for name in unet.attn_processors if name.endswith("attn1.processor")]
+    if not found:
         raise ValueError(f"unet={type(unet).__name__}: has no self-attention (attn1) for the views to meet in")
-    for name in joint:
-        processors[name] = JointViewAttnProcessor(num_views)
-    unet.set_attn_processor(processors)
+    return found
 
 
 def camera_vector(cameras: Cameras, encoding: CameraEncoding) -> Tensor:
@@ -78,7 +88,11 @@ def camera_vector(cameras: Cameras, encoding: CameraEncoding) -> Tensor:
     "mvdream": camera-to-world with its translation scaled to unit length, flattened (MVDream's normalize_camera).
     "richdreamer": the same turned by -90 degrees about z, translation times twice the relative distance (rel_x2).
     "fourier": sines and cosines of azimuth and elevation: small networks do not read angles out of matrices.
+
+    Raises ValueError for orthographic cameras, which no such model knows, and for another encoding.
     """
+    if cameras.orthographic:
+        raise ValueError("cameras: orthographic; a camera vector is of a perspective camera")
     matrix = cameras.camera_to_world
     direction = F.normalize(cameras.position, dim=-1)  # [B, V, 3]
     if encoding == "fourier":

@@ -48,7 +48,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     name = "stable_diffusion_xl"
     config_class: ClassVar[type[StableDiffusionXLTeacherConfig]] = StableDiffusionXLTeacherConfig
     prompt_encoder_class: ClassVar[Any] = SdxlPromptEncoder
-    own_settings = ("pixels",)
+    own_settings: ClassVar[tuple[str, ...]] = ("pixels",)
     exact_vae = True
     zeros_for_empty: bool = True  # an empty negative prompt is no text at all: zeros, as it was trained with
 
@@ -89,8 +89,9 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         pooled = self.unet.config.projection_class_embeddings_input_dim - times
         size = self.pixels
         picture = torch.tensor([size, size, 0, 0, size, size], dtype=text.dtype, device=text.device)
-        added = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
-        return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
+        pair = {"text_embeds": text[:, -1, :pooled], "time_ids": picture.expand(len(text), -1)}
+        added = self.added_inputs(x_t, condition)
+        return self.unet(x_t, t, encoder_hidden_states=text[:, :-1], added_cond_kwargs=pair, **added).sample
 
 
 def _zeros_for_empty(folder: str) -> bool:

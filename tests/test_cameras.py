@@ -34,9 +34,11 @@ class AxisCross(AutogradGradient):
 @pytest.mark.parametrize(
     "renderer", [volume_renderer(num_samples=96, inv_std=200.0), surface_renderer(grid_resolution=48)]
 )
-def test_a_coloured_axis_cross_lands_at_its_projected_pixels(renderer: Renderer) -> None:
+@pytest.mark.parametrize("orthographic", [False, True])
+def test_a_coloured_axis_cross_lands_at_its_projected_pixels(renderer: Renderer, orthographic: bool) -> None:
     height, width = 48, 64
-    cameras = orbit_cameras(torch.tensor([[25.0, -10.0]]), torch.tensor([[40.0, 65.0]]), 3.0, 50.0)  # none is hidden
+    angles = torch.tensor([[25.0, -10.0]]), torch.tensor([[40.0, 65.0]])  # of which none is hidden
+    cameras = orbit_cameras(*angles, 3.0, 50.0, orthographic=orthographic)
     views = renderer(AxisCross(), cameras, height=height, width=width, background=0.0)
     pixels, depth = cameras.project(BALLS[None], height, width)
     for view in range(2):
@@ -65,10 +67,11 @@ def test_the_front_is_on_plus_x_and_up_is_up() -> None:
     torch.testing.assert_close(depth[0, 0], torch.tensor([1.5, 2.0, 2.0]))
 
 
-def test_rays_matrices_and_projection_agree() -> None:
+@pytest.mark.parametrize("orthographic", [False, True])
+def test_rays_matrices_and_projection_agree(orthographic: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(2, 3, generator=generator)
-    cameras = orbit_cameras(angles * 100 - 50, angles * 360, 1.5 + angles, 30 + 60 * angles)
+    cameras = orbit_cameras(angles * 100 - 50, angles * 360, 1.5 + angles, 30 + 60 * angles, orthographic=orthographic)
     height, width = 6, 9
     origins, directions = cameras.rays(height, width)
     points = (origins + 1.7 * directions).double()  # [B, V, H, W, 3]
@@ -82,7 +85,66 @@ def test_rays_matrices_and_projection_agree() -> None:
         x, y, _, w = torch.einsum("bij,bhwj->bhwi", clip[:, view], homogeneous).unbind(-1)
         torch.testing.assert_close((x / w + 1) / 2 * width, column.expand(2, -1, -1).double(), rtol=0, atol=1e-3)
         torch.testing.assert_close((1 - y / w) / 2 * height, row.expand(2, -1, -1).double(), rtol=0, atol=1e-3)
-        torch.testing.assert_close(w.flatten(1).float(), depth[:, view], rtol=1e-5, atol=1e-5)
+        expected_w = torch.ones_like(depth) if orthographic else depth
+        torch.testing.assert_close(w.flatten(1).float(), expected_w[:, view], rtol=1e-5, atol=1e-5)
+
+
+def test_perspective_numbers_are_what_they_were_before_there_were_others() -> None:
+    """Rays, pixels, the projection and what is sampled, bit for bit by the formulas of perspective cameras alone."""
+    uniforms = torch.rand(3, 3, generator=torch.Generator().manual_seed(2))
+    cameras = CamerasConfig().sample(uniforms)
+    elevation = torch.deg2rad((0.0 + 30.0 * uniforms[:, :1]).expand(-1, 4))
+    azimuth = torch.deg2rad((uniforms[:, 1:2] + torch.arange(4.0)) / 4 * 360 - 180)
+    fovy = torch.full_like(elevation, 60.0)
+    distance = (0.8 + (1.0 - 0.8) * uniforms[:, 2:]).expand(-1, 4) / torch.tan(torch.deg2rad(fovy) / 2)
+    back = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1)
+    assert torch.equal(cameras.camera_to_world[..., :3, 2], back)
+    assert torch.equal(cameras.position, back * distance[..., None])
+    assert torch.equal(cameras.fovy, torch.deg2rad(fovy)) and not cameras.orthographic
+    height, width = 5, 7
+    origins, directions = cameras.rays(height, width)
+    scale = 2 * torch.tan(cameras.fovy / 2)[..., None, None] / height
+    x = ((torch.arange(width) + 0.5 - width / 2) * scale).expand(-1, -1, height, -1)
+    y = (-(torch.arange(height) + 0.5 - height / 2)[:, None] * scale).expand(-1, -1, -1, width)
+    local = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
+    turned = torch.einsum("bvij,bvhwj->bvhwi", cameras.camera_to_world[..., :3, :3], local)
+    assert torch.equal(directions, turned / turned.norm(dim=-1, keepdim=True))
+    assert torch.equal(origins, cameras.position[:, :, None, None].expand_as(directions))
+    points = torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(3))
+    pixels, depth = cameras.project(points, height, width)
+    seen = (points[:, None] - cameras.position[:, :, None]) @ cameras.camera_to_world[..., :3, :3]
+    per_unit = height / (2 * torch.tan(cameras.fovy / 2))[..., None]
+    assert torch.equal(depth, -seen[..., 2])
+    assert torch.equal(pixels[..., 0], width / 2 + per_unit * seen[..., 0] / depth)
+    assert torch.equal(pixels[..., 1], height / 2 - per_unit * seen[..., 1] / depth)
+    matrix = cameras.projection(1.4, 0.5, 9.0)
+    assert torch.equal(matrix[..., 1, 1], 1 / torch.tan(cameras.fovy / 2)) and bool((matrix[..., 3, 2] == -1).all())
+
+
+def test_orthographic_images_do_not_depend_on_the_distance() -> None:
+    """Their rays are parallel, unit long and as far apart at any distance, if the relative distance is the same."""
+    near, far = (
+        CamerasConfig(
+            views=3, azimuths=(0.0, 45.0, 270.0), elevation=(10, 10), relative_distance=(1.1, 1.1), fovy=fovy,
+            projection="orthographic",
+        ).sample(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
+        for fovy in (60.0, 20.0)
+    )  # fmt: skip
+    assert near.orthographic and float(far.distance.min()) > 2 * float(near.distance.max())
+    torch.testing.assert_close(torch.rad2deg(near.azimuth) % 360, torch.tensor([[0.0, 45, 270]]).expand(2, -1))
+    origins, directions = near.rays(4, 4)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(2, 3, 4, 4))
+    assert bool((directions == directions[:, :, :1, :1]).all())
+    steps = origins.diff(dim=2).norm(dim=-1)  # of 4 pixels, 2.2 scene units together
+    torch.testing.assert_close(steps, torch.full_like(steps, 2.2 / 4))
+    points = 0.5 * torch.eye(3).expand(2, -1, -1)
+    torch.testing.assert_close(near.project(points, 32, 32)[0], far.project(points, 32, 32)[0], rtol=0, atol=1e-4)
+
+
+def test_orthographic_cameras_stay_so() -> None:
+    cameras = orbit_cameras(torch.zeros(2, 3), torch.arange(6.0).view(2, 3), 2.0, 50.0, orthographic=True)
+    others = [*cameras.chunk(2), cameras.select(torch.tensor([[1], [0]])), cameras.to(torch.float64)]
+    assert all(other.orthographic for other in others)
 
 
 def test_sampling_spaces_four_views_and_keeps_to_its_ranges() -> None:
@@ -139,7 +201,15 @@ def test_poses_that_are_none_are_refused(change: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"views": 0}, {"elevation": (30, 0)}, {"elevation": (-90, 0)}, {"relative_distance": (0, 1)}, {"fovy": 180}],
+    [
+        {"views": 0},
+        {"elevation": (30, 0)},
+        {"elevation": (-90, 0)},
+        {"relative_distance": (0, 1)},
+        {"fovy": 180},
+        {"azimuths": (0, 90)},
+        {"projection": "isometric"},
+    ],
 )
 def test_bad_sampling_is_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

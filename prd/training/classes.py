@@ -23,6 +23,7 @@ from prd.rendering.volume import VolumeRenderer
 from prd.splats.renderer import SplatRenderer
 from prd.teachers.base import ConfigurableTeacher, TeacherConfig
 from prd.teachers.deepfloyd import DeepFloydTeacher
+from prd.teachers.mv_adapter import MVAdapterTeacher, MVAdapterXLTeacher
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.pixart import PixArtTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
@@ -71,6 +72,8 @@ SECTIONS: dict[str, Section] = {
             "stable_diffusion_xl": StableDiffusionXLTeacher,
             "stable_diffusion_3": StableDiffusion3Teacher,
             "pixart": PixArtTeacher,
+            "mv_adapter": MVAdapterTeacher,
+            "mv_adapter_xl": MVAdapterXLTeacher,
         },
         ConfigurableTeacher,
         config=TeacherConfig,

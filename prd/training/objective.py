@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prd.cameras import Cameras
+from prd.cameras import Cameras, CamerasConfig
 from prd.data.batches import CAMERAS, FAKE, JITTER, SHADING, TEACHERS, Batch
 from prd.data.shape_library import Shapes
 from prd.distillation.draws import draw_uniform
@@ -24,6 +24,7 @@ from prd.rendering.protocol import Rendered, Renderer, SampleDraws, SharedGrids,
 from prd.rendering.shading import shade_at_random
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig
+from prd.teachers.multiview import OwnCameras
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.fake_scores import FakeScores, fake_config
@@ -40,8 +41,21 @@ class CollapseError(PrdError, RuntimeError):
 
 
 @dataclass(frozen=True)
+class Shot:
+    """Cameras and the teachers that are shown what these see.
+
+    place    0 of the run's cameras, then 1, 2, ... of those that teachers have of their own
+    cameras  of their own; None: the run's
+    """
+
+    place: int
+    cameras: CamerasConfig | None
+    teachers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Estimates:
-    """Some of the K estimates of a batch, seen by the same renderers at one optimiser step.
+    """Some of the K estimates of a batch, seen by the same renderers from the same cameras at one optimiser step.
 
     config   the stage's, every schedule a number
     ks       the estimates; a field or a rendering holds the prompts of ks[0], then those of ks[1], ...
@@ -52,12 +66,13 @@ class Estimates:
     step: int
     batch: Batch
     ks: Sequence[int]
+    shot: Shot
     cameras: Cameras
     metrics: MeanMetrics
 
     def draws(self, stream: int, *places: int) -> list[torch.Generator]:
-        """The generators of a stream, one per sample; see `Batch.draws`."""
-        return self.batch.draws(stream, *self.ks, places=places)
+        """The generators of a stream, one per sample; see `Batch.draws`. Other cameras have others."""
+        return self.batch.draws(stream, *self.ks, places=(*places, *([self.shot.place] if self.shot.place else ())))
 
 
 class Objective:
@@ -83,6 +98,7 @@ class Objective:
         self.stage, self.parts, self.device, self.background = stage, parts, device, background
         self.configured = frozenset(configured)
         self.renderer_names = tuple(self._names("renderers", parts.renderers))
+        self.shots = self._shots()
         chosen = stage.config.renderer_schedule
         if isinstance(chosen, tuple) and (unknown := [name for name in chosen if name not in parts.renderers]):
             raise ConfigError(f"renderer_schedule={unknown[0]!r}: the renderers are {', '.join(parts.renderers)}")
@@ -91,6 +107,21 @@ class Objective:
         """The parts of a section that this stage has: those of its config, and the user's own."""
         named = getattr(self.stage.config, section)
         return [name for name in parts if name in named or f"{section}.{name}" not in self.configured]
+
+    def _shots(self) -> list[Shot]:
+        """The cameras of the stage: the run's, unless nothing is shown what they see, and those of teachers' own."""
+        shown: dict[CamerasConfig | None, list[str]] = {None: []}
+        for name in self._names("teachers", self.parts.teachers):
+            if self.stage.config.teachers.get(name, TeacherConfig()).enabled:
+                teacher = self.parts.teachers[name]
+                shown.setdefault(teacher.cameras if isinstance(teacher, OwnCameras) else None, []).append(name)
+        shots = [Shot(place, cameras, tuple(names)) for place, (cameras, names) in enumerate(shown.items())]
+        return shots[1:] if not shots[0].teachers and shots[1:] and self.parts.library is None else shots
+
+    @property
+    def views(self) -> int:
+        """Views of a prompt that each renderer draws of an estimate."""
+        return sum((shot.cameras or self.stage.config.cameras).views for shot in self.shots)
 
     def renderers_of(self, step: int, k: int) -> tuple[str, ...]:
         """The renderers of estimate k at an optimiser step: all, or in turn, beginning with the next one every step."""
@@ -120,34 +151,43 @@ class Objective:
             loss = torch.zeros((), dtype=torch.float32, device=self.device)
             for names, alike in together.items():
                 rows = [(k - ks.start) * size + i for k in alike for i in range(size)]
-                uniforms = draw_uniform((len(rows), config.cameras.num_draws), batch.draws(CAMERAS, *alike))
-                cameras = config.cameras.sample(uniforms).to(self.device)  # line 11
-                for k, own in zip(alike, cameras.chunk(len(alike)), strict=True):
+                shown = []
+                for shot in self.shots:  # line 11
+                    drawn, place = shot.cameras or config.cameras, (shot.place,) if shot.place else ()
+                    generators = batch.draws(CAMERAS, *alike, places=place)
+                    cameras = drawn.sample(draw_uniform((len(rows), drawn.num_draws), generators)).to(self.device)
+                    shown.append(Estimates(config, step, batch, alike, shot, cameras, metrics))
+                for k, own in zip(alike, shown[0].cameras.chunk(len(alike)), strict=True):
                     diagnostics.ask(k, batch.prompts, own)
-                estimates = Estimates(config, step, batch, alike, cameras, metrics)
-                loss = loss + self.estimates_loss(estimates, names, some_samples(field, rows, len(ks) * size))
+                loss = loss + self.estimates_loss(shown, names, some_samples(field, rows, len(ks) * size))
             diagnostics.answer(loss)
             return loss
 
-    def estimates_loss(self, estimates: Estimates, names: Sequence[str], field: Field) -> Tensor:
-        """The loss of some estimates as each of the renderers `names` shows them, summed over the estimates."""
-        config, count, device = estimates.config, len(estimates.ks), self.device
-        alpha, pooled = self.parts.model.alpha(), estimates.batch.pooled
+    def estimates_loss(self, shown: Sequence[Estimates], names: Sequence[str], field: Field) -> Tensor:
+        """The loss of some estimates as each of the renderers `names` shows them, summed over the estimates.
+
+        shown  the estimates from each of the stage's cameras; regularisers are of the first alone
+        """
+        first, device = shown[0], self.device
+        config, count = first.config, len(first.ks)
+        alpha, pooled = self.parts.model.alpha(), first.batch.pooled
         text = None if pooled is None else pooled.repeat(count, 1)
-        renderers = {name: self.renderer_at(name, estimates, alpha) for name in self.renderer_names}
-        grids = SharedGrids(field, renderers.values(), estimates.cameras.batch, device)
+        renderers = {name: self.renderer_at(name, first, alpha) for name in self.renderer_names}
+        grids = SharedGrids(field, renderers.values(), first.cameras.batch, device)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for place, name in enumerate(names):  # lines 12-14
             at(doing=f"renderer {name}")
             renderer = renderers[name]
             size = image_size(renderer)
-            background = self.backdrop(config, estimates.cameras, size, text)
-            draws = SampleDraws(estimates.draws(JITTER))
-            rendered = renderer.render(grids.field_for(renderer), estimates.cameras, size, background, draws)
-            shading = SampleDraws(estimates.draws(SHADING))
-            views = shade_at_random(rendered.views, config.shading, background, shading)
-            loss = loss + count * self.regularization(estimates, rendered)
-            loss = loss + self.views_loss(estimates, name, views, place)  # line 15
+            for estimates in shown:
+                background = self.backdrop(config, estimates.cameras, size, text)
+                draws = SampleDraws(estimates.draws(JITTER))
+                rendered = renderer.render(grids.field_for(renderer), estimates.cameras, size, background, draws)
+                shading = SampleDraws(estimates.draws(SHADING))
+                views = shade_at_random(rendered.views, config.shading, background, shading)
+                if estimates is first:
+                    loss = loss + count * self.regularization(estimates, rendered)
+                loss = loss + self.views_loss(estimates, name, views, place)  # line 15
         return loss
 
     def renderer_at(self, name: str, estimates: Estimates, alpha: Any) -> Renderer:
@@ -205,7 +245,7 @@ class Objective:
                 teachers,
                 batch.prompts * count,
                 config=config.distillation,
-                generator=estimates.draws(TEACHERS, *((place,) if place else ())),
+                generator=estimates.draws(TEACHERS, *((place,) if place or estimates.shot.place else ())),
                 metrics=estimates.metrics,
                 renderer=name,
                 num_estimates=count,
@@ -213,22 +253,21 @@ class Objective:
                 loss=self.parts.loss,
             )
             loss = loss + (1 - alpha) * judged
-        if batch.shapes is not None:
+        if batch.shapes is not None and estimates.shot.cameras is None:
             weights = alpha * config.library.mask_weight, number(config.library.reconstruction)
             loss = loss + count * shapes_loss(views, batch.shapes.repeat(count), *weights, estimates.metrics)
         return loss
 
     def teachers(self, estimates: Estimates, renderer: str) -> list[WeightedTeacher]:
-        """The teachers that are enabled, with their settings at this step and their fake scores."""
+        """The teachers that are shown these estimates, with their settings at this step and their fake scores."""
         parts, given = self.parts.teachers, estimates.config.teachers
         found = []
-        for name in self._names("teachers", parts):
-            if (settings := given.get(name, TeacherConfig())).enabled:
-                fake = None
-                if self.fakes is not None:
-                    places = list(self.parts.renderers).index(renderer), list(parts).index(name)
-                    fake = self.fakes.reference(name, estimates.draws(FAKE, *places))
-                found.append(WeightedTeacher(parts[name], settings, fake))
+        for name in estimates.shot.teachers:
+            fake = None
+            if self.fakes is not None:
+                places = list(self.parts.renderers).index(renderer), list(parts).index(name)
+                fake = self.fakes.reference(name, estimates.draws(FAKE, *places))
+            found.append(WeightedTeacher(parts[name], given.get(name, TeacherConfig()), fake))
         return found
 
 

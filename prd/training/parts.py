@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from prd.cameras import CamerasConfig
 from prd.data.embeddings import Embeddings
 from prd.data.prompts import Corpus, load_corpus
 from prd.data.shape_library import ShapeLibrary, open_library
@@ -24,6 +25,7 @@ from prd.generators.protocol import Model
 from prd.hub.shipped import shipped
 from prd.rendering.protocol import Renderer
 from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
+from prd.teachers.multiview import OwnCameras
 from prd.teachers.offload import set_offload
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
@@ -213,10 +215,30 @@ def check_parts(parts: Parts, config: TrainConfig) -> None:
         check_members(renderer, Renderer, f"renderers.{name} ({type(renderer).__name__})")
     for name, teacher in parts.teachers.items():
         check_members(teacher, Teacher, f"teachers.{name} ({type(teacher).__name__})")
-    views = config.cameras.views
-    for count in {teacher.num_views for teacher in parts.teachers.values()} - {1, views}:
-        names = " and ".join(name for name, teacher in parts.teachers.items() if teacher.num_views == count)
+    check_views(parts.teachers, config.cameras)
+
+
+def check_views(teachers: Mapping[str, Teacher], cameras: CamerasConfig) -> None:
+    """ConfigError for teachers that see another number of views, or another projection, than they are shown.
+
+    cameras  of the run, for the teachers without cameras of their own
+    """
+    for name, teacher in teachers.items():
+        if isinstance(teacher, OwnCameras) and teacher.cameras.views != teacher.num_views:
+            raise ConfigError(
+                f"teachers.{name}: its own cameras have views={teacher.cameras.views}, but it sees {teacher.num_views}"
+            )
+    shown = {name: teacher for name, teacher in teachers.items() if not isinstance(teacher, OwnCameras)}
+    views = cameras.views
+    for count in {teacher.num_views for teacher in shown.values()} - {1, views}:
+        names = " and ".join(name for name, teacher in shown.items() if teacher.num_views == count)
         raise ConfigError(f"cameras.views={views}: must be {count}, which {names} see")
+    told = [name for name, teacher in shown.items() if getattr(teacher, "takes_cameras", False)]
+    if told and cameras.projection != "perspective":
+        raise ConfigError(
+            f"cameras.projection={cameras.projection}: must be perspective, which {' and '.join(told)} "
+            "was trained with, or leave that teacher out"
+        )
 
 
 def shared_encoder(encoder: PromptEncoder, teachers: Sequence[Teacher]) -> PromptEncoder:

@@ -191,7 +191,7 @@ class Trainer:
     def frames_of(self, step: int) -> int:
         """Frames that a step renders, over all processes."""
         renders = sum(len(self.objective.renderers_of(step, k)) for k in range(self.model.num_estimates))
-        return self.global_batch_size * self.stage.config.cameras.views * renders
+        return self.global_batch_size * self.objective.views * renders
 
     def wishes(self) -> dict[str, bool]:
         """Reasons to stop by name, and whether this process has each; time is up by the main process's clock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ from prd.rendering.views import Views
 from prd.teachers import (
     Condition,
     DeepFloydTeacher,
+    MVAdapterTeacher,
+    MVAdapterXLTeacher,
     MVDreamTeacher,
     PixArtTeacher,
     RichDreamerTeacher,
@@ -27,9 +29,11 @@ from prd.teachers import (
     TeacherOptions,
 )
 from prd.teachers.base import to_images
+from prd.teachers.multiview import OwnCameras
 from prd.utils.checked_types import CHECKS, Positive
 from tests.teachers.tiny import random_views, save_controlnet, save_deepfloyd, save_teacher
 from tests.teachers.tiny_large import save_pixart, save_sd3, save_sdxl
+from tests.teachers.tiny_mv_adapter import save_mv_adapter, save_mv_adapter_xl
 
 B, V, T = 2, 4, 1000
 PROMPTS = ["a red b", "c blue"]
@@ -121,6 +125,8 @@ MEMBERS: dict[str, Member] = {
     "stable_diffusion_xl": Member(StableDiffusionXLTeacher, lambda folder: {"path": str(save_sdxl(folder))}),
     "stable_diffusion_3": Member(StableDiffusion3Teacher, lambda folder: {"path": str(save_sd3(folder))}),
     "pixart": Member(PixArtTeacher, lambda folder: {"path": str(save_pixart(folder))}),
+    "mv_adapter": Member(MVAdapterTeacher, save_mv_adapter, cameras=True),
+    "mv_adapter_xl": Member(MVAdapterXLTeacher, save_mv_adapter_xl, cameras=True),
     "own": Member(GreyTeacher, lambda folder: {"brightness": 0.1}, bounded=True, cameras=True),
     "custom": Member(ColourTeacher, lambda folder: {"spread": 0.2}, bounded=True),
 }
@@ -144,8 +150,15 @@ class Made:
         return self.teacher.condition_on(condition, views) if hasattr(self.teacher, "condition_on") else condition
 
     def views(self, batch: int = B, **kinds: Any) -> Views:
-        """Renderings of as many views as it sees together."""
-        return random_views(batch, self.teacher.num_views, **kinds)
+        """Renderings of as many views as it sees together, from its own cameras if it has some."""
+        views = random_views(batch, self.teacher.num_views, **kinds)
+        if not isinstance(self.teacher, OwnCameras):
+            return views
+        return replace(views, cameras=self.teacher.cameras.sample(torch.zeros(batch, 3)))
+
+    def rendered(self) -> Views:
+        """Renderings as training has them: of several views, also for a teacher of one."""
+        return self.views() if isinstance(self.teacher, OwnCameras) else random_views(B, V)
 
     def noisy(self, batch: int = B, seed: int = 0) -> Tensor:
         """A standard normal x_t."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -110,6 +111,21 @@ def test_images_have_their_shapes_and_ranges(renderer: Renderer) -> None:
     assert torch.equal(views.cameras.camera_to_world, before[0]) and torch.equal(views.cameras.fovy, before[1])
     for values in rendered.stats.values():
         assert bool(torch.isfinite(values).all()) and not values.requires_grad
+
+
+@own
+@pytest.mark.parametrize("distance", [1.8, 3.0])
+def test_orthographic_images_are_as_large_at_any_distance(renderer: Renderer, distance: float) -> None:
+    """A ball covers pi r^2 of the 2.2 x 2.2 scene units that its image spans; its middle is `distance - r` away."""
+    angles = torch.tensor([[20.0, -35.0]]).expand(2, -1), torch.tensor([[0.0, 110.0]]).expand(2, -1)
+    seen = orbit_cameras(*angles, distance, math.degrees(2 * math.atan(1.1 / distance)), orthographic=True)
+    views = renderer.render(balls(), seen, (26, 26), 0.25).views
+    covered = views.opacity.mean(dim=(2, 3, 4))
+    expected = math.pi * balls().radius[:, None].square() / 2.2**2
+    soft = 0.3 if getattr(renderer.config, "density", "") == "volsdf" else 0.06  # VolSDF's edge is 2 beta outside
+    torch.testing.assert_close(covered, expected.expand_as(covered), rtol=soft, atol=0)
+    middle = views.depth[:, :, 12:14, 12:14].mean(dim=(2, 3, 4))
+    torch.testing.assert_close(middle, (distance - balls().radius)[:, None].expand_as(middle), rtol=0, atol=0.06)
 
 
 @every

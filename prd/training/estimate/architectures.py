@@ -1,7 +1,7 @@
 """The networks of a run without memory, on the meta device: from configs on this machine, else as published.
 
-The architectures of Stable Diffusion 1.5, 2.1 and XL, of diffusion transformers (`transformers`), MVDream and
-RichDreamer are known: what is not here yet is built by them.
+The architectures of Stable Diffusion 1.5, 2.1 and XL, of diffusion transformers (`transformers`), MVDream, MV-Adapter
+on 2.1 and RichDreamer are known: what is not here yet is built by them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prd.teachers.base import TeacherConfig, TeacherOptions, UNetTeacher
 from prd.teachers.convert import WIDTHS, stable_diffusion_scheduler
 from prd.teachers.loading import CONFIG_NAME, read_config, shared_folder
 from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.teachers.mv_adapter import MVAdapterTeacher, adapted_layers
 from prd.teachers.mvdream import MVDreamConfig, MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerConfig, RichDreamerTeacher
 from prd.teachers.stable_diffusion import StableDiffusionTeacher
@@ -187,9 +188,10 @@ class MetaTeacher:
 
 def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtype: torch.dtype) -> MetaTeacher | None:
     """A teacher of the library's without memory; None for another class, of which nothing is known."""
-    if kind not in (StableDiffusionTeacher, *TEACHERS):
+    if kind not in (StableDiffusionTeacher, MVAdapterTeacher, *TEACHERS):
         return None
-    place, folder = config.path, folder_of(config.path, kind.name)
+    owner = StableDiffusionTeacher if kind is MVAdapterTeacher else kind  # of the folder
+    place, folder = config.path, folder_of(config.path, owner.name)
     settings = TEACHERS[kind]() if kind in TEACHERS else None
     if folder is None or not (folder / "unet/config.json").is_file():
         context = 1024 if kind is MVDreamTeacher else 768
@@ -212,5 +214,8 @@ def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtyp
         vae = build(AutoencoderKL, parts.vae)
         vae.decoder = vae.post_quant_conv = None  # as loading does
         own |= {"vae": vae, "checkpoint_vae": options.checkpoint_vae}
+    if kind is MVAdapterTeacher:
+        own["condition_encoder"] = kind.make_encoder(unet)
+        adapted_layers(unet, own["condition_encoder"])
     teacher = kind(**own).to(device="meta", dtype=dtype)
     return MetaTeacher(teacher, text, parts.source)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prd.adapters.precision import keep_in_half
-from prd.cameras import Cameras, orbit_cameras
+from prd.cameras import Cameras, CamerasConfig, orbit_cameras
 from prd.distillation.multi_teacher import leaf_views
 from prd.distillation.regularizers import eikonal_loss
 from prd.fields.triplane import TriplaneField, TriplaneHeads
@@ -25,7 +25,8 @@ from prd.rendering.surface import SurfaceConfig
 from prd.rendering.views import Views
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import Condition, TeacherConfig
-from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.teachers.multiview import CAMERA_DIMENSIONS, OwnCameras
+from prd.teachers.mv_adapter import CAMERA_CHANNELS
 from prd.training.classes import SECTIONS, class_name_of, part_class
 from prd.training.config import TrainConfig
 from prd.training.estimate.architectures import (
@@ -115,7 +116,7 @@ def count_step(config: TrainConfig) -> StepCounts:
     """Count the student, the teachers and the renderers of a config of TriplaneTurbo, as they are at its first step."""
     config = resolved(config, 0, config.total_steps)
     uncounted, teachers, renderers = list[str](), dict[str, TeacherCount](), dict[str, RendererCount]()
-    student = count_student(config)
+    student, shown = count_student(config), set[CamerasConfig]()
     for name, settings in config.enabled_teachers.items():
         kind = part_class(SECTIONS["teachers"], class_name_of(config, f"teachers.{name}"), f"teachers.{name}")
         made = meta_teacher(kind, settings, config.teacher_options, dtype_of(config, settings))
@@ -123,9 +124,11 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"teachers.{name}")
         else:
             teachers[name] = count_teacher(made, settings, config)
+        shown.add(made.teacher.cameras if made is not None and isinstance(made.teacher, OwnCameras) else config.cameras)
     for name, renderer in build_renderers(config, [config]).items():
         if isinstance(renderer.config, VolumeConfig | SurfaceConfig):
-            renderers[name] = count_renderer(renderer, config, student.plane_bytes)
+            views = sum(cameras.views for cameras in shown or {config.cameras})
+            renderers[name] = count_renderer(renderer, config, views, student.plane_bytes)
         else:
             uncounted.append(f"renderers.{name}")
     background = 0
@@ -183,7 +186,8 @@ def count_teacher(made: MetaTeacher, settings: TeacherConfig, config: TrainConfi
     views = leaf_views(_renderings(max(getattr(own, "height", 1) for own in config.renderers.values()), n))
     width, dtype = teacher.text_encoder.config.hidden_size, teacher.unet.dtype
     text = torch.empty(n, teacher.text_encoder.config.max_position_embeddings, width, dtype=dtype, device="meta")
-    camera = torch.empty(n, CAMERA_DIMENSIONS, dtype=torch.float32, device="meta") if teacher.takes_cameras else None
+    numbers = CAMERA_CHANNELS if teacher.cameras_as_maps else CAMERA_DIMENSIONS
+    camera = torch.empty(n, numbers, dtype=torch.float32, device="meta") if teacher.takes_cameras else None
     leaves = [views.rgb, views.normal, views.disparity]
     with counting([*teacher.parameters(), *teacher.buffers()]) as count:
         first, x = count.peak(lambda: teacher.encode(views))
@@ -251,10 +255,10 @@ def rays_of(config: Any) -> int:
     return config.height * config.width * getattr(config, "supersample", 1) ** 2
 
 
-def count_renderer(renderer: Renderer, config: TrainConfig, plane_bytes: int) -> RendererCount:
+def count_renderer(renderer: Renderer, config: TrainConfig, views: int, plane_bytes: int) -> RendererCount:
     """A renderer of the library: what a ray and a node of its grid cost, on two small images of the first field."""
     own: Any = renderer.config
-    rays, chunk, planes = config.cameras.views * rays_of(own), getattr(own, "max_rays", None), plane_bytes
+    rays, chunk, planes = views * rays_of(own), getattr(own, "max_rays", None), plane_bytes
     _measured(_without_chunks(renderer), config, FEW[0])  # fills what is made once and kept, as a grid's nodes
     ray, nodes = _per_ray(_without_chunks(renderer), config)
     total = rays * ray + nodes

@@ -192,7 +192,9 @@ def _missing(config: TrainConfig, counts: StepCounts) -> str:
 def _fetched(config: TrainConfig) -> Iterator[str]:
     """Models that are to come from the Hub."""
     places = {"model.base": (config.model.base, "base")}
-    places |= {f"teachers.{name}.path": (t.path, name) for name, t in config.enabled_teachers.items()}
+    for name, teacher in config.enabled_teachers.items():
+        own = {key: getattr(teacher, key, None) for key in ("path", "adapter")}
+        places |= {f"teachers.{name}.{key}": (place, name) for key, place in own.items() if place is not None}
     for key, (place, part) in places.items():
         if folder_of(place, part) is None and not Path(place).exists() and HUB_ID.fullmatch(place):
             yield f"{key}={place!r}"

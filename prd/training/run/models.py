@@ -29,6 +29,7 @@ NAMES = {
     "mvdream": "MVDream",
     "richdreamer": "RichDreamer",
 }
+OF_BASE = {"mv_adapter": "stable_diffusion", "mv_adapter_xl": "stable_diffusion_xl"}  # whose path is their base's
 OWN_KEYS = {  # of a teacher_config.json, which the other model's has not
     "mvdream": {"shares_vae"},
     "richdreamer": {"image_range", "normal_background", "resize"},
@@ -59,6 +60,7 @@ def model_faults(config: TrainConfig) -> Iterator[ConfigError]:
             kind = class_name_of(config, key)
         except ConfigError:  # of a class of one's own that is given as a part
             continue
+        kind = OF_BASE.get(kind or "", kind)
         if kind in NAMES:
             yield from _told(f"{key}.path", settings.path, _teacher_faults(kind, settings.path, model))
             dtype = str(dtype_of(config, settings)).removeprefix("torch.")

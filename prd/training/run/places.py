@@ -78,7 +78,8 @@ def _models(config: TrainConfig) -> dict[str, str]:
     }
     for name, teacher in config.teachers.items():
         if getattr(teacher, "enabled", False):
-            places |= {f"teachers.{name}.{key}": getattr(teacher, key, None) for key in ("path", "controlnet")}
+            keys = ("path", "controlnet", "adapter")
+            places |= {f"teachers.{name}.{key}": getattr(teacher, key, None) for key in keys}
     return {key: place for key, place in places.items() if place is not None}
 
 
