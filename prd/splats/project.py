@@ -79,20 +79,17 @@ def project(
     world_to_camera = cameras.camera_to_world[0, :, :3, :3].transpose(-1, -2)  # [V, 3, 3]
     local = (means - cameras.position[0, :, None]) @ world_to_camera.transpose(-1, -2)  # [V, N, 3]
     depths = -local[..., 2]
-    z = depths.clamp_min(NEAR)
-    focal = (height / (2 * torch.tan(cameras.fovy[0] / 2)))[:, None]  # [V, 1] pixels per unit at depth 1
+    z = torch.ones_like(depths) if cameras.orthographic else depths.clamp_min(NEAR)
+    half = half_height(cameras)[:, None]
+    focal = height / (2 * half)  # [V, 1] pixels per unit at depth 1
     right, down = local[..., 0] / z, -local[..., 1] / z  # of the image plane at depth 1
     centres = torch.stack([width / 2 + focal * right, height / 2 + focal * down], dim=-1)
-    limit = MARGIN * torch.tan(cameras.fovy[0] / 2)[:, None]
+    limit = MARGIN * half
     right, down = torch.clamp(right, -limit * width / height, limit * width / height), torch.clamp(down, -limit, limit)
     scale, zero = focal / z, torch.zeros_like(z)  # d depth = -d local z
-    jacobian = torch.stack(
-        [
-            torch.stack([scale, zero, scale * right], dim=-1),
-            torch.stack([zero, -scale, scale * down], dim=-1),
-        ],
-        dim=-2,
-    )  # [V, N, 2, 3]
+    across, along = (zero, zero) if cameras.orthographic else (scale * right, scale * down)
+    rows = torch.stack([scale, zero, across], dim=-1), torch.stack([zero, -scale, along], dim=-1)
+    jacobian = torch.stack(rows, dim=-2)  # [V, N, 2, 3]
     axes = jacobian @ world_to_camera[:, None] @ (rotation_matrices(rotations) * scales[:, None, :])  # [V, N, 2, 3]
     x, y = axes.unbind(-2)
     xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
@@ -112,10 +109,15 @@ def project(
     return Ellipses(centres, conics, depths, seen, extents)
 
 
+def half_height(cameras: Cameras) -> Tensor:
+    """Half of what the images [V] of one sample's cameras span from bottom to top, scene units: at depth 1, or all."""
+    return cameras.relative_distance[0] if cameras.orthographic else torch.tan(cameras.fovy[0] / 2)
+
+
 def intrinsics(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """World-to-camera matrices [V, 4, 4] and K [V, 3, 3] of one sample's cameras in OpenCV's axes (y down, z ahead)."""
     flip = cameras.camera_to_world.new_tensor([1.0, -1.0, -1.0, 1.0])
-    focal = height / (2 * torch.tan(cameras.fovy[0] / 2))
+    focal = height / (2 * half_height(cameras))
     matrix = focal.new_zeros(len(focal), 3, 3)
     matrix[:, 0, 0] = matrix[:, 1, 1] = focal
     matrix[:, 0, 2], matrix[:, 1, 2], matrix[:, 2, 2] = width / 2, height / 2, 1.0

@@ -203,6 +203,7 @@ def _gsplat(
         near_plane=NEAR,
         eps2d=LOW_PASS,
         packed=False,
+        camera_model="ortho" if cameras.orthographic else "pinhole",
         rasterize_mode="antialiased" if antialias else "classic",
     )
     return images.to(features.dtype), opacity.to(features.dtype)

@@ -19,6 +19,7 @@ from prd.fields.protocol import AutogradGradient
 from prd.fields.triplane import TriplaneField, TriplaneHeads
 from prd.rendering.protocol import Draws, Rendered, Renderer, SampleDraws, SharedGrids, at_step, image_size
 from prd.rendering.views import Views
+from prd.splats.renderer import SplatRenderer
 from tests.compare import ROUNDING, relative_difference
 from tests.rendering.made import patch_renderer, splat_renderer, surface_renderer, volume_renderer
 
@@ -123,9 +124,12 @@ def test_orthographic_images_are_as_large_at_any_distance(renderer: Renderer, di
     covered = views.opacity.mean(dim=(2, 3, 4))
     expected = math.pi * balls().radius[:, None].square() / 2.2**2
     soft = 0.3 if getattr(renderer.config, "density", "") == "volsdf" else 0.06  # VolSDF's edge is 2 beta outside
+    near = 0.06
+    if isinstance(renderer, SplatRenderer):  # widened by the filter of a pixel; gaps show what is behind them
+        soft, near = 0.4, 0.2
     torch.testing.assert_close(covered, expected.expand_as(covered), rtol=soft, atol=0)
     middle = views.depth[:, :, 12:14, 12:14].mean(dim=(2, 3, 4))
-    torch.testing.assert_close(middle, (distance - balls().radius)[:, None].expand_as(middle), rtol=0, atol=0.06)
+    torch.testing.assert_close(middle, (distance - balls().radius)[:, None].expand_as(middle), rtol=0, atol=near)
 
 
 @every
