@@ -276,7 +276,12 @@ def test_fp16_is_refused_without_a_gpu_before_anything_is_loaded(monkeypatch):
 
 def test_gradient_checkpointing_changes_no_number(toybox):
     (again,), (once,) = (losses(make("--model.gradient_checkpointing", on), steps=1) for on in ("true", "false"))
-    assert again == pytest.approx(once, rel=1e-4, abs=1e-6, nan_ok=True)  # planes are decoded one by one
+    # Planes are decoded one by one, which rounds otherwise; cosines are of numbers up to 1, however near 0 they are.
+    cosines = {name for name in once if name.startswith("cosine/")}
+    assert {n: again[n] for n in cosines} == pytest.approx({n: once[n] for n in cosines}, abs=1e-4, nan_ok=True)
+    assert again.keys() == once.keys()
+    rest = once.keys() - cosines
+    assert {n: again[n] for n in rest} == pytest.approx({n: once[n] for n in rest}, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_a_student_that_stops_depending_on_the_prompt_is_warned_of(toybox, monkeypatch, caplog):
