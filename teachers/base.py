@@ -194,6 +194,11 @@ class UNetTeacher(nn.Module):
                 f"{'takes no' if embedded == 'projection' else 'needs a'} camera projection: this is another model's "
                 "U-Net"
             )
+        if width := getattr(unet.config, "time_cond_proj_dim", None):
+            raise ValueError(
+                f"unet: time_cond_proj_dim={width}; a latent consistency model is told its guidance scale and predicts no "
+                "score to distill: give the model that it was made from"
+            )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
         self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)
         if scheduler.config.prediction_type not in (*PREDICTIONS, FLOW):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from prd.teachers import CheckpointError, MVDreamConfig, MVDreamTeacher, StableDiffusionTeacher
@@ -57,6 +58,13 @@ def test_teachers_of_each_other_are_refused(folder, tmp_path):
     views = save_teacher(tmp_path / "mv", "mvdream")
     with pytest.raises(ValueError, match="class_embed_type='projection'; stable_diffusion takes no"):
         StableDiffusionTeacher.from_pretrained(str(views))
+
+
+def test_a_latent_consistency_model_is_no_teacher(folder):
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(config, time_cond_proj_dim=8).save_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match="time_cond_proj_dim=8; a latent consistency model .* give the model"):
+        StableDiffusionTeacher.from_pretrained(str(folder))
 
 
 def test_unpickling_is_never_tried(folder):
