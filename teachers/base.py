@@ -196,8 +196,8 @@ class UNetTeacher(nn.Module):
             )
         if width := getattr(unet.config, "time_cond_proj_dim", None):
             raise ValueError(
-                f"unet: time_cond_proj_dim={width}; a latent consistency model is told its guidance scale and predicts no "
-                "score to distill: give the model that it was made from"
+                f"unet: time_cond_proj_dim={width}; a latent consistency model predicts no score to distill; give the "
+                "model that it was made from"
             )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
         self.prompt_encoder = self.prompt_encoder_class(tokenizer, text_encoder)

@@ -108,7 +108,10 @@ def nothing_missing(folder: Path, printed: str) -> dict[str, Any]:
     assert printed.rstrip().endswith("Missing\nnothing"), printed[-500:]
     counted = re.search(r"^Memory of a process.*?^\| all \| ([\d.]+)", printed, flags=re.M | re.S)
     assert counted is not None, printed
-    return {"counted_gigabytes": float(counted[1])}
+    record = {"counted_gigabytes": float(counted[1])}
+    if here := re.search(r"^this machine's main memory, .*?: ([\d.]+) GB", printed, flags=re.M):
+        record["counted_on_a_cpu_gigabytes"] = float(here[1])
+    return record
 
 
 def trained(run: str, steps: int) -> Callable[[Path, str], dict[str, Any]]:

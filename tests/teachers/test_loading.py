@@ -63,7 +63,7 @@ def test_teachers_of_each_other_are_refused(folder, tmp_path):
 def test_a_latent_consistency_model_is_no_teacher(folder):
     config = UNet2DConditionModel.load_config(folder / "unet")
     UNet2DConditionModel.from_config(config, time_cond_proj_dim=8).save_pretrained(folder / "unet")
-    with pytest.raises(ValueError, match="time_cond_proj_dim=8; a latent consistency model .* give the model"):
+    with pytest.raises(ValueError, match="time_cond_proj_dim=8; a latent consistency model .*; give the model"):
         StableDiffusionTeacher.from_pretrained(str(folder))
 
 
