@@ -62,7 +62,10 @@ def cut_into_charts(
 
 
 def _well_boxed(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> _Charts:
-    """Return the first charts, of several ways to find them, that fill the boxes around them well; else the fullest."""
+    """Return charts that fill the boxes around them well.
+
+    Several ways to cut are tried in turn until one does; if none does, the one whose charts fill theirs best is taken.
+    """
     best = None
     for along in ALONGS:
         charts = _Charts(vertices, faces, along)

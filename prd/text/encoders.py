@@ -140,6 +140,11 @@ class PromptEncoder:
         return tokens.to(self.model.device)
 
 
+def t5_tokens(config: Any, most: int) -> int:
+    """Number of tokens that are read of a prompt: `most`, or fewer where a T5's config says so (`n_positions`)."""
+    return min(most, getattr(config, "n_positions", most))
+
+
 class T5PromptEncoder(PromptEncoder):
     """The T5 encoder of DeepFloyd IF: 77 tokens of the lower-cased prompt; padding is masked inside T5 only."""
 

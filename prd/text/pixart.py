@@ -10,20 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prd.text.encoders import PromptEncoder
+from prd.text.encoders import PromptEncoder, t5_tokens
 
 TOKENS = 300  # of what PixArt-Sigma was trained with
 
 
 class MaskedT5PromptEncoder(PromptEncoder):
-    """A T5 encoder and its tokenizer: embeddings [300 + 1, Ct] of the lower-cased prompt, the last row its mask.
-
-    Fewer than 300 tokens are read where the tokenizer says so (`model_max_length`).
-    """
+    """A T5 encoder and its tokenizer: embeddings [300 + 1, Ct] of the lower-cased prompt, the last row its mask."""
 
     @property
     def length(self) -> int:
-        return min(TOKENS, int(self.tokenizer.model_max_length))
+        return t5_tokens(self.model.config, TOKENS)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Last hidden states [n, L, Ct] of n prompts, and in one more row the mask of their tokens."""

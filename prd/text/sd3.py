@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from prd.loading.strict import load_strict, load_tokenizer
+from prd.text.encoders import t5_tokens
 from prd.text.sdxl import SdxlPromptEncoder, TwoTextEncoders
 
 T5_TOKENS = 256
@@ -49,12 +50,12 @@ class Sd3PromptEncoder(SdxlPromptEncoder):
         return torch.cat([self.filled(tokens), self._t5(prompts, tokens), self.filled(pooled[:, None])], dim=1)
 
     def _t5(self, prompts: list[str], like: Tensor) -> Tensor:
-        """The T5's last hidden states [n, 256, Ct], fewer where its tokenizer says so; zeros without it."""
-        if self.model.third is None:
+        """The T5's last hidden states [n, 256, Ct], fewer of a T5 of fewer positions; zeros without it."""
+        third = self.model.third
+        if third is None:
             return like.new_zeros(len(prompts), T5_TOKENS, self.model.width)
-        tokenizer = self.tokenizers[2]
-        tokens = self._tokens(prompts, tokenizer, min(T5_TOKENS, int(tokenizer.model_max_length)))
-        return self.model.third(tokens.input_ids).last_hidden_state.to(like)
+        tokens = self._tokens(prompts, self.tokenizers[2], t5_tokens(third.config, T5_TOKENS))
+        return third(tokens.input_ids).last_hidden_state.to(like)
 
 
 def load_sd3_encoder(

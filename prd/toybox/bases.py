@@ -33,7 +33,7 @@ from prd.text.pixart import MaskedT5PromptEncoder
 from prd.text.sd3 import Sd3PromptEncoder, ThreeTextEncoders
 from prd.text.sdxl import SdxlPromptEncoder, TwoTextEncoders
 from prd.toybox.diffusion import GREATEST_WEIGHT, captions_left_out
-from prd.toybox.models import IMAGE_SIZE, TEXT_WIDTH, make_scheduler, make_text_encoder, make_tokenizer
+from prd.toybox.models import IMAGE_SIZE, TEXT_LENGTH, TEXT_WIDTH, make_scheduler, make_text_encoder, make_tokenizer
 
 HEADS, HEAD_WIDTH, BLOCKS = 6, 16, 4  # of both transformers
 FLOW_CHANNELS = 16
@@ -115,6 +115,7 @@ def make_t5(tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
             d_ff=4 * width,
             num_layers=2,
             num_heads=heads,
+            n_positions=TEXT_LENGTH,
             pad_token_id=tokenizer.pad_token_id,
             dropout_rate=0.0,
         )

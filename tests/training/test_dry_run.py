@@ -121,9 +121,11 @@ def test_what_is_offloaded_is_counted_where_there_is_main_memory_alone(toy_count
     monkeypatch.setattr(report, "this_device", lambda: ("memory", total_memory(counts, config) - 1e-6))
     for words in ((), offload):
         told = report._fit_here(counts, load_config("toybox", [*SMALL, *words]))
-        assert told.startswith("memory, ") and told.endswith("GB with all that would be offloaded: does not fit")
+        assert told.startswith("memory, ") and told.endswith("GB, offloaded parts included: does not fit")
     monkeypatch.setattr(report, "this_device", lambda: ("memory", total_memory(counts, config)))
-    assert report._fit_here(counts, load_config("toybox", [*SMALL, *offload])).endswith("offloaded: fits")
+    assert report._fit_here(counts, load_config("toybox", [*SMALL, *offload])).endswith(
+        "GB, offloaded parts included: fits"
+    )
 
 
 def test_a_base_in_half_precision_is_counted(toy_counts):

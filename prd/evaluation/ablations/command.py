@@ -14,7 +14,7 @@ from rich.console import Console
 from prd.errors import ConfigError
 from prd.evaluation.ablations.page import terminal_table, write_page
 from prd.evaluation.ablations.plan import Plan, plan_runs
-from prd.evaluation.ablations.results import collect, commits_of, read_results, write_results
+from prd.evaluation.ablations.results import collect, read_results, told_commits, write_results
 from prd.evaluation.ablations.runner import train_runs
 from prd.evaluation.ablations.tables import Ablation, check_cells, load_table, shipped_tables
 from prd.evaluation.report import duration, shown
@@ -84,9 +84,8 @@ def _report(plan: Plan, before: dict[str, Any] | None, command: str, path: Path 
     """Show and write the results; returns the exit status."""
     results = collect(plan, before, command, failed)
     Console().print(terminal_table(results))
-    if len(commits := commits_of(results)) > 1:
-        told = "; ".join(f"{commit}: {', '.join(cells)}" for commit, cells in commits.items())
-        print(f"WARNING: the runs are of {len(commits)} versions of the code ({told}); a difference may be of the code")
+    if told := told_commits(results):
+        print(f"WARNING: the runs are of {told}; a difference may be of the code")
     if path is not None:
         write_results(results, path)
         print(path)

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from prd.evaluation.ablations.results import commits_of
+from prd.evaluation.ablations.results import told_commits
 from prd.evaluation.ablations.tables import Ablation
 from prd.evaluation.report import STYLE, chart
 from prd.utils.files import file_stem, replace_file, write_atomic
@@ -178,8 +178,7 @@ def _results_of(results: Mapping[str, Any], folder: Path) -> str:
     steps = sorted({run["steps"] for run in runs})
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     split = results["decides"]["split"].replace("_", " ")
-    commits = [f"{commit}: {', '.join(cells)}" for commit, cells in commits_of(results).items()]
-    mixed = f" Runs of {len(commits)} versions of the code ({'; '.join(commits)})." if len(commits) > 1 else ""
+    mixed = f" Runs of {told}." if (told := told_commits(results)) else ""
     parts = [
         f"Measured on the captions *{split}*; {len(runs)} runs of {span} steps ({'; '.join(machines)}).{mixed}\n",
         "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in runs)) + "\n```\n",

@@ -143,15 +143,16 @@ def _measured(run: Run, table: Ablation, command: str) -> dict[str, Any]:
     }
 
 
-def commits_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the commits that the runs of a table are of, each with its cells; runs outside of a checkout have none."""
+def told_commits(results: Mapping[str, Any]) -> str:
+    """Return of which versions of the code the runs of a table are, with their cells; "" where it is one or unknown."""
     found: dict[str, list[str]] = {}
     for name, cell in results["cells"].items():
         for run in cell["runs"].values():
             if commit := run["machine"].get("commit"):
                 cells = found.setdefault(commit[:7], [])
-                cells += [] if name in cells else [name]
-    return found
+                cells += [] if repr(name) in cells else [repr(name)]
+    told = "; ".join(f"{commit}: {', '.join(cells)}" for commit, cells in found.items())
+    return f"{len(found)} versions of the code ({told})" if len(found) > 1 else ""
 
 
 def _curves(run: Run) -> dict[str, list[tuple[int, float]]]:

@@ -136,7 +136,7 @@ def _fit_here(counts: StepCounts, config: TrainConfig) -> str:
     options = replace(config.teacher_options, offload=False)
     needed = total_memory(counts, replace(config, offload_text_encoders=False, teacher_options=options))
     verdict = "fits" if needed <= size else "does not fit"
-    return f"{name}, {size:.0f} GB: {needed:.1f} GB with all that would be offloaded: {verdict}"
+    return f"{name}, {size:.0f} GB: {needed:.1f} GB, offloaded parts included: {verdict}"
 
 
 def _verdict(counts: StepCounts, config: TrainConfig, gigabytes: float) -> str:

@@ -10,6 +10,7 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from prd.loading.strict import build
 from prd.loading.transformer_bases import PIXART, SD3, T5_END, TransformerKind, text_ends, transformer_kind
 from prd.loading.weights import read_object
+from prd.text.encoders import t5_tokens
 from prd.text.pixart import TOKENS
 from prd.text.sd3 import T5_TOKENS, ThreeTextEncoders
 
@@ -92,5 +93,8 @@ def meta_texts(texts: tuple[Any, ...], width: int) -> Any:
 def rows_and_width(text: Any) -> tuple[int, int] | None:
     """Rows and channels of a prompt's embedding by `meta_texts`; None for another text encoder."""
     if isinstance(text, ThreeTextEncoders):
-        return text.config.max_position_embeddings + T5_TOKENS + 1, text.width
-    return (TOKENS + 1, text.config.d_model) if isinstance(text, T5EncoderModel) else None
+        tokens = T5_TOKENS if text.third is None else t5_tokens(text.third.config, T5_TOKENS)
+        return text.config.max_position_embeddings + tokens + 1, text.width
+    if isinstance(text, T5EncoderModel):
+        return t5_tokens(text.config, TOKENS) + 1, text.config.d_model
+    return None

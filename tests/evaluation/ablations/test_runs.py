@@ -274,7 +274,7 @@ def test_the_command_says_by_its_status_that_a_run_failed(
     write_results(results, path)
     capsys.readouterr()
     assert main([*words, "--report"]) == 0
-    mixed = "2 versions of the code (1111111: rank=2; 2222222: rank=4)"
+    mixed = "2 versions of the code (1111111: 'rank=2'; 2222222: 'rank=4')"
     assert f"WARNING: the runs are of {mixed}; a difference may be of the code" in capsys.readouterr().out
     page = tmp_path / "mixed.md"
     write_page([table], {"mine": read_results(path) or {}}, page, tmp_path / "runs")
