@@ -13,12 +13,13 @@ from rich.console import Console
 
 from prd.errors import ConfigError
 from prd.evaluation.ablations.page import terminal_table, write_page
-from prd.evaluation.ablations.plan import Plan, plan_runs
+from prd.evaluation.ablations.plan import Plan, plan_runs, state_of
 from prd.evaluation.ablations.results import collect, read_results, told_commits, write_results
 from prd.evaluation.ablations.runner import train_runs
 from prd.evaluation.ablations.tables import Ablation, check_cells, load_table, shipped_tables
 from prd.evaluation.report import duration, shown
 from prd.training.recipes import load_config
+from prd.training.run.places import place_faults
 from prd.training.run.processes import cores
 from prd.training.run.resume import flat
 from prd.utils.arguments import MAX_SEED, check_int, check_writable_file, check_writable_folder, expanded_path
@@ -76,8 +77,17 @@ def ablate(words: Sequence[str]) -> int:
     )
     command = shlex.join(["prd", "ablate", *words])
     collect(plan, before, command)  # before hours of training: results of earlier must fit
+    if not args.report:
+        _check_places(plan)
     failed = {} if args.report else train_runs(plan.runs, jobs)
     return _report(plan, before, command, path, failed)
+
+
+def _check_places(plan: Plan) -> None:
+    """Raise ConfigError if a run that is to be trained lacks a model or a file; before others take their hours."""
+    for run in plan.runs:
+        if state_of(run.folder) != "finished" and (fault := next(place_faults(run.config), None)) is not None:
+            raise ConfigError(f"{plan.table.name}, {run.cell}: {fault}; docs/ablations.md says what a table needs")
 
 
 def _report(plan: Plan, before: dict[str, Any] | None, command: str, path: Path | None, failed: dict[Path, str]) -> int:

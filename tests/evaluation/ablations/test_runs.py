@@ -281,6 +281,16 @@ def test_the_command_says_by_its_status_that_a_run_failed(
     assert f"Runs of {mixed}." in page.read_text(encoding="utf-8")
 
 
+def test_what_a_cell_lacks_is_said_before_another_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no bases are
+    assert main(["ablate", "bases", "--seeds", "1", "--steps", "2", "--output_dir", str(tmp_path / "runs")]) != 0
+    said = capsys.readouterr().err
+    assert "bases, Stable Diffusion XL: model.base='runs/bases/sdxl'" in said and "docs/ablations.md says" in said
+    assert not (tmp_path / "runs").exists()
+
+
 # -- with real training ------------------------------------------------------------------------------------------------
 
 REAL: dict[str, Any] = {
