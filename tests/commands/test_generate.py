@@ -69,6 +69,7 @@ def test_every_option_of_meshes_is_refused_for_splats(
     parser = argparse.ArgumentParser()
     add_generate(parser.add_subparsers(dest="command"))
     (commands,) = (action.choices["generate"] for action in parser._actions if isinstance(action.choices, dict))
+    assert "splats (default: +Y down)" in {action.dest: action.help for action in commands._actions}["up"]
     refused = []
     for action in commands._actions:
         if action.dest in OF_SPLATS | {"help"}:
