@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from prd.commands.many import Job
 
 MAX_BATCH = 1024  # meshes at a time
-OF_MESHES = {  # options that splats have not, and their defaults
-    **{"format": None, "preview": None, "height": None, "compress": None, "coarse_factor": None},
-    **{"lods": 1, "normal_map": False, "vertex_colors": False},
+OF_SPLATS = {  # options that splats have, and those of many prompts, which are refused before; all others are of meshes
+    *("prompt", "output", "seed", "steps", "splats", "resolution", "up"),
+    *("model", "base", "text_encoder", "revision", "token", "allow_other_base", "device", "dtype"),
+    *("prompts", "column", "split", "num_meshes_per_prompt"),
 }
 
 
@@ -66,7 +67,7 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     names_file = args.output is None or has_suffix(args.output, tuple(f".{name}" for name in FORMATS))
     splats = args.splats or (args.output is not None and has_suffix(args.output, ".splat"))
-    if args.prompts is None and len(prompts) == 1 and count == 1 and (args.format is None or names_file):
+    if args.prompts is None and len(prompts) == 1 and count == 1 and (args.format is None or names_file or splats):
         return _generate_splats(args, prompts[0]) if splats else _generate_one(args, prompts[0])
     if splats:
         raise ConfigError("splats: are of one prompt and one file; leave --splats out, or give -o FILE.splat for each")
@@ -132,8 +133,8 @@ def _generate_splats(args: argparse.Namespace, prompt: str) -> int:
     from prd.splats.files import check_splats_file
     from prd.splats.splats import extract_splats
 
-    for name, default in OF_MESHES.items():
-        if (value := getattr(args, name)) != default:
+    for name, default in _defaults().items():
+        if name not in OF_SPLATS and (value := getattr(args, name)) != default:
             raise ConfigError(f"{name.replace('_', '-')}={value!r}: is of meshes, not of splats; leave it out")
     up: Any = args.up or "-y"
     path = check_splats_file("output", args.output or "splats.splat", up)
@@ -147,6 +148,13 @@ def _generate_splats(args: argparse.Namespace, prompt: str) -> int:
         (splats,) = extract_splats(result.field, options.isosurface_resolution, device=pipe.device)
     print(f"{splats.export(path, up=up)}: {len(splats)} Gaussians ({pipe.device})")
     return 0
+
+
+def _defaults() -> dict[str, Any]:
+    """What each option of the command is where it is left out."""
+    parser = argparse.ArgumentParser()
+    add_generate(parser.add_subparsers())
+    return vars(parser.parse_args(["generate"]))
 
 
 def _generate_many(args: argparse.Namespace, prompts: list[str]) -> int:

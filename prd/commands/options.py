@@ -82,7 +82,8 @@ def add_surface(command: argparse.ArgumentParser) -> None:
         "--up",
         default=None,
         choices=("y", "z"),
-        help="of .obj and .ply (default: y, as a .glb is; Blender imports a .ply upright with z), .stl (z)",
+        help="of .obj and .ply (default: y, as a .glb is; Blender imports a .ply upright with z), .stl (z), "
+        "splats (default: +Y down)",
     )
     command.add_argument(
         "--height",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from prd.cli import main
+from prd.commands.generate import OF_SPLATS, add_generate
 from prd.commands.options import FORMATS
 from prd.commands.prompts import read_prompts
 from prd.data.text_files import CorpusError
@@ -57,6 +59,31 @@ def test_splats_are_asked_for_by_the_suffix_or_by_name(tmp_path: Path, capsys: p
     assert f"element vertex {count}".encode() in head and b"property float rot_3" in head and b"+Z up" in head
     assert main([*words, "-o", str(ply), "--faces", "300"]) == 0
     assert b"element face" in ply.read_bytes()[:600]
+
+
+def test_every_option_of_meshes_is_refused_for_splats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All options of the parser, each with another value than its default: splats have it, or it is refused."""
+    monkeypatch.setattr("prd.commands.generate.load_model", lambda args: pytest.fail("a model was loaded"))
+    parser = argparse.ArgumentParser()
+    add_generate(parser.add_subparsers(dest="command"))
+    (commands,) = (action.choices["generate"] for action in parser._actions if isinstance(action.choices, dict))
+    assert "splats (default: +Y down)" in {action.dest: action.help for action in commands._actions}["up"]
+    refused = []
+    for action in commands._actions:
+        if action.dest in OF_SPLATS | {"help"}:
+            continue
+        flag = action.option_strings[-1]
+        own = [next(one for one in action.choices if one != action.default)] if action.choices else ["7"]
+        words = ["generate", "a red cube", "-o", str(tmp_path / "a.splat"), flag, *(own if action.nargs != 0 else [])]
+        assert main(words) == 2, flag
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"prd: {flag[2:]}=") and said.endswith("is of meshes, not of splats; leave it out"), said
+        refused.append(action.dest)
+    assert {"faces", "topology", "close_handles", "texture", "picture", "metallic", "roughness"} < set(refused)
+    assert {*refused, *OF_SPLATS} == {*vars(parser.parse_args(["generate"]))} - {"command"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def random_splats(count: int = 12, seed: int = 0, dtype: torch.dtype = torch.flo
     )
 
 
-def two_views(dtype: torch.dtype = torch.float64) -> Cameras:
+def two_views(dtype: torch.dtype = torch.float64, *, orthographic: bool = False) -> Cameras:
     """The cameras [1, 2] of one sample."""
     elevation, azimuth = torch.tensor([[20.0, -40.0]], dtype=dtype), torch.tensor([[10.0, 150.0]], dtype=dtype)
-    return orbit_cameras(elevation, azimuth, 2.5, 50.0)
+    return orbit_cameras(elevation, azimuth, 2.5, 50.0, orthographic=orthographic)

@@ -23,6 +23,7 @@ SIZE = (18, 23)  # height and width
 CPU: tuple[Backend, ...] = ("torch", "numba")
 
 each = pytest.mark.parametrize("backend", CPU)
+projections = pytest.mark.parametrize("orthographic", [False, True])
 
 
 def parts(splats: Splats) -> tuple[Tensor, ...]:
@@ -84,7 +85,8 @@ def test_right_is_right_and_up_is_up(backend: Backend) -> None:
     assert row == int(SIZE[0] / 2 - 9 * 0.5) and column == int(SIZE[1] / 2 + 9 * 0.4)
 
 
-def test_the_ellipse_is_that_of_samples_seen_through_the_camera() -> None:
+@projections
+def test_the_ellipse_is_that_of_samples_seen_through_the_camera(orthographic: bool) -> None:
     """Points of a small Gaussian, projected one by one, have the mean and the covariance of the ellipse."""
     generator = torch.Generator().manual_seed(1)
     scales = torch.tensor([[0.02, 0.004, 0.01]], dtype=torch.float64)
@@ -93,8 +95,9 @@ def test_the_ellipse_is_that_of_samples_seen_through_the_camera() -> None:
     noise = torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
     points = mean + (noise * scales) @ rotation_matrices(rotation)[0].T
     height, width = 480, 640
-    pixels, depth = two_views().project(points[None], height, width)
-    found = project(mean, scales, rotation, torch.ones(1, dtype=torch.float64), two_views(), height, width)
+    cameras = two_views(orthographic=orthographic)
+    pixels, depth = cameras.project(points[None], height, width)
+    found = project(mean, scales, rotation, torch.ones(1, dtype=torch.float64), cameras, height, width)
     for view in range(2):
         a, b, c = found.conics[view, 0]
         covariance = torch.linalg.inv(torch.stack([torch.stack([a, b]), torch.stack([b, c])]))
@@ -137,13 +140,15 @@ def test_a_turn_is_that_of_its_quaternion() -> None:
 
 
 @each
+@projections
 @pytest.mark.parametrize("antialias", [False, True])
-def test_gradients_are_those_of_finite_differences(backend: Backend, antialias: bool) -> None:
+def test_gradients_are_those_of_finite_differences(backend: Backend, orthographic: bool, antialias: bool) -> None:
+    cameras = two_views(orthographic=orthographic)
     splats = random_splats(5, seed=3)
     inputs = tuple(part.clone().requires_grad_() for part in parts(splats))
 
     def render(*tensors: Tensor) -> Tensor:
-        return draw(Splats(*tensors), backend, size=(6, 8), antialias=antialias)
+        return draw(Splats(*tensors), backend, cameras, size=(6, 8), antialias=antialias)
 
     assert torch.autograd.gradcheck(render, inputs, eps=1e-6, atol=1e-5, rtol=1e-4, nondet_tol=0.0)
 
@@ -219,17 +224,21 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
         rasterize_splats(splats, **arguments)
 
 
-def test_opencv_matrices_project_as_the_cameras_do() -> None:
+@projections
+def test_opencv_matrices_project_as_the_cameras_do(orthographic: bool) -> None:
     splats, (height, width) = random_splats(30), SIZE
-    world_to_camera, matrices = intrinsics(two_views(), height, width)
+    cameras = two_views(orthographic=orthographic)
+    world_to_camera, matrices = intrinsics(cameras, height, width)
     local = splats.means @ world_to_camera[:, :3, :3].transpose(1, 2) + world_to_camera[:, None, :3, 3]
-    pixels = local @ matrices.transpose(1, 2)
-    expected, depth = two_views().project(splats.means[None], height, width)
-    torch.testing.assert_close(pixels[..., :2] / pixels[..., 2:], expected[0])
+    plane = torch.ones_like(local[..., 2:]) if orthographic else local[..., 2:]
+    pixels = torch.cat([local[..., :2] / plane, torch.ones_like(plane)], dim=-1) @ matrices.transpose(1, 2)
+    expected, depth = cameras.project(splats.means[None], height, width)
+    torch.testing.assert_close(pixels[..., :2], expected[0])
     torch.testing.assert_close(local[..., 2], depth[0])
 
 
-def test_gsplat_is_asked_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@projections
+def test_gsplat_is_asked_in_its_own_order(monkeypatch: pytest.MonkeyPatch, orthographic: bool) -> None:
     """Its function's arguments by name, as its documentation has them, whatever is installed here."""
     asked: dict[str, Any] = {}
 
@@ -238,8 +247,8 @@ def test_gsplat_is_asked_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> No
         return colors.new_ones(2, height, width, 3), colors.new_ones(2, height, width, 1), {}
 
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
-    splats = random_splats(7)
-    images, opacity = _gsplat(splats, splats.colors.expand(2, -1, -1), two_views(), *SIZE, True)
+    splats, cameras = random_splats(7), two_views(orthographic=orthographic)
+    images, opacity = _gsplat(splats, splats.colors.expand(2, -1, -1), cameras, *SIZE, True)
     assert images.shape == (2, *SIZE, 3) and opacity.shape == (2, *SIZE, 1) and images.dtype == torch.float64
     assert (asked["height"], asked["width"]) == SIZE
     for name, value in (("means", splats.means), ("quats", splats.rotations), ("scales", splats.scales)):
@@ -247,6 +256,7 @@ def test_gsplat_is_asked_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         asked["colors"].shape == (2, 7, 3) and asked["viewmats"].shape == (2, 4, 4) and asked["Ks"].shape == (2, 3, 3)
     )
+    assert asked["options"]["camera_model"] == ("ortho" if orthographic else "pinhole")
     assert asked["options"]["rasterize_mode"] == "antialiased" and asked["options"]["eps2d"] == LOW_PASS
 
 
