@@ -194,9 +194,9 @@ class UNetTeacher(nn.Module):
                 f"{'takes no' if embedded == 'projection' else 'needs a'} camera projection: this is another model's "
                 "U-Net"
             )
-        if width := getattr(unet.config, "time_cond_proj_dim", None):
+        if told := getattr(unet.config, "time_cond_proj_dim", None):
             raise ValueError(
-                f"unet: time_cond_proj_dim={width}; a latent consistency model predicts no score to distill; give the "
+                f"unet: time_cond_proj_dim={told}; a latent consistency model predicts no score to distill; give the "
                 "model that it was made from"
             )
         self.unet, self.text_encoder, self.view_dependent = unet, text_encoder, view_dependent
