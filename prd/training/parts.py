@@ -25,7 +25,7 @@ from prd.generators.protocol import Model
 from prd.hub.shipped import shipped
 from prd.rendering.protocol import Renderer
 from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
-from prd.teachers.multiview import OwnCameras
+from prd.teachers.multiview import own_cameras
 from prd.teachers.offload import set_offload
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
@@ -223,12 +223,14 @@ def check_views(teachers: Mapping[str, Teacher], cameras: CamerasConfig) -> None
 
     cameras  of the run, for the teachers without cameras of their own
     """
+    shown = dict[str, Teacher]()
     for name, teacher in teachers.items():
-        if isinstance(teacher, OwnCameras) and teacher.cameras.views != teacher.num_views:
+        if (own := own_cameras(teacher)) is None:
+            shown[name] = teacher
+        elif own.views != teacher.num_views:
             raise ConfigError(
-                f"teachers.{name}: its own cameras have views={teacher.cameras.views}, but it sees {teacher.num_views}"
+                f"teachers.{name}: its own cameras have views={own.views}, but it sees {teacher.num_views}"
             )
-    shown = {name: teacher for name, teacher in teachers.items() if not isinstance(teacher, OwnCameras)}
     views = cameras.views
     for count in {teacher.num_views for teacher in shown.values()} - {1, views}:
         names = " and ".join(name for name, teacher in shown.items() if teacher.num_views == count)

@@ -151,3 +151,11 @@ def test_own_cameras_of_another_number_are_refused(toybox, adapter: str) -> None
     trainer.parts.teachers["mv_adapter"].num_views = 4
     with pytest.raises(ConfigError, match="teachers.mv_adapter: its own cameras have views=6, but it sees 4"):
         Trainer(trainer.config, trainer.parts)
+
+
+def test_another_attribute_of_that_name_is_no_cameras(toybox) -> None:
+    """A teacher of the user's own may call anything `cameras`: it is shown the run's."""
+    trainer = make(None, "--num_denoising_steps", "1")
+    trainer.parts.teachers["mvdream"].cameras = ["left"]  # type: ignore[attr-defined]
+    again = Trainer(trainer.config, trainer.parts)
+    assert [shot.cameras for shot in again.objective.shots] == [None] and again.objective.views == 4

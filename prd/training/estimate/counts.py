@@ -25,7 +25,7 @@ from prd.rendering.surface import SurfaceConfig
 from prd.rendering.views import Views
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import Condition, TeacherConfig
-from prd.teachers.multiview import CAMERA_DIMENSIONS, OwnCameras
+from prd.teachers.multiview import CAMERA_DIMENSIONS, own_cameras
 from prd.teachers.mv_adapter import CAMERA_CHANNELS
 from prd.training.classes import SECTIONS, class_name_of, part_class
 from prd.training.config import TrainConfig
@@ -124,7 +124,7 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"teachers.{name}")
         else:
             teachers[name] = count_teacher(made, settings, config)
-        shown.add(made.teacher.cameras if made is not None and isinstance(made.teacher, OwnCameras) else config.cameras)
+        shown.add((None if made is None else own_cameras(made.teacher)) or config.cameras)
     for name, renderer in build_renderers(config, [config]).items():
         if isinstance(renderer.config, VolumeConfig | SurfaceConfig):
             views = sum(cameras.views for cameras in shown or {config.cameras})
