@@ -138,12 +138,26 @@ def test_single_views_may_be_orthographic(toybox) -> None:
         ),
         (["--cameras.views", "6"], "cameras.views=6: must be 4, which mvdream see"),
         (["--cameras.azimuths", "[0, 90]"], "must be one for each of views=4"),
+        (
+            ["--stages", "[{until: 0.5}, {name: flat, until: 1, cameras: {projection: orthographic}}]"],
+            "cameras.projection=orthographic in stage flat: must be perspective, which mvdream",
+        ),
+        (
+            ["--stages", "[{until: 0.5, cameras: {views: 6}}, {until: 1}]"],
+            "cameras.views=6 in stage 1: must be 4, which mvdream see",
+        ),
     ],
-    ids=["projection", "views", "azimuths"],
+    ids=["projection", "views", "azimuths", "projection-of-a-stage", "views-of-a-stage"],
 )
 def test_cameras_that_a_teacher_does_not_know_are_refused(toybox, adapter: str, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make(adapter, *words)
+
+
+def test_a_stage_without_a_teacher_may_have_cameras_that_it_does_not_know(toybox, adapter: str) -> None:
+    leaves = "{until: 1, cameras: {projection: orthographic, views: 2}, teachers: {mvdream: {enabled: false}}}"
+    trainer = make(adapter, "--stages", f"[{{until: 0.5}}, {leaves}]")
+    assert trainer.parts.teachers.keys() == {"mvdream", "mv_adapter"}
 
 
 def test_own_cameras_of_another_number_are_refused(toybox, adapter: str) -> None:
