@@ -172,10 +172,12 @@ ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
     [
         ({f"{ATTENTION}.to_q_mv.weight": None}, r"attn1.processor.to_q_mv.weight is missing \(of 1\)"),
         ({f"{ATTENTION}.to_q_ref.weight": torch.zeros(16, 16)}, r"to_q_ref.weight is left over \(of 1\)"),
-        ({"adapter.conv_in.weight": torch.zeros(16, 192, 3, 3)}, r"adapter.conv_in.weight has another shape \(of 1\)"),
+        ({"adapter.conv_in.weight": torch.zeros(8, 384, 3, 3)}, r"adapter.conv_in.weight has another shape \(of 1\)"),
+        ({"adapter.conv_in.weight": torch.zeros(16, 768, 3, 3)}, r"has shape \(16, 768, 3, 3\), not 384 channels"),
+        ({"adapter.conv_in.weight": None}, "adapter.conv_in.weight is missing;"),
         ({f"{ATTENTION}.to_v_mv.weight": torch.full((16, 16), torch.nan)}, "to_v_mv.weight holds NaN"),
     ],
-    ids=["missing", "left over", "shape", "nan"],
+    ids=["missing", "left over", "shape", "channels", "no encoder", "nan"],
 )
 def test_another_adapter_is_refused(
     saved: dict[str, Any], tmp_path: Path, change: dict[str, Tensor | None], said: str
@@ -186,8 +188,12 @@ def test_another_adapter_is_refused(
         MVAdapterTeacher.from_pretrained(saved["path"], adapter=str(tmp_path / "other.safetensors"))
 
 
-def test_an_adapter_of_another_base_is_refused(saved: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the base is loaded."""
     other = save_mv_adapter_xl(tmp_path)
+    monkeypatch.setattr("prd.teachers.base.load_strict", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(CheckpointError, match=r"is for Stable Diffusion 2.1, .*_sdxl.safetensors for XL"):
         MVAdapterTeacher.from_pretrained(saved["path"], adapter=other["adapter"])
     with pytest.raises(FileNotFoundError, match="holds no mvadapter_t2mv_sd21.safetensors; give the file"):
