@@ -122,6 +122,18 @@ def test_what_a_run_takes_counts_it(toybox, adapter: str) -> None:
     assert beside.renderers["surface"].lookup_bytes == pytest.approx(2.5 * alone.renderers["surface"].lookup_bytes)
 
 
+def test_views_of_an_adapter_that_is_not_counted_are(toybox) -> None:
+    """MV-Adapter on XL: its network is named as not counted, its six views are counted, and the run's are not."""
+    words, xl = [*SMALL, *OFF], ["--teachers.mv_adapter_xl.enabled", "true"]
+    without, beside, alone = (
+        count_step(load_config("toybox", [*words, *own]))
+        for own in ([], xl, [*xl, "--teachers.mvdream.enabled", "false"])
+    )
+    assert alone.uncounted == beside.uncounted == ("teachers.mv_adapter_xl",) and not alone.teachers
+    lookups = [count.renderers["surface"].lookup_bytes for count in (without, beside, alone)]
+    assert [size / lookups[0] for size in lookups] == pytest.approx([1, 10 / 4, 6 / 4])
+
+
 def test_single_views_may_be_orthographic(toybox) -> None:
     words = ["--teachers.mvdream.enabled", "false", "--teachers.stable_diffusion.enabled", "true"]
     trainer = make(None, *words, "--cameras.projection", "orthographic", "--cameras.views", "2")

@@ -25,8 +25,8 @@ from prd.rendering.surface import SurfaceConfig
 from prd.rendering.views import Views
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import Condition, TeacherConfig
-from prd.teachers.multiview import CAMERA_DIMENSIONS, own_cameras
-from prd.teachers.mv_adapter import CAMERA_CHANNELS
+from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.teachers.mv_adapter import CAMERA_CHANNELS, MVAdapterTeacherConfig, cameras_of
 from prd.training.classes import SECTIONS, class_name_of, part_class
 from prd.training.config import TrainConfig
 from prd.training.estimate.architectures import (
@@ -98,7 +98,7 @@ class RendererCount:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """All that a step is made of, for one prompt; parts of the user's own are not counted."""
+    """All that a step is made of, for one prompt; `uncounted` names the parts that are not."""
 
     student: StudentCount
     teachers: dict[str, TeacherCount]
@@ -124,7 +124,8 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"teachers.{name}")
         else:
             teachers[name] = count_teacher(made, settings, config)
-        shown.add((None if made is None else own_cameras(made.teacher)) or config.cameras)
+        own = cameras_of(settings.image_height) if isinstance(settings, MVAdapterTeacherConfig) else None
+        shown.add(own or config.cameras)
     for name, renderer in build_renderers(config, [config]).items():
         if isinstance(renderer.config, VolumeConfig | SurfaceConfig):
             views = sum(cameras.views for cameras in shown or {config.cameras})
