@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ IMAGE_HEIGHT = 2.2  # scene units: it was trained on objects in a unit cube, in 
 CAMERA_CHANNELS = 6  # of a camera map: viewing direction and direction of the camera from the origin
 PIXELS_PER_LATENT = 8  # of a camera map, each way
 FIRST = "adapter.conv_in.weight"  # of the encoder of camera maps: its first layer
+XL_PIXELS = 768  # of the images that the adapter of Stable Diffusion XL was trained with
 SNR_SHIFT = 8.0  # by which the signal-to-noise ratio is divided at the last timestep
 NEGATIVE_PROMPT = "watermark, ugly, deformed, noisy, blurry, low contrast"  # of the published commands
 
@@ -62,7 +63,7 @@ class MVAdapterXLTeacherConfig(MVAdapterTeacherConfig):
 
     path: Place = "stabilityai/stable-diffusion-xl-base-1.0"  # Hub id or folder of its base, in diffusers' layout
     adapter: Place = "huanngzh/mv-adapter"  # its file, or a folder or Hub id with mvadapter_t2mv_sdxl.safetensors
-    pixels: Count | None = 768  # height and width of the images it is shown, as trained; null: the base's, 1024
+    pixels: Count | None = XL_PIXELS  # height and width of the images it is shown, as trained; null: the base's, 1024
 
 
 class RowAttention(nn.Module):
@@ -244,6 +245,11 @@ class MVAdapterXLTeacher(MVAdapterTeacher, StableDiffusionXLTeacher):
     own_settings = ("adapter", "image_height", "pixels")
     adapter_name = "mvadapter_t2mv_sdxl.safetensors"
     gathered_pixels = 2 * PIXELS_PER_LATENT
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *, pixels: int | None = XL_PIXELS, **options: Any) -> Self:
+        """As `MVAdapterTeacher`; pixels: height and width of the images it is shown, None: the base's, 1024."""
+        return super().from_pretrained(folder, pixels=pixels, **options)
 
     @classmethod
     def make_encoder(cls, unet: UNet2DConditionModel) -> T2IAdapter:

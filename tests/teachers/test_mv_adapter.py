@@ -31,6 +31,7 @@ from prd.teachers import (
     MVAdapterTeacher,
     MVAdapterTeacherConfig,
     MVAdapterXLTeacher,
+    MVAdapterXLTeacherConfig,
     TeacherOptions,
     mv_adapter,
 )
@@ -131,6 +132,17 @@ def test_settings_of_a_recipe_load_it(saved: dict[str, Any]) -> None:
     assert resolved(config, 0, 10).guidance_scale == 7.0 and "watermark" in config.negative_prompt
     folder = str(Path(saved["adapter"]).parent)  # which holds it by its published name
     assert MVAdapterTeacher.from_pretrained(saved["path"], adapter=folder).num_views == 6
+
+
+def test_on_xl_it_is_shown_images_of_the_size_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = save_mv_adapter_xl(tmp_path)
+    shown: list[int | None] = []
+    monkeypatch.setattr(MVAdapterXLTeacher, "show", lambda _, pixels: shown.append(pixels))
+    for options in ({}, {"pixels": None}, {"pixels": 16}):
+        MVAdapterXLTeacher.from_pretrained(where["path"], adapter=where["adapter"], **options)
+    assert shown == [MVAdapterXLTeacherConfig(path="a/b").pixels, None, 16] and shown[0] == 768
 
 
 @pytest.mark.parametrize("kind", [MVAdapterTeacher, MVAdapterXLTeacher])
