@@ -134,6 +134,26 @@ def test_views_of_an_adapter_that_is_not_counted_are(toybox) -> None:
     assert [size / lookups[0] for size in lookups] == pytest.approx([1, 10 / 4, 6 / 4])
 
 
+@pytest.mark.parametrize(("nodes", "shared"), [("16", True), ("12", False)], ids=["shared", "own"])
+def test_a_surface_is_counted_for_each_set_of_cameras(toybox, nodes: str, shared: bool) -> None:
+    """Its nodes too, unless they are the volume's grid, which is sampled once for all."""
+    words = [*SMALL, *OFF, "--renderers.surface.grid_resolution", nodes]
+    xl = ["--teachers.mv_adapter_xl.enabled", "true"]
+    four, both, six = (
+        count_step(load_config("toybox", [*words, *own])).renderers
+        for own in ([], xl, [*xl, "--teachers.mvdream.enabled", "false"])
+    )
+    apart = {name: four[name].work.total + six[name].work.total for name in both}
+    assert both["volume"].work.total < (1 - 1e-3) * apart["volume"]
+    if shared:
+        assert both["surface"].work.total < (1 - 1e-3) * apart["surface"]
+    else:
+        assert both["surface"].work.total == pytest.approx(apart["surface"], rel=1e-6)
+        assert both["surface"].kept_bytes == pytest.approx(
+            four["surface"].kept_bytes + six["surface"].kept_bytes, abs=2
+        )
+
+
 def test_single_views_may_be_orthographic(toybox) -> None:
     words = ["--teachers.mvdream.enabled", "false", "--teachers.stable_diffusion.enabled", "true"]
     trainer = make(None, *words, "--cameras.projection", "orthographic", "--cameras.views", "2")
