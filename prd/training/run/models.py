@@ -61,8 +61,9 @@ def model_faults(config: TrainConfig) -> Iterator[ConfigError]:
         except ConfigError:  # of a class of one's own that is given as a part
             continue
         if kind in OF_BASE:
-            adapted: Any = part_class(SECTIONS["teachers"], kind, key)
-            yield from _told(f"{key}.adapter", settings.adapter, _adapter_faults(adapted, settings.adapter))
+            adapter: str = vars(settings)["adapter"]
+            found = _adapter_faults(part_class(SECTIONS["teachers"], kind, key), adapter)
+            yield from _told(f"{key}.adapter", adapter, found)
             kind = OF_BASE[kind]
         if kind in NAMES:
             yield from _told(f"{key}.path", settings.path, _teacher_faults(kind, settings.path, model))
