@@ -7,7 +7,7 @@ processor, and `class_embed_type="projection"`, whose two linear layers with a S
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,10 @@ def check_settings(num_views: int, camera_encoding: str, base: str | None) -> No
         raise ValueError(f"base={base!r}: must be a folder beside this one ('../name'), a Hub id, or null")
 
 
-@runtime_checkable
-class OwnCameras(Protocol):
-    """A teacher that is shown renderings from cameras of its own in the place of the run's."""
-
-    cameras: CamerasConfig  # as many views as its `num_views`
+def own_cameras(teacher: object) -> CamerasConfig | None:
+    """The cameras of a teacher's own, its attribute `cameras`; None where that is no `CamerasConfig`: the run's."""
+    found = getattr(teacher, "cameras", None)
+    return found if isinstance(found, CamerasConfig) else None
 
 
 class JointViewAttnProcessor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ AZIMUTHS = (0.0, 45.0, 90.0, 180.0, 270.0, 315.0)  # of the views, degrees, in t
 IMAGE_HEIGHT = 2.2  # scene units: it was trained on objects in a unit cube, in images of 1.1 units
 CAMERA_CHANNELS = 6  # of a camera map: viewing direction and direction of the camera from the origin
 PIXELS_PER_LATENT = 8  # of a camera map, each way
+FIRST = "adapter.conv_in.weight"  # of the encoder of camera maps: its first layer
+XL_PIXELS = 768  # of the images that the adapter of Stable Diffusion XL was trained with
 SNR_SHIFT = 8.0  # by which the signal-to-noise ratio is divided at the last timestep
 NEGATIVE_PROMPT = "watermark, ugly, deformed, noisy, blurry, low contrast"  # of the published commands
 
@@ -61,7 +63,7 @@ class MVAdapterXLTeacherConfig(MVAdapterTeacherConfig):
 
     path: Place = "stabilityai/stable-diffusion-xl-base-1.0"  # Hub id or folder of its base, in diffusers' layout
     adapter: Place = "huanngzh/mv-adapter"  # its file, or a folder or Hub id with mvadapter_t2mv_sdxl.safetensors
-    pixels: Count | None = 768  # height and width of the images it is shown, as trained; null: the base's, 1024
+    pixels: Count | None = XL_PIXELS  # height and width of the images it is shown, as trained; null: the base's, 1024
 
 
 class RowAttention(nn.Module):
@@ -159,6 +161,7 @@ class MVAdapterTeacher(StableDiffusionTeacher):
     config_class: ClassVar[type[TeacherConfig]] = MVAdapterTeacherConfig
     own_settings: ClassVar[tuple[str, ...]] = ("adapter", "image_height")
     adapter_name: ClassVar[str] = "mvadapter_t2mv_sd21.safetensors"
+    gathered_pixels: ClassVar[int] = PIXELS_PER_LATENT  # of camera maps, each way, by the encoder's first layer
 
     def __init__(self, *, condition_encoder: T2IAdapter, image_height: float = IMAGE_HEIGHT, **parts: Any) -> None:
         super().__init__(**parts)
@@ -189,9 +192,10 @@ class MVAdapterTeacher(StableDiffusionTeacher):
 
         Raises CheckpointError for a file of another adapter, or of one for another base.
         """
+        cls.check_adapter(file := cls.adapter_file(adapter))  # before the base is loaded, which takes a while
         parts = super().load_parts(folder, dtype, base)
         encoder = cls.make_encoder(parts["unet"])
-        add_adapter(parts["unet"], encoder, cls.adapter_file(adapter), dtype)
+        add_adapter(parts["unet"], encoder, file, dtype)
         parts["scheduler"] = shifted_schedule(parts["scheduler"])
         return {**parts, "condition_encoder": encoder, "image_height": image_height}
 
@@ -206,10 +210,19 @@ class MVAdapterTeacher(StableDiffusionTeacher):
             raise MissingFile(f"adapter={adapter!r}: holds no {cls.adapter_name}; give the file, or its folder")
         return file
 
-    @staticmethod
-    def make_encoder(unet: UNet2DConditionModel) -> T2IAdapter:
+    @classmethod
+    def check_adapter(cls, file: Path) -> None:
+        """CheckpointError for a file without this adapter's first layer of camera maps; reads no other tensor."""
+        first, width = read_tensors([file]).get(FIRST), CAMERA_CHANNELS * cls.gathered_pixels**2
+        if first is None:
+            raise another_adapter(file, f"{FIRST} is missing")
+        if tuple(first.shape[1:2]) != (width,):
+            raise another_adapter(file, f"{FIRST} has shape {tuple(first.shape)}, not {width} channels")
+
+    @classmethod
+    def make_encoder(cls, unet: UNet2DConditionModel) -> T2IAdapter:
         """The encoder of camera maps for a U-Net, without weights: a feature for each block of its downward half."""
-        return _encoder(unet, list(unet.config.block_out_channels), "full_adapter", PIXELS_PER_LATENT)
+        return _encoder(unet, list(unet.config.block_out_channels), "full_adapter", cls.gathered_pixels)
 
     def camera_input(self, cameras: Cameras) -> Tensor:
         """Rows [B*V, 6] of the camera maps."""
@@ -231,12 +244,18 @@ class MVAdapterXLTeacher(MVAdapterTeacher, StableDiffusionXLTeacher):
     config_class: ClassVar[type[TeacherConfig]] = MVAdapterXLTeacherConfig  # type: ignore[assignment]
     own_settings = ("adapter", "image_height", "pixels")
     adapter_name = "mvadapter_t2mv_sdxl.safetensors"
+    gathered_pixels = 2 * PIXELS_PER_LATENT
 
-    @staticmethod
-    def make_encoder(unet: UNet2DConditionModel) -> T2IAdapter:
+    @classmethod
+    def from_pretrained(cls, folder: str, *, pixels: int | None = XL_PIXELS, **options: Any) -> Self:
+        """As `MVAdapterTeacher`; pixels: height and width of the images it is shown, None: the base's, 1024."""
+        return super().from_pretrained(folder, pixels=pixels, **options)
+
+    @classmethod
+    def make_encoder(cls, unet: UNet2DConditionModel) -> T2IAdapter:
         """The encoder of camera maps for a U-Net, without weights: one feature more, for its middle block."""
         widths = list(unet.config.block_out_channels)
-        return _encoder(unet, [*widths, widths[-1]], "full_adapter_xl", 2 * PIXELS_PER_LATENT)
+        return _encoder(unet, [*widths, widths[-1]], "full_adapter_xl", cls.gathered_pixels)
 
 
 def _encoder(unet: UNet2DConditionModel, widths: list[int], kind: str, pixels: int) -> T2IAdapter:
@@ -288,6 +307,14 @@ def _nested(layers: Mapping[str, nn.Module]) -> nn.Module:
     return root
 
 
+def another_adapter(file: Path, found: str) -> CheckpointError:
+    """The error of a file that is not the adapter it should be."""
+    return CheckpointError(
+        f"{file}: is no MV-Adapter from text to views for this base: {found}; "
+        "mvadapter_t2mv_sd21.safetensors is for Stable Diffusion 2.1, mvadapter_t2mv_sdxl.safetensors for XL"
+    )
+
+
 def add_adapter(unet: UNet2DConditionModel, encoder: T2IAdapter, file: Path, dtype: torch.dtype) -> None:
     """Put the weights of an adapter's file beside those of a U-Net, and into an encoder that has none.
 
@@ -302,10 +329,7 @@ def add_adapter(unet: UNet2DConditionModel, encoder: T2IAdapter, file: Path, dty
         "has another shape": {key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape},
     }
     if found := [f"{min(keys)} {what} (of {len(keys)})" for what, keys in faults.items() if keys]:
-        raise CheckpointError(
-            f"{file}: is no MV-Adapter from text to views for this base: {', '.join(found)}; "
-            "mvadapter_t2mv_sd21.safetensors is for Stable Diffusion 2.1, mvadapter_t2mv_sdxl.safetensors for XL"
-        )
+        raise another_adapter(file, ", ".join(found))
     if broken := [key for key, tensor in tensors.items() if has_non_finite(tensor)]:
         raise CheckpointError(f"{file}: {broken[0]} holds NaN or infinity; {AGAIN}")
     assign(layers, tensors, str(file), dtype)

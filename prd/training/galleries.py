@@ -80,12 +80,16 @@ def make_fields(
 
 
 def evaluation_cameras(config: TrainConfig, batch: int) -> Cameras:
-    """Cameras [batch, views] of what is shown: evenly spaced azimuths at one elevation, as `validation` says."""
+    """Cameras [batch, views] of what is shown: evenly spaced azimuths at one elevation, as `validation` says.
+
+    They are of the projection of `cameras`.
+    """
     own = config.validation
     turns = torch.arange(own.views, dtype=torch.float32, device="cpu") / own.views
     azimuth, (distance, fovy) = (own.azimuth + 360 * turns).expand(batch, -1), config.cameras.middle
     elevation = torch.full_like(azimuth, own.elevation)
-    return orbit_cameras(elevation, azimuth, own.distance or distance, own.fovy or fovy)
+    parallel = config.cameras.projection == "orthographic"
+    return orbit_cameras(elevation, azimuth, own.distance or distance, own.fovy or fovy, orthographic=parallel)
 
 
 def shown_background(config: TrainConfig) -> float:

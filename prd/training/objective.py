@@ -24,7 +24,7 @@ from prd.rendering.protocol import Rendered, Renderer, SampleDraws, SharedGrids,
 from prd.rendering.shading import shade_at_random
 from prd.rendering.views import Views
 from prd.teachers.base import TeacherConfig
-from prd.teachers.multiview import OwnCameras
+from prd.teachers.multiview import own_cameras
 from prd.training.config import Stage, TrainConfig
 from prd.training.diagnostics import NonFiniteDiagnostics
 from prd.training.fake_scores import FakeScores, fake_config
@@ -113,8 +113,7 @@ class Objective:
         shown: dict[CamerasConfig | None, list[str]] = {None: []}
         for name in self._names("teachers", self.parts.teachers):
             if self.stage.config.teachers.get(name, TeacherConfig()).enabled:
-                teacher = self.parts.teachers[name]
-                shown.setdefault(teacher.cameras if isinstance(teacher, OwnCameras) else None, []).append(name)
+                shown.setdefault(own_cameras(self.parts.teachers[name]), []).append(name)
         shots = [Shot(place, cameras, tuple(names)) for place, (cameras, names) in enumerate(shown.items())]
         return shots[1:] if not shots[0].teachers and shots[1:] and self.parts.library is None else shots
 

@@ -25,14 +25,14 @@ from prd.generators.protocol import Model
 from prd.hub.shipped import shipped
 from prd.rendering.protocol import Renderer
 from prd.teachers.base import Teacher, TeacherConfig, UNetTeacher
-from prd.teachers.multiview import OwnCameras
+from prd.teachers.multiview import own_cameras
 from prd.teachers.offload import set_offload
 from prd.text.encoders import PromptEncoder
 from prd.text.loading import encoder_digest
 from prd.training.classes import SECTIONS, class_name_of, given_class, part_class, settings_by_key
 from prd.training.config import TrainConfig
 from prd.training.precision import dtype_of, teachers_dtype
-from prd.training.recipes import from_dict, stages_of, to_dict
+from prd.training.recipes import configured_parts, from_dict, stages_of, to_dict
 from prd.utils.imports import check_members
 from prd.utils.progress import loading
 
@@ -209,34 +209,41 @@ def with_classes(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def check_parts(parts: Parts, config: TrainConfig) -> None:
-    """ConfigError for a part that lacks a member of its protocol, and for teachers that see another number of views."""
+    """ConfigError for a part that lacks a member of its protocol, and for cameras that teachers do not know."""
     check_members(parts.model, Model, f"model ({type(parts.model).__name__})")
     for name, renderer in parts.renderers.items():
         check_members(renderer, Renderer, f"renderers.{name} ({type(renderer).__name__})")
     for name, teacher in parts.teachers.items():
         check_members(teacher, Teacher, f"teachers.{name} ({type(teacher).__name__})")
-    check_views(parts.teachers, config.cameras)
+    configured = configured_parts(stages := stages_of(config))
+    for stage in stages:
+        own = stage.config.enabled_teachers
+        asked = {n: part for n, part in parts.teachers.items() if n in own or f"teachers.{n}" not in configured}
+        check_views(asked, stage.config.cameras, f" in stage {stage.name}" if stage.name else "")
 
 
-def check_views(teachers: Mapping[str, Teacher], cameras: CamerasConfig) -> None:
+def check_views(teachers: Mapping[str, Teacher], cameras: CamerasConfig, where: str = "") -> None:
     """ConfigError for teachers that see another number of views, or another projection, than they are shown.
 
-    cameras  of the run, for the teachers without cameras of their own
+    cameras  of the run or of a stage, for the teachers without cameras of their own
+    where    named after them in the error: " in stage mesh"
     """
+    shown = dict[str, Teacher]()
     for name, teacher in teachers.items():
-        if isinstance(teacher, OwnCameras) and teacher.cameras.views != teacher.num_views:
+        if (own := own_cameras(teacher)) is None:
+            shown[name] = teacher
+        elif own.views != teacher.num_views:
             raise ConfigError(
-                f"teachers.{name}: its own cameras have views={teacher.cameras.views}, but it sees {teacher.num_views}"
+                f"teachers.{name}: its own cameras have views={own.views}, but it sees {teacher.num_views}"
             )
-    shown = {name: teacher for name, teacher in teachers.items() if not isinstance(teacher, OwnCameras)}
     views = cameras.views
     for count in {teacher.num_views for teacher in shown.values()} - {1, views}:
         names = " and ".join(name for name, teacher in shown.items() if teacher.num_views == count)
-        raise ConfigError(f"cameras.views={views}: must be {count}, which {names} see")
+        raise ConfigError(f"cameras.views={views}{where}: must be {count}, which {names} see")
     told = [name for name, teacher in shown.items() if getattr(teacher, "takes_cameras", False)]
     if told and cameras.projection != "perspective":
         raise ConfigError(
-            f"cameras.projection={cameras.projection}: must be perspective, which {' and '.join(told)} "
+            f"cameras.projection={cameras.projection}{where}: must be perspective, which {' and '.join(told)} "
             "was trained with, or leave that teacher out"
         )
 

@@ -68,6 +68,16 @@ def embeddings(folder: Path, *made: tuple[str, int, str]) -> None:
         np.save(folder / str(number) / "index.npy", np.zeros((3, 0), dtype=np.uint64))
 
 
+def adapter(path: Path, pixels: int) -> None:
+    """The first layer of an MV-Adapter's encoder of camera maps, which gathers so many pixels each way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"adapter.conv_in.weight": torch.zeros(8, 6 * pixels**2, 3, 3)}, path)
+
+
+def adapted(name: str, file: str) -> str:
+    return f"--teachers.{name}={{path: stable_diffusion, adapter: {file}}}"
+
+
 MV, RD, SD = "--teachers.mvdream.path=", "--teachers.richdreamer.path=", "--teachers.stable_diffusion.path="
 CASES = [
     Case("a teacher's own file", lambda f: raw(f / "mv.pt"), (f"{MV}mv.pt",), (
@@ -97,6 +107,19 @@ CASES = [
          (f"{MV}mvdream",), ("teachers.mvdream.path='mvdream'", "names the base '/absent/sd'", "--base")),
     Case("a teacher without a text", lambda f: shutil.rmtree(f / "richdreamer/text_encoder"), (f"{RD}richdreamer",), (
         "teachers.richdreamer.path='richdreamer'", "no text_encoder/config.json", "--base")),
+    Case("the adapter of the other base", lambda f: adapter(f / "a.safetensors", 16),
+         (adapted("mv_adapter", "a.safetensors"),), (
+        "teachers.mv_adapter.adapter='a.safetensors'", "not 384 channels", "mvadapter_t2mv_sdxl.safetensors for XL")),
+    Case("the adapter of the other base in a folder",
+         lambda f: adapter(f / "a/mvadapter_t2mv_sdxl.safetensors", 8), (adapted("mv_adapter_xl", "a"),), (
+        "teachers.mv_adapter_xl.adapter='a'", "not 1536 channels", "mvadapter_t2mv_sdxl.safetensors for XL")),
+    Case("no adapter in a folder", lambda f: (f / "a").mkdir(), (adapted("mv_adapter", "a"),), (
+        "teachers.mv_adapter.adapter='a': holds no mvadapter_t2mv_sd21.safetensors", "give the file")),
+    Case("another file for an adapter", lambda f: single_file(f / "sd.safetensors", 1024),
+         (adapted("mv_adapter", "sd.safetensors"),), (
+        "teachers.mv_adapter.adapter='sd.safetensors'", "adapter.conv_in.weight is missing")),
+    Case("a cut file for an adapter", lambda f: raw(f / "a.safetensors"), (adapted("mv_adapter", "a.safetensors"),), (
+        "teachers.mv_adapter.adapter='a.safetensors'", "not a whole safetensors file")),
     Case("no base in a folder", lambda f: (f / "base").mkdir(), ("--model.base=base",), (
         "model.base='base'", "neither model_index.json nor unet/config.json")),
     Case("a multi-view model for a base", lambda f: None, ("--model.base=mvdream",), (

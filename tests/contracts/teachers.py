@@ -29,7 +29,7 @@ from prd.teachers import (
     TeacherOptions,
 )
 from prd.teachers.base import to_images
-from prd.teachers.multiview import OwnCameras
+from prd.teachers.multiview import own_cameras
 from prd.utils.checked_types import CHECKS, Positive
 from tests.teachers.tiny import random_views, save_controlnet, save_deepfloyd, save_teacher
 from tests.teachers.tiny_large import save_pixart, save_sd3, save_sdxl
@@ -152,13 +152,12 @@ class Made:
     def views(self, batch: int = B, **kinds: Any) -> Views:
         """Renderings of as many views as it sees together, from its own cameras if it has some."""
         views = random_views(batch, self.teacher.num_views, **kinds)
-        if not isinstance(self.teacher, OwnCameras):
-            return views
-        return replace(views, cameras=self.teacher.cameras.sample(torch.zeros(batch, 3)))
+        cameras = own_cameras(self.teacher)
+        return views if cameras is None else replace(views, cameras=cameras.sample(torch.zeros(batch, 3)))
 
     def rendered(self) -> Views:
         """Renderings as training has them: of several views, also for a teacher of one."""
-        return self.views() if isinstance(self.teacher, OwnCameras) else random_views(B, V)
+        return random_views(B, V) if own_cameras(self.teacher) is None else self.views()
 
     def noisy(self, batch: int = B, seed: int = 0) -> Tensor:
         """A standard normal x_t."""

@@ -31,6 +31,7 @@ from prd.teachers import (
     MVAdapterTeacher,
     MVAdapterTeacherConfig,
     MVAdapterXLTeacher,
+    MVAdapterXLTeacherConfig,
     TeacherOptions,
     mv_adapter,
 )
@@ -133,6 +134,17 @@ def test_settings_of_a_recipe_load_it(saved: dict[str, Any]) -> None:
     assert MVAdapterTeacher.from_pretrained(saved["path"], adapter=folder).num_views == 6
 
 
+def test_on_xl_it_is_shown_images_of_the_size_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = save_mv_adapter_xl(tmp_path)
+    shown: list[int | None] = []
+    monkeypatch.setattr(MVAdapterXLTeacher, "show", lambda _, pixels: shown.append(pixels))
+    for options in ({}, {"pixels": None}, {"pixels": 16}):
+        MVAdapterXLTeacher.from_pretrained(where["path"], adapter=where["adapter"], **options)
+    assert shown == [MVAdapterXLTeacherConfig(path="a/b").pixels, None, 16] and shown[0] == 768
+
+
 @pytest.mark.parametrize("kind", [MVAdapterTeacher, MVAdapterXLTeacher])
 def test_its_file_alone_is_fetched_from_the_hub(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the published repository, which holds the adapters of other bases and inputs too."""
@@ -172,10 +184,12 @@ ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
     [
         ({f"{ATTENTION}.to_q_mv.weight": None}, r"attn1.processor.to_q_mv.weight is missing \(of 1\)"),
         ({f"{ATTENTION}.to_q_ref.weight": torch.zeros(16, 16)}, r"to_q_ref.weight is left over \(of 1\)"),
-        ({"adapter.conv_in.weight": torch.zeros(16, 192, 3, 3)}, r"adapter.conv_in.weight has another shape \(of 1\)"),
+        ({"adapter.conv_in.weight": torch.zeros(8, 384, 3, 3)}, r"adapter.conv_in.weight has another shape \(of 1\)"),
+        ({"adapter.conv_in.weight": torch.zeros(16, 768, 3, 3)}, r"has shape \(16, 768, 3, 3\), not 384 channels"),
+        ({"adapter.conv_in.weight": None}, "adapter.conv_in.weight is missing;"),
         ({f"{ATTENTION}.to_v_mv.weight": torch.full((16, 16), torch.nan)}, "to_v_mv.weight holds NaN"),
     ],
-    ids=["missing", "left over", "shape", "nan"],
+    ids=["missing", "left over", "shape", "channels", "no encoder", "nan"],
 )
 def test_another_adapter_is_refused(
     saved: dict[str, Any], tmp_path: Path, change: dict[str, Tensor | None], said: str
@@ -186,8 +200,12 @@ def test_another_adapter_is_refused(
         MVAdapterTeacher.from_pretrained(saved["path"], adapter=str(tmp_path / "other.safetensors"))
 
 
-def test_an_adapter_of_another_base_is_refused(saved: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the base is loaded."""
     other = save_mv_adapter_xl(tmp_path)
+    monkeypatch.setattr("prd.teachers.base.load_strict", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(CheckpointError, match=r"is for Stable Diffusion 2.1, .*_sdxl.safetensors for XL"):
         MVAdapterTeacher.from_pretrained(saved["path"], adapter=other["adapter"])
     with pytest.raises(FileNotFoundError, match="holds no mvadapter_t2mv_sd21.safetensors; give the file"):

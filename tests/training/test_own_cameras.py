@@ -122,6 +122,38 @@ def test_what_a_run_takes_counts_it(toybox, adapter: str) -> None:
     assert beside.renderers["surface"].lookup_bytes == pytest.approx(2.5 * alone.renderers["surface"].lookup_bytes)
 
 
+def test_views_of_an_adapter_that_is_not_counted_are(toybox) -> None:
+    """MV-Adapter on XL: its network is named as not counted, its six views are counted, and the run's are not."""
+    words, xl = [*SMALL, *OFF], ["--teachers.mv_adapter_xl.enabled", "true"]
+    without, beside, alone = (
+        count_step(load_config("toybox", [*words, *own]))
+        for own in ([], xl, [*xl, "--teachers.mvdream.enabled", "false"])
+    )
+    assert alone.uncounted == beside.uncounted == ("teachers.mv_adapter_xl",) and not alone.teachers
+    lookups = [count.renderers["surface"].lookup_bytes for count in (without, beside, alone)]
+    assert [size / lookups[0] for size in lookups] == pytest.approx([1, 10 / 4, 6 / 4])
+
+
+@pytest.mark.parametrize(("nodes", "shared"), [("16", True), ("12", False)], ids=["shared", "own"])
+def test_a_surface_is_counted_for_each_set_of_cameras(toybox, nodes: str, shared: bool) -> None:
+    """Its nodes too, unless they are the volume's grid, which is sampled once for all."""
+    words = [*SMALL, *OFF, "--renderers.surface.grid_resolution", nodes]
+    xl = ["--teachers.mv_adapter_xl.enabled", "true"]
+    four, both, six = (
+        count_step(load_config("toybox", [*words, *own])).renderers
+        for own in ([], xl, [*xl, "--teachers.mvdream.enabled", "false"])
+    )
+    apart = {name: four[name].work.total + six[name].work.total for name in both}
+    assert both["volume"].work.total < (1 - 1e-3) * apart["volume"]
+    if shared:
+        assert both["surface"].work.total < (1 - 1e-3) * apart["surface"]
+    else:
+        assert both["surface"].work.total == pytest.approx(apart["surface"], rel=1e-6)
+        assert both["surface"].kept_bytes == pytest.approx(
+            four["surface"].kept_bytes + six["surface"].kept_bytes, abs=2
+        )
+
+
 def test_single_views_may_be_orthographic(toybox) -> None:
     words = ["--teachers.mvdream.enabled", "false", "--teachers.stable_diffusion.enabled", "true"]
     trainer = make(None, *words, "--cameras.projection", "orthographic", "--cameras.views", "2")
@@ -138,12 +170,26 @@ def test_single_views_may_be_orthographic(toybox) -> None:
         ),
         (["--cameras.views", "6"], "cameras.views=6: must be 4, which mvdream see"),
         (["--cameras.azimuths", "[0, 90]"], "must be one for each of views=4"),
+        (
+            ["--stages", "[{until: 0.5}, {name: flat, until: 1, cameras: {projection: orthographic}}]"],
+            "cameras.projection=orthographic in stage flat: must be perspective, which mvdream",
+        ),
+        (
+            ["--stages", "[{until: 0.5, cameras: {views: 6}}, {until: 1}]"],
+            "cameras.views=6 in stage 1: must be 4, which mvdream see",
+        ),
     ],
-    ids=["projection", "views", "azimuths"],
+    ids=["projection", "views", "azimuths", "projection-of-a-stage", "views-of-a-stage"],
 )
 def test_cameras_that_a_teacher_does_not_know_are_refused(toybox, adapter: str, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make(adapter, *words)
+
+
+def test_a_stage_without_a_teacher_may_have_cameras_that_it_does_not_know(toybox, adapter: str) -> None:
+    leaves = "{until: 1, cameras: {projection: orthographic, views: 2}, teachers: {mvdream: {enabled: false}}}"
+    trainer = make(adapter, "--stages", f"[{{until: 0.5}}, {leaves}]")
+    assert trainer.parts.teachers.keys() == {"mvdream", "mv_adapter"}
 
 
 def test_own_cameras_of_another_number_are_refused(toybox, adapter: str) -> None:
@@ -151,3 +197,11 @@ def test_own_cameras_of_another_number_are_refused(toybox, adapter: str) -> None
     trainer.parts.teachers["mv_adapter"].num_views = 4
     with pytest.raises(ConfigError, match="teachers.mv_adapter: its own cameras have views=6, but it sees 4"):
         Trainer(trainer.config, trainer.parts)
+
+
+def test_another_attribute_of_that_name_is_no_cameras(toybox) -> None:
+    """A teacher of the user's own may call anything `cameras`: it is shown the run's."""
+    trainer = make(None, "--num_denoising_steps", "1")
+    trainer.parts.teachers["mvdream"].cameras = ["left"]  # type: ignore[attr-defined]
+    again = Trainer(trainer.config, trainer.parts)
+    assert [shot.cameras for shot in again.objective.shots] == [None] and again.objective.views == 4

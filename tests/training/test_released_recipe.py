@@ -191,6 +191,8 @@ def test_what_is_shown_is_seen_from_the_papers_cameras():
     toy = load_config("toybox")
     assert torch.rad2deg(evaluation_cameras(toy, 1).azimuth[0, 0]).item() == pytest.approx(30, abs=1e-3)
     assert shown_background(toy) == toy.background
+    parallel = load_config("toybox", ["--cameras.projection", "orthographic"])
+    assert [evaluation_cameras(own, 1).orthographic for own in (config, toy, parallel)] == [False, False, True]
 
 
 class _Ball:

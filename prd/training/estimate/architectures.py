@@ -187,7 +187,7 @@ class MetaTeacher:
 
 
 def meta_teacher(kind: Any, config: TeacherConfig, options: TeacherOptions, dtype: torch.dtype) -> MetaTeacher | None:
-    """A teacher of the library's without memory; None for another class, of which nothing is known."""
+    """A teacher of the library's without memory; None for Stable Diffusion XL's and for any other class."""
     if kind not in (StableDiffusionTeacher, MVAdapterTeacher, *TEACHERS):
         return None
     owner = StableDiffusionTeacher if kind is MVAdapterTeacher else kind  # of the folder

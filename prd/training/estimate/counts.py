@@ -25,8 +25,8 @@ from prd.rendering.surface import SurfaceConfig
 from prd.rendering.views import Views
 from prd.rendering.volume import VolumeConfig, VolumeRenderer
 from prd.teachers.base import Condition, TeacherConfig
-from prd.teachers.multiview import CAMERA_DIMENSIONS, OwnCameras
-from prd.teachers.mv_adapter import CAMERA_CHANNELS
+from prd.teachers.multiview import CAMERA_DIMENSIONS
+from prd.teachers.mv_adapter import CAMERA_CHANNELS, MVAdapterTeacherConfig, cameras_of
 from prd.training.classes import SECTIONS, class_name_of, part_class
 from prd.training.config import TrainConfig
 from prd.training.estimate.architectures import (
@@ -98,7 +98,7 @@ class RendererCount:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """All that a step is made of, for one prompt; parts of the user's own are not counted."""
+    """All that a step is made of, for one prompt; `uncounted` names the parts that are not."""
 
     student: StudentCount
     teachers: dict[str, TeacherCount]
@@ -124,11 +124,15 @@ def count_step(config: TrainConfig) -> StepCounts:
             uncounted.append(f"teachers.{name}")
         else:
             teachers[name] = count_teacher(made, settings, config)
-        shown.add(made.teacher.cameras if made is not None and isinstance(made.teacher, OwnCameras) else config.cameras)
-    for name, renderer in build_renderers(config, [config]).items():
+        own = cameras_of(settings.image_height) if isinstance(settings, MVAdapterTeacherConfig) else None
+        shown.add(own or config.cameras)
+    built, shown = build_renderers(config, [config]), shown or {config.cameras}
+    grids = [renderer.field_grid for renderer in built.values() if renderer.field_grid is not None]
+    for name, renderer in built.items():
         if isinstance(renderer.config, VolumeConfig | SurfaceConfig):
-            views = sum(cameras.views for cameras in shown or {config.cameras})
-            renderers[name] = count_renderer(renderer, config, views, student.plane_bytes)
+            views, is_shared = sum(cameras.views for cameras in shown), any(map(renderer.accepts_grid, grids))
+            times = 1 if is_shared or isinstance(renderer.config, VolumeConfig) else len(shown)
+            renderers[name] = count_renderer(renderer, config, views, student.plane_bytes, times)
         else:
             uncounted.append(f"renderers.{name}")
     background = 0
@@ -255,12 +259,18 @@ def rays_of(config: Any) -> int:
     return config.height * config.width * getattr(config, "supersample", 1) ** 2
 
 
-def count_renderer(renderer: Renderer, config: TrainConfig, views: int, plane_bytes: int) -> RendererCount:
-    """A renderer of the library: what a ray and a node of its grid cost, on two small images of the first field."""
+def count_renderer(
+    renderer: Renderer, config: TrainConfig, views: int, plane_bytes: int, times: int = 1
+) -> RendererCount:
+    """A renderer of the library: what a ray and a node of its grid cost, on two small images of the first field.
+
+    times  that it evaluates the nodes: once, or a surface of no shared grid for each set of cameras
+    """
     own: Any = renderer.config
     rays, chunk, planes = views * rays_of(own), getattr(own, "max_rays", None), plane_bytes
     _measured(_without_chunks(renderer), config, FEW[0])  # fills what is made once and kept, as a grid's nodes
     ray, nodes = _per_ray(_without_chunks(renderer), config)
+    nodes = _Cost(times * nodes.work, times * nodes.kept, nodes.backward)
     total = rays * ray + nodes
     kept, backward = total.kept, total.backward
     if chunk is not None and chunk < rays:

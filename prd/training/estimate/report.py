@@ -84,7 +84,7 @@ def _parameters(counts: StepCounts, config: TrainConfig) -> str:
         [f"frozen: {name}, with text encoder", f"{t.parameters:,}", f"{t.dtype} ({t.source})"]
         for name, t in counts.teachers.items()
     ]
-    note = [f"Not counted, for they are your own: {', '.join(counts.uncounted)}."] if counts.uncounted else []
+    note = [f"Not counted: {', '.join(counts.uncounted)}."] if counts.uncounted else []
     return "\n".join(["Parameters", grid(["", "number", "precision"], rows), *note])
 
 

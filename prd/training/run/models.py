@@ -16,7 +16,7 @@ from prd.loading.stable_diffusion import check_backbone
 from prd.loading.transformer_bases import PART, transformer_kind
 from prd.loading.weights import PICKLES, read_object
 from prd.teachers.loading import CONFIG_NAME, shared_folder
-from prd.training.classes import class_name_of
+from prd.training.classes import SECTIONS, class_name_of, part_class
 from prd.training.precision import dtype_of
 from prd.utils.arguments import has_suffix
 
@@ -60,7 +60,11 @@ def model_faults(config: TrainConfig) -> Iterator[ConfigError]:
             kind = class_name_of(config, key)
         except ConfigError:  # of a class of one's own that is given as a part
             continue
-        kind = OF_BASE.get(kind or "", kind)
+        if kind in OF_BASE:
+            adapter: str = vars(settings)["adapter"]
+            found = _adapter_faults(part_class(SECTIONS["teachers"], kind, key), adapter)
+            yield from _told(f"{key}.adapter", adapter, found)
+            kind = OF_BASE[kind]
         if kind in NAMES:
             yield from _told(f"{key}.path", settings.path, _teacher_faults(kind, settings.path, model))
             dtype = str(dtype_of(config, settings)).removeprefix("torch.")
@@ -75,7 +79,7 @@ def _told(key: str, place: str, faults: Iterator[str]) -> Iterator[ConfigError]:
         for fault in faults:
             yield ConfigError(f"{key}={place!r}: {fault}")
     except (PrdError, OSError) as error:
-        text = str(error).removeprefix(f"{place}: ")
+        text = str(error).removeprefix(f"{place}: ").removeprefix(f"{key.rpartition('.')[2]}={place!r}: ")
         named = "model.prediction_type" in text or text.startswith(key)
         yield ConfigError(text if named else f"{key}={place!r}: {text}")
 
@@ -132,6 +136,13 @@ def _teacher_faults(kind: str, path: str, model: Any) -> Iterator[str]:
         )
     else:
         yield from _text_faults(str(place), (settings or {}).get("base"))
+
+
+def _adapter_faults(kind: Any, adapter: str) -> Iterator[str]:
+    """Raise for an adapter on this machine that is another's; one that is not here is fetched, or no place at all."""
+    if Path(adapter).exists():
+        kind.check_adapter(kind.adapter_file(adapter))
+    yield from ()
 
 
 def _kind_of(unet: dict[str, Any], settings: dict[str, Any] | None) -> str | None:
