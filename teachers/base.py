@@ -314,7 +314,7 @@ class UNetTeacher(nn.Module):
         return self.unet(x_t, t, encoder_hidden_states=text, class_labels=camera, **added).sample
 
     def added_inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
-        """What the U-Net takes besides, by its own names."""
+        """Further inputs of the U-Net, by its own names."""
         return {}
 
     @classmethod

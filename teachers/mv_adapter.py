@@ -112,7 +112,7 @@ def _attend(heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def camera_rows(cameras: Cameras) -> Tensor:
-    """What a camera map holds in each of its pixels, [B*V, 6] in [0, 1].
+    """Return the numbers in each pixel of a camera map, [B*V, 6] in [0, 1].
 
     The viewing direction and the camera's direction from the origin, (d + 1) / 2 each, in a world whose front is -Y:
     of an orthographic camera, all rays have them in common. Raises ValueError for perspective cameras.

@@ -151,7 +151,7 @@ def _generate_splats(args: argparse.Namespace, prompt: str) -> int:
 
 
 def _defaults() -> dict[str, Any]:
-    """What each option of the command is where it is left out."""
+    """Values of the command's options where they are left out."""
     parser = argparse.ArgumentParser()
     add_generate(parser.add_subparsers())
     return vars(parser.parse_args(["generate"]))

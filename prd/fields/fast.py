@@ -57,7 +57,7 @@ class FastField(Field, Protocol):
         ...
 
     def splat_residuals(self, points: Tensor) -> Tensor | None:
-        """What trained heads say of Gaussians at points [B, N, 3] of the surface, [B, N, 13]; None: there are none.
+        """Return what trained heads say of Gaussians at surface points [B, N, 3], [B, N, 13]; None without heads.
 
         Their position, scales, rotation, colour (3 each) and opacity, as `prd.splats.splats.splats_on` adds them; 0
         changes nothing.

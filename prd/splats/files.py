@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,8 @@ def write_splats(splats: Splats, path: str | os.PathLike[str], *, up: SplatUp = 
             raise ConfigError(f"splats.{part.name}: holds NaN or infinity; check the field they were made from")
     turn = torch.tensor(TURNS[up], dtype=torch.float64, device="cpu")
     rotations = torch.nn.functional.normalize(quaternion_product(turn.expand(len(own), 4), own.rotations), dim=-1)
-    means = turned_splats(own.means.numpy(), up)
-    write = ply if path.suffix.lower() == ".ply" else splat
-    data = write(means, own.scales.numpy(), rotations.numpy(), own.opacities.numpy(), own.colors.numpy(), NOTES[up])
+    own = replace(own, means=torch.from_numpy(turned_splats(own.means.numpy(), up)), rotations=rotations)
+    data = ply(own, NOTES[up]) if path.suffix.lower() == ".ply" else splat(own)
     replace_file(path, lambda aside: aside.write_bytes(data))
     return path
 
@@ -78,15 +77,9 @@ def turned_splats(points: NDArray[np.float64], up: SplatUp) -> NDArray[np.float6
     return turned(points, "z" if up == "z" else "y")
 
 
-def ply(
-    means: NDArray[np.float64],
-    scales: NDArray[np.float64],
-    rotations: NDArray[np.float64],
-    opacities: NDArray[np.float64],
-    colors: NDArray[np.float64],
-    note: str,
-) -> bytes:
-    """A .ply's bytes; arrays as in `Splats`, in the file's axes."""
+def ply(splats: Splats, note: str) -> bytes:
+    """A .ply's bytes of splats in the file's axes, float64 on the CPU."""
+    means, scales, rotations, opacities, colors = _arrays(splats)
     opacity = opacities.clip(*OPACITIES)[:, None]
     columns = [means, np.zeros_like(means), (colors - 0.5) / BAND_0, np.log(opacity / (1 - opacity))]
     rows = np.concatenate([*columns, np.log(scales), rotations], axis=1).astype("<f4")
@@ -95,17 +88,17 @@ def ply(
     return "\n".join(header).encode() + rows.tobytes()
 
 
-def splat(
-    means: NDArray[np.float64],
-    scales: NDArray[np.float64],
-    rotations: NDArray[np.float64],
-    opacities: NDArray[np.float64],
-    colors: NDArray[np.float64],
-    note: str,
-) -> bytes:
-    """A .splat's bytes, the Gaussians of the largest volume times opacity first; the format has no room for a note."""
+def splat(splats: Splats) -> bytes:
+    """A .splat's bytes, as for `ply`; the Gaussians of the largest volume times opacity first."""
+    means, scales, rotations, opacities, colors = _arrays(splats)
     rows = np.zeros(len(means), np.dtype([("reals", "<f4", 6), ("color", "u1", 4), ("rotation", "u1", 4)]))
     rows["reals"] = np.concatenate([means, scales], axis=1)
     rows["color"] = (np.concatenate([colors, opacities[:, None]], axis=1) * 255).round().clip(0, 255)
     rows["rotation"] = (rotations * 128 + 128).round().clip(0, 255)
     return rows[np.argsort(-scales.prod(axis=1) * opacities, kind="stable")].tobytes()
+
+
+def _arrays(splats: Splats) -> tuple[NDArray[np.float64], ...]:
+    """Means, scales, rotations, opacities and colours."""
+    parts = splats.means, splats.scales, splats.rotations, splats.opacities, splats.colors
+    return tuple(part.numpy() for part in parts)

@@ -79,7 +79,7 @@ def test_a_ball_before_the_camera_is_its_closed_form(backend: Backend) -> None:
 
 @each
 def test_right_is_right_and_up_is_up(backend: Backend) -> None:
-    """Of a camera on +X, +Y lies to the right and +Z at the top."""
+    """A camera on +X has +Y to its right and +Z at its top."""
     image = draw(one((0.0, 0.8, 1.0), 0.1), backend, ahead())[0, ..., 3]
     row, column = divmod(int(image.argmax()), SIZE[1])
     assert row == int(SIZE[0] / 2 - 9 * 0.5) and column == int(SIZE[1] / 2 + 9 * 0.4)
@@ -181,7 +181,7 @@ def test_threads_change_nothing() -> None:
             images.append(draw(splats, "numba"))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*images)
+    torch.testing.assert_close(*images, rtol=0, atol=1e-12)
 
 
 def test_a_single_precision_scene_is_drawn_in_its_type() -> None:

@@ -132,7 +132,7 @@ def test_an_empty_surface_is_flagged_or_raised() -> None:
 
 
 def test_renders_are_like_the_exact_ones() -> None:
-    """Of a red cube, beside the mesh of the same grid."""
+    """A red cube, beside the mesh of the same grid."""
     field = ExactField(["a red cube"])
     cameras = orbit_cameras(torch.tensor([[25.0, -20.0]]), torch.tensor([[30.0, 200.0]]), 2.6, 50.0)
     exact = SphereTracer(3)(field, cameras, height=48, width=48)

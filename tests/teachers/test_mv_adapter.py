@@ -111,7 +111,7 @@ def test_every_tensor_of_the_published_files_has_its_place(name: str) -> None:
 
 
 def test_rows_meet_rows_of_the_other_views_alone(teacher: MVAdapterTeacher) -> None:
-    """Of an adapted self-attention, less what the base's own does: a pixel hears from its row in all views."""
+    """An adapted self-attention, less the base's own: a pixel hears from its row in all views."""
     attention = teacher.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     side, width = 4, attention.to_q.in_features
     h = torch.randn(12, side * side, width, generator=torch.Generator().manual_seed(0))
@@ -147,7 +147,7 @@ def test_on_xl_it_is_shown_images_of_the_size_it_was_trained_with(
 
 @pytest.mark.parametrize("kind", [MVAdapterTeacher, MVAdapterXLTeacher])
 def test_its_file_alone_is_fetched_from_the_hub(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the published repository, which holds the adapters of other bases and inputs too."""
+    """The published repository holds the adapters of other bases and inputs too."""
     asked = []
 
     def download(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
@@ -173,7 +173,7 @@ def test_a_fake_score_trains_beside_it(teacher: MVAdapterTeacher) -> None:
     after.square().mean().backward()
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert relative_difference(after, before) > 1e-2
-    assert torch.equal(teacher.predict_noise(given["x_t"], given["t"], condition), before)
+    assert relative_difference(teacher.predict_noise(given["x_t"], given["t"], condition), before) <= ROUNDING
 
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
