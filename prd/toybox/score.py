@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -82,9 +83,8 @@ class _Form:
     key: tuple
     occupancy: Tensor  # [R^3] bool
     points: Tensor  # [P, 3]
-    owner: Tensor  # [P] part nearest to each point
-    shade: Tensor  # [P, 1]
-    tint: Tensor  # [P, 3]
+    owner: Tensor  # [P, parts] 1 for the part nearest to a point, else 0
+    albedo: Tensor  # [6, P, 3] lit colour of the points, for each of `COLORS`
     euler: int
     pieces: int
 
@@ -106,10 +106,11 @@ def _forms() -> dict[tuple, _Form]:
             sdf = scene_sdf(scene, grid)
             occupancy = sdf < 0
             points = surface_points(scene, grid[sdf.abs() < 0.04], SURFACE_POINTS)
-            owner = torch.stack([part.sdf(points) for part in scene]).argmin(dim=0)
+            owner = F.one_hot(torch.stack([part.sdf(points) for part in scene]).argmin(dim=0), len(scene)).float()
             shade, tint = light(scene_normal(scene, points))
+            albedo = (_palette()[:, None, None] * shade + tint).clamp(0, 1)
             euler, pieces = topology(occupancy.view(GRID, GRID, GRID))
-            forms[key] = _Form(key, occupancy, points, owner, shade, tint, euler, pieces)
+            forms[key] = _Form(key, occupancy, points, owner, albedo, euler, pieces)
     return forms
 
 
@@ -172,17 +173,19 @@ def score_field(
     rgb = field.rgb(points[None].expand(batch, -1, -1)).float().cpu()  # [B, F*P, 3]
     if not bool(rgb.isfinite().all()):
         raise ValueError("field: its colours are not finite, so that it fits no caption; look for NaN in its weights")
-    colors = rgb.split([len(forms[k].points) for k in keys], dim=1)
-    return [_score(captions[b], iou[b], [c[b] for c in colors], inside[b], keys) for b in range(batch)]
+    colors = dict(zip(keys, rgb.split([len(forms[k].points) for k in keys], dim=1), strict=True))
+    errors = [_color_errors(forms[key], colors[key]) for key in keys]
+    return [_score(captions[b], iou[b], [e[b] for e in errors], inside[b], keys) for b in range(batch)]
 
 
-def _score(asked: Caption, iou: Tensor, colors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
-    error = _color_errors(colors, keys)
+def _score(asked: Caption, iou: Tensor, errors: list[Tensor], inside: Tensor, keys: list[tuple]) -> ToyBoxScore:
+    error = dict(zip(keys, (e.tolist() for e in errors), strict=True))
+    names = list(COLORS)
     fits: dict[tuple[Caption, int], tuple[float, float, float]] = {}  # by closed caption and form: score and its parts
     for caption in all_captions():
         for form in range(caption.num_forms):
             key = _key(caption, form)
-            wrong = sum(error[key, part, color] for part, (color, _) in enumerate(caption.words))
+            wrong = sum(error[key][names.index(color)][part] for part, (color, _) in enumerate(caption.words))
             overlap = float(iou[keys.index(key)])
             fits[caption, form] = overlap - wrong, overlap, wrong
     best = max(fits, key=lambda answer: fits[answer][0])
@@ -210,18 +213,17 @@ def _score(asked: Caption, iou: Tensor, colors: list[Tensor], inside: Tensor, ke
     )
 
 
-def _color_errors(colors: list[Tensor], keys: list[tuple]) -> dict[tuple, float]:
-    """Mean |rgb - exact| by form, part and colour, so that a caption's error is a sum over its parts."""
-    albedo = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in COLORS.items()}
-    error: dict[tuple, float] = {}
-    for f, key in enumerate(keys):
-        form = _forms()[key]
-        for part in range(len(key[0])):
-            mine = form.owner == part
-            for name, color_value in albedo.items():
-                target = (color_value * form.shade[mine] + form.tint[mine]).clamp(0, 1)
-                error[key, part, name] = float((colors[f][mine] - target).abs().sum() / (3 * len(form.points)))
-    return error
+def _palette() -> Tensor:
+    return torch.tensor(list(COLORS.values()), dtype=torch.float32, device="cpu")
+
+
+def _color_errors(form: _Form, rgb: Tensor) -> Tensor:
+    """Return the part [B, 6, parts] that each part has in mean |rgb - exact| if it has each of the colours.
+
+    A caption's error is a sum over its parts. rgb [B, P, 3] at the form's points.
+    """
+    difference = torch.stack([(rgb - exact).abs().sum(dim=-1) for exact in form.albedo], dim=1)  # [B, 6, P]
+    return difference @ form.owner / (3 * rgb.shape[1])
 
 
 def even_coverage(members: int, draws: int) -> float:

@@ -20,6 +20,7 @@ from prd.utils.files import file_stem, replace_file, write_atomic
 
 SHEET_WIDTH = 400  # pixels, of a contact sheet on the page
 NAMES = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
+DIVERSITY = ("precision", "coverage")  # of captions with several right answers, drawn several times
 INTRODUCTION = """# Ablations
 
 Tables of the papers, rerun in a small world whose truth is known. `prd ablate k --json
@@ -27,7 +28,9 @@ benchmarks/results/ablations/k.json` trains the cells of a table with three seed
 docs/ablations.md` writes this page from the results. Figures are means over seeds with 95 % intervals (Student's t). A
 claim is judged by the differences to the baseline, seed by seed: it **holds** if their interval lies on the claimed
 side of 0, is **contradicted** if it lies on the other, and **does not show** if the interval contains 0. Fewer than
-three seeds are an **indication**.
+three seeds are an **indication**. Where captions with several right answers were drawn 16 times each (docs/toybox.md,
+"Measure"), *precision* is the mean fit of a draw to the nearest answer, *coverage* the share of the answers that are
+reached.
 
 The papers' figures are of full-size models, other prompts and other measures (C.S.: CLIP score, R@1 and R-Prob: how
 often CLIP finds the prompt): directions can be compared, values cannot.
@@ -58,9 +61,10 @@ def shown_figures(results: Mapping[str, Any]) -> list[str]:
 def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of a table: a row per cell, the paper's figures before ours."""
     split, figures = results["decides"]["split"], shown_figures(results)
+    diversity = [name for name in DIVERSITY if any(name in _families(cell) for cell in results["cells"].values())]
     paper = list(dict.fromkeys(name for cell in results["cells"].values() for name in cell["paper"]))
     head = ["", *(f"paper: {name}" for name in paper), "seeds", *map(figure_name, figures)]
-    head += [f"difference in {figure_name(figures[0])}", "claimed", "verdict", "s per step"]
+    head += [f"difference in {figure_name(figures[0])}", "claimed", "verdict", *diversity, "s per step"]
     rows = []
     for name, cell in results["cells"].items():
         given = [f"{cell['paper'][key]:g}" if key in cell["paper"] else "" for key in paper]
@@ -73,9 +77,15 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             [name, *given, str(len(cell["runs"])) + (f", {len(lost)} failed" if lost else ""), *ours]
             + ["baseline" if is_baseline else shown_interval(difference, "+") + against]
             + [cell["claimed"] or "", cell.get("verdict", "")]
+            + [shown_interval(_families(cell).get(name)) for name in diversity]
             + [f"{statistics.median(paces):.2f}" if paces else "-"]
         )
     return head, rows
+
+
+def _families(cell: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the figures of several draws per caption with several right answers, the seen ones; {} without."""
+    return cell["figures"].get("family_seen", {})
 
 
 def terminal_table(results: Mapping[str, Any]) -> Table:
