@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from prd.errors import ConfigError
 from prd.toybox.models import make_scheduler
+from prd.utils.files import write_atomic
 
 
 def load_vae(assets: Path, device: str, base: str = "stable_diffusion") -> AutoencoderKL:
@@ -52,6 +53,7 @@ def save_stable_diffusion(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(assets / "stable_diffusion")
+    _forget_place(assets / "stable_diffusion" / "vae" / "config.json")
 
 
 def save_mvdream(assets: Path, unet: UNet2DConditionModel) -> None:
@@ -68,6 +70,13 @@ def save_richdreamer(
     settings = {"num_views": 4, "camera_encoding": "fourier", **images}
     _save(assets / "richdreamer", {"unet": unet, "text_encoder": text_encoder}, settings)
     tokenizer.save_pretrained(assets / "richdreamer" / "tokenizer")
+
+
+def _forget_place(config: Path) -> None:
+    """Take the folder that a model was loaded from out of its config: it is of one machine."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
 def _save(folder: Path, modules: dict[str, ModelMixin | PreTrainedModel], settings: dict) -> None:
