@@ -53,7 +53,8 @@ def save_stable_diffusion(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(assets / "stable_diffusion")
-    _forget_place(assets / "stable_diffusion" / "vae" / "config.json")
+    for config in (assets / "stable_diffusion").glob("*/config.json"):
+        _forget_place(config)
 
 
 def save_mvdream(assets: Path, unet: UNet2DConditionModel) -> None:
