@@ -1,7 +1,7 @@
 """The generators side by side on the toy box, and what their papers claim of them.
 
     python benchmarks/bench_generators.py --folder runs/generators                 # hours: every run, two at a time
-    python benchmarks/bench_generators.py --folder runs/generators --only atom att3d --steps_scale 0.02   # a smoke run
+    python benchmarks/bench_generators.py --folder runs/generators --only AToM ATT3D --steps_scale 0.02   # a smoke run
 
 Every run sees single objects alone (38 seen, 10 held out). Cost is the number of frames rendered a training prompt
 (ATT3D, section 4.1.2). A run that is complete in the folder is not made again. Writes results/generators.json with the
@@ -32,7 +32,7 @@ from prd.evaluation.comparison import Measured, at_frames, curves, markdown_tabl
 from prd.toybox.world import COLORS, SHAPES  # noqa: E402
 from prd.utils.files import write_atomic  # noqa: E402
 
-SINGLES = ["--prompts.stack_fraction", "0"]
+SINGLES = ["--prompts.stack_fraction", "0", "--prompts.open_fraction", "0"]
 VOLUME, SURFACE = (
     ["--stages", "[]", "--renderer_schedule", "[volume]"],
     ["--stages", "[]", "--renderer_schedule", "[surface]"],
@@ -134,10 +134,16 @@ def own_scores(name: str, folder: Path) -> dict[str, Any]:
     return score
 
 
+def chosen(only: list[str] | None) -> list[str]:
+    """The runs that are asked for: by their names, or all whose names hold a word that is no name."""
+    words = [word.lower() for word in only or [] if word not in RUNS]
+    return [n for n in RUNS if only is None or n in only or any(word in n.lower() for word in words)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="receives the runs")
-    parser.add_argument("--only", nargs="+", default=None, help="words of names: runs whose names hold one of them")
+    parser.add_argument("--only", nargs="+", default=None, help="names of runs, or words of them")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--points", type=int, default=6, help="checkpoints a run, each of them measured")
@@ -145,7 +151,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "generators")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "generators.json")
     args = parser.parse_args()
-    names = [n for n in RUNS if args.only is None or any(word.lower() in n.lower() for word in args.only)]
+    names = chosen(args.only)
     torch.set_num_threads(args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
         rows: list[Measured] = sum(pool.map(lambda name: made(name, args), names), [])
