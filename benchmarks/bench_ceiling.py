@@ -8,7 +8,7 @@ Three diagnoses by shape, of the single objects. None of them is a way to train 
     teachers   outlines of what MVDream and RichDreamer draw of a caption (25 DDIM steps, guidance 2.5), against the
                exact ones from the same cameras: IoU of pixels, not of volumes
     student    the recipe's student, steps, renderers and cameras, each rendering drawn to the exact one of its caption
-               from its camera in the place of a teacher's word; of a caption with several forms, to the nearest
+               from its camera instead of a teacher's loss; of a caption with several forms, to the nearest
 
 beside a run that was trained by its teachers (--run). The JSON goes to benchmarks/results/ceiling.json.
 """
@@ -103,7 +103,7 @@ class ExactLoss:
         return torch.stack([part.flatten(1).mean(dim=1) for part in parts]).sum(dim=0)
 
 
-def of_a_grid(resolution: int) -> dict[str, Any]:
+def grid_scores(resolution: int) -> dict[str, Any]:
     """Scores of the exact fields at the nodes of a grid."""
     captions = [caption.text for caption in single_captions()]
     scores = []
@@ -114,7 +114,7 @@ def of_a_grid(resolution: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def drawn(teacher: Any, captions: Sequence[str], cameras: Any, generator: torch.Generator) -> Tensor:
+def sample_teacher(teacher: Any, captions: Sequence[str], cameras: Any, generator: torch.Generator) -> Tensor:
     """What a teacher draws of captions from cameras [n, V]: x of [n * V, C, h, w]."""
     text = teacher.condition(captions, cameras)
     both = Condition.cat([text, text.negative()])
@@ -130,7 +130,7 @@ def drawn(teacher: Any, captions: Sequence[str], cameras: Any, generator: torch.
 
 
 @torch.no_grad()
-def of_teachers() -> dict[str, Any]:
+def teacher_outlines() -> dict[str, Any]:
     """Outline IoU by teacher and shape, of the better form of each object."""
     captions = [caption.text for caption in single_captions()]
     azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]], dtype=torch.float32, device="cpu").expand(len(captions), -1)
@@ -139,10 +139,10 @@ def of_teachers() -> dict[str, Any]:
     richdreamer: Any = RichDreamerTeacher.from_pretrained(asset("richdreamer"))
     generator, report = torch.Generator().manual_seed(0), dict[str, Any]()
     vae = load_vae(ASSETS, "cpu")  # the teacher's own has no decoder
-    images = decode_images(vae, drawn(mvdream, captions, cameras, generator))
+    images = decode_images(vae, sample_teacher(mvdream, captions, cameras, generator))
     solids = {
         "mvdream": (images - BACKGROUND).abs().amax(dim=1) > OBJECT_CONTRAST,
-        "richdreamer": drawn(richdreamer, captions, cameras, generator)[:, 3] / 2 + 0.5 > OBJECT_DISPARITY,
+        "richdreamer": sample_teacher(richdreamer, captions, cameras, generator)[:, 3] / 2 + 0.5 > OBJECT_DISPARITY,
     }
     for name, solid in solids.items():
         best = torch.zeros(len(captions), dtype=torch.float32, device="cpu")
@@ -162,7 +162,7 @@ def by_shape(captions: Sequence[str], values: Sequence[float]) -> dict[str, floa
     return {shape: round(sum(group) / len(group), 3) for shape, group in groups.items()}
 
 
-def of_the_student(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+def student_scores(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the recipe's run measures of a student that is drawn to exact renderings."""
     own = ["--output_dir", str(folder), "--report_to", "null", "--max_train_minutes", "null", *words]
     own += ["--teachers.stable_diffusion.enabled", "false", "--teachers.mvdream.enabled", "false"]
@@ -184,13 +184,14 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="folder of the student's run; kept (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ceiling.json")
     args, words = parser.parse_known_args()
+    print(json.dumps({name: str(value) for name, value in vars(args).items()} | {"words": words}))
     begun, report = time.monotonic(), dict[str, Any]()
-    report["grid"] = {str(resolution): of_a_grid(resolution) for resolution in (32, 64)}
-    report["teachers"] = of_teachers()
+    report["grid"] = {str(resolution): grid_scores(resolution) for resolution in (32, 64)}
+    report["teachers"] = teacher_outlines()
     for name, part in (*report["grid"].items(), *report["teachers"].items()):
         print(name, part.get("iou_by_shape", part), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        report["student"] = of_the_student(args.student or Path(scratch) / "student", words)
+        report["student"] = student_scores(args.student or Path(scratch) / "student", words)
     if args.run is not None:
         report["run"] = measured(args.run)
     report |= {"words": words, "minutes": round((time.monotonic() - begun) / 60, 1), "machine": describe()}

@@ -135,15 +135,18 @@ def own_scores(name: str, folder: Path) -> dict[str, Any]:
 
 
 def chosen(only: list[str] | None) -> list[str]:
-    """The runs that are asked for: by their names, or all whose names hold a word that is no name."""
-    words = [word.lower() for word in only or [] if word not in RUNS]
-    return [n for n in RUNS if only is None or n in only or any(word in n.lower() for word in words)]
+    """Return the runs asked for, by their names or by words that their names hold; ValueError for a word of none."""
+    words = [word for word in only or [] if word not in RUNS]
+    for word in words:
+        if not any(word.lower() in name.lower() for name in RUNS):
+            raise ValueError(f"--only {word!r}: no run has this in its name; the runs are {', '.join(RUNS)}")
+    return [n for n in RUNS if only is None or n in only or any(word.lower() in n.lower() for word in words)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="receives the runs")
-    parser.add_argument("--only", nargs="+", default=None, help="names of runs, or words of them")
+    parser.add_argument("--only", nargs="+", default=None, help="runs by name (AToM), or by words (atom: all of it)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--points", type=int, default=6, help="checkpoints a run, each of them measured")
@@ -151,7 +154,10 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "generators")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "generators.json")
     args = parser.parse_args()
-    names = chosen(args.only)
+    try:
+        names = chosen(args.only)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     with ThreadPoolExecutor(args.jobs) as pool:
         rows: list[Measured] = sum(pool.map(lambda name: made(name, args), names), [])

@@ -62,7 +62,7 @@ from prd.toybox.models import make_controlnet, make_normal_unet, make_text_encod
 from prd.toybox.splits import held_out_rules
 from prd.training.run.stage import Stage, is_done, mark_done
 
-SHIPPED = {"vae": 4000, "stable_diffusion": 4000, "mvdream": 4500, "richdreamer": 7000, "controlnet": 2000}
+SHIPPED = {"vae": 4000, "stable_diffusion": 6000, "mvdream": 6750, "richdreamer": 10500, "controlnet": 3000}
 OTHERS = {"sdxl": 2000, "pixart": 2000, "vae16": 2000, "sd3": 2000}  # bases, made by this command alone
 STEPS = {**SHIPPED, **OTHERS}
 STAGES = tuple(STEPS)  # a stage's place seeds its draws

@@ -108,7 +108,7 @@ def _forms() -> dict[tuple, _Form]:
             points = surface_points(scene, grid[sdf.abs() < 0.04], SURFACE_POINTS)
             owner = F.one_hot(torch.stack([part.sdf(points) for part in scene]).argmin(dim=0), len(scene)).float()
             shade, tint = light(scene_normal(scene, points))
-            albedo = (_palette()[:, None, None] * shade + tint).clamp(0, 1)
+            albedo = (_palette()[:, None] * shade + tint).clamp(0, 1)
             euler, pieces = topology(occupancy.view(GRID, GRID, GRID))
             forms[key] = _Form(key, occupancy, points, owner, albedo, euler, pieces)
     return forms
@@ -218,9 +218,9 @@ def _palette() -> Tensor:
 
 
 def _color_errors(form: _Form, rgb: Tensor) -> Tensor:
-    """Return the part [B, 6, parts] that each part has in mean |rgb - exact| if it has each of the colours.
+    """Return each part's share [B, 6, parts] of the mean |rgb - exact|, were it painted in each of the colours.
 
-    A caption's error is a sum over its parts. rgb [B, P, 3] at the form's points.
+    rgb [B, P, 3] at the form's points. A caption's error is the sum of its parts' shares.
     """
     difference = torch.stack([(rgb - exact).abs().sum(dim=-1) for exact in form.albedo], dim=1)  # [B, 6, P]
     return difference @ form.owner / (3 * rgb.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prd.toybox.score import GRID, even_coverage, grid_points, score_field, summarise, topology
+from prd.toybox.score import GRID, _forms, even_coverage, grid_points, score_field, summarise, topology
 from prd.toybox.world import ExactField, parse_caption, scene_sdf
 
 
@@ -68,6 +68,17 @@ def test_colours_that_are_no_numbers_fit_no_caption():
     field.rgb = lambda points: torch.full_like(points, torch.nan)
     with pytest.raises(ValueError, match="field: its colours are not finite"):
         score_field(field, ["a red sphere"])
+
+
+def test_the_colour_error_is_the_mean_difference_on_the_exact_surface():
+    asked = "a red cube on a blue cylinder"
+    painted = ExactField(["a green cube on a yellow cylinder"])
+    field = ExactField([asked])
+    field.rgb = painted.rgb
+    points = _forms()[("cube", "cylinder"), 0].points[None]
+    expected = (painted.rgb(points) - ExactField([asked]).rgb(points)).abs().mean()
+    assert float(expected) > 0.2
+    assert score_field(field, [asked])[0].color_error == pytest.approx(float(expected), rel=1e-4)
 
 
 FAMILIES = ["a cube", "a red toy", "an arrow on a green cube", "a red cone on a cylinder", "a cone", "a blue cylinder"]

@@ -136,7 +136,9 @@ def test_the_rule_holds_out_the_same_texts_in_the_same_order() -> None:
 
 
 def test_a_list_of_texts_holds_out_these_alone() -> None:
-    config = load_config("toybox", ["--prompts.held_out", "[a red cube, a blue mug]"]).prompts
+    config = load_config(
+        "toybox", ["--prompts.held_out", "[a red cube, a blue mug]", "--prompts.open_fraction", "0"]
+    ).prompts
     assert config.held_out == held_out_prompts(config) == ("a red cube", "a blue mug")
     assert len(load_corpus(config).prompts) == len(all_captions()) - 2
     assert held_out_prompts(load_config("toybox", ["--prompts.held_out", "[]"]).prompts) == ()

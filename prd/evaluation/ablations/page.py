@@ -28,9 +28,8 @@ benchmarks/results/ablations/k.json` trains the cells of a table with three seed
 docs/ablations.md` writes this page from the results. Figures are means over seeds with 95 % intervals (Student's t). A
 claim is judged by the differences to the baseline, seed by seed: it **holds** if their interval lies on the claimed
 side of 0, is **contradicted** if it lies on the other, and **does not show** if the interval contains 0. Fewer than
-three seeds are an **indication**. Where captions with several right answers were drawn 16 times each (docs/toybox.md,
-"Measure"), *precision* is the mean fit of a draw to the nearest answer, *coverage* the share of the answers that are
-reached.
+three seeds are an **indication**. Where captions with several right answers were drawn several times, *precision* is
+the mean fit of a draw to the nearest answer, *coverage* the share of the answers that are reached.
 
 The papers' figures are of full-size models, other prompts and other measures (C.S.: CLIP score, R@1 and R-Prob: how
 often CLIP finds the prompt): directions can be compared, values cannot.
@@ -64,7 +63,13 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     diversity = [name for name in DIVERSITY if any(name in _families(cell) for cell in results["cells"].values())]
     paper = list(dict.fromkeys(name for cell in results["cells"].values() for name in cell["paper"]))
     head = ["", *(f"paper: {name}" for name in paper), "seeds", *map(figure_name, figures)]
-    head += [f"difference in {figure_name(figures[0])}", "claimed", "verdict", *diversity, "s per step"]
+    head += [
+        f"difference in {figure_name(figures[0])}",
+        "claimed",
+        "verdict",
+        *(f"{name} (seen)" for name in diversity),
+        "s per step",
+    ]
     rows = []
     for name, cell in results["cells"].items():
         given = [f"{cell['paper'][key]:g}" if key in cell["paper"] else "" for key in paper]
@@ -189,7 +194,8 @@ def _results_of(results: Mapping[str, Any], folder: Path) -> str:
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     split = results["decides"]["split"].replace("_", " ")
     mixed = f" Runs of {told}." if (told := told_commits(results)) else ""
-    parts = [
+    parts = [f"{results['remark']}\n"] if results.get("remark") else []
+    parts += [
         f"Measured on the captions *{split}*; {len(runs)} runs of {span} steps ({'; '.join(machines)}).{mixed}\n",
         "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in runs)) + "\n```\n",
         _grid(head, rows) + "\n",

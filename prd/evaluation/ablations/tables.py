@@ -5,7 +5,7 @@ title: Rank of the adapters
 claim: Rank 16 beats rank 8 and rank 32.
 source: arXiv:2503.21694, supplement E, Table 6
 recipe: toybox
-settings: {max_train_steps: 265}    # of the recipe, for all cells
+settings: {max_train_steps: 132}    # of the recipe, for all cells
 decides: {split: single_held_out, figure: iou, better: higher}
 baseline: rank=16
 cells:
