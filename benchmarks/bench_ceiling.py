@@ -31,18 +31,17 @@ import torch
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
-from prd.cameras import orbit_cameras
 from prd.distillation.asd import AsdResult
 from prd.fields.grid import GridField
 from prd.rendering.sphere_trace import SphereTracer
 from prd.rendering.views import Views
-from prd.teachers.base import Condition, Teacher, TeacherConfig
+from prd.teachers.base import Teacher, TeacherConfig
 from prd.teachers.mvdream import MVDreamTeacher
 from prd.teachers.richdreamer import RichDreamerTeacher
 from prd.toybox import ASSETS, asset
 from prd.toybox.check import OBJECT_CONTRAST, OBJECT_DISPARITY
 from prd.toybox.data import BACKGROUND
-from prd.toybox.diffusion import decode_images
+from prd.toybox.diffusion import decode_images, sample_views, shown_cameras
 from prd.toybox.folders import load_vae
 from prd.toybox.score import score_field, summarise
 from prd.toybox.world import SHAPES, ExactField, parse_caption, single_captions
@@ -54,8 +53,6 @@ from prd.utils.files import write_atomic
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe  # noqa: E402
-
-SAMPLING_STEPS, GUIDANCE = 25, 2.5
 
 
 @settings(frozen=True, kw_only=True, config=CHECKS)
@@ -114,36 +111,24 @@ def grid_scores(resolution: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample_teacher(teacher: Any, captions: Sequence[str], cameras: Any, generator: torch.Generator) -> Tensor:
-    """What a teacher draws of captions from cameras [n, V]: x of [n * V, C, h, w]."""
-    text = teacher.condition(captions, cameras)
-    both = Condition.cat([text, text.negative()])
-    shape = (len(captions) * cameras.views, *teacher.input_shape)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    times = torch.linspace(980, 0, SAMPLING_STEPS + 1, dtype=torch.float32, device="cpu").long()
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        a, b = teacher.alphas_cumprod[now], teacher.alphas_cumprod[then]
-        noise, empty = teacher.predict_noise(x.repeat(2, 1, 1, 1), now.expand(2 * len(x)), both).chunk(2)
-        noise = torch.lerp(empty, noise, GUIDANCE)
-        x = b.sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt() + (1 - b).sqrt() * noise
-    return x
-
-
-@torch.no_grad()
 def teacher_outlines() -> dict[str, Any]:
     """Outline IoU by teacher and shape, of the better form of each object."""
     captions = [caption.text for caption in single_captions()]
-    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]], dtype=torch.float32, device="cpu").expand(len(captions), -1)
-    cameras = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
+    cameras = shown_cameras(len(captions))
     mvdream: Any = MVDreamTeacher.from_pretrained(asset("mvdream"))
     richdreamer: Any = RichDreamerTeacher.from_pretrained(asset("richdreamer"))
-    generator, report = torch.Generator().manual_seed(0), dict[str, Any]()
     vae = load_vae(ASSETS, "cpu")  # the teacher's own has no decoder
-    images = decode_images(vae, sample_teacher(mvdream, captions, cameras, generator))
-    solids = {
-        "mvdream": (images - BACKGROUND).abs().amax(dim=1) > OBJECT_CONTRAST,
-        "richdreamer": sample_teacher(richdreamer, captions, cameras, generator)[:, 3] / 2 + 0.5 > OBJECT_DISPARITY,
+    drawn = {
+        teacher.name: sample_views(
+            teacher.unet, teacher.text_encoder, teacher.prompt_encoder.tokenizer, captions, seed=0
+        )
+        for teacher in (mvdream, richdreamer)
     }
+    solids = {
+        "mvdream": (decode_images(vae, drawn["mvdream"]) - BACKGROUND).abs().amax(dim=1) > OBJECT_CONTRAST,
+        "richdreamer": drawn["richdreamer"][:, 3] / 2 + 0.5 > OBJECT_DISPARITY,
+    }
+    report = dict[str, Any]()
     for name, solid in solids.items():
         best = torch.zeros(len(captions), dtype=torch.float32, device="cpu")
         for form in range(2):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prd.cameras import orbit_cameras
+from prd.cameras import Cameras, orbit_cameras
 from prd.teachers.depth_control import control_images, run_controlled
 from prd.teachers.multiview import camera_vector
 from prd.toybox.models import make_scheduler
@@ -96,14 +96,23 @@ def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
 
 
+def shown_cameras(count: int) -> Cameras:
+    """Return the four cameras [count, 4] that `sample_views` sees objects from."""
+    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]], dtype=torch.float32, device="cpu").expand(count, -1)
+    return orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
+
+
 def sample_views(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, seed: int
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    shown: Sequence[str] = SHOWN,
+    *,
+    seed: int,
 ) -> Tensor:
-    """Return samples of the captions `SHOWN` from four cameras, [4 * n, 4, h, w]."""
-    azimuth = torch.tensor([[30.0, 120.0, 210.0, 300.0]], dtype=torch.float32, device="cpu").expand(len(SHOWN), -1)
-    orbit = orbit_cameras(torch.full_like(azimuth, 20.0), azimuth, 2.4, 50.0)
-    predict = plain(unet, camera_vector(orbit, "fourier").to(unet.device))
-    captions = [caption for caption in SHOWN for _ in range(4)]
+    """Return samples of n captions from four cameras, [4 * n, 4, h, w]."""
+    predict = plain(unet, camera_vector(shown_cameras(len(shown)), "fourier").to(unet.device))
+    captions = [caption for caption in shown for _ in range(4)]
     return sample(predict, text_encoder, tokenizer, captions, size=unet.config.sample_size, seed=seed)
 
 
