@@ -17,7 +17,13 @@ NORMAL_EPS = 1e-6  # length under which a vector is not stretched to a unit norm
 
 @torch.no_grad()
 def relevant_segments(
-    field: Field, alpha: AlphaModel, rays: RayBundle, edges: Tensor, cull_below: float
+    field: Field,
+    alpha: AlphaModel,
+    rays: RayBundle,
+    edges: Tensor,
+    cull_below: float,
+    guide: Field | None = None,
+    error: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Find the segments that are opaque and reached by light: their index among M * S and 1 where it counts, [B, K].
 
@@ -25,15 +31,18 @@ def relevant_segments(
     there: behind, less than that share is lost altogether; 0 keeps all. K is the most any sample of the batch needs (at
     least 1); the rest is padding. Where the opacity depends on the normal, the gradient is asked for at all segments
     that may be opaque: differences of the signed distance would not tell what is absorbed, unless its slope is 1.
+
+    guide  says in the field's place which segments may be opaque; None: the field
+    error  by which the guide's signed distances may be wrong, scene units
     """
     widths, middles = edges.diff(dim=-1), (edges[..., 1:] + edges[..., :-1]) / 2
     if cull_below == 0:
         everything = torch.arange(widths[0].numel(), dtype=torch.long, device=widths.device).expand(len(widths), -1)
         return everything, torch.ones_like(everything, dtype=widths.dtype)
-    sdf = sdf_along(field, rays.origins, rays.directions, middles)
-    opaque = alpha.may_reach(sdf, widths, cull_below)
+    sdf = sdf_along(field if guide is None else guide, rays.origins, rays.directions, middles)
+    opaque = alpha.may_reach(sdf - error, widths, cull_below)
     if not alpha.uses_normal:
-        reached = transmittance(alpha(sdf, sdf, widths)) >= cull_below
+        reached = transmittance(alpha(sdf + error, sdf, widths)) >= cull_below
         return _gathered((opaque & reached).flatten(1), widths.dtype)
     index, valid = _gathered(opaque.flatten(1), widths.dtype)
     found = torch.zeros_like(widths).flatten(1)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from prd.cameras import HALF_DIAGONAL, Cameras
 from prd.fields.checks import check_numbers
 from prd.fields.fast import node_gradient, sample, sdf_along
+from prd.fields.grid import GridField
 from prd.fields.protocol import Field
 from prd.rendering.alpha import AlphaModel, NeusAlpha, VolSDFAlpha, render_weights
 from prd.rendering.culling import NORMAL_EPS, facing, relevant_segments, segments
@@ -67,6 +68,7 @@ class VolumeConfig:
     alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
+    proposal_grid: Size | None = None  # the field on such a grid says where it is sampled (proposal, culling); null: itself
     max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
     disparity: Disparity = "camera"  # of the depth along the viewing axis; triplane_turbo: along the ray, as published
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
@@ -208,8 +210,8 @@ class VolumeRenderer(Renderer):
         """`render` for rays [B, V * height * width] that may be any of the cameras' (a patch, say)."""
         shape = (cameras.batch, cameras.views, *size)
         _check_precision(field, rays.origins[:, :1])
-        step = self.config.max_rays or rays.origins.shape[1]
-        parts = [self._chunk(field, rays.rows(i, i + step)) for i in range(0, rays.origins.shape[1], step)]
+        step, guide = self.config.max_rays or rays.origins.shape[1], self._guide(field, rays)
+        parts = [self._chunk(field, *guide, rays.rows(i, i + step)) for i in range(0, rays.origins.shape[1], step)]
 
         def image(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts], dim=1).view(*shape, -1)
@@ -278,15 +280,23 @@ class VolumeRenderer(Renderer):
         Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
         is put back among the others'.
         """
-        return self._march(field, rays, edges, *self._relevant(field, rays, edges))
+        return self._march(field, rays, edges, *relevant_segments(field, self.model, rays, edges, self.config.cull_below))
 
-    def _relevant(self, field: Field, rays: RayBundle, edges: Tensor) -> tuple[Tensor, Tensor]:
-        return relevant_segments(field, self.model, rays, edges, self.config.cull_below)
+    @torch.no_grad()
+    def _guide(self, field: Field, rays: RayBundle) -> tuple[Field, float]:
+        """What says where along the rays to sample, and by how much its distances may be wrong, in scene units.
 
-    def _chunk(self, field: Field, rays: RayBundle) -> RayOutputs:
+        It is the field, or its values on the grid of `proposal_grid`, which half a cell at most hides between nodes.
+        """
+        nodes = self.config.proposal_grid
+        if nodes is None or node_gradient(field) is not None:  # a grid already
+            return field, 0.0
+        return GridField(field, nodes, len(rays.origins), rays.origins.device), 1 / (nodes - 1)
+
+    def _chunk(self, field: Field, guide: Field, error: float, rays: RayBundle) -> RayOutputs:
         """Some rays' colours. Where there are several chunks, the graph of one is made again when it is needed."""
-        edges = self.sample_edges(field, rays)
-        index, valid = self._relevant(field, rays, edges)
+        edges = self.sample_edges(guide, rays)
+        index, valid = relevant_segments(field, self.model, rays, edges, self.config.cull_below, guide, error)
         if self.config.max_rays is None or not torch.is_grad_enabled():
             return self._march(field, rays, edges, index, valid)
         return checkpoint(self._march, field, rays, edges, index, valid, use_reentrant=False, preserve_rng_state=False)
