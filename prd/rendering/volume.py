@@ -68,7 +68,7 @@ class VolumeConfig:
     alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
-    proposal_grid: Size | None = None  # the field on such a grid says where it is sampled (proposal, culling); null: itself
+    proposal_grid: Size | None = None  # a grid of the field says where it is sampled (proposal, culling); null: itself
     max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
     disparity: Disparity = "camera"  # of the depth along the viewing axis; triplane_turbo: along the ray, as published
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
@@ -280,13 +280,14 @@ class VolumeRenderer(Renderer):
         Only segments that can matter are asked for gradient and colour: they are gathered to [B, K] and their opacity
         is put back among the others'.
         """
-        return self._march(field, rays, edges, *relevant_segments(field, self.model, rays, edges, self.config.cull_below))
+        index, valid = relevant_segments(field, self.model, rays, edges, self.config.cull_below)
+        return self._march(field, rays, edges, index, valid)
 
     @torch.no_grad()
     def _guide(self, field: Field, rays: RayBundle) -> tuple[Field, float]:
         """What says where along the rays to sample, and by how much its distances may be wrong, in scene units.
 
-        It is the field, or its values on the grid of `proposal_grid`, which half a cell at most hides between nodes.
+        It is the field, or its values on the grid of `proposal_grid`: half a cell's worth is what lies between nodes.
         """
         nodes = self.config.proposal_grid
         if nodes is None or node_gradient(field) is not None:  # a grid already

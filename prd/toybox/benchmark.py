@@ -45,7 +45,8 @@ class ToyBox(Benchmark):
         """Return a line per split, then the IoU and the orientation of the seen single objects by shape."""
         lines = [
             f"{name:16s} {summary['count']:4d} prompts  R@1 {summary['r_at_1']:.3f}  IoU {summary['iou']:.3f}  "
-            f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f}"
+            f"colour error {summary['color_error']:.3f}  right topology {summary['right_topology']:.2f} "
+            f"(outside {summary['right_outside']:.2f})"
             f"{_diversity(summary)}"
             for name, summary in summaries.items()
         ]

@@ -50,6 +50,7 @@ class ToyBoxScore:
     orientation_margin: float | None  # IoU minus that with the best wrong quarter turn; asymmetric single shapes
     euler: int  # Euler characteristic of the occupied solid's surface
     right_topology: bool  # as the best member's, in as many pieces
+    right_outside: bool  # the same but for cavities, which no picture shows and no mesh keeps
     reached: tuple[str, int] | None = None  # closed caption and form of the member that it is; None: not recognised
 
     def figures(self) -> dict[str, float]:
@@ -148,6 +149,12 @@ def topology(occupancy: Tensor) -> tuple[int, int]:
     return 2 * chi, pieces
 
 
+def without_cavities(occupancy: Tensor) -> Tensor:
+    """Return an occupied solid [R, R, R] with what it encloses: empty cells from which none leads to the border."""
+    solid = np.pad(occupancy.cpu().numpy(), 1)  # so that the border is empty
+    return torch.from_numpy(ndimage.binary_fill_holes(solid)[1:-1, 1:-1, 1:-1].copy())
+
+
 @torch.no_grad()
 def score_field(
     field: Field, prompts: Sequence[str], *, device: torch.device | str = "cpu", query_chunk: int = 1 << 17
@@ -193,6 +200,7 @@ def _score(asked: Caption, iou: Tensor, errors: list[Tensor], inside: Tensor, ke
     value, overlap, wrong = fits[own]
     volume, truth = inside.view(GRID, GRID, GRID), _forms()[_key(*own)]
     euler, pieces = topology(volume)
+    outside = topology(without_cavities(volume))
     margin = None
     (_, shape), *rest = own[0].words
     if not rest and shape in ASYMMETRIC_SHAPES:
@@ -209,6 +217,7 @@ def _score(asked: Caption, iou: Tensor, errors: list[Tensor], inside: Tensor, ke
         orientation_margin=margin,
         euler=euler,
         right_topology=euler == truth.euler and pieces == truth.pieces,
+        right_outside=outside == (truth.euler, truth.pieces),
         reached=(own[0].text, own[1]) if best == own else None,
     )
 
@@ -232,7 +241,7 @@ def even_coverage(members: int, draws: int) -> float:
 
 
 def summarise(scores: Sequence[ToyBoxScore]) -> dict[str, float | dict[str, float]]:
-    """Return means over scores: R@1, IoU, colour error, topology; by shape: IoU and orientation margin.
+    """Return means over scores: R@1, IoU, colour error, topology, also outside; by shape: IoU and orientation margin.
 
     Of the captions that were measured more than once, if there are any, also
 
@@ -259,6 +268,7 @@ def summarise(scores: Sequence[ToyBoxScore]) -> dict[str, float | dict[str, floa
         "iou": mean([s.iou for s in scores]),
         "color_error": mean([s.color_error for s in scores]),
         "right_topology": mean([s.right_topology for s in scores]),
+        "right_outside": mean([s.right_outside for s in scores]),
     }
     by_prompt = {
         prompt: [s for s in scores if s.prompt == prompt] for prompt in dict.fromkeys(s.prompt for s in scores)

@@ -36,7 +36,7 @@ def test_exact_fields_score_one_and_are_recognised(exact_scores):
         assert score.recognised and score.best == score.prompt == prompt
         assert score.iou == pytest.approx(1.0) and score.color_error < 1e-3
         assert score.score == pytest.approx(1.0, abs=1e-3)
-        assert score.right_topology
+        assert score.right_topology and score.right_outside
     assert exact_scores[1].euler == 0  # the torus
     assert exact_scores[3].euler == 2  # the second form of the cone counts as well as the first
 
@@ -48,6 +48,28 @@ def test_the_orientation_margin_tells_a_turned_wedge(exact_scores):
     assert turned.iou < 0.8 < exact_scores[0].iou
     assert turned.orientation_margin < -0.2
     assert turned.score < exact_scores[0].score - 0.2
+
+
+def test_a_cavity_is_wrong_inside_and_right_outside_and_a_closed_hole_is_wrong():
+    class Hollow(Turned):
+        """With a ball of air in its middle."""
+
+        def sdf(self, points):
+            ball = 0.12 - points.norm(dim=-1, keepdim=True)
+            return torch.maximum(self.inner.sdf(points), ball)
+
+    class Filled(Turned):
+        """With a disc in its hole."""
+
+        def sdf(self, points):
+            disc = torch.maximum(points[..., :2].norm(dim=-1, keepdim=True) - 0.6, points[..., 2:].abs() - 0.05)
+            return torch.minimum(self.inner.sdf(points), disc)
+
+    (cube,) = score_field(Hollow(ExactField(["a red cube"])), ["a red cube"])
+    assert cube.euler == 4 and not cube.right_topology and cube.right_outside
+    (torus,) = score_field(Filled(ExactField(["a red torus"])), ["a red torus"])
+    assert torus.euler == 2 and not torus.right_topology and not torus.right_outside
+    assert (summarise([cube])["right_topology"], summarise([cube])["right_outside"]) == (0.0, 1.0)
 
 
 def test_a_wrongly_coloured_cube_is_recognised_as_the_other():

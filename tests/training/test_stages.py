@@ -13,7 +13,7 @@ from prd.training.recipes import load_config, save_config, stages_of, to_dict
 from prd.training.trainer import Trainer
 
 STAGES = """[
-  {name: volume, until: 0.6, renderer_schedule: [volume], optimizer: {lr: 4.0e-3}},
+  {name: volume, until: 0.6, renderer_schedule: [volume], optimizer: {lr: 2.0e-3}},
   {name: mesh, until: 1, renderer_schedule: [surface], renderers: {surface: {isosurface: tetrahedra}},
    teachers: {mvdream: {enabled: false}}}
 ]"""
@@ -55,7 +55,7 @@ def test_a_stage_is_the_recipe_with_some_values_replaced(tmp_path) -> None:
     volume, mesh = stages_of(config)
     assert (volume.name, volume.first, volume.last, mesh.first, mesh.last) == ("volume", 0, 12, 12, 20)
     assert (volume.config.renderer_schedule, mesh.config.renderer_schedule) == (("volume",), ("surface",))
-    assert (volume.config.optimizer.lr, mesh.config.optimizer.lr) == (4e-3, 1e-3)
+    assert (volume.config.optimizer.lr, mesh.config.optimizer.lr) == (2e-3, 4e-3)
     assert volume.config.optimizer.betas == config.optimizer.betas  # the rest of a section stays
     assert volume.config.teachers["mvdream"].enabled and not mesh.config.teachers["mvdream"].enabled
     assert (volume.config.schedule_steps, mesh.config.schedule_steps) == (12, 8)
@@ -108,7 +108,7 @@ def test_each_stage_has_its_renderer_teachers_and_optimiser(toybox, tmp_path) ->
     for row in rows[2:]:
         assert row["gradient_norm/stable_diffusion/surface"] > 0
         assert not [name for name in row if "mvdream" in name or name.endswith("volume")]
-    assert (rows[0]["lr"], rows[2]["lr"]) == (4e-3, 1e-3)
+    assert (rows[0]["lr"], rows[2]["lr"]) == (2e-3, 4e-3)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}  # begun anew
 
 

@@ -40,7 +40,7 @@ def test_every_differing_key_is_listed_and_may_be_allowed(caplog):
     with pytest.raises(ConfigError) as error:
         resumed_config(load_config("toybox", changed), saved, 8)
     listed = str(error.value)
-    for part in ("checkpoint-7", "optimizer.lr: 0.001 -> 0.002", "seed: 0 -> 3", "prompts per step: 4 -> 8"):
+    for part in ("checkpoint-7", "optimizer.lr: 0.004 -> 0.002", "seed: 0 -> 3", "prompts per step: 4 -> 8"):
         assert part in listed
     assert "teachers.mvdream.guidance_scale: 2.5 -> 4" in listed and "--allow_config_change" in listed
     assert "output_dir" not in listed and "max_train_steps" not in listed
