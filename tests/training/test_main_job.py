@@ -24,11 +24,19 @@ SHORT = [
 ]
 
 
-FLOORS = {  # R@1 and IoU, a tenth or two below what one run reached in 265 steps (docs/toybox.md, "Results")
-    "single_seen": (0.8, 0.66),
-    "single_held_out": (0.6, 0.55),
-    "stack_seen": (0.4, 0.6),
-    "stack_held_out": (0.25, 0.6),
+FLOORS = {  # R@1 and IoU by the number of steps at least; a run of 400 had 1.00, .83; 1.00, .78; .88, .80; .79, .79
+    300: {
+        "single_seen": (0.9, 0.76),
+        "single_held_out": (0.8, 0.68),
+        "stack_seen": (0.7, 0.7),
+        "stack_held_out": (0.54, 0.7),
+    },
+    132: {  # three seeds had .89, .72; .70, .61; .58, .73; .50, .72 at least
+        "single_seen": (0.8, 0.68),
+        "single_held_out": (0.6, 0.57),
+        "stack_seen": (0.45, 0.65),
+        "stack_held_out": (0.35, 0.65),
+    },
 }
 
 
@@ -72,20 +80,14 @@ def test_two_steps_from_the_shell(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_main_job_reaches_its_figures(tmp_path: Path) -> None:
-    """The README's command in twelve minutes: on most machines all 265 steps, on slow ones a shorter whole schedule."""
+    """The README's command in twelve minutes: on most machines all 400 steps, on slow ones a shorter whole schedule."""
     launch(tmp_path / "run", "--max_train_minutes", "12")
     report = json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))
     record = json.loads((tmp_path / "run" / "adapter" / "record.json").read_text(encoding="utf-8"))
     assert len(list((tmp_path / "run" / "meshes").glob("*.glb"))) == 12
     steps, fits = record["train_steps"], record["fits"]
     assert fits and fits[-1]["max_train_steps"] == steps == fits[-1]["schedule_steps"], record
-    if steps < 240:  # reached by 66 fitted steps: IoU .57
-        assert report["single_seen"]["summary"]["iou"] >= (0.57 if steps >= 100 else 0.5), report["single_seen"][
-            "summary"
-        ]
-        return
-    for split, (r_at_1, iou) in FLOORS.items():
+    reached = next((floors for least, floors in FLOORS.items() if steps >= least), {"single_seen": (0.0, 0.5)})
+    for split, (r_at_1, iou) in reached.items():
         summary = report[split]["summary"]
         assert summary["r_at_1"] >= r_at_1 and summary["iou"] >= iou, (split, summary)
-    singles = [s for split in ("single_seen", "single_held_out") for s in report[split]["scores"]]
-    assert sum(s["iou"] for s in singles) / len(singles) >= 0.68
