@@ -1,7 +1,7 @@
 """Train on a world of your own: captions, their exact shapes, and a measure of what a model makes of them.
 
     python examples/custom_world.py                                       # a few steps; runs/custom_world/scores.json
-    python examples/custom_world.py --max_train_steps 265 --output_dir runs/balls_and_boxes
+    python examples/custom_world.py --max_train_steps 400 --output_dir runs/balls_and_boxes
 
 A world derives from `prd.evaluation.benchmark.Benchmark`. The trainer takes it among its parts, as here, or it is
 named in a recipe by its import path:

@@ -22,7 +22,7 @@ from prd.fields.checks import check_numbers
 from prd.fields.fast import node_gradient, sample, sdf_along
 from prd.fields.grid import GridField
 from prd.fields.protocol import Field
-from prd.rendering.alpha import AlphaModel, NeusAlpha, VolSDFAlpha, render_weights
+from prd.rendering.alpha import AlphaModel, DensityAlpha, NeusAlpha, VolSDFAlpha, render_weights
 from prd.rendering.culling import NORMAL_EPS, facing, relevant_segments, segments
 from prd.rendering.protocol import Draws, GradientSamples, Rendered, Renderer
 from prd.rendering.rays import RayBundle, cube_near_far, edges_around, jittered_shares, sample_pdf
@@ -68,7 +68,7 @@ class VolumeConfig:
     alpha_floor: NonNegative = 0.0  # 1e-5 reproduces the published images: empty segments absorb that much
     proposal_step: Positive | None = None  # scene units, of the proposal's density; null: 2 sqrt(3) / num_samples
     grid_resolution: Size | None = None  # evaluate the field once on a grid of this resolution; null: at every sample
-    proposal_grid: Size | None = None  # a grid of the field says where it is sampled (proposal, culling); null: itself
+    proposal_grid: Size | None = None  # nodes per axis of a grid that proposes and culls samples; null: the field does
     max_rays: Count | None = None  # rays per sample at a time, made again in the backward pass; null: all at once
     disparity: Disparity = "camera"  # of the depth along the viewing axis; triplane_turbo: along the ray, as published
     rgb_gradient_scale: Schedule = 1.0  # scale of the images' gradient to the colours
@@ -147,6 +147,11 @@ class VolumeRenderer(Renderer):
             raise ValueError(
                 f"cull_below={self.config.cull_below}: must be 0 with alpha={self.alpha}, whose floor gives empty "
                 "segments an opacity"
+            )
+        if self.config.proposal_grid is not None and isinstance(self.alpha, DensityAlpha):
+            raise ValueError(
+                f"proposal_grid={self.config.proposal_grid}: must be null with alpha={self.alpha}, whose field answers "
+                "a density, which says nothing of what lies between nodes"
             )
 
     @classmethod
@@ -252,7 +257,7 @@ class VolumeRenderer(Renderer):
 
     @torch.no_grad()
     def sample_edges(self, field: Field, rays: RayBundle) -> Tensor:
-        """Ends of the segments along each ray, ascending: [B, M, S + 1].
+        """Ends of the segments along each ray, ascending: [B, M, S + 1]. The field is asked for its sdf alone.
 
         Uniform between near and far; with importance sampling these are a proposal, whose density comes from a frontal
         surface (cos = -1) over a step of 2 sqrt(3) / num_samples (`proposal_step`), as published; the fine ones are
@@ -285,14 +290,16 @@ class VolumeRenderer(Renderer):
 
     @torch.no_grad()
     def _guide(self, field: Field, rays: RayBundle) -> tuple[Field, float]:
-        """What says where along the rays to sample, and by how much its distances may be wrong, in scene units.
+        """Return what proposes and culls samples, and by how much its signed distances may be wrong, scene units.
 
-        It is the field, or its values on the grid of `proposal_grid`: half a cell's worth is what lies between nodes.
+        It is the field itself, or its values on the grid of `proposal_grid`. Between nodes these are wrong by half the
+        diagonal of a cell at most where the slope is at most 1; a steeper or thinner part may be lost there. A field
+        that is a grid already, and rays of float64, are their own guide.
         """
-        nodes = self.config.proposal_grid
-        if nodes is None or node_gradient(field) is not None:  # a grid already
+        nodes, origins = self.config.proposal_grid, rays.origins
+        if nodes is None or node_gradient(field) is not None or origins.dtype != torch.float32:
             return field, 0.0
-        return GridField(field, nodes, len(rays.origins), rays.origins.device), 1 / (nodes - 1)
+        return GridField(field, nodes, len(origins), origins.device), HALF_DIAGONAL / (nodes - 1)
 
     def _chunk(self, field: Field, guide: Field, error: float, rays: RayBundle) -> RayOutputs:
         """Some rays' colours. Where there are several chunks, the graph of one is made again when it is needed."""

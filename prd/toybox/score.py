@@ -150,7 +150,7 @@ def topology(occupancy: Tensor) -> tuple[int, int]:
 
 
 def without_cavities(occupancy: Tensor) -> Tensor:
-    """Return an occupied solid [R, R, R] with what it encloses: empty cells from which none leads to the border."""
+    """Fill the empty cells of an occupied solid [R, R, R] that no path over their faces joins to the border."""
     solid = np.pad(occupancy.cpu().numpy(), 1)  # so that the border is empty
     return torch.from_numpy(ndimage.binary_fill_holes(solid)[1:-1, 1:-1, 1:-1].copy())
 

@@ -1,6 +1,6 @@
 """Number of optimiser steps, fitted to the minutes a run has, so that a slow machine trains a short but whole schedule.
 
-    budget = Budget(minutes=9.0, steps=265)
+    budget = Budget(minutes=9.0, steps=400)
     for ...:                                               # `done` steps have been taken
         if budget.due(done):                               # the same steps in every process
             number = budget.fit(done, end_seconds=50.0)    # by the main process, which tells the others

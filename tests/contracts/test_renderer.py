@@ -29,6 +29,7 @@ SIZE = (20, 26)  # height and width
 RENDERERS: dict[str, Renderer] = {
     "volume": volume_renderer(num_samples=32),
     "volume_importance": volume_renderer(num_samples=16, num_importance_samples=16),
+    "volume_proposal": volume_renderer(num_samples=16, num_importance_samples=16, proposal_grid=24),
     "volume_volsdf": volume_renderer(num_samples=48, density="volsdf", beta=0.02),
     "volume_planes": volume_renderer(num_samples=64, near=1.0, far=4.0, cull_below=0.0),
     "surface_cubes": surface_renderer(grid_resolution=20),

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from prd import TriplaneTurbo
 from prd.cameras import orbit_cameras
 from prd.fields.grid import GridField
+from prd.rendering.alpha import DensityAlpha
+from prd.rendering.volume import VolumeRenderer
 from tests.compare import ROUNDING, relative_difference
 from tests.rendering.made import volume_renderer
 
@@ -61,3 +64,22 @@ def test_a_grid_proposes_as_well_as_the_field() -> None:
 def test_a_field_that_is_a_grid_already_is_its_own_guide() -> None:
     field = GridField(made(), 24)
     assert relative_difference(images(field, proposal_grid=32), images(field)) <= ROUNDING
+
+
+def test_a_density_is_refused() -> None:
+    renderer: VolumeRenderer = volume_renderer(proposal_grid=8)
+    with pytest.raises(ValueError, match="proposal_grid=8: must be null with alpha=DensityAlpha"):
+        renderer.with_config(renderer.config, DensityAlpha(17.0))
+
+
+def test_chunks_are_guided_alike_and_give_the_same_gradients() -> None:
+    def gradient(**settings: Any) -> Tensor:
+        field = made()
+        planes = field.planes.detach().requires_grad_()
+        field = type(field)(planes, field.heads, field.bias_radius)
+        renderer = volume_renderer(num_samples=12, num_importance_samples=12, proposal_grid=24, **settings)
+        cameras = orbit_cameras(torch.tensor([[20.0]] * 2), torch.tensor([[110.0]] * 2), 2.4, 50.0)
+        views = renderer(field, cameras, height=8, width=8)
+        return torch.autograd.grad(views.rgb.square().sum() + views.normal.sum(), planes)[0]
+
+    assert relative_difference(gradient(max_rays=13), gradient()) <= 10 * ROUNDING

@@ -24,7 +24,7 @@ SHORT = [
 ]
 
 
-FLOORS = {  # R@1 and IoU by the number of steps at least; a run of 400 had 1.00, .83; 1.00, .78; .88, .80; .79, .79
+FLOORS = {  # R@1 and IoU by the least number of steps; a run of 400 had 1.00, .83; 1.00, .78; .88, .80; .79, .79
     300: {
         "single_seen": (0.9, 0.76),
         "single_held_out": (0.8, 0.68),
