@@ -33,7 +33,8 @@ def made() -> Any:
     """Two objects of the toy student, whose signed distance has slopes up to 7."""
     draws = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     pipe = TriplaneTurbo.from_pretrained("toybox")
-    return pipe(["a red cube", "a blue mug"], generator=draws, output_type="field").field
+    made: Any = pipe(["a red cube", "a blue mug"], generator=draws, output_type="field")
+    return made.field
 
 
 @torch.no_grad()
