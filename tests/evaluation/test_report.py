@@ -88,7 +88,7 @@ def test_the_page_shows_the_run_and_refers_to_its_folder_alone(tmp_path):
     assert "script" not in page.tags and "b" in page.tags and prompt in page.text and "a <b>" in page.text
     assert page.text.index("After 10 steps") < page.text.index("After 2 steps")
     packages = json.loads((run / "environment.json").read_text(encoding="utf-8"))[0]["packages"]
-    for text in ("0.3125", "3 of 265 steps, 1 min 30 s", "optimizer.lr", packages["torch"], "single_seen", "commit"):
+    for text in ("0.3125", "3 of 400 steps, 1 min 30 s", "optimizer.lr", packages["torch"], "single_seen", "commit"):
         assert text in page.text
 
 
@@ -111,7 +111,7 @@ def test_a_half_written_line_and_nan_do_not_hide_the_run(tmp_path):
         stream.write('{"step": 4, "gradient_norm": NaN, "seconds": 30.0}\n{"step": 5, "gra')
     assert read_run(run).steps == 4
     page = Links(write_report(run))
-    assert "4 of 265 steps, 2 min 00 s" in page.text and "nan" not in page.text.lower().split("curves")[1][:2000]
+    assert "4 of 400 steps, 2 min 00 s" in page.text and "nan" not in page.text.lower().split("curves")[1][:2000]
 
 
 def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys, monkeypatch):
@@ -119,15 +119,15 @@ def test_runs_are_compared_by_what_differs_and_by_their_scores(tmp_path, capsys,
     make_run(tmp_path / "one", "--output_dir", "runs/one", scores=True)
     make_run(tmp_path / "sub" / "[red]two", "--seed", "3", "--optimizer.lr", "5e-4", "--output_dir", "b", steps=200)
     first, second = differences(find_runs(tmp_path))
-    assert first == {"seed": 0, "optimizer.lr": 1e-3} and second == {"seed": 3, "optimizer.lr": 5e-4}
+    assert first == {"seed": 0, "optimizer.lr": 4e-3} and second == {"seed": 3, "optimizer.lr": 5e-4}
     assert main(["runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     for text in (
         "one",
-        "3/265",
+        "3/400",
         "1 min 30 s",
         "[red]two",
-        "200/265",
+        "200/400",
         "1 h 40 min",
         "optimizer.lr 0.0005",
         "r_at_1 0.75",
@@ -154,7 +154,7 @@ def test_a_damaged_file_hides_neither_the_run_nor_the_others(tmp_path, capsys, c
     (run / "environment.json").write_text('[{"comm', encoding="utf-8")
     (run / "scores.json").write_text('{"sing', encoding="utf-8")
     page = write_report(run).read_text(encoding="utf-8")
-    assert "After 2 steps" in page and "3 of 265 steps" in page
+    assert "After 2 steps" in page and "3 of 400 steps" in page
     for name in ("metrics.json", "environment.json", "scores.json"):
         assert re.search(rf"{name} is damaged .* left out", caplog.text)
     write_environment(run)

@@ -54,16 +54,14 @@ def test_exact_distances_give_the_mesh_of_the_dense_grid(caption, resolution):
 
 def test_trained_fields_give_the_mesh_of_the_dense_grid():
     """With what the shipped student makes. Its gradient reaches 11 in places, so that no useful constant holds: that
-    these surfaces are found is their own doing, as pieces much thicker than a coarse cell. Two specks of the stack are
-    thinner, and missed without a constant."""
+    these surfaces are found is their own doing, as pieces much thicker than a coarse cell."""
     pipe = TriplaneTurbo.from_pretrained("toybox")
     prompts = ["a red torus", "a blue mug", "a green cone on a yellow cube"]
     field = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="field").field
     with torch.no_grad():
         dense = extract_isosurface(field, 65, batch=3)
         fine = extract_coarse_to_fine(field, 65, batch=3)
-        same_meshes(dense[:2], fine[:2])
-        assert 0.98 * len(dense[2][1]) < len(fine[2][1]) < len(dense[2][1])
+        same_meshes(dense, fine)
         same_meshes(dense, extract_coarse_to_fine(field, 65, batch=3, lipschitz=2.0))
 
 
