@@ -17,7 +17,7 @@ SINGLES = (
     *("red cube", "green sphere", "blue cone", "yellow cylinder"),
     *("purple torus", "cyan wedge", "red arrow", "blue mug"),
 )
-MEAN, MOST = 1.0, 3.0  # levels of 255: over the surface, and what 99 % of it stays below
+MEAN, MOST = 1.0, 4.5  # levels of 255: over the surface, and what 99 % of it stays below (light changes within triangles)
 
 
 def ball() -> tuple[np.ndarray, np.ndarray]:
