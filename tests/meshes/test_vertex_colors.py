@@ -17,7 +17,7 @@ SINGLES = (
     *("red cube", "green sphere", "blue cone", "yellow cylinder"),
     *("purple torus", "cyan wedge", "red arrow", "blue mug"),
 )
-MEAN, MOST = 1.0, 4.5  # levels of 255: over the surface, and what 99 % of it stays below (light changes within triangles)
+MEAN, MOST = 1.0, 4.5  # levels of 255: over the surface, and of 99 % of it; where faces meet the light changes fast
 
 
 def ball() -> tuple[np.ndarray, np.ndarray]:
