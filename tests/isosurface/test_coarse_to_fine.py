@@ -60,8 +60,7 @@ def test_trained_fields_give_the_mesh_of_the_dense_grid():
     field = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="field").field
     with torch.no_grad():
         dense = extract_isosurface(field, 65, batch=3)
-        fine = extract_coarse_to_fine(field, 65, batch=3)
-        same_meshes(dense, fine)
+        same_meshes(dense, extract_coarse_to_fine(field, 65, batch=3))
         same_meshes(dense, extract_coarse_to_fine(field, 65, batch=3, lipschitz=2.0))
 
 

@@ -17,7 +17,8 @@ SINGLES = (
     *("red cube", "green sphere", "blue cone", "yellow cylinder"),
     *("purple torus", "cyan wedge", "red arrow", "blue mug"),
 )
-MEAN, MOST = 1.0, 4.5  # levels of 255: over the surface, and of 99 % of it; where faces meet the light changes fast
+MEAN, MOST = 1.0, 3.0  # levels of 255: over the surface, and what 99 % of it stays below
+EDGES = {"cube": 4.5, "cylinder": 4.5, "wedge": 4.5, "mug": 4.5}  # MOST of shapes whose light jumps where faces meet
 
 
 def ball() -> tuple[np.ndarray, np.ndarray]:
@@ -94,4 +95,5 @@ def test_vertex_colours_and_texture_show_what_the_field_has() -> None:
         for name, error in (("field", colors - field), ("texture", colors - texture)):
             most = np.abs(error).max(axis=1)
             print(f"{words}, vertex colours and {name}: {most.mean():.2f}, {np.quantile(most, 0.99):.2f} levels")
-            assert most.mean() < MEAN and np.quantile(most, 0.99) < MOST, (words, name)
+            bound = EDGES.get(words.split()[1], MOST)
+            assert most.mean() < MEAN and np.quantile(most, 0.99) < bound, (words, name)
