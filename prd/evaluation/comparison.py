@@ -26,6 +26,7 @@ from prd.evaluation.benchmark import Benchmark, measured_splits, resolve_benchma
 from prd.evaluation.pictures import save_sheet
 from prd.evaluation.report import STYLE, chart, shown
 from prd.fields.fast import one_sample
+from prd.hub.find import METRICS
 from prd.text.encoders import PromptEncoder
 from prd.training.config import TrainConfig
 from prd.training.galleries import generate_fields, sheet_views, shown_background
@@ -37,7 +38,6 @@ from prd.utils.arguments import expanded_path
 from prd.utils.files import write_atomic
 
 SIDES = ("seen", "held_out")  # what a split's name ends in
-FIGURES = ("r_at_1", "iou", "color_error", "right_topology")
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def at_frames(rows: Sequence[Measured], frames: float) -> list[Measured]:
 
 def markdown_table(rows: Sequence[Measured]) -> str:
     """Return a line per row: frames per prompt, steps, and the figures as "seen / held out", "-" for none."""
-    heads = ("", "frames per prompt", "steps", "R@1", "IoU", "colour error", "right topology")
+    heads = ("", "frames per prompt", "steps", *METRICS.values())
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row.run, f"{row.frames_per_prompt:.0f}", str(row.step)]
-        for figure in FIGURES:
+        for figure in METRICS:
             values = [_side(row, side).get(figure) for side in SIDES]
             cells.append(" / ".join("-" if value is None else f"{value:.2f}" for value in values))
         lines.append("| " + " | ".join(cells) + " |")

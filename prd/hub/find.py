@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 CARD, TRAINING_METADATA = "README.md", "record.json"
 IN_RUNS = ("adapter", "generator")  # what a run saves its model as
-METRICS = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
+METRICS = {
+    "r_at_1": "R@1",
+    "iou": "IoU",
+    "color_error": "colour error",
+    "right_topology": "right topology",
+    "right_outside": "right outside",
+}
 
 
 def find_model(

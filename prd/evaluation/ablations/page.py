@@ -16,10 +16,10 @@ from rich.text import Text
 from prd.evaluation.ablations.results import told_commits
 from prd.evaluation.ablations.tables import Ablation
 from prd.evaluation.report import STYLE, chart
+from prd.hub.find import METRICS
 from prd.utils.files import file_stem, replace_file, write_atomic
 
 SHEET_WIDTH = 400  # pixels, of a contact sheet on the page
-NAMES = {"r_at_1": "R@1", "iou": "IoU", "color_error": "colour error", "right_topology": "right topology"}
 DIVERSITY = ("precision", "coverage")  # of captions with several right answers, drawn several times
 INTRODUCTION = """# Ablations
 
@@ -38,7 +38,7 @@ often CLIP finds the prompt): directions can be compared, values cannot.
 
 def figure_name(figure: str) -> str:
     """Return the name of a figure in a heading."""
-    return NAMES.get(figure, figure.replace("_", " "))
+    return METRICS.get(figure, figure.replace("_", " "))
 
 
 def shown_interval(values: Mapping[str, Any] | None, sign: str = "") -> str:
