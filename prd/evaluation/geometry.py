@@ -42,7 +42,7 @@ class Edges:
 def measure_geometry(mesh: FileMesh) -> dict[str, Any]:
     """Return the figures of a mesh, plain values by name; `docs/evaluation.md` defines each.
 
-    genus is None where the mesh is not watertight or not orientable, what needs texture coordinates where it has none.
+    genus and box_fill are None where the mesh is not watertight or not orientable, what needs texture coordinates where it has none.
     """
     vertices, faces, kept = _welded(mesh)
     face_count = len(mesh.faces)
@@ -65,6 +65,7 @@ def measure_geometry(mesh: FileMesh) -> dict[str, Any]:
         "orientable": orientable,
         "components": components,
         "genus": components - euler // 2 if watertight and orientable else None,
+        "box_fill": _box_fill(vertices, faces, sign) if watertight and orientable else None,
         "boundary_edges": edges.boundary,
         "nonmanifold_edges": edges.nonmanifold,
         "nonmanifold_vertices": nonmanifold_vertices,
@@ -175,6 +176,14 @@ def _normals(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     normal = np.cross(b - a, c - a)
     return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-300)
+
+
+def _box_fill(vertices: NDArray[np.float64], faces: NDArray[np.int64], sign: NDArray[np.int64]) -> float | None:
+    """The volume that closed surfaces enclose over that of their box along the axes; None for a flat box."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    used = vertices[np.unique(faces)]
+    box = float(np.prod(used.max(axis=0) - used.min(axis=0)))
+    return round(float((sign * (a * np.cross(b, c)).sum(1)).sum()) / 6 / box, 4) if box > 0 else None
 
 
 def _normal_consistency(vertices: NDArray[np.float64], faces: NDArray[np.int64], edges: Edges) -> float | None:

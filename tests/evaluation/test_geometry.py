@@ -151,6 +151,19 @@ def measure_pair(one: np.ndarray, other: np.ndarray, folder: Path) -> int:
     return figures(raw(np.concatenate([one, other]), [[0, 1, 2], [3, 4, 5]]), folder / "pair.ply")["self_intersections"]
 
 
+def test_box_fill_is_the_enclosed_volume_over_that_of_the_box(tmp_path: Path) -> None:
+    hollow = concatenate([BOX, raw(creation.box((0.5, 0.5, 0.5)).vertices, BOX.faces[:, ::-1])])
+    meshes = {
+        "box": (moved(creation.box((1, 2, 3)), 5, 0, 0), 1.0),
+        "ball": (BALL, BALL.volume / np.prod(BALL.extents)),
+        "cavity": (hollow, 1 - 0.125),
+        "one face turned": (flipped(1), 1.0),
+        "hole": (raw(BOX.vertices, BOX.faces[1:]), None),
+    }
+    for name, (mesh, fill) in meshes.items():
+        assert figures(mesh, tmp_path / f"{name}.ply")["box_fill"] == (fill and pytest.approx(fill, abs=1e-3)), name
+
+
 def test_thin_parts_are_told_from_thick_ones(tmp_path: Path) -> None:
     assert figures(creation.box((1, 1, 0.005)), tmp_path / "thin.ply")["thin_parts"] > 0.98
     assert figures(creation.box((1, 1, 0.05)), tmp_path / "thick.ply")["thin_parts"] == 0
