@@ -1,6 +1,7 @@
-"""What a training step of the toy box costs as the recipe stands, and with departures from the paper taken back.
+"""What a training step of the toy box costs: the recipe, departures taken back, ways to be faster, more pixels.
 
-    python benchmarks/bench_departures.py                # four variants; some minutes
+    python benchmarks/bench_departures.py                                # all; a quarter of an hour
+    python benchmarks/bench_departures.py --only default toybox_paper    # some, others' figures stay in the JSON
 
 Seconds of the processor, not of the clock, so that other work on the machine counts little: the least of some steps on
 one thread, and its parts. The JSON goes to benchmarks/results/training_departures_cpu.json; docs/toybox.md shows it.
@@ -26,22 +27,37 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from machine import describe  # noqa: E402
 
 ASD = ["--distillation.reference", "shifted", "--teachers.richdreamer.eta", "0.1"]
+TEACHERS = ("stable_diffusion", "mvdream", "richdreamer")
+PIXELS = [
+    f"--renderers.{name}.{size}" for name in ("volume", "surface") for size in ("height", "width", "grid_resolution")
+]
+COMPILED = "teachers compiled"
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "default": ("toybox", []),
     "ASD": ("toybox", ASD),
     "ASD, both renderers": ("toybox", [*ASD, "--renderer_schedule", "all"]),
     "toybox_paper": ("toybox_paper", []),
+    "teachers in bfloat16": ("toybox", [f"--teachers.{name}.dtype=bfloat16" for name in TEACHERS]),
+    "all in bfloat16": ("toybox", ["--mixed_precision", "bf16"]),
+    COMPILED: ("toybox", []),
+    "64 x 64 pixels": ("toybox", [f"{word}=64" for word in PIXELS]),
 }
 
 
-def measure(recipe: str, words: list[str], folder: Path, steps: int) -> dict[str, float]:
-    """Processor seconds of the cheapest of some steps, after one that is not counted: all, and its parts."""
+def measure(recipe: str, words: list[str], folder: Path, steps: int, *, compiled: bool = False) -> dict[str, float]:
+    """Processor seconds of the cheapest of some steps, after one that is not counted: all, and its parts.
+
+    compiled  torch.compile of the teachers' U-Nets, which needs a C++ compiler; its seconds are those of the first step
+    """
     import prd.training.objective as judging
     from prd.training.recipes import load_config
     from prd.training.trainer import Trainer
 
     own = ["--output_dir", str(folder / "run"), "--num_threads", "1", "--report_to", "null"]
     trainer, parts = Trainer(load_config(recipe, [*own, *words])), dict[str, float]()
+    if compiled:
+        for name in TEACHERS:
+            trainer.parts.teachers[name].unet.compile()
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -67,18 +83,23 @@ def measure(recipe: str, words: list[str], folder: Path, steps: int) -> dict[str
             trainer.train_step(step)
             found.append({"all": time.process_time() - begun, **parts})
     best = min(found[1:], key=lambda row: row["all"])
-    return {name: round(seconds, 2) for name, seconds in best.items()}
+    return {name: round(seconds, 2) for name, seconds in {**best, "first step": found[0]["all"]}.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2, help="measured steps of each")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training_departures_cpu.json")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "steps": args.steps, "processor_seconds": {}}
-    for name, (recipe, words) in VARIANTS.items():
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    kept = before.get("processor_seconds", {}) if before.get("machine", {}).get("cpu") == describe()["cpu"] else {}
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "steps": args.steps, "processor_seconds": kept}
+    for name in args.only:
+        recipe, words = VARIANTS[name]
         with tempfile.TemporaryDirectory() as scratch:
-            report["processor_seconds"][name] = measure(recipe, words, Path(scratch), args.steps)
+            folder, compiled = Path(scratch), name == COMPILED
+            report["processor_seconds"][name] = measure(recipe, words, folder, args.steps, compiled=compiled)
         print(name, report["processor_seconds"][name], flush=True)
     report["machine"] = describe()
     args.output.parent.mkdir(parents=True, exist_ok=True)
