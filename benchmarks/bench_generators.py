@@ -62,7 +62,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "AToM": ("atom_toybox", []),
     "ATT3D": ("att3d_toybox", []),
     "LATTE3D": ("latte3d_toybox", []),
-    "PRD": ("toybox", [*SINGLES, "--max_train_steps", "300", "--optimizer.lr", "0.001"]),
+    "PRD": ("toybox", [*SINGLES, "--max_train_steps", "300"]),
     "AToM, mesh stage alone": ("atom_toybox", SURFACE),
     "AToM, volume stage alone": ("atom_toybox", VOLUME),
     "AToM's stage 1 with ATT3D's encoding": (

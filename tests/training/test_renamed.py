@@ -20,7 +20,7 @@ OTHER_TODAY = {  # values that the recipe has changed since, all of them
     "toybox": ["prompts.open_fraction: 0.0 -> 0.2", "optimizer.lr: 0.001 -> 0.004"],
     "latte3d_toybox": [
         "prompts.open_fraction: 0.2 -> 0.0",
-        "optimizer.lr: 0.004 -> 0.001",
+        "optimizer.lr: 0.004 -> 0.003",
     ],  # the old recipe extends today's toybox
     "triplane_turbo_sd21": [
         "mixed_precision: bf16 -> no",
