@@ -42,7 +42,8 @@ class Edges:
 def measure_geometry(mesh: FileMesh) -> dict[str, Any]:
     """Return the figures of a mesh, plain values by name; `docs/evaluation.md` defines each.
 
-    genus and box_fill are None where the mesh is not watertight or not orientable, what needs texture coordinates where it has none.
+    genus and box_fill are None where the mesh is not watertight or not orientable, what needs texture coordinates where
+    it has none.
     """
     vertices, faces, kept = _welded(mesh)
     face_count = len(mesh.faces)

@@ -209,4 +209,4 @@ def test_the_list_shows_tables_cells_changes_and_time(capsys: pytest.CaptureFixt
     ):
         assert text in shown
     assert ablate(["k_time", "--list", "--seeds", "2", "--jobs", "3"]) == 0
-    assert "K=4 (baseline): the recipe as it is; 6 min 30 s\n  about 13 min 00 s for 3 cells" in capsys.readouterr().out
+    assert "K=4 (baseline): the recipe as it is; 4 min 00 s\n  about 8 min 00 s for 3 cells" in capsys.readouterr().out
