@@ -205,7 +205,7 @@ def test_the_list_shows_tables_cells_changes_and_time(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for text in (
         "rank: Rank of the adapters (arXiv:2503.21694, supplement E, Table 6)",
-        "rank=8: model.rank=8; 3 min 38 s",
+        "rank=8: model.rank=8; 3 min 37 s",
     ):
         assert text in shown
     assert ablate(["k_time", "--list", "--seeds", "2", "--jobs", "3"]) == 0
