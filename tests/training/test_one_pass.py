@@ -256,4 +256,4 @@ def test_runs_are_compared_at_equal_frames(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_split_that_was_not_measured_keeps_its_place_in_the_table() -> None:
     row = Measured("mine", 2, 4.0, {"single_held_out": {"r_at_1": 0.5, "iou": 0.25}})
-    assert markdown_table([row]).splitlines()[-1] == "| mine | 4 | 2 | - / 0.50 | - / 0.25 | - / - | - / - |"
+    assert markdown_table([row]).splitlines()[-1] == "| mine | 4 | 2 | - / 0.50 | - / 0.25 | - / - | - / - | - / - |"
