@@ -1,10 +1,11 @@
 """What a training step of the toy box costs: the recipe, departures taken back, ways to be faster, more pixels.
 
-    python benchmarks/bench_departures.py                                # all; a quarter of an hour
-    python benchmarks/bench_departures.py --only default toybox_paper    # some, others' figures stay in the JSON
+    python benchmarks/bench_departures.py                                # all; some minutes
+    python benchmarks/bench_departures.py --only default toybox_paper --output two.json
 
 Seconds of the processor, not of the clock, so that other work on the machine counts little: the least of some steps on
-one thread, and its parts. The JSON goes to benchmarks/results/training_departures_cpu.json; docs/toybox.md shows it.
+one thread, and its parts. Teachers see pictures of their own size, whatever is rendered. docs/toybox.md shows the
+departures (results/training_departures_cpu.json) and the ways to be faster (results/training_ways_cpu.json).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -40,7 +42,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "teachers in bfloat16": ("toybox", [f"--teachers.{name}.dtype=bfloat16" for name in TEACHERS]),
     "all in bfloat16": ("toybox", ["--mixed_precision", "bf16"]),
     COMPILED: ("toybox", []),
-    "64 x 64 pixels": ("toybox", [f"{word}=64" for word in PIXELS]),
+    "64 x 64 renderings": ("toybox", [f"{word}=64" for word in PIXELS]),
 }
 
 
@@ -92,9 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training_departures_cpu.json")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
-    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    kept = before.get("processor_seconds", {}) if before.get("machine", {}).get("cpu") == describe()["cpu"] else {}
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "steps": args.steps, "processor_seconds": kept}
+    report: dict[str, Any] = {"command": shlex.join(sys.argv), "steps": args.steps, "processor_seconds": {}}
     for name in args.only:
         recipe, words = VARIANTS[name]
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ from rich.console import Console
 from prd.errors import ConfigError
 from prd.evaluation.ablations.page import terminal_table, write_page
 from prd.evaluation.ablations.plan import Plan, plan_runs, state_of
-from prd.evaluation.ablations.results import collect, read_results, told_commits, write_results
+from prd.evaluation.ablations.results import collect, fault_of, read_results, told_commits, write_results
 from prd.evaluation.ablations.runner import train_runs
 from prd.evaluation.ablations.tables import Ablation, check_cells, load_table, shipped_tables
 from prd.evaluation.report import duration, shown
@@ -100,7 +100,7 @@ def _report(plan: Plan, before: dict[str, Any] | None, command: str, path: Path 
         write_results(results, path)
         print(path)
     for folder, lines in failed.items():
-        print(f"FAILED: {folder}: {lines.splitlines()[-1] if lines else 'no output'}")
+        print(f"FAILED: {folder}: {fault_of(lines)}")
     return 1 if failed else 0
 
 

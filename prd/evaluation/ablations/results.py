@@ -52,7 +52,7 @@ def collect(
         for folder, seed in _seeds([path.name for path in prefix.parent.glob("*")], prefix.name):
             if (run := read_finished(prefix.with_name(folder))) is not None:
                 runs[seed] = _measured(run, table, runs.get(seed, {}).get("command") or command)
-        ended = {folder.name: _fault(lines) for folder, lines in (failed or {}).items()}
+        ended = {folder.name: fault_of(lines) for folder, lines in (failed or {}).items()}
         failures = {**earlier.get("failed", {}), **{seed: ended[f] for f, seed in _seeds(ended, prefix.name)}}
         own = {key: value for key, value in configs[name].items() if shared.get(key, "absent") != value}
         cells[name] = {
@@ -86,10 +86,10 @@ def write_results(results: Mapping[str, Any], path: Path) -> None:
     write_atomic(path, POINT.sub(r"[\1, \2]", text) + "\n")
 
 
-def _fault(lines: str) -> str:
-    """Return what a run said of its failure: the last line that names the command, else the last one."""
-    own = [line for line in lines.splitlines() if line.startswith("prd ")]
-    return own[-1] if own else lines.rpartition("\n")[2]
+def fault_of(lines: str) -> str:
+    """Return what a run that failed said of it in its last lines: the last that names the command, else the last."""
+    every = lines.splitlines() or ["no output"]
+    return next((line for line in reversed(every) if line.startswith("prd ")), every[-1])
 
 
 def figures_of(run: Run, captions: Mapping[str, tuple[str, ...]]) -> Figures:

@@ -23,7 +23,7 @@ from prd.cli import main
 from prd.errors import ConfigError
 from prd.evaluation.ablations.page import rows_of, write_page
 from prd.evaluation.ablations.plan import Plan, PlannedRun, plan_runs, state_of
-from prd.evaluation.ablations.results import collect, read_results, write_results
+from prd.evaluation.ablations.results import collect, fault_of, read_results, write_results
 from prd.evaluation.ablations.runner import Progress, train_runs
 from prd.evaluation.ablations.tables import Ablation, load_table, shipped_tables
 from prd.training.recipes import save_config
@@ -123,6 +123,14 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_resumed(table: Ablatio
     assert steps_of(folder) == [1, 2, 3, 4]
     results = collect(plan, results)
     assert results["cells"]["rank=2"]["verdict"] == "indication" and results["cells"]["rank=4"]["failed"] == {}
+
+
+def test_what_a_failed_run_said_is_told_from_what_came_after() -> None:
+    assert fault_of("step 2\nprd train: the object has vanished; lower x\nfirst step: done 5 s after the start") == (
+        "prd train: the object has vanished; lower x"
+    )
+    assert fault_of("step 2\nno room left on this device") == "no room left on this device"
+    assert fault_of("") == "no output"
 
 
 def test_ctrl_c_lets_the_runs_end_and_nothing_is_left(table: Ablation, tmp_path: Path) -> None:
