@@ -36,7 +36,7 @@ class NoiseLevels(nn.Module):
 
     @classmethod
     def of(cls, scheduler: Any) -> Self:
-        """Of a diffusers scheduler; ValueError for one of another kind."""
+        """Return the levels of a diffusers scheduler; ValueError for one of another kind."""
         raise NotImplementedError
 
     @property
@@ -65,7 +65,7 @@ class NoiseLevels(nn.Module):
         raise NotImplementedError
 
     def told(self, timestep: Tensor) -> Tensor:
-        """What the network is told of integer timesteps."""
+        """Return the network's input for integer timesteps."""
         return timestep
 
     def x0(self, x: Tensor, prediction: Tensor, timestep: Tensor | int) -> Tensor:
@@ -81,7 +81,7 @@ class DiffusionLevels(NoiseLevels):
 
     @classmethod
     def of(cls, scheduler: Any) -> Self:
-        """Of any diffusers scheduler with `alphas_cumprod`; ValueError for another kind of prediction."""
+        """Return the levels of a scheduler with `alphas_cumprod`; ValueError for another kind of prediction."""
         found = scheduler.config.get("prediction_type")
         if found not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type={found!r}: the base must predict epsilon or v_prediction")
@@ -110,7 +110,7 @@ class FlowLevels(NoiseLevels):
 
     @classmethod
     def of(cls, scheduler: Any) -> Self:
-        """Of a FlowMatchEulerDiscreteScheduler's config; ValueError for a scheduler of another kind."""
+        """Return the levels of a FlowMatchEulerDiscreteScheduler; ValueError for a scheduler of another kind."""
         config = scheduler.config
         if "shift" not in config or config.get("use_dynamic_shifting") or config.get("invert_sigmas"):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What keeps the toy box's shapes from being exact: the resolution, the teachers or the student.
+"""Find what keeps the toy box's shapes from being exact: the resolution, the teachers or the student.
 
     python benchmarks/bench_ceiling.py --run runs/toybox          # minutes: the length of the recipe
 
@@ -148,7 +148,7 @@ def by_shape(captions: Sequence[str], values: Sequence[float]) -> dict[str, floa
 
 
 def student_scores(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """What the recipe's run measures of a student that is drawn to exact renderings."""
+    """Train a student on exact renderings and measure it as the recipe's run does."""
     own = ["--output_dir", str(folder), "--report_to", "null", "--max_train_minutes", "null", *words]
     own += ["--teachers.stable_diffusion.enabled", "false", "--teachers.mvdream.enabled", "false"]
     config = load_config("toybox", [*own, "--teachers.richdreamer.weight", "1"])

@@ -1,4 +1,4 @@
-"""How far CLIP's R@1 agrees with the truth: the same shapes judged by a CLIP's pictures and by the toy box's volumes.
+"""Measure how far CLIP's R@1 agrees with the truth, the same shapes judged by pictures and by the toy box's volumes.
 
     prd ablate k --output_dir runs/ablations                     # or any other runs of toy recipes
     python benchmarks/bench_clip_truth.py runs/ablations/*-seed* --clip toybox
@@ -45,7 +45,7 @@ Shape = dict[str, float]
 
 
 def judge(run: Path, clip: str, output: Path, resolution: int) -> list[Shape]:
-    """What the CLIP and the truth say of a run's single objects."""
+    """Judge a run's single objects by the CLIP and by the truth."""
     world = find_benchmark("toybox")
     assert world is not None
     pipe: Any = TriplaneTurbo.from_pretrained(run / "adapter")

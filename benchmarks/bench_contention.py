@@ -1,4 +1,4 @@
-"""What other processes on the same cores cost, by how long OpenMP's threads spin at a barrier.
+"""Cost of other processes on the same cores, by how long OpenMP's threads spin at a barrier.
 
     python benchmarks/bench_contention.py                                   # the toy box's training step; minutes
     python benchmarks/bench_contention.py --work generation renderer        # a pipeline's call; the volume renderer

@@ -1,4 +1,4 @@
-"""What a training step of the toy box costs: the recipe, departures taken back, ways to be faster, more pixels.
+"""Cost of a training step of the toy box: the recipe, departures taken back, ways to be faster, more pixels.
 
     python benchmarks/bench_departures.py                                # all; some minutes
     python benchmarks/bench_departures.py --only default toybox_paper --output two.json

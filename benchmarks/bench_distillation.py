@@ -1,4 +1,4 @@
-"""What one guidance call costs, per teacher: seconds and peak bytes, at toy and at full size with random weights.
+"""Cost of one guidance call, per teacher: seconds and peak bytes, at toy and at full size with random weights.
 
     python benchmarks/bench_distillation.py                                # toy, every device there is, seconds
     python benchmarks/bench_distillation.py --size full --dtype bfloat16   # the three teachers; minutes on a CPU, 8 GB
@@ -247,7 +247,7 @@ def student_bytes() -> dict[str, int]:
 
 
 def add_up(args: argparse.Namespace) -> dict[str, Any]:
-    """What the teachers need beside the student: all weights, and the activations of the hungriest teacher."""
+    """Memory of the teachers beside the student: all weights, and the activations of the hungriest teacher."""
     rows: dict[str, dict[str, Any]] = {}
     for name in args.teachers:
         teacher = make_teacher(name, args.size == "full", args.checkpoint_vae).to(getattr(torch, args.dtype))

@@ -1,4 +1,4 @@
-"""What an evaluation's pictures cost: seconds to read finished meshes, draw four views at 512 x 512 and keep them.
+"""Cost of an evaluation's pictures: seconds to read finished meshes, draw four views at 512 x 512 and keep them.
 
     python benchmarks/bench_evaluation.py                           # 415 meshes, as DreamFusion's prompts
     python benchmarks/bench_evaluation.py --meshes 40 --processes 2

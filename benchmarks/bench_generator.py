@@ -1,4 +1,4 @@
-"""What a mesh costs: seconds and memory by stage, at toy and at Stable Diffusion 2.1's size with random weights.
+"""Cost of a mesh: seconds and memory by stage, at toy and at Stable Diffusion 2.1's size with random weights.
 
     python benchmarks/bench_generator.py                                     # toy, float32
     python benchmarks/bench_generator.py --size sd21 --dtype bf16            # minutes; 4 GB
@@ -117,7 +117,7 @@ def build(size: str, dtype: torch.dtype, device: str) -> Any:
 
 
 def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Of the CPU's attention, which torch's counter does not know; shapes [B, heads, L, d]."""
+    """Count the operations of the CPU's attention, which torch's counter does not know; shapes [B, heads, L, d]."""
     batch, heads, length, width = query
     return 4 * batch * heads * length * key[2] * width
 

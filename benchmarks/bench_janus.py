@@ -1,4 +1,4 @@
-"""How well the protocol `views` tells meshes with a second front from right ones, on the toy box's exact shapes.
+"""Test how well the protocol `views` tells meshes with a second front from right ones, on the toy box's exact shapes.
 
     python benchmarks/bench_janus.py --clip CLIP_FOLDER
 

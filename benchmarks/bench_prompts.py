@@ -1,4 +1,4 @@
-"""What a large corpus costs: seconds and memory until the first prompt, the first time and every time after.
+"""Cost of a large corpus: seconds and memory until the first prompt, the first time and every time after.
 
     python benchmarks/bench_prompts.py                       # 1.7 million prompts, as the paper's largest corpus
     python benchmarks/bench_prompts.py --count 100000 --formats jsonl

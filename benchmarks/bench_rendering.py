@@ -1,4 +1,4 @@
-"""What the renderers cost, against the prototypes they grew from and against what the machine allows.
+"""Measure the renderers against the prototypes they grew from and against what the machine allows.
 
     python benchmarks/bench_rendering.py --sketches FOLDER            # the prototypes are the bar; minutes
     python benchmarks/bench_rendering.py                              # without them: our own figures alone
@@ -199,7 +199,7 @@ def bench_grid(args: argparse.Namespace, rates: Record) -> list[Record]:
     planes = field.planes[0]
 
     def lookup() -> None:
-        """What the grid does instead of looking up: planes resampled, and the first layers' inputs at all nodes."""
+        """Resample the planes and make the first layers' inputs at all nodes: the grid's way without lookups."""
         for head, kind in zip(HEADS, (field.planes[:, :3], field.planes[:, :3], field.planes[:, 3:]), strict=True):
             lattices = plane_lattices(kind, axis)
             first = getattr(field.heads, head).get_parameter("0.weight")

@@ -1,4 +1,4 @@
-"""What a training step of the toy box costs, part by part, and against the sketch it grew from.
+"""Cost of a training step of the toy box, part by part, and against the sketch it grew from.
 
     python benchmarks/bench_training.py                                    # our step with its profile; a minute
     python benchmarks/bench_training.py --sketch FOLDER                    # and the sketch's, step about: minutes

@@ -1,4 +1,4 @@
-"""What every benchmark reports of the machine, and how it reads time's and memory's limits."""
+"""Description of the machine that every benchmark reports, and its limits of time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step costs at Stable Diffusion 2.1's size, from counted operations and measured parts.
+"""Cost of a training step at Stable Diffusion 2.1's size, from counted operations and measured parts.
 
     python benchmarks/scaling.py --count      # count anew: a minute on a CPU, 4 GB; then write the tables
     python benchmarks/scaling.py              # the counts kept, the measured parts read anew: seconds

@@ -1,4 +1,4 @@
-"""What lies between two prompts, as an animation: ATT3D's continuum m((1 - a) c1 + a c2).
+"""Animate the way from one prompt to another: ATT3D's continuum m((1 - a) c1 + a c2).
 
     python examples/interpolate.py "a red cube" "a blue sphere" -o between.gif
     python examples/interpolate.py "a pig" "a lion" --model runs/att3d --frames 48 --turn 360 --device cuda -o pig.gif

@@ -85,7 +85,7 @@ class Run(Stage):
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides what a stage becomes: the first line of its log."""
+    """Return the settings that decide what a stage becomes: the first line of its log."""
     names = ("held_out", "seed", "sets", "batch_scale", "steps_scale")
     return {"step": 0, **{name: getattr(args, name) for name in names}}
 
