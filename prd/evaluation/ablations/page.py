@@ -28,7 +28,9 @@ benchmarks/results/ablations/k.json` trains the cells of a table with three seed
 docs/ablations.md` writes this page from the results. Figures are means over seeds with 95 % intervals (Student's t). A
 claim is judged by the differences to the baseline, seed by seed: it **holds** if their interval lies on the claimed
 side of 0, is **contradicted** if it lies on the other, and **does not show** if the interval contains 0. Fewer than
-three seeds are an **indication**. Where captions with several right answers were drawn several times, *precision* is
+three seeds are an **indication**. The intervals are over seeds, on the same captions, and each stands alone: of twenty
+comparisons without a difference one is expected to show one. What a step of each recipe costs is measured apart
+([toybox.md](toybox.md#where-the-recipe-departs-from-the-paper)), for other work slowed some runs. Where captions with several right answers were drawn several times, *precision* is
 the mean fit of a draw to the nearest answer, *coverage* the share of the answers that are reached.
 
 The papers' figures are of full-size models, other prompts and other measures (C.S.: CLIP score, R@1 and R-Prob: how
@@ -68,7 +70,7 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "claimed",
         "verdict",
         *(f"{name} (seen)" for name in diversity),
-        "s per step",
+        "steps",
     ]
     rows = []
     for name, cell in results["cells"].items():
@@ -77,13 +79,13 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         difference = cell["differences"].get(split, {}).get(figures[0])
         is_baseline, lost = cell["baseline"] == name, cell.get("failed", {})
         against = "" if cell["baseline"] == results["baseline"] else f" ({cell['baseline']})"
-        paces = [run["seconds_in_steps"] / run["steps"] for run in cell["runs"].values() if run["steps"]]
+        steps = {run["steps"] for run in cell["runs"].values()} or {0}
         rows.append(
             [name, *given, str(len(cell["runs"])) + (f", {len(lost)} failed" if lost else ""), *ours]
             + ["baseline" if is_baseline else shown_interval(difference, "+") + against]
             + [cell["claimed"] or "", cell.get("verdict", "")]
             + [shown_interval(_families(cell).get(name)) for name in diversity]
-            + [f"{statistics.median(paces):.2f}" if paces else "-"]
+            + [f"{min(steps)} to {max(steps)}" if len(steps) > 1 else str(max(steps) or "-")]
         )
     return head, rows
 
