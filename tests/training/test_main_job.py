@@ -37,7 +37,7 @@ FLOORS = {  # R@1 and IoU by the least number of steps; a run of 400 had 1.00, .
         "stack_seen": (0.45, 0.65),
         "stack_held_out": (0.35, 0.65),
     },
-    100: {"single_seen": (0.0, 0.57)},
+    100: {"single_seen": (0.4, 0.57)},
 }
 
 
@@ -88,7 +88,7 @@ def test_the_main_job_reaches_its_figures(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "meshes").glob("*.glb"))) == 12
     steps, fits = record["train_steps"], record["fits"]
     assert fits and fits[-1]["max_train_steps"] == steps == fits[-1]["schedule_steps"], record
-    reached = next((floors for least, floors in FLOORS.items() if steps >= least), {"single_seen": (0.0, 0.5)})
+    reached = next((floors for least, floors in FLOORS.items() if steps >= least), {"single_seen": (0.1, 0.5)})
     for split, (r_at_1, iou) in reached.items():
         summary = report[split]["summary"]
         assert summary["r_at_1"] >= r_at_1 and summary["iou"] >= iou, (split, summary)
