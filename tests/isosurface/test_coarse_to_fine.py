@@ -64,6 +64,29 @@ def test_trained_fields_give_the_mesh_of_the_dense_grid():
         same_meshes(dense, extract_coarse_to_fine(field, 65, batch=3, lipschitz=2.0))
 
 
+class Ball(AutogradGradient):
+    def sdf(self, points):
+        return (points.norm(dim=-1) - 0.4)[..., None]
+
+
+class Speck(AutogradGradient):
+    """A ball, and a speck of it that lies between the corners of one coarse cell."""
+
+    def sdf(self, points):
+        ball = points.norm(dim=-1) - 0.4
+        speck = (points - 0.6875).norm(dim=-1) - 0.045
+        return torch.minimum(ball, speck)[..., None]
+
+
+def test_a_speck_within_a_coarse_cell_needs_a_constant():
+    """Without one, what no coarse corner sees is lost: this is the price of asking few nodes."""
+    dense = extract_isosurface(Speck(), 65)
+    ball = [faces for _, faces in extract_isosurface(Ball(), 65)]
+    (fast,) = extract_coarse_to_fine(Speck(), 65)
+    assert len(fast[1]) == len(ball[0]) < len(dense[0][1])
+    same_meshes(dense, extract_coarse_to_fine(Speck(), 65, lipschitz=1.0))
+
+
 @pytest.mark.parametrize("marching", [None, marching_tetrahedra])
 def test_random_triplane_fields_give_the_mesh_of_the_dense_grid(marching):
     """A batch whose surfaces cross coarse edges everywhere, with deformation, in slabs; and the gradients agree."""
