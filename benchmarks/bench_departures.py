@@ -1,7 +1,8 @@
-"""Cost of a training step of the toy box: the recipe, departures taken back, ways to be faster, more pixels.
+r"""Cost of a training step of the toy box: the recipe, departures taken back, ways to be faster, more pixels.
 
-    python benchmarks/bench_departures.py                                # all; some minutes
-    python benchmarks/bench_departures.py --only default toybox_paper --output two.json
+    python benchmarks/bench_departures.py                                # the recipe and three departures; a minute
+    python benchmarks/bench_departures.py --only default "teachers in bfloat16" "all in bfloat16" "teachers compiled" \
+        "64 x 64 renderings" --output benchmarks/results/training_ways_cpu.json
 
 Seconds of the processor, not of the clock, so that other work on the machine counts little: the least of some steps on
 one thread, and its parts. Teachers see pictures of their own size, whatever is rendered. docs/toybox.md shows the
@@ -44,6 +45,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     COMPILED: ("toybox", []),
     "64 x 64 renderings": ("toybox", [f"{word}=64" for word in PIXELS]),
 }
+DEPARTURES = ["default", "ASD", "ASD, both renderers", "toybox_paper"]
 
 
 def measure(recipe: str, words: list[str], folder: Path, steps: int, *, compiled: bool = False) -> dict[str, float]:
@@ -90,9 +92,9 @@ def measure(recipe: str, words: list[str], folder: Path, steps: int, *, compiled
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training_departures_cpu.json")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=DEPARTURES, metavar="VARIANT")
     args = parser.parse_args()
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "steps": args.steps, "processor_seconds": {}}
     for name in args.only:
