@@ -29,10 +29,9 @@ docs/ablations.md` writes this page from the results. Figures are means over see
 claim is judged by the differences to the baseline, seed by seed: it **holds** if their interval lies on the claimed
 side of 0, is **contradicted** if it lies on the other, and **does not show** if the interval contains 0. Fewer than
 three seeds are an **indication**. The intervals are over seeds, on the same captions, and each stands alone: of twenty
-comparisons without a difference one is expected to show one. What a step of each recipe costs is measured apart
-([toybox.md](toybox.md#where-the-recipe-departs-from-the-paper)), for other work slowed some runs. Where captions with
-several right answers were drawn several times, *precision* is the mean fit of a draw to the nearest answer, *coverage*
-the share of the answers that are reached.
+comparisons without a difference one is expected to show one. What a step of a recipe costs is measured apart, for other
+work on the machine slowed some runs. Where captions with several right answers were drawn several times, *precision* is
+the mean fit of a draw to the nearest answer, *coverage* the share of the answers that are reached.
 
 The papers' figures are of full-size models, other prompts and other measures (C.S.: CLIP score, R@1 and R-Prob: how
 often CLIP finds the prompt): directions can be compared, values cannot.

@@ -226,7 +226,7 @@ def test_the_page_shows_claims_figures_curves_and_sheets(table: Ablation, tmp_pa
     assert "## Rank & file\n\n**Claim.** Rank 2 is worse than rank 4. (nowhere, Table 1)" in text
     assert "| rank=2 | 15.6 | 3 | 0.500 [0.252, 0.748] | 0.500 [0.500, 0.500] | -0.200 [-0.448, +0.048] |" in text
     assert "| verdict | precision (seen) | coverage (seen) | steps |" in text
-    assert "| worse | does not show | 0.300 [0.300, 0.300] | 0.500 [0.500, 0.500] | 2.00 |" in text
+    assert "| worse | does not show | 0.300 [0.300, 0.300] | 0.500 [0.500, 0.500] | 4 |" in text
     assert "| baseline |" in text
     assert "Not run yet: k." in text and "Not run yet: `prd ablate k`." in text and "| K=1 | 50.9 | 14.4 |" in text
     assert "[Curves](ablations/mine.html)" in text and "![rank=2](ablations/mine-rank_2.jpg)" in text
