@@ -3,9 +3,9 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from prd.training.recipes import load_config
+from prd.training.run.resume import flat
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "toybox.md"
 OTHER = (  # time or memory alone, paths, and what is shown
@@ -13,18 +13,6 @@ OTHER = (  # time or memory alone, paths, and what is shown
     r"|model\.gradient_checkpointing|teacher_options\..*|classes\..*"
     r"|teachers\.richdreamer\.input_convention"  # the shipped teacher's own, in its teacher_config.json
 )
-
-
-def values(config: Any) -> dict[str, Any]:
-    """Values of a recipe by dotted name."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in tree.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
-    return flat(asdict(config))
 
 
 def listed() -> list[str]:
@@ -42,7 +30,7 @@ def listed() -> list[str]:
 
 
 def test_every_departure_of_the_recipe_is_listed() -> None:
-    ours, papers = values(load_config("toybox")), values(load_config("triplane_turbo_paper"))
+    ours, papers = (flat(asdict(load_config(name))) for name in ("toybox", "triplane_turbo_paper"))
     other = {key for key in ours.keys() | papers.keys() if ours.get(key) != papers.get(key)}
     other = {key for key in other if not re.fullmatch(OTHER, key)}
     names = listed()

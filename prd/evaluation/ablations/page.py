@@ -79,13 +79,13 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         difference = cell["differences"].get(split, {}).get(figures[0])
         is_baseline, lost = cell["baseline"] == name, cell.get("failed", {})
         against = "" if cell["baseline"] == results["baseline"] else f" ({cell['baseline']})"
-        steps = {run["steps"] for run in cell["runs"].values()} or {0}
+        steps = sorted({str(run["steps"]) for run in cell["runs"].values()}, key=int)
         rows.append(
             [name, *given, str(len(cell["runs"])) + (f", {len(lost)} failed" if lost else ""), *ours]
             + ["baseline" if is_baseline else shown_interval(difference, "+") + against]
             + [cell["claimed"] or "", cell.get("verdict", "")]
             + [shown_interval(_families(cell).get(name)) for name in diversity]
-            + [f"{min(steps)} to {max(steps)}" if len(steps) > 1 else str(max(steps) or "-")]
+            + [" to ".join(dict.fromkeys([steps[0], steps[-1]])) if steps else "-"]
         )
     return head, rows
 
